@@ -1,0 +1,110 @@
+"""`QuestConfig`: how much a decode step may read, and which layers it concerns."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from quest_attention.errors import QuestValueError
+
+__all__ = ["Backend", "GroupReduction", "QuestConfig"]
+
+GroupReduction = Literal["max", "mean"]
+Backend = Literal["auto", "torch", "triton", "reference"]
+
+
+@dataclass(frozen=True)
+class QuestConfig:
+    """How Quest reads the KV cache. Immutable and validated when made.
+
+    Source: Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference", ICML 2024,
+    arXiv:2406.10774, section 3; the paper's setting is pages of 16 tokens and two dense layers.
+
+    Args:
+        token_budget: Most tokens one decode step may read per sequence and KV head, forced pages included [tokens].
+            A sequence of at most this many tokens is read whole.
+        page_size: Tokens per page [tokens].
+        num_dense_layers: Leading attention layers that always read the whole cache [layers].
+        num_sink_pages: First pages of a sequence that are always read [pages].
+        num_recent_pages: Last pages of a sequence that are always read, the page being written included [pages].
+            The page being written is read even when this is 0.
+        group_reduction: How the bounds of the query heads that share a KV head become one score: `"max"` or `"mean"`.
+        backend: `"auto"` picks by device; a backend named here works or raises.
+
+    Raises:
+        QuestValueError: A value is out of range, or the budget cannot hold the pages that are always read.
+
+    >>> config = QuestConfig(token_budget=1024)
+    >>> config.page_budget
+    64
+    >>> QuestConfig(token_budget=32, num_sink_pages=2)
+    Traceback (most recent call last):
+    quest_attention.errors.QuestValueError: token_budget: got 32, expected at least 48: 3 forced pages of 16 tokens
+    """
+
+    token_budget: int = 2048
+    page_size: int = 16
+    num_dense_layers: int = 2
+    num_sink_pages: int = 0
+    num_recent_pages: int = 1
+    group_reduction: GroupReduction = "max"
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("token_budget", "page_size"):
+            _check_integer(name, getattr(self, name), minimum=1)
+        for name in ("num_dense_layers", "num_sink_pages", "num_recent_pages"):
+            _check_integer(name, getattr(self, name), minimum=0)
+        _check_choice("group_reduction", self.group_reduction, get_args(GroupReduction))
+        _check_choice("backend", self.backend, get_args(Backend))
+        if self.page_budget < self.num_forced_pages:
+            needed = self.num_forced_pages * self.page_size
+            pages = f"{self.num_forced_pages} forced pages of {self.page_size} tokens"
+            raise QuestValueError("token_budget", self.token_budget, f"at least {needed}: {pages}")
+
+    @property
+    def page_budget(self) -> int:
+        """Whole pages that fit the token budget [pages]."""
+        return self.token_budget // self.page_size
+
+    @property
+    def page_slots(self) -> int:
+        """Slots per row of `selected_pages` [pages]: room for every page of a sequence that just fits the budget."""
+        return -(-self.token_budget // self.page_size)
+
+    @property
+    def num_forced_pages(self) -> int:
+        """Pages read whatever their score [pages]: the sink pages and the recent ones (at least the one being written)."""
+        return self.num_sink_pages + max(1, self.num_recent_pages)
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> QuestConfig:
+        """Make a config from a mapping, as read from JSON.
+
+        Raises:
+            QuestValueError: An option is unknown or its value is wrong.
+
+        >>> QuestConfig.from_dict({"token_bugdet": 1024})
+        Traceback (most recent call last):
+        quest_attention.errors.QuestValueError: token_bugdet: got 1024, expected a known option: did you mean token_budget?
+        """
+        known = [field.name for field in fields(cls)]
+        for name, value in options.items():
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(known)}"
+                raise QuestValueError(str(name), value, f"a known option: {hint}")
+        return cls(**options)
+
+
+def _check_integer(name: str, value: object, minimum: int) -> None:
+    kind = "a positive integer" if minimum == 1 else "a non-negative integer"
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise QuestValueError(name, value, kind)
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise QuestValueError(name, value, f"one of {', '.join(choices)}")

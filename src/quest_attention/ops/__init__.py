@@ -1,0 +1,301 @@
+"""The verbs of Quest, on a paged view of the KV cache.
+
+    update_page_metadata     take new tokens into the bounds of their pages
+    score_pages              bound the largest logit each page can give to the query
+    select_pages             choose the pages to read
+    sparse_decode_attention  attend to the tokens of the chosen pages
+    quest_decode             score, select and attend: one decode step of one layer
+
+Each verb checks its arguments, then runs the backend that `dispatch` resolves. Shapes use the letters of `pages.py`.
+Wherever `seq_lens` is taken it is either `[B]` int32/int64 on the device of the cache, or an int: the length of every
+sequence, known to the host, which spares masks and is the fast form on a CPU.
+
+Keys that are not finite: a page that holds one scores +inf, so it is read as long as the budget has room and shows in
+the output as it would in dense attention; nothing else is promised.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from quest_attention.config import Backend, GroupReduction, QuestConfig
+from quest_attention.errors import QuestValueError
+from quest_attention.ops.checks import (
+    check_attention,
+    check_lengths,
+    check_query,
+    check_scores,
+    check_selected,
+    check_token_mask,
+)
+from quest_attention.ops.dispatch import ResolvedBackend, resolve_backend
+from quest_attention.ops.selection import DecodeWorkspace, Selection
+from quest_attention.pages import PagedKV
+
+__all__ = [
+    "DecodeWorkspace",
+    "QuestOutput",
+    "ResolvedBackend",
+    "Selection",
+    "quest_decode",
+    "resolve_backend",
+    "score_pages",
+    "select_pages",
+    "sparse_decode_attention",
+    "update_page_metadata",
+]
+
+
+class QuestOutput(NamedTuple):
+    """Result of `quest_decode`.
+
+    Attributes:
+        output: `[B, HQ, D]`, dtype of the query.
+        selected: The pages that were read.
+    """
+
+    output: Tensor
+    selected: Selection
+
+
+def update_page_metadata(
+    kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Tensor | int, backend: Backend = "auto"
+) -> None:
+    """Take the tokens written last into the bounds of their pages, in place: after a prefill, a chunk or one token.
+
+    A page whose first token is among the new ones starts anew, whatever it held; any other page's bounds only widen. So
+    after a rollback the bounds of the last page may be wider than its keys: still bounds. Source: section 3.2 of the
+    paper.
+
+    Args:
+        kv: The cache; keys of the new tokens are already in it.
+        seq_lens: Tokens per sequence, the new ones included [tokens].
+        num_new_tokens: How many of them are new: an int or `[B]` [tokens].
+        backend: Which implementation runs.
+
+    Raises:
+        QuestValueError: A length is out of range or its shape or dtype is wrong.
+        BackendError: The backend cannot run here.
+
+    >>> import torch
+    >>> keys = torch.tensor([[3.0], [-1.0], [2.0], [0.0]]).view(1, 1, 4, 1)
+    >>> kv = PagedKV.from_contiguous(keys, keys.clone(), torch.zeros(1, 1, 2, 2, 1))
+    >>> update_page_metadata(kv, seq_lens=3, num_new_tokens=3)
+    >>> kv.contiguous.metadata.flatten().tolist()
+    [3.0, -1.0, 2.0, 2.0]
+    """
+    most = kv.max_pages * kv.page_size
+    check_lengths("seq_lens", seq_lens, kv.batch_size, most, kv.keys.device)
+    check_lengths("num_new_tokens", num_new_tokens, kv.batch_size, most, kv.keys.device)
+    if isinstance(seq_lens, int) and isinstance(num_new_tokens, int) and num_new_tokens > seq_lens:
+        raise QuestValueError("num_new_tokens", num_new_tokens, f"at most seq_lens, {seq_lens}")
+    resolve_backend(backend, kv.keys.device).verbs.update_page_metadata(kv, seq_lens, num_new_tokens)
+
+
+def score_pages(
+    query: Tensor,
+    kv: PagedKV,
+    seq_lens: Tensor | int,
+    *,
+    token_mask: Tensor | None = None,
+    group_reduction: GroupReduction = "max",
+    out: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Bound the largest unscaled logit that any key of each page can give to the query: the page's criticality.
+
+    `U(page) = sum_d max(q_d * min_d, q_d * max_d)`, equation 2 of the paper, for each query head; the query heads that
+    share a KV head are reduced to one score. The arithmetic is float32 whatever the dtype of the cache.
+
+    Args:
+        query: `[B, HQ, D]`, dtype of the cache, HQ a multiple of HKV.
+        kv: The cache.
+        seq_lens: Tokens per sequence [tokens].
+        token_mask: `[B, T]` bool, True where a token may be attended to (padding is False). A page without such a
+            token scores -inf.
+        group_reduction: `"max"` or `"mean"` over the heads of a group.
+        out: `[B, HKV, P]` float32 to write to.
+        backend: Which implementation runs.
+
+    Returns:
+        `[B, HKV, P]` float32, -inf past the end of a sequence.
+
+    Raises:
+        QuestValueError: A shape, dtype, device or option is wrong.
+        BackendError: The backend cannot run here.
+    """
+    check_query(query, kv)
+    check_lengths("seq_lens", seq_lens, kv.batch_size, kv.max_pages * kv.page_size, kv.keys.device)
+    check_token_mask(token_mask, kv.batch_size, kv.keys.device)
+    if group_reduction not in ("max", "mean"):
+        raise QuestValueError("group_reduction", group_reduction, "'max' or 'mean'")
+    verbs = resolve_backend(backend, query.device).verbs
+    return verbs.score_pages(query, kv, seq_lens, token_mask, group_reduction, out)
+
+
+def select_pages(
+    scores: Tensor,
+    seq_lens: Tensor | int,
+    *,
+    page_size: int,
+    token_budget: int,
+    num_sink_pages: int = 0,
+    num_recent_pages: int = 1,
+    token_mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Selection:
+    """Choose the pages to read: the forced ones, then those with the highest scores.
+
+    A sequence of at most `token_budget` tokens selects all its pages; any other `token_budget // page_size`. Ties go to
+    the lower page.
+
+    Args:
+        scores: `[B, HKV, P]` float32.
+        seq_lens: Tokens per sequence [tokens].
+        page_size: Tokens per page [tokens].
+        token_budget: Most tokens to read, forced pages included [tokens].
+        num_sink_pages: First pages to read always [pages].
+        num_recent_pages: Last pages to read always [pages]; the page being written is read even with 0.
+        token_mask: `[B, T]` bool, True where a token may be attended to. Sink and recent pages are counted among the
+            pages that hold such a token. A sequence padded in its middle may spread few tokens over many pages; it
+            gets at most one page more than the budget.
+        backend: Which implementation runs.
+
+    Returns:
+        The selected pages, in ascending order.
+
+    Raises:
+        QuestValueError: A shape, dtype or number is wrong, or the budget cannot hold the forced pages.
+        BackendError: The backend cannot run here.
+
+    >>> import torch
+    >>> scores = torch.tensor([[[1.0, 5.0, 2.0, 5.0, 0.0]]])
+    >>> select_pages(scores, 5, page_size=1, token_budget=3).pages.tolist()
+    [[[1, 3, 4]]]
+    """
+    check_scores(scores)
+    # The config knows what a budget must hold; making one checks all four numbers.
+    QuestConfig(token_budget, page_size, num_sink_pages=num_sink_pages, num_recent_pages=num_recent_pages)
+    check_lengths("seq_lens", seq_lens, scores.shape[0], scores.shape[2] * page_size, scores.device)
+    check_token_mask(token_mask, scores.shape[0], scores.device)
+    verbs = resolve_backend(backend, scores.device).verbs
+    return verbs.select_pages(
+        scores, seq_lens, page_size, token_budget, num_sink_pages, num_recent_pages, token_mask
+    )
+
+
+def sparse_decode_attention(
+    query: Tensor,
+    kv: PagedKV,
+    seq_lens: Tensor | int,
+    selected: Selection,
+    *,
+    sm_scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    return_lse: bool = False,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Attend to the tokens of the selected pages alone.
+
+    Args:
+        query: `[B, HQ, D]`, dtype of the cache, HQ a multiple of HKV.
+        kv: The cache.
+        seq_lens: Tokens per sequence [tokens].
+        selected: Pages to read, from `select_pages`.
+        sm_scale: Factor on the logits; None is `D ** -0.5`.
+        softcap: Cap of the scaled logits, `softcap * tanh(logit / softcap)`, as in Gemma 2.
+        sinks: `[HQ]`, one more logit per head that takes weight and gives no value, as in GPT-OSS.
+        token_mask: `[B, T]` bool, True where a token may be attended to.
+        return_lse: Give the log-sum-exp of the logits (sinks included) too, with which partial results are merged.
+        backend: Which implementation runs.
+
+    Returns:
+        The output `[B, HQ, D]` in the dtype of the query, zero where a sequence has no token to attend to; and the
+        log-sum-exp `[B, HQ]` in float32 (natural logarithm), or None.
+
+    Raises:
+        QuestValueError: A shape, dtype, device or number is wrong.
+        BackendError: The backend cannot run here.
+    """
+    check_query(query, kv)
+    check_lengths("seq_lens", seq_lens, kv.batch_size, kv.max_pages * kv.page_size, kv.keys.device)
+    check_token_mask(token_mask, kv.batch_size, kv.keys.device)
+    check_selected(selected, kv)
+    scale = kv.head_dim**-0.5 if sm_scale is None else sm_scale
+    check_attention(scale, softcap, sinks, query)
+    verbs = resolve_backend(backend, query.device).verbs
+    return verbs.sparse_decode_attention(
+        query, kv, seq_lens, selected, scale, softcap, sinks, token_mask, return_lse
+    )
+
+
+def quest_decode(
+    query: Tensor,
+    kv: PagedKV,
+    seq_lens: Tensor | int,
+    config: QuestConfig,
+    *,
+    sm_scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    workspace: DecodeWorkspace | None = None,
+) -> QuestOutput:
+    """One decode step of one layer: score the pages, select, attend. Figure 5 of the paper.
+
+    Args:
+        query: `[B, HQ, D]`, dtype of the cache, HQ a multiple of HKV.
+        kv: The cache, its metadata up to date.
+        seq_lens: Tokens per sequence, the query's own included [tokens].
+        config: Budget, forced pages, group reduction and backend. Its page size must be the cache's.
+        sm_scale: Factor on the logits; None is `D ** -0.5`.
+        softcap: See `sparse_decode_attention`.
+        sinks: See `sparse_decode_attention`.
+        token_mask: `[B, T]` bool, True where a token may be attended to.
+        workspace: Memory to reuse; without one the step allocates it.
+
+    Returns:
+        The output and the pages that were read.
+
+    Raises:
+        QuestValueError: A shape, dtype, device or number is wrong.
+        BackendError: The backend cannot run here.
+
+    >>> import torch
+    >>> keys, values = torch.randn(2, 1, 4, 64, 32)  # one sequence, 4 KV heads, 64 tokens
+    >>> kv = PagedKV.from_contiguous(keys, values, torch.empty(1, 4, 4, 2, 32))
+    >>> update_page_metadata(kv, 60, 60)
+    >>> step = quest_decode(torch.randn(1, 8, 32), kv, 60, QuestConfig(token_budget=32))
+    >>> step.output.shape, step.selected.pages.shape
+    (torch.Size([1, 8, 32]), torch.Size([1, 4, 2]))
+    """
+    check_query(query, kv)
+    check_lengths("seq_lens", seq_lens, kv.batch_size, kv.max_pages * kv.page_size, kv.keys.device)
+    check_token_mask(token_mask, kv.batch_size, kv.keys.device)
+    scale = kv.head_dim**-0.5 if sm_scale is None else sm_scale
+    check_attention(scale, softcap, sinks, query)
+    if config.page_size != kv.page_size:
+        raise QuestValueError("config.page_size", config.page_size, f"{kv.page_size}, as the cache")
+    shape = (kv.batch_size, kv.num_kv_heads, kv.max_pages)
+    if workspace is not None and not workspace.fits(*shape, query.device):
+        raise QuestValueError("workspace", list(workspace.scores.shape), f"{list(shape)} on {query.device}")
+    verbs = resolve_backend(config.backend, query.device).verbs
+    scores = verbs.score_pages(
+        query, kv, seq_lens, token_mask, config.group_reduction, workspace.scores if workspace else None
+    )
+    selected = verbs.select_pages(
+        scores,
+        seq_lens,
+        kv.page_size,
+        config.token_budget,
+        config.num_sink_pages,
+        config.num_recent_pages,
+        token_mask,
+        workspace,
+    )
+    output, _ = verbs.sparse_decode_attention(query, kv, seq_lens, selected, scale, softcap, sinks, token_mask)
+    return QuestOutput(output, selected)

@@ -1,0 +1,85 @@
+"""Checks of the verbs' arguments: one named error each, before anything is written."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from quest_attention.errors import QuestValueError
+from quest_attention.ops.selection import Selection
+from quest_attention.pages import PagedKV
+
+__all__ = ["check_attention", "check_lengths", "check_query", "check_scores", "check_selected", "check_token_mask"]
+
+
+def check_query(query: Tensor, kv: PagedKV) -> None:
+    """A decode query `[B, HQ, D]` that fits the cache."""
+    if query.dim() != 3 or query.shape[0] != kv.batch_size or query.shape[2] != kv.head_dim:
+        expected = f"[{kv.batch_size}, HQ, {kv.head_dim}]: one token per sequence of the page table"
+        raise QuestValueError("query.shape", list(query.shape), expected)
+    if query.shape[1] == 0 or query.shape[1] % kv.num_kv_heads:
+        raise QuestValueError("query.shape[1]", query.shape[1], f"a multiple of the {kv.num_kv_heads} KV heads")
+    if query.dtype != kv.keys.dtype:
+        raise QuestValueError("query.dtype", query.dtype, f"{kv.keys.dtype}, as keys")
+    if query.device != kv.keys.device:
+        raise QuestValueError("query.device", str(query.device), f"{kv.keys.device}, as keys")
+
+
+def check_lengths(name: str, lengths: Tensor | int, batch: int, most: int, device: torch.device) -> None:
+    """A length for all sequences, known to the host, or `[B]` int32/int64 on the device (whose values are not read)."""
+    if isinstance(lengths, int):
+        if not 0 <= lengths <= most:
+            raise QuestValueError(name, lengths, f"0 to {most}: the pages of the page table hold no more")
+        return
+    if lengths.dim() != 1 or lengths.shape[0] != batch:
+        raise QuestValueError(f"{name}.shape", list(lengths.shape), f"[{batch}]")
+    if lengths.dtype not in (torch.int32, torch.int64):
+        raise QuestValueError(f"{name}.dtype", lengths.dtype, "torch.int32 or torch.int64")
+    if lengths.device != device:
+        raise QuestValueError(f"{name}.device", str(lengths.device), f"{device}, as keys")
+    if device.type == "cpu" and batch:  # reading values costs nothing here and would stall a GPU
+        low, high = int(lengths.min()), int(lengths.max())
+        if low < 0 or high > most:
+            raise QuestValueError(name, [low, high], f"values from 0 to {most}: the page table holds no more")
+
+
+def check_token_mask(token_mask: Tensor | None, batch: int, device: torch.device) -> None:
+    """`[B, T]` bool, True where a token may be attended to."""
+    if token_mask is None:
+        return
+    if token_mask.dim() != 2 or token_mask.shape[0] != batch or token_mask.shape[1] == 0:
+        raise QuestValueError("token_mask.shape", list(token_mask.shape), f"[{batch}, T] with T at least 1")
+    if token_mask.dtype != torch.bool:
+        raise QuestValueError("token_mask.dtype", token_mask.dtype, "torch.bool")
+    if token_mask.device != device:
+        raise QuestValueError("token_mask.device", str(token_mask.device), f"{device}, as keys")
+
+
+def check_scores(scores: Tensor) -> None:
+    """`[B, HKV, P]` float32, as `score_pages` gives them."""
+    if scores.dim() != 3:
+        raise QuestValueError("scores.shape", list(scores.shape), "[B, HKV, P]")
+    if scores.dtype != torch.float32:
+        raise QuestValueError("scores.dtype", scores.dtype, "torch.float32")
+
+
+def check_selected(selected: Selection, kv: PagedKV) -> None:
+    """Pages `[B, HKV, K]` int32 of the cache's sequences and KV heads."""
+    pages = selected.pages
+    if pages.dim() != 3 or tuple(pages.shape[:2]) != (kv.batch_size, kv.num_kv_heads):
+        expected = f"[{kv.batch_size}, {kv.num_kv_heads}, K]"
+        raise QuestValueError("selected.pages.shape", list(pages.shape), expected)
+    if pages.dtype != torch.int32:
+        raise QuestValueError("selected.pages.dtype", pages.dtype, "torch.int32")
+
+
+def check_attention(sm_scale: float, softcap: float | None, sinks: Tensor | None, query: Tensor) -> None:
+    """Softmax scale, logit softcap and attention sinks `[HQ]`."""
+    if not math.isfinite(sm_scale):
+        raise QuestValueError("sm_scale", sm_scale, "a finite number")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise QuestValueError("softcap", softcap, "a positive number or None")
+    if sinks is not None and tuple(sinks.shape) != (query.shape[1],):
+        raise QuestValueError("sinks.shape", list(sinks.shape), f"[{query.shape[1]}]: one logit per query head")

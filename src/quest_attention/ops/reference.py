@@ -1,0 +1,144 @@
+"""The oracle: Quest's equations written with loops, to be read beside the paper and never optimised.
+
+Tang et al., arXiv:2406.10774. Section 3.2 gives the metadata (per page and channel, the smallest and largest key) and
+the criticality of a page, `U = sum_d max(q_d * min_d, q_d * max_d)`; section 3.3 the selection of the best pages and
+attention over them alone. Shapes use the letters of `pages.py`. All arithmetic is in float64 unless a caller asks
+for float32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from quest_attention.config import GroupReduction
+from quest_attention.pages import KEY_MAX, KEY_MIN, PagedKV, num_pages
+
+__all__ = ["score_pages", "select_pages", "sparse_decode_attention", "update_page_metadata"]
+
+
+def update_page_metadata(kv: PagedKV, seq_lens: list[int], num_new_tokens: list[int]) -> None:
+    """Take the tokens written last into the bounds of their pages, one token at a time."""
+    for b, length in enumerate(seq_lens):
+        for token in range(length - num_new_tokens[b], length):
+            page, offset = divmod(token, kv.page_size)
+            physical = int(kv.page_table[b, page])
+            for h in range(kv.num_kv_heads):
+                key = kv.keys[physical, offset, h]
+                if offset == 0:  # a page starts anew at its first token, whoever used it before
+                    kv.metadata[physical, h, KEY_MAX] = key
+                    kv.metadata[physical, h, KEY_MIN] = key
+                else:
+                    kv.metadata[physical, h, KEY_MAX] = torch.maximum(kv.metadata[physical, h, KEY_MAX], key)
+                    kv.metadata[physical, h, KEY_MIN] = torch.minimum(kv.metadata[physical, h, KEY_MIN], key)
+
+
+def score_pages(
+    query: Tensor,
+    kv: PagedKV,
+    seq_lens: list[int],
+    token_mask: Tensor | None = None,
+    group_reduction: GroupReduction = "max",
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Upper bound on the unscaled logit that each page can give: `[B, HKV, P]` in `dtype`, -inf where there is no page."""
+    batch, num_query_heads, _ = query.shape
+    group = num_query_heads // kv.num_kv_heads
+    scores = torch.full((batch, kv.num_kv_heads, kv.max_pages), -math.inf, dtype=dtype)
+    for b in range(batch):
+        for page in _live_pages(b, kv.page_size, seq_lens, token_mask):
+            physical = int(kv.page_table[b, page])
+            for h in range(kv.num_kv_heads):
+                key_max = kv.metadata[physical, h, KEY_MAX].to(dtype)
+                key_min = kv.metadata[physical, h, KEY_MIN].to(dtype)
+                bounds = []
+                for g in range(group):
+                    q = query[b, h * group + g].to(dtype)
+                    bounds.append(torch.maximum(q * key_min, q * key_max).sum())
+                finite = bool(torch.isfinite(key_max).all() and torch.isfinite(key_min).all())
+                score = torch.stack(bounds).max() if group_reduction == "max" else torch.stack(bounds).mean()
+                # A page with a non-finite key ranks first, so that it is read and shows as it would in dense attention.
+                scores[b, h, page] = score if finite and torch.isfinite(score) else math.inf
+    return scores
+
+
+def select_pages(
+    scores: Tensor,
+    seq_lens: list[int],
+    page_size: int,
+    token_budget: int,
+    num_sink_pages: int = 0,
+    num_recent_pages: int = 1,
+    token_mask: Tensor | None = None,
+) -> list[list[list[int]]]:
+    """Logical pages to read, ascending, as `selected[b][h]`: forced ones, then by score; ties go to the lower index."""
+    selected = []
+    for b in range(scores.shape[0]):
+        live = _live_pages(b, page_size, seq_lens, token_mask)
+        tokens = _live_tokens(b, seq_lens, token_mask)
+        forced = live[:num_sink_pages] + live[-max(1, num_recent_pages) :]
+        row = []
+        for h in range(scores.shape[1]):
+            if len(tokens) <= token_budget:
+                row.append(live)
+                continue
+            ranked = sorted(live, key=lambda page: (page not in forced, -float(scores[b, h, page]), page))
+            row.append(sorted(ranked[: token_budget // page_size]))
+        selected.append(row)
+    return selected
+
+
+def sparse_decode_attention(
+    query: Tensor,
+    kv: PagedKV,
+    seq_lens: list[int],
+    selected_pages: list[list[list[int]]],
+    sm_scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the tokens of the selected pages: output `[B, HQ, D]` and log-sum-exp `[B, HQ]`, both in `dtype`."""
+    batch, num_query_heads, dim = query.shape
+    group = num_query_heads // kv.num_kv_heads
+    output = torch.zeros(batch, num_query_heads, dim, dtype=dtype)
+    lse = torch.full((batch, num_query_heads), -math.inf, dtype=dtype)
+    for b in range(batch):
+        live = set(_live_tokens(b, seq_lens, token_mask))
+        for head in range(num_query_heads):
+            h = head // group
+            tokens = [
+                page * kv.page_size + offset
+                for page in selected_pages[b][h]
+                for offset in range(kv.page_size)
+                if page * kv.page_size + offset in live
+            ]
+            if not tokens:
+                lse[b, head] = -math.inf if sinks is None else sinks[head].to(dtype)
+                continue
+            where = [(int(kv.page_table[b, t // kv.page_size]), t % kv.page_size) for t in tokens]
+            keys = torch.stack([kv.keys[page, offset, h] for page, offset in where]).to(dtype)
+            values = torch.stack([kv.values[page, offset, h] for page, offset in where]).to(dtype)
+            logits = keys @ query[b, head].to(dtype) * sm_scale
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            # An attention sink is one more logit that takes weight and gives no value.
+            everything = logits if sinks is None else torch.cat([logits, sinks[head].to(dtype)[None]])
+            lse[b, head] = torch.logsumexp(everything, 0)
+            output[b, head] = torch.exp(logits - lse[b, head]) @ values
+    return output, lse
+
+
+def _live_tokens(b: int, seq_lens: list[int], token_mask: Tensor | None) -> list[int]:
+    """Logical positions of the tokens that sequence `b` may attend to."""
+    return [t for t in range(seq_lens[b]) if token_mask is None or bool(token_mask[b, t])]
+
+
+def _live_pages(b: int, page_size: int, seq_lens: list[int], token_mask: Tensor | None) -> list[int]:
+    """Logical pages of sequence `b` that hold a token it may attend to."""
+    if token_mask is None:
+        return list(range(num_pages(seq_lens[b], page_size)))
+    return sorted({token // page_size for token in _live_tokens(b, seq_lens, token_mask)})

@@ -1,0 +1,55 @@
+"""What passes between the verbs: the selected pages, and memory to reuse from step to step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["DecodeWorkspace", "Selection"]
+
+
+class Selection(NamedTuple):
+    """Pages to read, one list per sequence and KV head.
+
+    Attributes:
+        pages: `[B, HKV, K]` int32, logical pages in ascending order, -1 in unused slots, which come last.
+        counts: `[B]` int32, used slots [pages].
+    """
+
+    pages: Tensor
+    counts: Tensor
+
+
+class DecodeWorkspace(NamedTuple):
+    """Scratch memory of a decode step whose size grows with the context, so that a step allocates none of it.
+
+    Layers that run one after the other can share one workspace; threads must not.
+
+    Attributes:
+        scores: `[B, HKV, P]` float32.
+        ordered: `[B, HKV, P]` int32.
+        keys: `[B, HKV, P]` int64.
+        below: `[P]` int64, P - 1 down to 0.
+    """
+
+    scores: Tensor
+    ordered: Tensor
+    keys: Tensor
+    below: Tensor
+
+    @classmethod
+    def allocate(cls, batch: int, num_kv_heads: int, max_pages: int, device: torch.device) -> DecodeWorkspace:
+        """Memory for `batch` sequences of up to `max_pages` pages."""
+        shape = (batch, num_kv_heads, max_pages)
+        return cls(
+            torch.empty(shape, dtype=torch.float32, device=device),
+            torch.empty(shape, dtype=torch.int32, device=device),
+            torch.empty(shape, dtype=torch.int64, device=device),
+            torch.arange(max_pages - 1, -1, -1, dtype=torch.int64, device=device),
+        )
+
+    def fits(self, batch: int, num_kv_heads: int, max_pages: int, device: torch.device) -> bool:
+        """Whether a step over this batch can use the workspace."""
+        return self.scores.shape == (batch, num_kv_heads, max_pages) and self.scores.device == device

@@ -1,0 +1,194 @@
+"""`PagedKV`: one view of keys, values and page metadata for every cache layout.
+
+    B    sequences              N   physical pages         P  logical pages per sequence
+    HQ   query heads            HKV KV heads               G  query heads per KV head, HQ // HKV
+    D    head dimension         T   tokens                 K  selected pages per row
+
+A kernel reaches a token of K or V from a base pointer, the strides of page, token and head, and a page table. The
+logical shape is always `[N, page_size, HKV, D]`; what differs between layouts is only the strides:
+
+    NHD         [N, page_size, HKV, D] as stored
+    HND         [N, HKV, page_size, D] with two dimensions swapped
+    contiguous  [B, HKV, capacity, D]: page p of sequence b has id b * HKV * P + p, the page stride is page_size * D and
+                the head stride capacity * D, so that id and head together reach every page although they overlap
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quest_attention.errors import QuestValueError
+
+__all__ = ["KEY_MAX", "KEY_MIN", "ContiguousKV", "PagedKV", "num_pages"]
+
+KEY_MAX = 0
+"""Index of the largest key per channel in the third dimension of page metadata."""
+KEY_MIN = 1
+"""Index of the smallest key per channel in the third dimension of page metadata."""
+
+
+def num_pages(num_tokens: int, page_size: int) -> int:
+    """Pages that hold `num_tokens` tokens, the last one perhaps part-filled.
+
+    >>> num_pages(33, 16)
+    3
+    """
+    return -(-num_tokens // page_size)
+
+
+class ContiguousKV(NamedTuple):
+    """The storage behind a contiguous cache, for paths that need no page table.
+
+    Attributes:
+        keys: `[B, HKV, capacity, D]`.
+        values: `[B, HKV, capacity, D]`.
+        metadata: `[B, HKV, capacity / page_size, 2, D]`.
+    """
+
+    keys: Tensor
+    values: Tensor
+    metadata: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PagedKV:
+    """Keys, values and page metadata of a batch of sequences, reached through strides and a page table.
+
+    Attributes:
+        keys: `[N, page_size, HKV, D]`, any strides but a last one of 1; float32, bfloat16, float16 or float64.
+        values: As `keys`.
+        metadata: `[N, HKV, 2, D]`, dtype of `keys`: the largest (`KEY_MAX`) and smallest (`KEY_MIN`) key per channel.
+        page_table: `[B, P]` int32, the physical page of each logical page. Entries past a sequence's end are not read.
+        contiguous: The tensors behind `keys`, `values` and `metadata` when they are one contiguous cache, else None.
+
+    Raises:
+        QuestValueError: Shapes, dtypes, devices or strides do not fit together.
+    """
+
+    keys: Tensor
+    values: Tensor
+    metadata: Tensor
+    page_table: Tensor
+    contiguous: ContiguousKV | None = None
+
+    def __post_init__(self) -> None:
+        _check_dims("keys", self.keys, "[N, page_size, HKV, D]")
+        pages, page_size, heads, dim = self.keys.shape
+        if not self.keys.dtype.is_floating_point or self.keys.dtype.itemsize not in (2, 4, 8):
+            raise QuestValueError("keys.dtype", self.keys.dtype, "float32, bfloat16, float16 or float64")
+        _check_like("values", self.values, self.keys, (pages, page_size, heads, dim))
+        _check_like("metadata", self.metadata, self.keys, (pages, heads, 2, dim))
+        for name in ("keys", "values", "metadata"):
+            stride = getattr(self, name).stride(-1)
+            if stride != 1 and dim > 1:
+                raise QuestValueError(f"{name}.stride(-1)", stride, "1: the channels of a token lie side by side")
+        _check_dims("page_table", self.page_table, "[B, P]")
+        if self.page_table.dtype != torch.int32:
+            raise QuestValueError("page_table.dtype", self.page_table.dtype, "torch.int32")
+        if self.page_table.device != self.keys.device:
+            raise QuestValueError("page_table.device", str(self.page_table.device), f"{self.keys.device}, as keys")
+
+    @classmethod
+    def from_nhd(cls, keys: Tensor, values: Tensor, metadata: Tensor, page_table: Tensor) -> PagedKV:
+        """View pages stored as (tokens, heads, dim).
+
+        Args:
+            keys: `[N, page_size, HKV, D]`.
+            values: As `keys`.
+            metadata: `[N, HKV, 2, D]`.
+            page_table: `[B, P]` int32.
+        """
+        return cls(keys, values, metadata, page_table)
+
+    @classmethod
+    def from_hnd(cls, keys: Tensor, values: Tensor, metadata: Tensor, page_table: Tensor) -> PagedKV:
+        """View pages stored as (heads, tokens, dim).
+
+        Args:
+            keys: `[N, HKV, page_size, D]`.
+            values: As `keys`.
+            metadata: `[N, HKV, 2, D]`.
+            page_table: `[B, P]` int32.
+        """
+        _check_dims("keys", keys, "[N, HKV, page_size, D]")
+        _check_dims("values", values, "[N, HKV, page_size, D]")
+        return cls(keys.transpose(1, 2), values.transpose(1, 2), metadata, page_table)
+
+    @classmethod
+    def from_contiguous(cls, keys: Tensor, values: Tensor, metadata: Tensor) -> PagedKV:
+        """View the cache of a transformers layer as pages; nothing is copied.
+
+        Args:
+            keys: `[B, HKV, capacity, D]`, contiguous, capacity a multiple of the page size.
+            values: As `keys`.
+            metadata: `[B, HKV, capacity / page_size, 2, D]`, contiguous; its shape gives the page size.
+
+        Raises:
+            QuestValueError: A tensor is not contiguous or the shapes do not fit.
+        """
+        _check_dims("keys", keys, "[B, HKV, capacity, D]")
+        batch, heads, capacity, dim = keys.shape
+        _check_like("values", values, keys, tuple(keys.shape))
+        if metadata.dim() != 5 or metadata.shape[2] == 0 or capacity % metadata.shape[2]:
+            got = list(metadata.shape)
+            raise QuestValueError("metadata.shape", got, f"[{batch}, {heads}, {capacity} / page_size, 2, {dim}]")
+        pages = metadata.shape[2]
+        _check_like("metadata", metadata, keys, (batch, heads, pages, 2, dim))
+        for name, tensor in (("keys", keys), ("values", values), ("metadata", metadata)):
+            if not tensor.is_contiguous():
+                raise QuestValueError(f"{name}.stride()", tensor.stride(), "a contiguous tensor")
+        page_size = capacity // pages
+        reach = (batch - 1) * heads * pages + pages  # head h adds h * pages pages to the id through its stride
+
+        def as_pages(tensor: Tensor) -> Tensor:
+            strides = (page_size * dim, dim, capacity * dim, 1)
+            return tensor.as_strided((reach, page_size, heads, dim), strides, tensor.storage_offset())
+
+        meta_strides = (2 * dim, pages * 2 * dim, dim, 1)
+        meta_pages = metadata.as_strided((reach, heads, 2, dim), meta_strides, metadata.storage_offset())
+        first = torch.arange(batch, dtype=torch.int32, device=keys.device) * (heads * pages)
+        page_table = first[:, None] + torch.arange(pages, dtype=torch.int32, device=keys.device)
+        return cls(as_pages(keys), as_pages(values), meta_pages, page_table, ContiguousKV(keys, values, metadata))
+
+    @property
+    def page_size(self) -> int:
+        """Tokens per page [tokens]."""
+        return self.keys.shape[1]
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV heads, HKV."""
+        return self.keys.shape[2]
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per head, D."""
+        return self.keys.shape[3]
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences, B."""
+        return self.page_table.shape[0]
+
+    @property
+    def max_pages(self) -> int:
+        """Logical pages a sequence can have, P [pages]."""
+        return self.page_table.shape[1]
+
+
+def _check_dims(name: str, tensor: Tensor, layout: str) -> None:
+    if tensor.dim() != layout.count(",") + 1:
+        raise QuestValueError(f"{name}.shape", list(tensor.shape), layout)
+
+
+def _check_like(name: str, tensor: Tensor, keys: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise QuestValueError(f"{name}.shape", list(tensor.shape), f"{list(shape)} to fit keys")
+    if tensor.dtype != keys.dtype:
+        raise QuestValueError(f"{name}.dtype", tensor.dtype, f"{keys.dtype}, as keys")
+    if tensor.device != keys.device:
+        raise QuestValueError(f"{name}.device", str(tensor.device), f"{keys.device}, as keys")

@@ -1,0 +1,356 @@
+"""Every backend against the oracle, and the oracle against facts that need no code."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from caches import LAYOUTS, Cache, make_cache
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quest_attention import QuestConfig, quest_decode, score_pages, select_pages
+from quest_attention import sparse_decode_attention, update_page_metadata
+from quest_attention.ops import reference
+from quest_attention.pages import KEY_MAX, KEY_MIN, num_pages
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def query_for(cache: Cache, group: int, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    kv = cache.kv
+    return torch.randn(kv.batch_size, kv.num_kv_heads * group, kv.head_dim, generator=generator).to(kv.keys.dtype)
+
+
+def plain_attention_error(query: torch.Tensor, cache: Cache, selected: list[list[list[int]]], exact: torch.Tensor) -> float:
+    """Largest error of PyTorch's own attention in the dtype of the cache, head by head over the same tokens.
+
+    What a fast path is held to. It is PyTorch's fused kernel, not a matmul and a softmax, since that is what a user has
+    without us (its float32 exponential on a CPU is an approximation good to about 1e-6).
+    """
+    kv, worst = cache.kv, 0.0
+    group = query.shape[1] // kv.num_kv_heads
+    for b, length in enumerate(cache.lengths):
+        for head in range(query.shape[1]):
+            h = head // group
+            tokens = [t for t in range(length) if t // kv.page_size in selected[b][h]]
+            if not tokens:
+                continue
+            where = [(int(kv.page_table[b, t // kv.page_size]), t % kv.page_size) for t in tokens]
+            keys = torch.stack([kv.keys[p, o, h] for p, o in where])
+            values = torch.stack([kv.values[p, o, h] for p, o in where])
+            plain = F.scaled_dot_product_attention(query[b, head][None, None, None], keys[None, None], values[None, None])
+            worst = max(worst, float((plain[0, 0, 0] - exact[b, head]).abs().max()))
+    return worst
+
+
+def assert_like_oracle(cache: Cache, group: int, config: QuestConfig, host_length: int | None = None) -> None:
+    """`quest_decode` reads the oracle's pages and is at most twice as far from it as plain PyTorch."""
+    kv = cache.kv
+    query = query_for(cache, group)
+    seq_lens = cache.seq_lens if host_length is None else host_length
+    update_page_metadata(kv, seq_lens, seq_lens)
+    scores = score_pages(query, kv, seq_lens, group_reduction=config.group_reduction)
+    exact_scores = reference.score_pages(query, kv, cache.lengths, group_reduction=config.group_reduction)
+    torch.testing.assert_close(scores.double(), exact_scores, rtol=1e-5, atol=1e-4)
+    step = quest_decode(query, kv, seq_lens, config)
+    selected = reference.select_pages(
+        scores, cache.lengths, config.page_size, config.token_budget, config.num_sink_pages, config.num_recent_pages
+    )
+    assert as_lists(step.selected.pages) == selected
+    assert step.selected.counts.tolist() == [len(row[0]) for row in selected]
+    exact, _ = reference.sparse_decode_attention(query, kv, cache.lengths, selected, kv.head_dim**-0.5)
+    error = float((step.output.double() - exact).abs().max())
+    assert error <= 2 * plain_attention_error(query, cache, selected, exact) + torch.finfo(torch.float32).eps
+
+
+def as_lists(pages: torch.Tensor) -> list[list[list[int]]]:
+    return [[[page for page in head if page >= 0] for head in row] for row in pages.tolist()]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8, 16])
+def test_group_sizes(layout: str, dtype: torch.dtype, group: int) -> None:
+    cache = make_cache([100, 37, 1], dtype=dtype, layout=layout)
+    assert_like_oracle(cache, group, QuestConfig(token_budget=32, page_size=8))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("page_size", [8, 16, 32, 64])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+def test_page_sizes_and_head_dims(layout: str, page_size: int, dim: int) -> None:
+    cache = make_cache([page_size * 5 + 1, page_size * 4, 3], dim=dim, page_size=page_size, layout=layout)
+    assert_like_oracle(cache, 2, QuestConfig(token_budget=3 * page_size, page_size=page_size))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("lengths", [[1], [8], [9], [0, 40], [64, 64], [7, 8, 9, 63, 64, 65], [200, 0, 1]], ids=str)
+@pytest.mark.parametrize("budget", [8, 24, 30, 64, 65, 1000])
+def test_lengths_and_budgets(layout: str, lengths: list[int], budget: int) -> None:
+    cache = make_cache(lengths, layout=layout)
+    assert_like_oracle(cache, 2, QuestConfig(token_budget=budget, page_size=8))
+
+
+@pytest.mark.parametrize("reduction", ["max", "mean"])
+@pytest.mark.parametrize(("sinks", "recent"), [(0, 0), (1, 1), (2, 3), (0, 4)])
+def test_forced_pages(reduction: str, sinks: int, recent: int) -> None:
+    cache = make_cache([130, 90, 17])
+    config = QuestConfig.from_dict(
+        {
+            "token_budget": 48,
+            "page_size": 8,
+            "num_sink_pages": sinks,
+            "num_recent_pages": recent,
+            "group_reduction": reduction,
+        }
+    )
+    assert_like_oracle(cache, 3, config)
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 33, 100])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_length_known_to_the_host(length: int, dtype: torch.dtype) -> None:
+    cache = make_cache([length, length], layout="contiguous", dtype=dtype)
+    assert_like_oracle(cache, 3, QuestConfig(token_budget=32, page_size=8), host_length=length)
+    by_host = cache.kv.metadata.clone()
+    update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens)
+    torch.testing.assert_close(cache.kv.metadata, by_host, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ties_go_to_the_lower_page(layout: str) -> None:
+    cache = make_cache([64], layout=layout)
+    cache.kv.keys[:] = 1.0
+    update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens)
+    step = quest_decode(query_for(cache, 2), cache.kv, cache.seq_lens, QuestConfig(token_budget=24, page_size=8))
+    assert step.selected.pages.tolist() == [[[0, 1, 7]] * 2]
+
+
+def test_ties_of_negative_zero_and_infinite_scores() -> None:
+    scores = torch.tensor([[[-1.0, float("inf"), -3.0, float("inf"), -1.0, -2.0, -1.0, -9.0]]])
+    selected = select_pages(scores, 8, page_size=1, token_budget=5)
+    assert selected.pages.tolist() == [[[0, 1, 3, 4, 7]]]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_page_with_a_non_finite_key_is_read(bad: float, layout: str) -> None:
+    cache = make_cache([80], layout=layout)
+    physical = int(cache.kv.page_table[0, 3])
+    cache.kv.keys[physical, 2, 1, 5] = bad
+    update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens)
+    query = query_for(cache, 2)
+    scores = score_pages(query, cache.kv, cache.seq_lens)
+    assert scores[0, 1, 3] == float("inf")
+    torch.testing.assert_close(scores.double(), reference.score_pages(query, cache.kv, [80]), rtol=1e-5, atol=1e-4)
+    step = quest_decode(query, cache.kv, cache.seq_lens, QuestConfig(token_budget=16, page_size=8))
+    assert 3 in step.selected.pages[0, 1].tolist()
+    assert step.output[0, :2].isfinite().all(), "the other KV head is not touched"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_softcap_sinks_and_lse(layout: str, softcap: float | None, with_sinks: bool) -> None:
+    cache = make_cache([90, 13, 0], layout=layout)
+    update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens)
+    query = query_for(cache, 3)
+    sinks = torch.linspace(-1, 1, query.shape[1]) if with_sinks else None
+    config = QuestConfig(token_budget=32, page_size=8)
+    step = quest_decode(query, cache.kv, cache.seq_lens, config, softcap=softcap, sinks=sinks)
+    output, lse = sparse_decode_attention(
+        query, cache.kv, cache.seq_lens, step.selected, softcap=softcap, sinks=sinks, return_lse=True
+    )
+    lists = as_lists(step.selected.pages)
+    exact, exact_lse = reference.sparse_decode_attention(
+        query, cache.kv, cache.lengths, lists, cache.kv.head_dim**-0.5, softcap=softcap, sinks=sinks
+    )
+    assert lse is not None
+    torch.testing.assert_close(step.output.double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+
+
+def masks() -> st.SearchStrategy[list[list[bool]]]:
+    """Left padding, right padding, holes, nothing at all."""
+    return st.lists(st.lists(st.booleans(), min_size=70, max_size=70), min_size=2, max_size=2)
+
+
+@given(mask=masks(), pads=st.tuples(st.integers(0, 69), st.integers(0, 69)), host=st.booleans())
+@settings(deadline=None, max_examples=40)
+def test_token_mask(mask: list[list[bool]], pads: tuple[int, int], host: bool) -> None:
+    token_mask = torch.tensor(mask)
+    for b, pad in enumerate(pads):
+        token_mask[b, :pad] = False
+    cache = make_cache([70, 70], layout="contiguous")
+    update_page_metadata(cache.kv, 70, 70)
+    query = query_for(cache, 2)
+    lengths = 70 if host else cache.seq_lens
+    config = QuestConfig(token_budget=32, page_size=8, num_sink_pages=1)
+    step = quest_decode(query, cache.kv, lengths, config, token_mask=token_mask)
+    scores = score_pages(query, cache.kv, lengths, token_mask=token_mask)
+    exact_scores = reference.score_pages(query, cache.kv, [70, 70], token_mask)
+    torch.testing.assert_close(scores.double(), exact_scores, rtol=1e-5, atol=1e-4)
+    selected = reference.select_pages(scores, [70, 70], 8, 32, 1, 1, token_mask)
+    slots = step.selected.pages.shape[2]
+    got = as_lists(step.selected.pages)
+    for b in range(2):
+        for h in range(2):
+            # Few tokens spread over many pages by padding in the middle: the best that fit the slots.
+            assert got[b][h] == selected[b][h] or (len(selected[b][h]) > slots and len(got[b][h]) == slots)
+    exact, _ = reference.sparse_decode_attention(
+        query, cache.kv, [70, 70], got, cache.kv.head_dim**-0.5, token_mask=token_mask
+    )
+    torch.testing.assert_close(step.output.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 60), min_size=1, max_size=3),
+    layout=st.sampled_from(LAYOUTS),
+    dtype=st.sampled_from(DTYPES),
+    group=st.integers(1, 5),
+    seed=st.integers(0, 999),
+)
+@settings(deadline=None, max_examples=40)
+def test_score_bounds_every_logit(lengths: list[int], layout: str, dtype: torch.dtype, group: int, seed: int) -> None:
+    cache = make_cache(lengths, layout=layout, dtype=dtype, seed=seed)
+    kv = cache.kv
+    update_page_metadata(kv, cache.seq_lens, cache.seq_lens)
+    query = query_for(cache, group, seed)
+    scores = score_pages(query, kv, cache.seq_lens)
+    for b, length in enumerate(lengths):
+        for t in range(length):
+            key = kv.keys[int(kv.page_table[b, t // kv.page_size]), t % kv.page_size].double()  # [HKV, D]
+            logits = (query[b].double().view(kv.num_kv_heads, group, -1) * key[:, None]).sum(-1).amax(1)
+            slack = 1e-5 * (query[b].abs().double().amax() * key.abs().amax() * kv.head_dim)
+            assert (scores[b, :, t // kv.page_size].double() >= logits - slack).all()
+        assert (scores[b, :, num_pages(length, kv.page_size) :] == -float("inf")).all()
+
+
+@given(
+    layout=st.sampled_from(LAYOUTS),
+    steps=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=8),
+    host=st.booleans(),
+    backend=st.sampled_from(["torch", "reference"]),
+)
+@settings(deadline=None, max_examples=60)
+def test_metadata_in_pieces_equals_metadata_at_once(
+    layout: str, steps: list[tuple[int, int]], host: bool, backend: str
+) -> None:
+    if host:
+        steps = [(n, n) for n, _ in steps]
+    ends = [sum(step[b] for step in steps) for b in range(2)]
+    cache = make_cache(ends, layout=layout, page_size=4)
+    kv = cache.kv
+    lengths = torch.zeros(2, dtype=torch.int32)
+    for step in steps:
+        new = torch.tensor(step, dtype=torch.int32)
+        lengths = lengths + new
+        if host:
+            update_page_metadata(kv, int(lengths[0]), step[0], backend=backend)
+        else:
+            update_page_metadata(kv, lengths, new, backend=backend)
+    pieces = kv.metadata.clone()
+    kv.metadata.fill_(float("nan"))
+    update_page_metadata(kv, cache.seq_lens, cache.seq_lens, backend="reference")
+    torch.testing.assert_close(pieces, kv.metadata, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_reused_page_starts_anew_and_a_rollback_stays_a_bound() -> None:
+    cache = make_cache([12], page_size=8)
+    kv = cache.kv
+    update_page_metadata(kv, cache.seq_lens, cache.seq_lens)
+    wide = kv.metadata[int(kv.page_table[0, 1])].clone()
+    # Roll back to 10 tokens and write another eleventh one: the bounds of tokens 10 and 11 may stay.
+    kv.keys[int(kv.page_table[0, 1]), 2] = 0.0
+    update_page_metadata(kv, torch.tensor([11]), torch.tensor([1]))
+    now = kv.metadata[int(kv.page_table[0, 1])]
+    assert (now[:, KEY_MAX] >= wide[:, KEY_MAX]).all()
+    assert (now[:, KEY_MIN] <= wide[:, KEY_MIN]).all()
+    # Roll back to the page's beginning: its first token forgets everything.
+    kv.keys[int(kv.page_table[0, 1]), 0] = 0.5
+    update_page_metadata(kv, torch.tensor([9]), torch.tensor([1]))
+    assert (kv.metadata[int(kv.page_table[0, 1])] == 0.5).all()
+
+
+@given(
+    length=st.integers(1, 90),
+    budget_pages=st.integers(3, 12),
+    sinks=st.integers(0, 2),
+    recent=st.integers(0, 1),
+    seed=st.integers(0, 999),
+    ties=st.booleans(),
+)
+@settings(deadline=None, max_examples=60)
+def test_selection_properties(
+    length: int, budget_pages: int, sinks: int, recent: int, seed: int, ties: bool
+) -> None:
+    page_size = 8
+    pages = num_pages(length, page_size)
+    scores = torch.randn(1, 2, pages + 2, generator=torch.Generator().manual_seed(seed))
+    if ties:
+        scores = scores.round()
+    for lengths in (length, torch.tensor([length])):
+        selected = select_pages(
+            scores,
+            lengths,
+            page_size=page_size,
+            token_budget=budget_pages * page_size,
+            num_sink_pages=sinks,
+            num_recent_pages=recent,
+        )
+        for head in as_lists(selected.pages)[0]:
+            assert len(set(head)) == len(head) == int(selected.counts[0]) == min(pages, budget_pages)
+            assert head == sorted(head)
+            assert head[-1] == pages - 1, "the page being written is read, and last"
+            assert set(range(min(sinks, pages))) <= set(head)
+        expected = reference.select_pages(scores, [length], page_size, budget_pages * page_size, sinks, recent)
+        assert as_lists(selected.pages) == expected
+
+
+@pytest.mark.parametrize("layout", ["nhd", "hnd"])
+def test_permuting_physical_pages_changes_nothing(layout: str) -> None:
+    config = QuestConfig(token_budget=24, page_size=8)
+    outputs = []
+    for spare in (0, 5):  # another number of pages gives another permutation of the same contents
+        cache = make_cache([77, 50], layout=layout, spare_pages=spare)
+        update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens)
+        outputs.append(quest_decode(query_for(cache, 2), cache.kv, cache.seq_lens, config))
+    assert torch.equal(outputs[0].output, outputs[1].output)
+    assert torch.equal(outputs[0].selected.pages, outputs[1].selected.pages)
+
+
+def test_layouts_agree() -> None:
+    config = QuestConfig(token_budget=24, page_size=8)
+    steps = []
+    for layout in LAYOUTS:
+        cache = make_cache([77, 50], layout=layout)
+        update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens)
+        steps.append(quest_decode(query_for(cache, 2), cache.kv, cache.seq_lens, config))
+    for step in steps[1:]:
+        torch.testing.assert_close(step.output, steps[0].output)
+        assert torch.equal(step.selected.pages, steps[0].selected.pages)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_budget_of_at_least_the_length_is_dense(layout: str) -> None:
+    cache = make_cache([61, 33], layout=layout)
+    kv = cache.kv
+    update_page_metadata(kv, cache.seq_lens, cache.seq_lens)
+    query = query_for(cache, 2)
+    step = quest_decode(query, kv, cache.seq_lens, QuestConfig(token_budget=61, page_size=8))
+    everything = [[list(range(num_pages(n, 8)))] * kv.num_kv_heads for n in cache.lengths]
+    exact, _ = reference.sparse_decode_attention(query, kv, cache.lengths, everything, kv.head_dim**-0.5)
+    torch.testing.assert_close(step.output.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_reference_is_a_backend() -> None:
+    cache = make_cache([60, 9], layout="contiguous")
+    query = query_for(cache, 2)
+    update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens, backend="reference")
+    slow = quest_decode(query, cache.kv, cache.seq_lens, QuestConfig(token_budget=24, page_size=8, backend="reference"))
+    fast = quest_decode(query, cache.kv, cache.seq_lens, QuestConfig(token_budget=24, page_size=8, backend="torch"))
+    assert torch.equal(slow.selected.pages, fast.selected.pages)
+    torch.testing.assert_close(slow.output, fast.output, rtol=1e-5, atol=1e-5)
