@@ -3,6 +3,7 @@
     B    sequences              N   physical pages         P  logical pages per sequence
     HQ   query heads            HKV KV heads               G  query heads per KV head, HQ // HKV
     D    head dimension         T   tokens                 K  selected pages per row
+    DV   head dimension of the values, nearly always D
 
 A kernel reaches a token of K or V from a base pointer, the strides of page, token and head, and a page table. The
 logical shape is always `[N, page_size, HKV, D]`; what differs between layouts is only the strides:
@@ -45,7 +46,7 @@ class ContiguousKV(NamedTuple):
 
     Attributes:
         keys: `[B, HKV, capacity, D]`.
-        values: `[B, HKV, capacity, D]`.
+        values: `[B, HKV, capacity, DV]`.
         metadata: `[B, HKV, capacity / page_size, 2, D]`.
     """
 
@@ -60,7 +61,7 @@ class PagedKV:
 
     Attributes:
         keys: `[N, page_size, HKV, D]`, any strides but a last one of 1; float32, bfloat16, float16 or float64.
-        values: As `keys`.
+        values: `[N, page_size, HKV, DV]`, else as `keys`.
         metadata: `[N, HKV, 2, D]`, dtype of `keys`: the largest (`KEY_MAX`) and smallest (`KEY_MIN`) key per channel.
         page_table: `[B, P]` int32, the physical page of each logical page. Entries past a sequence's end are not read.
         contiguous: The tensors behind `keys`, `values` and `metadata` when they are one contiguous cache, else None.
@@ -80,7 +81,7 @@ class PagedKV:
         pages, page_size, heads, dim = self.keys.shape
         if not self.keys.dtype.is_floating_point or self.keys.dtype.itemsize not in (2, 4, 8):
             raise QuestValueError("keys.dtype", self.keys.dtype, "float32, bfloat16, float16 or float64")
-        _check_like("values", self.values, self.keys, (pages, page_size, heads, dim))
+        _check_like("values", self.values, self.keys, (pages, page_size, heads, self.values.shape[-1]))
         _check_like("metadata", self.metadata, self.keys, (pages, heads, 2, dim))
         for name in ("keys", "values", "metadata"):
             stride = getattr(self, name).stride(-1)
@@ -132,7 +133,7 @@ class PagedKV:
         """
         _check_dims("keys", keys, "[B, HKV, capacity, D]")
         batch, heads, capacity, dim = keys.shape
-        _check_like("values", values, keys, tuple(keys.shape))
+        _check_like("values", values, keys, (batch, heads, capacity, values.shape[-1]))
         if metadata.dim() != 5 or metadata.shape[2] == 0 or capacity % metadata.shape[2]:
             got = list(metadata.shape)
             raise QuestValueError("metadata.shape", got, f"[{batch}, {heads}, {capacity} / page_size, 2, {dim}]")
@@ -145,8 +146,9 @@ class PagedKV:
         reach = (batch - 1) * heads * pages + pages  # head h adds h * pages pages to the id through its stride
 
         def as_pages(tensor: Tensor) -> Tensor:
-            strides = (page_size * dim, dim, capacity * dim, 1)
-            return tensor.as_strided((reach, page_size, heads, dim), strides, tensor.storage_offset())
+            width = tensor.shape[-1]
+            strides = (page_size * width, width, capacity * width, 1)
+            return tensor.as_strided((reach, page_size, heads, width), strides, tensor.storage_offset())
 
         meta_strides = (2 * dim, pages * 2 * dim, dim, 1)
         meta_pages = metadata.as_strided((reach, heads, 2, dim), meta_strides, metadata.storage_offset())
@@ -166,7 +168,7 @@ class PagedKV:
 
     @property
     def head_dim(self) -> int:
-        """Channels per head, D."""
+        """Channels per head of keys and queries, D."""
         return self.keys.shape[3]
 
     @property

@@ -52,7 +52,7 @@ class QuestOutput(NamedTuple):
     """Result of `quest_decode`.
 
     Attributes:
-        output: `[B, HQ, D]`, dtype of the query.
+        output: `[B, HQ, DV]`, dtype of the query.
         selected: The pages that were read.
     """
 
@@ -214,7 +214,7 @@ def sparse_decode_attention(
         backend: Which implementation runs.
 
     Returns:
-        The output `[B, HQ, D]` in the dtype of the query, zero where a sequence has no token to attend to; and the
+        The output `[B, HQ, DV]` in the dtype of the query, zero where a sequence has no token to attend to; and the
         log-sum-exp `[B, HQ]` in float32 (natural logarithm), or None.
 
     Raises:

@@ -101,10 +101,10 @@ def sparse_decode_attention(
     token_mask: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the tokens of the selected pages: output `[B, HQ, D]` and log-sum-exp `[B, HQ]`, both in `dtype`."""
-    batch, num_query_heads, dim = query.shape
+    """Attention over the tokens of the selected pages: output `[B, HQ, DV]` and log-sum-exp `[B, HQ]`, both in `dtype`."""
+    batch, num_query_heads, _ = query.shape
     group = num_query_heads // kv.num_kv_heads
-    output = torch.zeros(batch, num_query_heads, dim, dtype=dtype)
+    output = torch.zeros(batch, num_query_heads, kv.values.shape[-1], dtype=dtype)
     lse = torch.full((batch, num_query_heads), -math.inf, dtype=dtype)
     for b in range(batch):
         live = set(_live_tokens(b, seq_lens, token_mask))

@@ -202,9 +202,9 @@ def sparse_decode_attention(
     if slots == 0:  # no sequence has a token
         empty = query.new_full(query.shape[:2], -math.inf, dtype=torch.float32)
         lse = empty if sinks is None else sinks.float().expand(batch, -1)
-        return torch.zeros_like(query), lse if return_lse else None
+        return query.new_zeros(*query.shape[:2], kv.values.shape[-1]), lse if return_lse else None
     physical = _physical_pages(kv, selected.pages)
-    keys, values = _gather(kv.keys, physical), _gather(kv.values, physical)  # [B, HKV, K * page_size, D]
+    keys, values = _gather(kv.keys, physical), _gather(kv.values, physical)  # [B, HKV, K * page_size, D and DV]
 
     mask = None
     if isinstance(seq_lens, int) and token_mask is None:
@@ -221,7 +221,7 @@ def sparse_decode_attention(
         output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=sm_scale)
         if mask is not None:  # a row with nothing to attend to is zero, not NaN
             output = output.masked_fill(~mask.any(-1, keepdim=True), 0)
-        return output.reshape(query.shape), None
+        return output.flatten(1, 2), None
     return _attend_by_hand(query, grouped, keys, values, mask, sm_scale, softcap, sinks, return_lse)
 
 
@@ -248,7 +248,7 @@ def _attend_by_hand(
         everything = torch.cat([logits, column], -1)
     lse = torch.logsumexp(everything, -1, keepdim=True)
     weights = torch.exp(logits - lse.masked_fill(lse == -math.inf, 0))
-    output = (weights @ values.float()).to(query.dtype).reshape(query.shape)
+    output = (weights @ values.float()).to(query.dtype).flatten(1, 2)
     return output, lse.view(query.shape[:2]) if return_lse else None
 
 

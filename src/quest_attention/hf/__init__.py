@@ -1,0 +1,17 @@
+"""Quest in transformers: `enable_quest` for a model, `QuestCache` for people who hold their cache themselves."""
+
+from quest_attention.hf.cache import QuestCache, layer_kinds
+from quest_attention.hf.counters import LayerCounter, QuestCounters
+from quest_attention.hf.enable import QuestHandle, enable_quest
+from quest_attention.hf.layer import OnSelect, QuestLayer
+
+__all__ = [
+    "LayerCounter",
+    "OnSelect",
+    "QuestCache",
+    "QuestCounters",
+    "QuestHandle",
+    "QuestLayer",
+    "enable_quest",
+    "layer_kinds",
+]

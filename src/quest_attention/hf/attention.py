@@ -1,0 +1,150 @@
+"""The attention function that transformers calls: Quest for a decode step past the budget, else the model's own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+from quest_attention.errors import QuestValueError, UnsupportedModelError
+from quest_attention.hf.layer import LAYER_ATTRIBUTE, QuestLayer
+from quest_attention.ops import quest_decode
+
+__all__ = ["EAGER_NAME", "SDPA_NAME", "register_attention"]
+
+SDPA_NAME = "quest"
+"""Registered for models whose dense attention is scaled_dot_product_attention."""
+EAGER_NAME = "quest_eager"
+"""Registered for models whose dense attention is their own eager one: logit softcap, attention sinks, or by choice."""
+
+AttentionForward = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def register_attention() -> None:
+    """Make both names known to transformers. Without the mask functions, padded batches would be silently wrong."""
+    AttentionInterface.register(SDPA_NAME, _sdpa_or_quest)
+    AttentionMaskInterface.register(SDPA_NAME, sdpa_mask)
+    AttentionInterface.register(EAGER_NAME, _eager_or_quest)
+    AttentionMaskInterface.register(EAGER_NAME, _eager_or_decode_mask)
+
+
+def _eager_or_decode_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """Eager's additive mask; for a decode step the boolean one, or none where nothing is masked, as Quest takes it."""
+    q_length = kwargs["q_length"] if "q_length" in kwargs else args[1]
+    if q_length != 1:
+        mask: Tensor | None = eager_mask(*args, **kwargs)
+    else:
+        mask = sdpa_mask(*args, **kwargs)
+    return mask
+
+
+def _sdpa_or_quest(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    return _attend(sdpa_attention_forward, module, query, key, value, attention_mask, **kwargs)
+
+
+def _eager_or_quest(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    eager: AttentionForward = sys.modules[type(module).__module__].eager_attention_forward
+
+    def dense(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if attention_mask is not None and attention_mask.dtype == torch.bool:
+            lowest = torch.finfo(query.dtype).min
+            attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, lowest)
+        return eager(module, query, key, value, attention_mask, **kwargs)
+
+    return _attend(dense, module, query, key, value, attention_mask, **kwargs)
+
+
+def _attend(
+    dense: AttentionForward,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention as transformers asks for it.
+
+    Args:
+        dense: The model's own attention.
+        module: The attention module.
+        query: `[B, HQ, T, D]`, T the tokens of this pass.
+        key: `[B, HKV, length, D]`, from `QuestLayer.update` or any other cache.
+        value: `[B, HKV, length, DV]`.
+        attention_mask: None, or `[B, 1, T, length]`, boolean (True attends) or additive.
+        **kwargs: `scaling`, `softcap`, `s_aux` and whatever else a model passes to its attention.
+
+    Returns:
+        `[B, T, HQ, DV]` and None, or what `dense` gives.
+
+    Raises:
+        UnsupportedModelError: A decode step past the budget has a position bias, which bounds on keys cannot see.
+        QuestValueError: Its mask differs between heads, or adds anything but 0 and minus infinity.
+    """
+    layer: QuestLayer | None = getattr(key, LAYER_ATTRIBUTE, None)
+    if layer is None or query.shape[2] != 1:
+        return dense(module, query, key, value, attention_mask, **kwargs)
+    batch, length = query.shape[0], key.shape[2]
+    if length <= layer.config.token_budget:
+        # The model's own function, so that a generation within the budget is the model's own to the last bit.
+        layer.counter.count_dense("within budget", batch * layer.num_pages)
+        return dense(module, query, key, value, attention_mask, **kwargs)
+    scaling, softcap, sinks = kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux")
+    if layer.is_dense:
+        layer.counter.count_dense("dense layer", batch * layer.num_pages)
+        if attention_mask is None and softcap is None and sinks is None and dense is sdpa_attention_forward:
+            return _dense_decode(query, key, value, scaling), None
+        return dense(module, query, key, value, attention_mask, **kwargs)
+    if kwargs.get("position_bias") is not None:
+        raise UnsupportedModelError("position_bias: got a tensor, expected None: Quest's bounds see keys only")
+    step = quest_decode(
+        query[:, :, 0],
+        layer.paged,
+        length,
+        layer.config,
+        sm_scale=scaling,
+        softcap=softcap,
+        sinks=sinks,
+        token_mask=None if attention_mask is None else _token_mask(attention_mask),
+        workspace=layer.workspaces.get(layer.paged),
+    )
+    pages, counts = step.selected
+    read = batch * pages.shape[2] if attention_mask is None else counts.sum()
+    layer.counter.count_sparse(read, batch * layer.num_pages)
+    if layer.on_select is not None:
+        layer.on_select(layer.counter.layer, step.selected, layer.num_pages)
+    return step.output[:, None], None
+
+
+def _dense_decode(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """Attention of one unmasked token per sequence over everything: the group as rows, so that no key is repeated."""
+    batch, heads, _, dim = query.shape
+    packed = query.view(batch, key.shape[1], -1, dim)  # [B, HKV, G, D]
+    return F.scaled_dot_product_attention(packed, key, value, scale=scaling).flatten(1, 2)[:, None]
+
+
+def _token_mask(attention_mask: Tensor) -> Tensor:
+    """`[B, length]` bool, True where a token may be attended to, from the mask of a decode step."""
+    if attention_mask.dim() != 4 or attention_mask.shape[1] != 1 or attention_mask.shape[2] != 1:
+        raise QuestValueError("attention_mask.shape", list(attention_mask.shape), "[B, 1, 1, length], for all heads")
+    rows = attention_mask[:, 0, 0]
+    if rows.dtype == torch.bool:
+        return rows
+    masked = rows <= torch.finfo(rows.dtype).min / 2
+    # A mask of the user's own; looking at it stalls a GPU, but a bias we ignored would be silently wrong.
+    if not bool((masked | (rows == 0)).all()):
+        raise QuestValueError("attention_mask", "additive values", "0 and the lowest number only: bounds see no bias")
+    return ~masked

@@ -1,0 +1,83 @@
+"""`QuestCache`: a transformers cache whose full-attention layers keep page metadata."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+
+from quest_attention.config import QuestConfig
+from quest_attention.hf.counters import LayerCounter, QuestCounters
+from quest_attention.hf.layer import OnSelect, QuestLayer, Workspaces
+from quest_attention.ops import resolve_backend
+
+__all__ = ["QuestCache", "layer_kinds"]
+
+
+def layer_kinds(config: PretrainedConfig, quest: QuestConfig) -> dict[int, str]:
+    """What Quest makes of each attention layer of a model: `"quest"`, `"dense"` or why it is left alone, by layer index.
+
+    The leading dense layers are counted among the attention layers, so that those of a hybrid count as in the paper's
+    models; windowed layers are attention layers.
+
+    Args:
+        config: Configuration of the model.
+        quest: What to read.
+    """
+    kinds: dict[int, str] = {}
+    is_mla = getattr(config.get_text_config(decoder=True), "kv_lora_rank", None) is not None
+    for index, layer in enumerate(DynamicCache(config=config).layers):
+        if not isinstance(layer, CacheLayerMixin):
+            continue
+        if is_mla:
+            kinds[index] = "latent"
+        elif type(layer) is not DynamicLayer:  # a subclass keeps something that we would not
+            kinds[index] = "windowed" if getattr(layer, "is_sliding", False) else "other"
+        else:
+            kinds[index] = "dense" if len(kinds) < quest.num_dense_layers else "quest"
+    return kinds
+
+
+class QuestCache(DynamicCache):
+    """A KV cache for a model on which Quest is enabled, for people who hold their cache themselves.
+
+    Full-attention layers become `QuestLayer`; windowed, chunked, linear and latent layers stay transformers' own.
+
+    Args:
+        config: Configuration of the model.
+        quest: What to read.
+        max_length: Tokens to make room for at once, where known [tokens].
+        counters: Counters to go on counting in; new ones by default.
+        on_select: Called after each sparse decode step of a layer with its index, the selection and its pages.
+
+    Raises:
+        BackendError: The backend asked for cannot run.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        quest: QuestConfig | None = None,
+        *,
+        max_length: int | None = None,
+        counters: QuestCounters | None = None,
+        on_select: OnSelect | None = None,
+    ) -> None:
+        self.quest = QuestConfig() if quest is None else quest
+        if self.quest.backend != "auto":
+            resolve_backend(self.quest.backend, "cpu")
+        super().__init__(config=config)
+        kinds = layer_kinds(config, self.quest)
+        if counters is None:
+            counters = QuestCounters([LayerCounter(index, kind) for index, kind in kinds.items()])
+        self.counters = counters
+        workspaces = Workspaces()
+        for counter in self.counters.layers:
+            if counter.kind in ("quest", "dense"):
+                self.layers[counter.layer] = QuestLayer(
+                    self.quest,
+                    counter,
+                    is_dense=counter.kind == "dense",
+                    workspaces=workspaces,
+                    max_length=max_length,
+                    on_select=on_select,
+                )

@@ -1,0 +1,172 @@
+"""`QuestCounters`: was Quest active, and how much of the cache did it read."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["LayerCounter", "QuestCounters"]
+
+
+class LayerCounter:
+    """Decode steps of one attention layer. A decode step is a forward pass of one token per sequence.
+
+    Attributes:
+        layer: Index in the model.
+        kind: `"quest"`, `"dense"` (among the leading dense layers), `"windowed"` or another reason why it is untouched.
+        sparse_steps: Steps that read the selected pages only [steps].
+        dense_steps: Steps that read everything [steps], by reason: `"dense layer"`, `"within budget"`.
+        bypassed_steps: Steps in which the model took the cache's keys but never handed them to Quest's attention [steps].
+        prefill_tokens: Tokens per sequence that came in passes of several tokens (prefill, verification) [tokens].
+        pages_held: Pages a dense layer would have read in the counted steps, per KV head, over all sequences [pages].
+    """
+
+    def __init__(self, layer: int, kind: str) -> None:
+        self.layer = layer
+        self.kind = kind
+        self._lock = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything counted."""
+        self.sparse_steps = 0
+        self.dense_steps_by_reason: dict[str, int] = {}
+        self.prefill_tokens = 0
+        self.pages_held = 0
+        self._pages_read = 0
+        self._pages_read_on_device: Tensor | None = None
+        self._updates = 0
+
+    @property
+    def dense_steps(self) -> int:
+        """Decode steps that read everything [steps]."""
+        return sum(self.dense_steps_by_reason.values())
+
+    @property
+    def bypassed_steps(self) -> int:
+        """Decode steps whose keys never reached Quest's attention function [steps]."""
+        return max(0, self._updates - self.sparse_steps - self.dense_steps)
+
+    @property
+    def pages_read(self) -> int:
+        """Pages that the counted steps read, per KV head, over all sequences [pages]. Waits for the device."""
+        on_device = self._pages_read_on_device
+        return self._pages_read + (0 if on_device is None else int(on_device))
+
+    def count_update(self, num_tokens: int) -> None:
+        """The cache took `num_tokens` new tokens of each sequence."""
+        with self._lock:
+            if num_tokens == 1:
+                self._updates += 1
+            else:
+                self.prefill_tokens += num_tokens
+
+    def count_dense(self, reason: str, pages: int) -> None:
+        """A decode step read all `pages`."""
+        with self._lock:
+            self.dense_steps_by_reason[reason] = self.dense_steps_by_reason.get(reason, 0) + 1
+            self._pages_read += pages
+            self.pages_held += pages
+
+    def count_sparse(self, pages_read: int | Tensor, pages_held: int) -> None:
+        """A decode step read `pages_read` of `pages_held` pages; a tensor stays on its device until somebody looks."""
+        with self._lock:
+            self.sparse_steps += 1
+            self.pages_held += pages_held
+            if isinstance(pages_read, int):
+                self._pages_read += pages_read
+            elif self._pages_read_on_device is None:
+                self._pages_read_on_device = pages_read.long()
+            else:
+                self._pages_read_on_device = self._pages_read_on_device + pages_read
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything counted, ready for JSON."""
+        return {
+            "layer": self.layer,
+            "kind": self.kind,
+            "sparse_steps": self.sparse_steps,
+            "dense_steps": dict(self.dense_steps_by_reason),
+            "bypassed_steps": self.bypassed_steps,
+            "prefill_tokens": self.prefill_tokens,
+            "pages_read": self.pages_read,
+            "pages_held": self.pages_held,
+        }
+
+
+class QuestCounters:
+    """Counters of every attention layer of a model, summed over the caches that share them.
+
+    Attributes:
+        layers: One counter per attention layer, in the order of the model.
+    """
+
+    def __init__(self, layers: list[LayerCounter]) -> None:
+        self.layers = layers
+
+    @property
+    def sparse_steps(self) -> int:
+        """Decode steps that read selected pages only, summed over layers [layer steps]."""
+        return sum(layer.sparse_steps for layer in self.layers)
+
+    @property
+    def dense_steps(self) -> int:
+        """Decode steps that read everything, summed over layers [layer steps]."""
+        return sum(layer.dense_steps for layer in self.layers)
+
+    @property
+    def bypassed_steps(self) -> int:
+        """Decode steps that never reached Quest's attention function, summed over layers [layer steps]."""
+        return sum(layer.bypassed_steps for layer in self.layers)
+
+    @property
+    def pages_read(self) -> int:
+        """Pages read per KV head, over layers, sequences and steps [pages]."""
+        return sum(layer.pages_read for layer in self.layers)
+
+    @property
+    def pages_held(self) -> int:
+        """Pages that reading everything would have read, counted as `pages_read` [pages]."""
+        return sum(layer.pages_held for layer in self.layers)
+
+    @property
+    def share_read(self) -> float:
+        """Share of the KV cache that the counted decode steps read, 0 to 1; 1 when nothing was counted."""
+        return self.pages_read / self.pages_held if self.pages_held else 1.0
+
+    def reset(self) -> None:
+        """Forget everything counted, in every layer."""
+        for layer in self.layers:
+            layer.reset()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything counted, ready for JSON."""
+        return {
+            "sparse_steps": self.sparse_steps,
+            "dense_steps": self.dense_steps,
+            "bypassed_steps": self.bypassed_steps,
+            "pages_read": self.pages_read,
+            "pages_held": self.pages_held,
+            "share_read": self.share_read,
+            "layers": [layer.to_dict() for layer in self.layers],
+        }
+
+    def summary(self) -> str:
+        """A table of one line per layer and a line for the whole."""
+        lines = [f"{'layer':>5}  {'kind':<12} {'sparse':>8} {'dense':>8} {'pages read':>12} {'pages held':>12} {'read':>7}"]
+        for layer in self.layers:
+            share = f"{layer.pages_read / layer.pages_held:.1%}" if layer.pages_held else "-"
+            lines.append(
+                f"{layer.layer:>5}  {layer.kind:<12} {layer.sparse_steps:>8} {layer.dense_steps:>8} "
+                f"{layer.pages_read:>12} {layer.pages_held:>12} {share:>7}"
+            )
+        total = f"{self.share_read:.1%}" if self.pages_held else "-"
+        lines.append(
+            f"{'all':>5}  {'':<12} {self.sparse_steps:>8} {self.dense_steps:>8} "
+            f"{self.pages_read:>12} {self.pages_held:>12} {total:>7}"
+        )
+        if self.bypassed_steps:
+            lines.append(f"{self.bypassed_steps} layer steps never reached Quest's attention and read everything")
+        return "\n".join(lines)

@@ -1,0 +1,188 @@
+"""`enable_quest`: make a model decode with Quest, and undo it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from types import TracebackType
+from typing import Any, NoReturn
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from quest_attention.config import QuestConfig
+from quest_attention.errors import QuestStateError, QuestValueError, QuestWarning, UnsupportedModelError
+from quest_attention.hf.attention import EAGER_NAME, SDPA_NAME, register_attention
+from quest_attention.hf.cache import QuestCache, layer_kinds
+from quest_attention.hf.counters import LayerCounter, QuestCounters
+from quest_attention.hf.layer import OnSelect
+from quest_attention.hf.support import check_supported, needs_eager
+from quest_attention.ops import resolve_backend
+
+__all__ = ["QuestHandle", "enable_quest"]
+
+_HANDLE = "_quest_handle"
+_CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+
+
+def enable_quest(
+    model: PreTrainedModel, config: QuestConfig | None = None, *, on_select: OnSelect | None = None
+) -> QuestHandle:
+    """Make `model.generate()` and forward passes with a `QuestCache` decode with Quest.
+
+    The model keeps its weights and code. Until the handle is closed it has a private copy of its configuration (so that
+    models built from the same one are left alone), an attention function that Quest registers with transformers, and
+    its `generate()` makes a `QuestCache` where it would make a `DynamicCache`.
+
+    Args:
+        model: Any supported model; docs/transformers.md has the families.
+        config: What to read; the defaults of `QuestConfig` otherwise.
+        on_select: Called after each sparse decode step of a layer as `on_select(layer, selection, num_pages)`.
+
+    Returns:
+        A handle with counters. Use it in a `with` statement, or call `disable()`.
+
+    Raises:
+        UnsupportedModelError: Quest cannot serve the model; it is left as it was.
+        QuestStateError: Quest is enabled on the model already.
+        BackendError: The backend asked for cannot run on the model's device.
+
+    Warns:
+        QuestWarning: Every layer will run dense.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> model = LlamaForCausalLM(LlamaConfig(
+    ...     hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, vocab_size=64))
+    >>> with enable_quest(model, QuestConfig(token_budget=32)) as quest:
+    ...     _ = model.generate(torch.arange(64)[None], max_new_tokens=4, pad_token_id=0)
+    ...     quest.counters.layers[2].sparse_steps
+    3
+    """
+    if config is None:
+        config = QuestConfig()
+    if not isinstance(config, QuestConfig):
+        raise QuestValueError("config", config, "a QuestConfig")
+    check_supported(model, config)
+    if getattr(model, _HANDLE, None) is not None:
+        raise QuestStateError("Quest is enabled on this model already: call disable() on its handle first")
+    resolve_backend(config.backend, model.device)
+    return QuestHandle(model, config, on_select)
+
+
+class QuestHandle:
+    """Quest on one model, until `disable()` or the end of the `with` statement.
+
+    Attributes:
+        model: The model.
+        config: What decode steps read.
+        counters: Steps and pages of every cache that `generate()` made since.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: QuestConfig, on_select: OnSelect | None) -> None:
+        self.model = model
+        self.config = config
+        kinds = layer_kinds(model.config, config)
+        self.counters = QuestCounters([LayerCounter(index, kind) for index, kind in kinds.items()])
+        self._on_select = on_select
+        name = EAGER_NAME if needs_eager(model) else SDPA_NAME
+        register_attention()
+        self._shared_configs = _give_private_configs(model)
+        try:
+            model.set_attn_implementation(name)
+        except BaseException:
+            self._restore_configs()
+            raise
+        self._make_cache = model._prepare_cache_for_generation
+        model._prepare_cache_for_generation = self._prepare_cache_for_generation
+        for method in _CONTINUOUS_BATCHING:
+            if hasattr(model, method):
+                setattr(model, method, _refuse_continuous_batching)
+        setattr(model, _HANDLE, self)
+
+    def __enter__(self) -> QuestHandle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.disable()
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether the model decodes with Quest through this handle."""
+        return getattr(self.model, _HANDLE, None) is self
+
+    def disable(self) -> None:
+        """Put the model back as it was. Does nothing the second time."""
+        if not self.is_enabled:
+            return
+        for name in ("_prepare_cache_for_generation", *_CONTINUOUS_BATCHING, _HANDLE):
+            self.model.__dict__.pop(name, None)  # what the class has comes to light again
+        self._restore_configs()
+
+    def make_cache(self, max_length: int | None = None) -> QuestCache:
+        """A new cache for the model that counts in this handle's counters.
+
+        Args:
+            max_length: Tokens to make room for at once, where known [tokens].
+        """
+        return QuestCache(
+            self.model.config, self.config, max_length=max_length, counters=self.counters, on_select=self._on_select
+        )
+
+    def _restore_configs(self) -> None:
+        for module, shared in self._shared_configs:
+            module.config = shared
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Stands in for the method of `generate()` that makes the cache."""
+        given = model_kwargs.get("past_key_values")
+        if given is not None:
+            if isinstance(given, Cache) and not isinstance(given, QuestCache):
+                _warn_dense(f"was given a {type(given).__name__}, which has no page metadata; pass a QuestCache or none")
+        elif generation_config.use_cache is False:
+            _warn_dense("was asked for use_cache=False")
+        elif generation_config.cache_implementation is not None:
+            raise QuestValueError(
+                "cache_implementation", generation_config.cache_implementation, "None while Quest is enabled"
+            )
+        else:
+            model_kwargs["past_key_values"] = self.make_cache(max_cache_length)
+            if generation_config.is_assistant:
+                model_kwargs["past_key_values"].activate_past_recording()
+            return
+        self._make_cache(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+
+
+def _warn_dense(why: str) -> None:
+    warnings.warn(f"generate() {why}: every layer runs dense", QuestWarning, stacklevel=5)
+
+
+def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
+    raise UnsupportedModelError(
+        "generate_batch: its paged cache knows only transformers' own attention: use generate(), or disable() Quest first"
+    )
+
+
+def _give_private_configs(model: PreTrainedModel) -> list[tuple[nn.Module, PretrainedConfig]]:
+    """Copy the model's configurations for itself; returns what each module had.
+
+    A configuration holds the name of the attention function, and models built from one share the object.
+    """
+    memo: dict[int, Any] = {}  # one for all, so that a sub-configuration stays the one its parent holds
+    had = []
+    for module in model.modules():
+        shared = module.__dict__.get("config")
+        if isinstance(shared, PretrainedConfig):
+            had.append((module, shared))
+            module.config = copy.deepcopy(shared, memo)
+    return had

@@ -1,0 +1,296 @@
+"""`QuestLayer`: the KV cache of one attention layer, with page metadata beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from quest_attention.config import QuestConfig
+from quest_attention.errors import QuestStateError, QuestValueError
+from quest_attention.hf.counters import LayerCounter
+from quest_attention.ops import DecodeWorkspace, Selection, update_page_metadata
+from quest_attention.pages import PagedKV, num_pages
+
+__all__ = ["LAYER_ATTRIBUTE", "OnSelect", "QuestLayer", "Workspaces"]
+
+LAYER_ATTRIBUTE = "_quest_layer"
+"""Attribute of the key view that `update` returns, by which the attention function finds the layer.
+
+Attention modules hand the tensors of `update` to the attention function unchanged, so the layer travels with them:
+right with several caches at once, with threads that share a model and with layers that share keys. A model that
+rebuilds its keys in between (multi-head latent attention) loses the attribute and stays dense.
+"""
+
+GROWTH = 2
+"""Factor by which full storage grows: a token is copied once on average, not at every step."""
+
+OnSelect = Callable[[int, Selection, int], None]
+"""Called after each sparse decode step of a layer with its index, the selection and the number of pages it held."""
+
+
+class Workspaces:
+    """Scratch memory that the layers of one cache share, since they run one after the other."""
+
+    def __init__(self) -> None:
+        self._by_shape: dict[tuple[int, int, int, torch.device], DecodeWorkspace] = {}
+
+    def get(self, kv: PagedKV) -> DecodeWorkspace:
+        """The workspace for a cache of this shape, made at its first use."""
+        key = (kv.batch_size, kv.num_kv_heads, kv.max_pages, kv.keys.device)
+        if key not in self._by_shape:
+            with torch.inference_mode(False):
+                self._by_shape[key] = DecodeWorkspace.allocate(*key)
+        return self._by_shape[key]
+
+    def clear(self) -> None:
+        """Free everything: the storage has grown, or the batch has changed."""
+        self._by_shape.clear()
+
+
+class QuestLayer(DynamicLayer):
+    """Keys and values `[B, HKV, capacity, D]` that grow by doubling, and the bounds of their pages.
+
+    `update` writes in place and returns views: no token is copied again at each step, as `torch.cat` does.
+
+    Args:
+        config: What to read.
+        counter: Where steps are counted.
+        is_dense: Whether the layer always reads everything; it then keeps no metadata.
+        workspaces: Scratch memory shared with the other layers of the cache.
+        max_length: Tokens to make room for at once, where known [tokens].
+        on_select: Called after each sparse step.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+    supports_early_init = False  # capacity follows from the first tokens
+
+    def __init__(
+        self,
+        config: QuestConfig,
+        counter: LayerCounter,
+        *,
+        is_dense: bool,
+        workspaces: Workspaces,
+        max_length: int | None = None,
+        on_select: OnSelect | None = None,
+    ) -> None:
+        self.config = config
+        self.counter = counter
+        self.is_dense = is_dense
+        self.workspaces = workspaces
+        self.max_length = max_length
+        self.on_select = on_select
+        self._length = 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        self._metadata: Tensor | None = None
+        self._paged: PagedKV | None = None
+        super().__init__()
+
+    # transformers reads `layer.keys` and `layer.values`, and its base class sets both to None when it is made.
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Keys written so far, `[B, HKV, length, D]`, a view; None before the first update."""
+        return None if self._keys is None else self._keys[:, :, : self._length]
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        self._refuse_assignment("keys", keys)
+
+    @property
+    def values(self) -> Tensor | None:
+        """Values written so far, `[B, HKV, length, DV]`, a view; None before the first update."""
+        return None if self._values is None else self._values[:, :, : self._length]
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        self._refuse_assignment("values", values)
+
+    def _refuse_assignment(self, name: str, tensor: Tensor | None) -> None:
+        if tensor is not None:
+            raise QuestStateError(f"{name}: assigned to a QuestLayer, whose page metadata would not follow: use update()")
+        self._free()
+
+    @property
+    def paged(self) -> PagedKV:
+        """The storage as pages."""
+        assert self._keys is not None and self._values is not None and self._metadata is not None, "storage allocated"
+        if self._paged is None:
+            with torch.inference_mode(False):
+                self._paged = PagedKV.from_contiguous(self._keys, self._values, self._metadata)
+        return self._paged
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that hold a token [pages]."""
+        return num_pages(self._length, self.config.page_size)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens per sequence there is room for [tokens]."""
+        return 0 if self._keys is None else self._keys.shape[2]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for the first tokens `[B, HKV, T, D]`."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        new = key_states.shape[2]
+        wanted = max(new, min(self.max_length or 0, GROWTH * new)) if new > 1 else max(new, self.config.token_budget)
+        self._allocate(key_states, value_states, key_states.shape[0], wanted)
+        self.is_initialized = True
+
+    def _allocate(self, keys: Tensor, values: Tensor, batch: int, length: int) -> None:
+        """New storage for `batch` sequences of `length` tokens, shaped like `keys` and `values` otherwise."""
+        page_size = self.config.page_size
+        pages = num_pages(length, page_size)
+        heads = keys.shape[1]
+        # Storage made under inference mode could not be written outside of it, by the next turn of a conversation.
+        with torch.inference_mode(False):
+            self._keys = keys.new_empty(batch, heads, pages * page_size, keys.shape[3])
+            self._values = values.new_empty(batch, heads, pages * page_size, values.shape[3])
+            self._metadata = None if self.is_dense else keys.new_empty(batch, heads, pages, 2, keys.shape[3])
+        self._paged = None
+        self.workspaces.clear()
+
+    def _free(self) -> None:
+        self._keys = self._values = self._metadata = self._paged = None
+        self._length = 0
+        self.is_initialized = False
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write new tokens and take them into the bounds of their pages.
+
+        Args:
+            key_states: `[B, HKV, T, D]`.
+            value_states: `[B, HKV, T, DV]`.
+            *args: Ignored, as in transformers' own layers.
+            **kwargs: Likewise.
+
+        Returns:
+            Views of all keys and values so far; the keys carry the layer itself.
+
+        Raises:
+            QuestValueError: The tokens do not fit those in the cache (another batch, another model); nothing is written.
+            QuestStateError: Gradients are being recorded, which writing in place would break.
+        """
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            raise QuestStateError("a QuestCache writes in place: run the model under torch.no_grad() or inference_mode()")
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self._keys is not None and self._values is not None, "storage allocated"
+        _check_fits("key_states", key_states, self._keys)
+        _check_fits("value_states", value_states, self._values)
+        new = key_states.shape[2]
+        start, end = self._length, self._length + new
+        if end > self.capacity:
+            self._resize(max(end, GROWTH * self.capacity))
+        self._keys[:, :, start:end] = key_states
+        self._values[:, :, start:end] = value_states
+        self._length = end
+        if self._metadata is not None:
+            update_page_metadata(self.paged, end, new, self.config.backend)
+        self.counter.count_update(new)
+        keys, values = self._keys[:, :, :end], self._values[:, :, :end]
+        setattr(keys, LAYER_ATTRIBUTE, self)
+        return keys, values
+
+    def _resize(self, length: int) -> None:
+        """Move to storage for `length` tokens per sequence."""
+        self._rebuild(length, lambda tensor: tensor, self._batch())
+
+    def _rebuild(self, length: int, pick: Callable[[Tensor], Tensor], batch: int) -> None:
+        """Move to new storage, `pick` choosing the sequences to keep."""
+        keys, values, metadata = self._keys, self._values, self._metadata
+        assert keys is not None and values is not None, "storage allocated"
+        self._allocate(keys, values, batch, length)
+        self._keys[:, :, : self._length] = pick(keys[:, :, : self._length])
+        self._values[:, :, : self._length] = pick(values[:, :, : self._length])
+        if metadata is not None and self._metadata is not None:
+            self._metadata[:, :, : self.num_pages] = pick(metadata[:, :, : self.num_pages])
+
+    def _batch(self) -> int:
+        return 0 if self._keys is None else self._keys.shape[0]
+
+    def get_seq_length(self) -> int:
+        """Tokens per sequence written so far [tokens]."""
+        return self._length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that a pass of `query_length` tokens will see [tokens]."""
+        return self._length + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: the storage grows."""
+        return -1
+
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        """Take back the last tokens. Bounds may stay wider than the keys that remain: still bounds.
+
+        Args:
+            tokens_to_remove: A negative number of tokens to remove. A positive one is the length to keep, which
+                transformers 5.17 still passes and 5.23 refuses.
+        """
+        count = int(tokens_to_remove)  # assisted decoding in transformers 5.17 passes a tensor
+        keep = count if count > 0 else self._length + count
+        self._length = max(0, min(self._length, keep))
+
+    def reset(self) -> None:
+        """Forget all tokens and free the storage."""
+        self._free()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Give sequence `b` the contents of sequence `beam_idx[b]`, for beam search.
+
+        Args:
+            beam_idx: `[B]` int64.
+        """
+        if self._length:
+            self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence `repeats` times."""
+        if self._length:
+            self._rebuild(self.capacity, lambda t: t.repeat_interleave(repeats, 0), self._batch() * repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences `indices`, `[B']` int64."""
+        if self._length:
+            rows = torch.arange(self._batch(), device=self.device)[indices.to(self.device)]  # bool or int64
+            if rows.shape[0] != self._batch():
+                self._rebuild(self.capacity, lambda t: t.index_select(0, rows), rows.shape[0])
+                return
+            for tensor, used in self._stored():
+                tensor[:, :, :used] = tensor[:, :, :used].index_select(0, rows)
+
+    def _stored(self) -> list[tuple[Tensor, int]]:
+        """Tensors with the part of their third dimension that is in use."""
+        assert self._keys is not None and self._values is not None, "storage allocated"
+        stored = [(self._keys, self._length), (self._values, self._length)]
+        return stored if self._metadata is None else [*stored, (self._metadata, self.num_pages)]
+
+    def offload(self) -> None:
+        """Refused: the decode step reads pages in place."""
+        raise QuestStateError("offloading: got a QuestCache, expected a cache that stays on its device")
+
+    def prefetch(self) -> None:
+        """Refused, as `offload`."""
+        self.offload()
+
+
+def _check_fits(name: str, tensor: Tensor, stored: Tensor) -> None:
+    if tensor.dim() != 4 or tensor.shape[:2] != stored.shape[:2] or tensor.shape[3] != stored.shape[3]:
+        batch, heads, _, dim = stored.shape
+        expected = f"[{batch}, {heads}, T, {dim}], as this cache holds: a new batch or model needs a new QuestCache"
+        raise QuestValueError(f"{name}.shape", list(tensor.shape), expected)
+    if tensor.dtype != stored.dtype:
+        raise QuestValueError(f"{name}.dtype", tensor.dtype, f"{stored.dtype}, as this cache holds")
+    if tensor.device != stored.device:
+        raise QuestValueError(f"{name}.device", str(tensor.device), f"{stored.device}, as this cache")

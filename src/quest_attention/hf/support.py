@@ -1,0 +1,68 @@
+"""Which models Quest can serve, and why not the others."""
+
+from __future__ import annotations
+
+import warnings
+
+from transformers import PreTrainedModel
+
+from quest_attention.config import QuestConfig
+from quest_attention.errors import QuestWarning, UnsupportedModelError
+from quest_attention.hf.cache import layer_kinds
+
+__all__ = ["check_supported", "needs_eager"]
+
+
+def check_supported(model: object, quest: QuestConfig) -> None:
+    """Refuse a model that Quest cannot serve, and warn of one that will run dense.
+
+    Raises:
+        UnsupportedModelError: The message says why.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(f"model: got {type(model).__name__}, expected a transformers PreTrainedModel")
+    name = type(model).__name__
+
+    def refuse(why: str) -> UnsupportedModelError:
+        return UnsupportedModelError(f"model: got {name}, {why}")
+
+    if model.config.is_encoder_decoder:
+        raise refuse("expected a decoder-only model: an encoder-decoder's cache is not one growing sequence")
+    if not model.can_generate():
+        raise refuse("expected a model with a language-model head: this one has no generate()")
+    if not model._can_set_attn_implementation() or not hasattr(model, "_supports_default_dynamic_cache"):
+        raise refuse("expected one that calls transformers' attention interface: this one's attention has no such seam")
+    if any("Indexer" in type(module).__name__ for module in model.modules()):
+        raise refuse("expected one without sparse attention of its own: this one selects tokens with an indexer")
+    if not model._supports_default_dynamic_cache():
+        raise refuse("expected one that uses transformers' DynamicCache: this one keeps a state of its own")
+    kinds = layer_kinds(model.config, quest)
+    if not kinds:
+        raise refuse("expected one with attention layers: this one has none")
+    if all(kind in ("windowed", "other") for kind in kinds.values()):
+        raise refuse("expected one with full-attention layers: all of this one's are windowed, so reads are bounded already")
+    if all(kind == "latent" for kind in kinds.values()):
+        warnings.warn(
+            f"{name} rebuilds its keys from a latent cache (MLA), which page bounds cannot see: every layer runs dense",
+            QuestWarning,
+            stacklevel=4,
+        )
+    elif "quest" not in kinds.values():
+        warnings.warn(
+            f"num_dense_layers={quest.num_dense_layers} leaves no layer of {name} to Quest: every layer runs dense",
+            QuestWarning,
+            stacklevel=4,
+        )
+
+
+def needs_eager(model: PreTrainedModel) -> bool:
+    """Whether the model's dense attention must be its own eager function.
+
+    transformers' scaled_dot_product_attention knows no logit softcap (5.17 drops it silently) and no attention sinks.
+    """
+    text = model.config.get_text_config(decoder=True)
+    return (
+        not model._supports_sdpa
+        or getattr(text, "attn_logit_softcapping", None) is not None
+        or model.config._attn_implementation == "eager"
+    )
