@@ -1,0 +1,56 @@
+# `make help` lists the targets. Every target makes the environment it needs, once.
+
+PYTHON ?= python3
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+NEWEST := .venv
+OLDEST := .venv-oldest
+PIP := -m pip --disable-pip-version-check
+
+# One thread per test process: the workers share the cores.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+PYTEST = $(TEST_ENV) $(1)/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-oldest lint format clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+venv: $(NEWEST)/.installed ## Make the environment in .venv (PYTHON=python3.12 picks an interpreter)
+
+demo: $(NEWEST)/.installed ## Hide a fact in a book, ask for it with full attention, Quest and a sliding window
+	$(NEWEST)/bin/quest demo
+
+test: $(NEWEST)/.installed ## Run the tests and the examples in docstrings, with the newest transformers
+	$(call PYTEST,$(NEWEST))
+
+test-oldest: $(OLDEST)/.installed ## The same with the oldest supported transformers
+	$(call PYTEST,$(OLDEST))
+
+lint: $(NEWEST)/.installed ## Lint, formatting, types and the import contract
+	$(NEWEST)/bin/ruff check .
+	$(NEWEST)/bin/ruff format --check .
+	$(NEWEST)/bin/mypy
+	$(NEWEST)/bin/lint-imports
+
+format: $(NEWEST)/.installed ## Format the code and apply the lint fixes that are safe
+	$(NEWEST)/bin/ruff check --fix-only .
+	$(NEWEST)/bin/ruff format .
+
+clean: ## Remove the environments and everything that was built
+	rm -rf $(NEWEST) $(OLDEST) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests training benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(NEWEST)/.installed: constraints/newest.txt
+$(OLDEST)/.installed: constraints/oldest.txt
+
+# torch comes first and by its exact pin: everything after it then finds a torch that fits. The build tools come next,
+# pinned as well, because the package itself is built without isolation.
+%/.installed: pyproject.toml constraints/common.txt
+	test -x $*/bin/python || $(PYTHON) -m venv $*
+	$*/bin/python $(PIP) install --quiet --quiet "$$(grep '^torch==' constraints/common.txt)"
+	$*/bin/python $(PIP) install --quiet --quiet --constraint $(filter %est.txt,$^) hatchling editables
+	$*/bin/python $(PIP) install --quiet --quiet --constraint $(filter %est.txt,$^) --no-build-isolation --editable '.[dev]'
+	touch $@

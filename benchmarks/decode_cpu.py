@@ -1,0 +1,143 @@
+"""Time a decode step on one CPU thread: what users have today, our storage read whole, and Quest.
+
+    python benchmarks/decode_cpu.py --output benchmarks/results/decode_cpu.json
+
+Four arms in one run over the same keys and values, each a forward pass of one token through the same random model:
+
+    dynamic   DynamicCache and sdpa, as transformers decodes without us
+    dense     our storage, every layer reading everything
+    quest-2   Quest, the first two layers dense, as in the paper
+    quest-0   Quest in every layer
+
+Run it on a machine that does nothing else. The run fails if an arm did not take the path it is named for.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import Cache, DynamicCache
+
+from quest_attention import QuestConfig, QuestWarning, enable_quest
+from quest_attention.bench.record import write_record
+from quest_attention.bench.timing import percentiles, time_calls
+from quest_attention.hf import QuestLayer
+
+LAYERS, HIDDEN, QUERY_HEADS, KV_HEADS, HEAD_DIM = 8, 512, 8, 4, 64
+PAGE_SIZE, TOKEN_BUDGET = 16, 1024
+WARMUP = 3
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+ARMS = {"dynamic": None, "dense": LAYERS, "quest-2": 2, "quest-0": 0}  # number of dense layers
+
+
+def make_model(dtype: torch.dtype, seed: int) -> LlamaForCausalLM:
+    """A random Llama of 8 layers."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=QUERY_HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        intermediate_size=1408,
+        vocab_size=4096,
+        max_position_embeddings=1 << 20,
+    )
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def fill(cache: Cache, length: int, dtype: torch.dtype, seed: int) -> None:
+    """Write the same random tokens to every layer of a cache, as a prefill would."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in range(LAYERS):
+        keys, values = torch.randn(2, 1, KV_HEADS, length, HEAD_DIM, generator=generator).to(dtype)
+        cache.update(keys, values, layer)
+
+
+def time_arm(model: LlamaForCausalLM, arm: str, length: int, repeats: int, seed: int) -> dict[str, Any]:
+    """Milliseconds per token of one arm, and what it read."""
+    token = torch.zeros(1, 1, dtype=torch.long)
+
+    def step(cache: Cache) -> None:
+        model(input_ids=token, past_key_values=cache, use_cache=True)
+
+    num_dense_layers = ARMS[arm]
+    with torch.inference_mode():
+        if num_dense_layers is None:
+            cache: Cache = DynamicCache(config=model.config)
+            fill(cache, length, model.dtype, seed)
+            return {"ms": percentiles(time_calls(lambda: step(cache), repeats, WARMUP)), "share_read": 1.0}
+        config = QuestConfig(TOKEN_BUDGET, PAGE_SIZE, num_dense_layers)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", QuestWarning)  # every layer dense is what one arm is for
+            handle = enable_quest(model, config)
+        with handle:
+            quest_cache = handle.make_cache(length + repeats + WARMUP)
+            fill(quest_cache, length, model.dtype, seed)
+            times = time_calls(lambda: step(quest_cache), repeats, WARMUP)
+            steps = repeats + WARMUP
+            taken = (handle.counters.sparse_steps, handle.counters.dense_steps)
+            expected = ((LAYERS - num_dense_layers) * steps, num_dense_layers * steps)
+            if taken != expected:
+                raise RuntimeError(f"{arm}: took {taken} sparse and dense steps, expected {expected}")
+            row = {"ms": percentiles(times), "share_read": handle.counters.share_read}
+            sparse = [layer for layer in quest_cache.layers if isinstance(layer, QuestLayer) and not layer.is_dense]
+            if sparse:
+                paged = sparse[0].paged
+                stored = paged.contiguous
+                assert stored is not None
+                row["metadata_to_kv_bytes"] = stored.metadata.nbytes / (stored.keys.nbytes + stored.values.nbytes)
+            return row
+
+
+def main(
+    lengths: Annotated[str, typer.Option(help="Contexts, comma-separated [tokens].")] = "4096,8192,32768,65536",
+    dtypes: Annotated[str, typer.Option(help="bf16, fp32 or both, comma-separated.")] = "bf16,fp32",
+    repeats: Annotated[int, typer.Option(help="Counted steps per arm.")] = 15,
+    seed: Annotated[int, typer.Option(help="Seed of the model and the cache.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """Time a decode step on one CPU thread."""
+    torch.set_num_threads(1)
+    table = Table("dtype", "context", *ARMS, "quest-2 to dynamic", "quest-2 to dense", title="ms per token (p50)")
+    rows = []
+    for dtype in dtypes.split(","):
+        model = make_model(DTYPES[dtype], seed)
+        for length in map(int, lengths.split(",")):
+            ms = {}
+            for arm in ARMS:
+                row = time_arm(model, arm, length, repeats, seed)
+                rows.append({"dtype": dtype, "context": length, "arm": arm, **row})
+                ms[arm] = row["ms"]["p50"]
+            ratios = [f"{ms[arm] / ms['quest-2']:.2f}x" for arm in ("dynamic", "dense")]
+            table.add_row(dtype, str(length), *(f"{ms[arm]:.1f}" for arm in ARMS), *ratios)
+    Console().print(table)
+    if output is not None:
+        settings = {
+            "layers": LAYERS,
+            "hidden": HIDDEN,
+            "query_heads": QUERY_HEADS,
+            "kv_heads": KV_HEADS,
+            "head_dim": HEAD_DIM,
+            "page_size": PAGE_SIZE,
+            "token_budget": TOKEN_BUDGET,
+            "repeats": repeats,
+            "warmup": WARMUP,
+            "seed": seed,
+        }
+        write_record(output, f"python {' '.join(sys.argv)}", settings, rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)

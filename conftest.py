@@ -1,0 +1,42 @@
+"""What every test runs under: no network, one thread per worker, a fixed seed; no `gpu` tests without a GPU.
+
+It lies at the root so that the examples in the docstrings of `src` get the same.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Read by libraries when they are first imported, and by the commands that tests start.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("COLUMNS", "120")  # so that help texts wrap alike everywhere
+
+import hypothesis
+import pytest
+import torch
+
+# Time limits belong to pytest-timeout: a shared machine stalls now and then. The same examples on every run in CI.
+hypothesis.settings.register_profile("local", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+torch.set_num_threads(1)  # workers share the cores
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none, and say so."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """A test gives the same numbers alone and in the suite."""
+    torch.manual_seed(0)

@@ -1,0 +1,1 @@
+"""What the scripts in `benchmarks/` share: timing and the record they write."""

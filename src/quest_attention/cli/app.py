@@ -1,0 +1,181 @@
+"""The commands and their options. What they do is in the modules they import when they run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from quest_attention.cli.console import say
+from quest_attention.cli.failures import INTERRUPTED, USAGE, one_line, reports_failures, usage_message
+from quest_attention.config import Backend, GroupReduction
+
+__all__ = ["app", "main", "run"]
+
+MODEL_HELP = "A folder or a Hub id; the bundled model by default."
+
+app = typer.Typer(
+    help="Quest sparse attention: decode long contexts while reading a few per cent of the KV cache.",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str | None, typer.Option("--model", "-m", help=MODEL_HELP, show_default=False)]
+PageSize = Annotated[int, typer.Option(help="Tokens per page.")]
+DenseLayers = Annotated[int, typer.Option("--dense-layers", help="First layers that read everything.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output instead.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; PyTorch's choice by default.", show_default=False)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from quest_attention import __version__
+
+        typer.echo(f"quest-attention {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options_of_all_commands(
+    version: Annotated[  # noqa: ARG001 - the callback acts on it
+        bool, typer.Option("--version", "-V", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@reports_failures
+def demo(
+    length: Annotated[int, typer.Option("--length", "-l", help="Context, question and answer [tokens].")] = 8192,
+    depth: Annotated[float, typer.Option(help="Where the fact is hidden: 0 is the start, 100 the end [%].")] = 50.0,
+    token_budget: Annotated[int, typer.Option("--token-budget", "-b", help="Most tokens a step may read.")] = 64,
+    page_size: PageSize = 16,
+    num_dense_layers: DenseLayers = 2,
+    seed: Annotated[int, typer.Option(help="Chooses the hidden number.")] = 0,
+    model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Hide a fact in a book, ask for it, and compare full attention, Quest and a sliding window.
+
+    The book is real and was held out from the bundled model's training. Every number shown is measured in the run: the
+    answers, the tokens read per step, the share of the KV cache and the time per token. A picture shows which pages
+    Quest read.
+    """
+    from quest_attention.cli.demo import show_demo
+    from quest_attention.config import QuestConfig
+
+    config = QuestConfig(token_budget=token_budget, page_size=page_size, num_dense_layers=num_dense_layers)
+    show_demo(
+        config,
+        length=length,
+        depth=depth,
+        seed=seed,
+        model_name=model,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        as_json=as_json,
+    )
+
+
+@app.command()
+@reports_failures
+def generate(
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt itself.", show_default=False)] = None,
+    prompt_file: Annotated[
+        str | None,
+        typer.Option("--prompt-file", "-f", help="A file in UTF-8; - is standard input.", show_default=False),
+    ] = None,
+    model: Model = None,
+    token_budget: Annotated[int, typer.Option("--token-budget", "-b", help="Most tokens a step may read.")] = 1024,
+    page_size: PageSize = 16,
+    num_dense_layers: DenseLayers = 2,
+    num_sink_pages: Annotated[int, typer.Option("--sink-pages", help="First pages always read.")] = 0,
+    num_recent_pages: Annotated[int, typer.Option("--recent-pages", help="Last pages always read.")] = 1,
+    group_reduction: Annotated[str, typer.Option(help="Over the query heads of a KV head: max or mean.")] = "max",
+    backend: Annotated[str, typer.Option(help="auto, torch, triton or reference; `quest env` explains.")] = "auto",
+    dense: Annotated[bool, typer.Option("--dense", help="Read everything, without Quest, to compare.")] = False,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens to write at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above 0 samples.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the tokenizer's chat template.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a prompt with Quest, streaming the text.
+
+    Standard output carries the generated text and nothing else; a summary (speed, share of the KV cache read) follows on
+    standard error. Without --prompt and --prompt-file the prompt is read from standard input.
+    """
+    from quest_attention.cli.generate import Sampling, stream_text
+    from quest_attention.config import QuestConfig
+
+    config = QuestConfig.from_dict(
+        {
+            "token_budget": token_budget,
+            "page_size": page_size,
+            "num_dense_layers": num_dense_layers,
+            "num_sink_pages": num_sink_pages,
+            "num_recent_pages": num_recent_pages,
+            "group_reduction": group_reduction,
+            "backend": backend,
+        }
+    )
+    stream_text(
+        None if dense else config,
+        Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed),
+        prompt=prompt,
+        prompt_file=prompt_file,
+        is_chat=chat,
+        model_name=model,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        as_json=as_json,
+    )
+
+
+@app.command()
+@reports_failures
+def env(as_json: AsJson = False) -> None:
+    """Show versions, devices, and which backend would run on each and why: for bug reports."""
+    from quest_attention.cli.env import show_environment
+
+    show_environment(as_json=as_json)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code: 0, or see `cli.failures`.
+
+    Args:
+        arguments: Without the program's name; those of the process by default.
+    """
+    try:
+        result = app(args=None if arguments is None else list(arguments), prog_name="quest", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except Exception as error:
+        # The parser's errors have different bases from one release of typer to the next, but all can format themselves.
+        if not hasattr(error, "format_message"):
+            raise
+        say(f"quest: error: {one_line(usage_message(error))}")
+        return USAGE
+    return result if isinstance(result, int) else 0
+
+
+def main() -> None:
+    """Entry point of the `quest` command."""
+    sys.exit(run())

@@ -1,0 +1,116 @@
+"""What goes wrong becomes one line on standard error and an exit code; never a traceback."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import ParamSpec
+
+import typer
+
+from quest_attention.cli.console import say
+from quest_attention.errors import QuestError, QuestValueError, QuestWarning
+
+__all__ = ["CHECK_FAILED", "INTERRUPTED", "PIPE_CLOSED", "USAGE", "one_line", "reports_failures", "usage_message"]
+
+CHECK_FAILED = 1
+"""The command ran, but what it is there to do did not happen."""
+USAGE = 2
+"""Something in the input is wrong; nothing was changed."""
+INTERRUPTED = 130
+"""Ctrl-C: 128 + SIGINT, as shells count."""
+PIPE_CLOSED = 141
+"""The reader of our output went away: 128 + SIGPIPE, as shells count."""
+TRACEBACK_VARIABLE = "QUEST_TRACEBACK"
+"""Environment variable that lets an unexpected error through with its traceback."""
+
+P = ParamSpec("P")
+
+
+def reports_failures(command: Callable[P, None]) -> Callable[P, None]:
+    """Make a command end in one line and an exit code where it raises an error of ours or of the system."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            with _only_our_warnings():
+                command(*args, **kwargs)
+                sys.stdout.flush()  # here, so that a closed pipe shows while we can still answer it
+        except (typer.Exit, typer.Abort):
+            raise
+        except KeyboardInterrupt:
+            say("\nquest: interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            _discard_output()
+            raise typer.Exit(PIPE_CLOSED) from None
+        except QuestValueError as error:
+            _fail(_as_option(error, list(kwargs)))
+        except (QuestError, OSError) as error:
+            _fail(str(error))
+        except Exception as error:  # the last resort: what is left is a bug, ours or a library's
+            if os.environ.get(TRACEBACK_VARIABLE):
+                raise
+            if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error):
+                _fail(f"out of memory: {one_line(str(error))}: try a shorter prompt, another --dtype or --device")
+            what = f"{type(error).__name__}: {one_line(str(error))}"
+            say(f"quest: internal error: {what} ({TRACEBACK_VARIABLE}=1 shows where)")
+            raise typer.Exit(CHECK_FAILED) from None
+
+    return wrapped
+
+
+def usage_message(error: Exception) -> str:
+    """One line for an error of the command line's parser, in the form of our own."""
+    name = getattr(error, "option_name", None)
+    if name is not None and type(error).__name__ == "NoSuchOption":
+        close = ", ".join(getattr(error, "possibilities", None) or ())
+        return f"{name}: got an unknown option, expected {close or 'one that --help lists'}"
+    message: str = error.format_message()  # type: ignore[attr-defined]
+    return message
+
+
+def one_line(text: str) -> str:
+    """The first sentence-like line of a longer message."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
+
+
+def _fail(message: str) -> None:
+    say(f"quest: error: {one_line(message)}")
+    raise typer.Exit(USAGE) from None
+
+
+def _as_option(error: QuestValueError, parameters: list[str]) -> str:
+    """The message with the argument as it is spelt on the command line, where it is one of the command's."""
+    if error.argument not in parameters:
+        return str(error)
+    option = error.argument.removeprefix("num_").replace("_", "-")  # --dense-layers sets num_dense_layers
+    return f"--{option}: got {error.got!r}, expected {error.expected}"
+
+
+@contextmanager
+def _only_our_warnings() -> Iterator[None]:
+    """Show our own warnings as a line each; the libraries' are for developers."""
+
+    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        if issubclass(category, QuestWarning):
+            say(f"quest: warning: {one_line(str(message))}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = show
+        yield
+
+
+def _discard_output() -> None:
+    """Send what is still buffered nowhere, so that the interpreter's exit does not fail on the closed pipe again."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+    except (OSError, ValueError):
+        pass  # standard output is no file: nothing of it can fail later

@@ -1,0 +1,269 @@
+"""`quest generate`: continue a prompt, stream the text, and say what was read to write it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import TextStreamer
+
+from quest_attention.cli.console import OnProgress, progress_bar, say
+from quest_attention.cli.loading import LoadedModel, load_model, set_threads
+from quest_attention.cli.prompt import read_prompt
+from quest_attention.config import QuestConfig
+from quest_attention.errors import QuestValueError
+from quest_attention.hf import QuestCounters, enable_quest
+
+__all__ = ["Sampling", "stream_text"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Args:
+        max_new_tokens: Tokens to write at most.
+        temperature: 0 takes the likeliest token.
+        top_p: Sample from the likeliest tokens of this total probability.
+        seed: Of the sampling.
+
+    Raises:
+        QuestValueError: A number is out of range.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise QuestValueError("max_new_tokens", self.max_new_tokens, "a positive integer")
+        if self.temperature < 0:
+            raise QuestValueError("temperature", self.temperature, "0 (the likeliest token) or more")
+        if not 0 < self.top_p <= 1:
+            raise QuestValueError("top_p", self.top_p, "a probability above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a run wrote, and how fast.
+
+    Attributes:
+        text: The generated text.
+        prompt_tokens: Tokens of the prompt.
+        new_tokens: Tokens written, an end-of-text token included.
+        prefill_seconds: From the start to the first token [s].
+        decode_seconds: From the first token to the last [s].
+    """
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+
+    @property
+    def prefill_speed(self) -> float:
+        """Prompt tokens per second."""
+        return self.prompt_tokens / self.prefill_seconds
+
+    @property
+    def decode_speed(self) -> float | None:
+        """New tokens per second after the first; None where there was but one."""
+        return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 else None
+
+
+def stream_text(
+    config: QuestConfig | None,
+    sampling: Sampling,
+    *,
+    prompt: str | None,
+    prompt_file: str | None,
+    is_chat: bool,
+    model_name: str | None,
+    device: str,
+    dtype: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Do what `quest generate` does; `config` None is `--dense`.
+
+    Raises:
+        QuestValueError: The prompt, the model or an option is wrong.
+        UnsupportedModelError: Quest cannot serve the model.
+    """
+    text = read_prompt(prompt, prompt_file)
+    set_threads(threads)
+    loaded = load_model(model_name, device=device, dtype=dtype)
+    ids = _encode(loaded.tokenizer, text, is_chat)
+    _check_fits(loaded.model, ids.shape[1], sampling)
+    with contextlib.ExitStack() as stack:
+        counters = None if config is None else stack.enter_context(enable_quest(loaded.model, config)).counters
+        written = _generate(loaded, ids, sampling, is_silent=as_json)
+    if as_json:
+        sys.stdout.write(json.dumps(_report(written, config, counters, loaded), indent=2) + "\n")
+    else:
+        say(_summary(written, config, counters))
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, is_chat: bool) -> Tensor:
+    """Token ids `[1, T]` of the prompt."""
+    if is_chat:
+        if tokenizer.chat_template is None:
+            raise QuestValueError("chat", True, "a model whose tokenizer has a chat template; this one has none")
+        text = str(
+            tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
+        )
+    # A chat template writes the special tokens itself.
+    return torch.tensor([tokenizer(text, add_special_tokens=not is_chat).input_ids])
+
+
+def _check_fits(model: PreTrainedModel, prompt_tokens: int, sampling: Sampling) -> None:
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions is not None and prompt_tokens + sampling.max_new_tokens > positions:
+        room = positions - sampling.max_new_tokens
+        if room < 1:
+            raise QuestValueError("max_new_tokens", sampling.max_new_tokens, f"less than the model's {positions} positions")
+        raise QuestValueError(
+            "prompt",
+            f"{prompt_tokens} tokens",
+            f"at most {room}: the model's {positions} positions, less {sampling.max_new_tokens} new tokens",
+        )
+
+
+def _generate(loaded: LoadedModel, ids: Tensor, sampling: Sampling, *, is_silent: bool) -> Written:
+    model, tokenizer = loaded.model, loaded.tokenizer
+    generation = GenerationConfig.from_model_config(model.config)
+    # Our own choices, not those that a checkpoint may bring: the options of the command say all there is.
+    generation.max_new_tokens = sampling.max_new_tokens
+    generation.do_sample = sampling.temperature > 0
+    if generation.do_sample:
+        generation.temperature, generation.top_p, generation.top_k = sampling.temperature, sampling.top_p, 0
+        torch.manual_seed(sampling.seed)
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    generation.eos_token_id = tokenizer.eos_token_id if ends is None else ends
+    generation.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids = ids.to(model.device)
+    with contextlib.ExitStack() as until_first_token:
+        on_progress = until_first_token.enter_context(progress_bar())
+        until_first_token.enter_context(_prefill_progress(model, ids.shape[1], on_progress))
+        streamer = _Stream(tokenizer, until_first_token, is_silent=is_silent)
+        started = time.perf_counter()
+        model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=generation, streamer=streamer)
+    return Written(
+        text="".join(streamer.pieces),
+        prompt_tokens=ids.shape[1],
+        new_tokens=len(streamer.times),
+        prefill_seconds=streamer.times[0] - started,
+        decode_seconds=streamer.times[-1] - streamer.times[0],
+    )
+
+
+class _Stream(TextStreamer):
+    """Writes words to standard output as they are finished, and notes when each token came.
+
+    Args:
+        tokenizer: Turns tokens into text.
+        until_first_token: Closed when the first token comes, before anything is written.
+        is_silent: Collect the text only.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, until_first_token: contextlib.ExitStack, *, is_silent: bool
+    ) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.pieces: list[str] = []
+        self.times: list[float] = []  # [s]
+        self._until_first_token = until_first_token
+        self._is_silent = is_silent
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt (the first call) or a token."""
+        if not self.next_tokens_are_prompt:
+            self.times.append(time.perf_counter())
+            self._until_first_token.close()
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Write text that no further token can change."""
+        self.pieces.append(text)
+        if not self._is_silent:
+            sys.stdout.write(text + ("\n" if stream_end and sys.stdout.isatty() else ""))
+            sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _prefill_progress(model: PreTrainedModel, tokens: int, on_progress: OnProgress) -> Iterator[None]:
+    """Report a forward pass layer by layer; only that it runs, where the model's layers are not to be found."""
+    layers = getattr(model.get_decoder(), "layers", None)
+    what = f"reading {tokens:,} tokens"
+    on_progress(what, 0, 0)
+    hooks = []
+    if isinstance(layers, nn.ModuleList):
+        for index, layer in enumerate(layers, start=1):
+
+            def report(*_: object, done: int = index, total: int = len(layers)) -> None:
+                on_progress(what, done, total)
+
+            hooks.append(layer.register_forward_hook(report))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _summary(written: Written, config: QuestConfig | None, counters: QuestCounters | None) -> str:
+    """What was done, in a few lines for people."""
+    lines = [
+        "",
+        f"prefill  {written.prompt_tokens:,} tokens in {written.prefill_seconds:.2f} s, "
+        f"{written.prefill_speed:,.0f} tokens/s",
+    ]
+    if written.decode_speed is not None:
+        lines.append(
+            f"decode   {written.new_tokens:,} tokens, {written.decode_speed:,.1f} tokens/s, "
+            f"{1e3 / written.decode_speed:.2f} ms a token"
+        )
+    lines.append(f"cache    {_reads(config, counters)}")
+    return "\n".join(lines)
+
+
+def _reads(config: QuestConfig | None, counters: QuestCounters | None) -> str:
+    if config is None or counters is None:
+        return "all of it read at every step: --dense"
+    if counters.sparse_steps == 0:
+        return f"all of it read at every step: Quest never ran, as the text stayed within its {config.token_budget} tokens"
+    sparse = [layer for layer in counters.layers if layer.sparse_steps]
+    share = sum(layer.pages_read for layer in sparse) / sum(layer.pages_held for layer in sparse)
+    return (
+        f"{counters.share_read:.1%} read by the decode steps ({share:.1%} in the {len(sparse)} of "
+        f"{len(counters.layers)} layers with Quest, {config.token_budget} tokens a step)"
+    )
+
+
+def _report(
+    written: Written, config: QuestConfig | None, counters: QuestCounters | None, loaded: LoadedModel
+) -> dict[str, Any]:
+    """The same for programs."""
+    return {
+        "text": written.text,
+        "model": loaded.name,
+        "prompt_tokens": written.prompt_tokens,
+        "new_tokens": written.new_tokens,
+        "prefill_seconds": written.prefill_seconds,
+        "prefill_tokens_per_second": written.prefill_speed,
+        "decode_seconds": written.decode_seconds,
+        "decode_tokens_per_second": written.decode_speed,
+        "quest": None if config is None else asdict(config),
+        "counters": None if counters is None else counters.to_dict(),
+    }

@@ -1,0 +1,157 @@
+"""Load a model and its tokenizer for a command: the bundled one, a folder, or a model on the Hub."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from quest_attention.cli.failures import one_line
+from quest_attention.errors import QuestValueError
+from quest_attention.models import bundled_model_path
+
+__all__ = ["LoadedModel", "load_model", "resolve_device", "set_threads"]
+
+HUB_TIMEOUT = 5.0
+"""Seconds to wait for the Hub's first answer. transformers alone retries for over 20 before it says that it is offline."""
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to decode.
+
+    Attributes:
+        name: As people know it.
+        model: In evaluation mode, on its device.
+        tokenizer: Its tokenizer.
+        is_bundled: Whether it is the one that comes with the package.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    is_bundled: bool
+
+    @property
+    def description(self) -> str:
+        """One line: name, size, number type and device."""
+        millions = self.model.num_parameters() / 1e6
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        device = self.model.device.type
+        where = f"cpu, {torch.get_num_threads()} threads" if device == "cpu" else str(self.model.device)
+        return f"{self.name}, {millions:,.1f}M parameters, {dtype}, {where}"
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device of that name; `auto` is the first GPU where there is one.
+
+    Raises:
+        QuestValueError: There is no such device.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise QuestValueError("device", device, "auto, cpu, or a device that `quest env` lists") from None
+    return found
+
+
+def set_threads(threads: int | None) -> None:
+    """Let PyTorch use so many CPU threads; None leaves its choice.
+
+    Raises:
+        QuestValueError: The number is not positive.
+    """
+    if threads is None:
+        return
+    if threads < 1:
+        raise QuestValueError("threads", threads, "a positive integer")
+    torch.set_num_threads(threads)
+
+
+def load_model(name: str | None, *, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """Load a causal language model with transformers' sdpa attention.
+
+    Args:
+        name: A folder or an id on the Hub; None is the bundled model.
+        device: See `resolve_device`.
+        dtype: `"auto"` is what the checkpoint was saved in.
+
+    Raises:
+        QuestValueError: No such model, or it cannot be loaded; no such device or dtype.
+        QuestStateError: There is no bundled model.
+    """
+    target = resolve_device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise QuestValueError("dtype", dtype, f"one of auto, {', '.join(DTYPES)}")
+    source, local_only = (str(bundled_model_path()), True) if name is None else _locate(name)
+    options: dict[str, Any] = {"local_files_only": local_only}
+    _quieten_transformers()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=DTYPES.get(dtype, "auto"), attn_implementation="sdpa", **options
+        )
+    except Exception as error:  # noqa: BLE001 - a broken checkpoint raises whatever its parser does
+        expected = f"a causal language model that transformers can load: {one_line(str(error))}"
+        raise QuestValueError("model", name or source, expected) from None
+    model.eval().to(target)
+    return LoadedModel(name or "the bundled model", model, tokenizer, name is None)
+
+
+def _locate(name: str) -> tuple[str, bool]:
+    """What to give to `from_pretrained`, and whether it must not ask the network.
+
+    Raises:
+        QuestValueError: It is neither a model's folder nor, as far as can be known, a model on the Hub.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise QuestValueError("model", name, "a folder with a config.json, a tokenizer and weights")
+        return str(folder), True
+    if folder.exists():
+        raise QuestValueError("model", name, "a folder with a model in it, not a file")
+    if not HUB_ID.fullmatch(name) or name.startswith(".") :
+        raise QuestValueError("model", name, "a folder that exists, or an id on the Hub like owner/name")
+    return name, not _is_on_hub(name)
+
+
+def _is_on_hub(name: str) -> bool:
+    """Whether the Hub has a model; False where it cannot be asked but a copy lies in the local cache.
+
+    Raises:
+        QuestValueError: The Hub has none, or it cannot be asked and there is no copy.
+    """
+    # huggingface_hub's errors derive from those of its HTTP client, whichever that is in the version installed.
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    expected = "a folder that exists, or a model on the Hub"
+    try:
+        HfApi().model_info(name, timeout=HUB_TIMEOUT)
+    except GatedRepoError:
+        raise QuestValueError("model", name, f"{expected} that you may read: this one asks you to log in first") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise QuestValueError("model", name, f"{expected}: the Hub has none of that name") from None
+    except Exception as error:  # noqa: BLE001 - offline shows as many errors: names, proxies, timeouts, offline mode
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return False
+        why = f"there is no such folder, no copy in the local cache, and the Hub did not answer ({one_line(str(error))})"
+        raise QuestValueError("model", name, f"{expected}: {why}") from None
+    return True
+
+
+def _quieten_transformers() -> None:
+    """Keep transformers' advice and progress bars out of the terminal, from here to the end of the command."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,246 @@
+"""The demonstration: one fact hidden in a real book, one question, and what each method reads to answer it."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicCache
+
+from quest_attention.config import QuestConfig
+from quest_attention.errors import QuestValueError
+from quest_attention.eval.decode import Decoded, decode_answer, prefill
+from quest_attention.eval.excerpt import SOUTH, Excerpt
+from quest_attention.eval.methods import Full, LayerReads, Method, Quest, SlidingWindow
+from quest_attention.eval.page_reads import PageReads
+from quest_attention.eval.tasks import Sample, is_correct, make_sample
+
+__all__ = ["Demo", "DemoCase", "MethodResult", "check_fits", "make_case", "run_demo"]
+
+TASK = "passkey"
+"""The task of the Quest paper's first table, in a book instead of noise."""
+WARMUP_STEPS = 1
+"""First decode steps of a method left out of its timing: they allocate."""
+
+
+@dataclass(frozen=True)
+class DemoCase:
+    """A fact hidden in a book, and a question about it.
+
+    Attributes:
+        book: Where the text is from.
+        sample: The context, the question and the right answer, as token ids and text.
+        length: Context, question and answer together [tokens].
+        fact_stop: Index in the context after the last token of the fact.
+    """
+
+    book: Excerpt
+    sample: Sample
+    length: int
+    fact_stop: int
+
+    @property
+    def fact_start(self) -> int:
+        """Index in the context of the first token of the fact."""
+        return self.sample.fact_positions[0]
+
+    def fact_pages(self, page_size: int) -> range:
+        """Pages that hold a token of the fact."""
+        return range(self.fact_start // page_size, (self.fact_stop - 1) // page_size + 1)
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """How one method answered. Every number was measured.
+
+    Attributes:
+        method: Its name.
+        answer: What the model wrote.
+        is_right: Whether that is the expected answer.
+        tokens_per_step: Read by a decode step in a layer where the method may choose, per KV head, mean [tokens].
+        share_read: Share of the KV cache read in those layers, 0 to 1.
+        share_read_all_layers: The same over all layers, the dense ones included.
+        ms_per_token: Median time of a decode step [ms].
+        timed_steps: Decode steps that median is of [steps].
+        sparse_layer_steps: Steps in which a layer could read less than everything, summed over layers [layer steps].
+    """
+
+    method: str
+    answer: str
+    is_right: bool
+    tokens_per_step: float
+    share_read: float
+    share_read_all_layers: float
+    ms_per_token: float
+    timed_steps: int
+    sparse_layer_steps: int
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demonstration found.
+
+    Attributes:
+        case: What was asked.
+        config: What Quest read.
+        results: One per method: full, quest, sliding window.
+        pages: Which pages Quest read while it wrote the answer.
+    """
+
+    case: DemoCase
+    config: QuestConfig
+    results: tuple[MethodResult, ...]
+    pages: PageReads
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything measured, ready for JSON."""
+        case, fact_pages = self.case, list(self.case.fact_pages(self.config.page_size))
+        return {
+            "book": str(case.book),
+            "length": case.length,
+            "fact": {
+                "text": case.sample.facts[0].strip(),
+                "tokens": [case.fact_start, case.fact_stop],
+                "pages": fact_pages,
+                "answer_steps_that_read_it": self.pages.steps_reading(fact_pages),
+            },
+            "question": case.sample.question.strip(),
+            "expected": case.sample.answers[0],
+            "config": asdict(self.config),
+            "results": [asdict(result) for result in self.results],
+            "page_reads": self.pages.to_dict(),
+        }
+
+
+def make_case(
+    tokenizer: PreTrainedTokenizerBase, *, length: int, depth: float, seed: int, book: Excerpt = SOUTH
+) -> DemoCase:
+    """Hide a pass key in a book.
+
+    Args:
+        tokenizer: Of the model that will be asked.
+        length: Context, question and answer together [tokens].
+        depth: Where to hide the fact, from 0, the start, to 100, the end [%].
+        seed: Chooses the key.
+        book: The text to hide it in.
+
+    Raises:
+        QuestValueError: The depth is out of range, or the length too short for the fact or longer than the text.
+    """
+    if not 0 <= depth <= 100:
+        raise QuestValueError("depth", depth, "a percentage from 0 to 100")
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    haystack = encode(book.text())
+    if length > len(haystack):
+        raise QuestValueError("length", length, f"at most {len(haystack)}: the text from {book} ends there")
+    sample = make_sample(TASK, encode, haystack, length - len(start), seed, depth=depth / 100)
+    sample = replace(
+        sample,
+        context_ids=(*start, *sample.context_ids),
+        fact_positions=tuple(position + len(start) for position in sample.fact_positions),
+    )
+    return DemoCase(book, sample, length, sample.fact_positions[0] + len(encode(sample.facts[0])))
+
+
+def run_demo(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    case: DemoCase,
+    config: QuestConfig,
+    *,
+    on_progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> Demo:
+    """Prefill the context once, then let each method answer the question from a copy of the cache.
+
+    Args:
+        model: Loaded with `attn_implementation="sdpa"`.
+        tokenizer: Its tokenizer.
+        case: From `make_case`.
+        config: What Quest reads; the sliding window reads as many tokens, with as many dense layers.
+        on_progress: Called with what is being done, how much is done and how much there is.
+
+    Raises:
+        QuestValueError: The question is longer than the model's positions, or leaves Quest nothing to leave out.
+        UnsupportedModelError: Quest cannot serve the model.
+    """
+    check_fits(model, case.length, config)
+    pages = PageReads()
+    methods: list[Method] = [
+        Full(),
+        Quest(config, on_select=pages.record),
+        SlidingWindow(config.token_budget, config.num_dense_layers),
+    ]
+    context = DynamicCache(config=model.config)
+    total = len(case.sample.context_ids)
+    prefill(model, case.sample.context_ids, context, on_progress=lambda done: on_progress("reading the book", done, total))
+    results = []
+    for number, method in enumerate(methods):
+        on_progress(f"answering: {method.name}", number, len(methods))
+        with method.session(model) as session:
+            session.load(context)
+            decoded = decode_answer(
+                model,
+                session.cache,
+                case.sample.question_ids,
+                case.sample.max_new_tokens,
+                stop_tokens=() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,),
+                on_answer=pages.clear if isinstance(method, Quest) else None,  # the others record none
+            )
+            results.append(_result(method.name, tokenizer, case, decoded, session.reads()))
+    return Demo(case, config, tuple(results), pages)
+
+
+def check_fits(model: PreTrainedModel, length: int, config: QuestConfig) -> None:
+    """Refuse a length that the model has no positions for, and settings under which Quest would read everything.
+
+    Raises:
+        QuestValueError: As said.
+    """
+    text = model.config.get_text_config(decoder=True)
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise QuestValueError("length", length, f"at most {positions}, the model's positions")
+    if config.token_budget >= length:
+        raise QuestValueError("token_budget", config.token_budget, f"less than the length, {length}: else all is read")
+    if config.num_dense_layers >= text.num_hidden_layers:
+        raise QuestValueError(
+            "num_dense_layers", config.num_dense_layers, f"less than the model's {text.num_hidden_layers} layers"
+        )
+
+
+def _result(
+    name: str, tokenizer: PreTrainedTokenizerBase, case: DemoCase, decoded: Decoded, reads: list[LayerReads]
+) -> MethodResult:
+    text = tokenizer.decode(decoded.tokens)
+    sparse = [layer for layer in reads if layer.is_sparse]
+    choosing = sparse or reads
+    timed = decoded.step_seconds[WARMUP_STEPS:]
+    return MethodResult(
+        method=name,
+        answer=_first_sentence(text),
+        is_right=is_correct(case.sample, text),
+        tokens_per_step=_total(choosing, "tokens_read") / max(1, _total(choosing, "steps")),
+        share_read=_total(choosing, "tokens_read") / max(1, _total(choosing, "tokens_held")),
+        share_read_all_layers=_total(reads, "tokens_read") / max(1, _total(reads, "tokens_held")),
+        ms_per_token=statistics.median(timed) * 1e3,
+        timed_steps=len(timed),
+        sparse_layer_steps=_total(sparse, "steps"),
+    )
+
+
+def _total(reads: list[LayerReads], name: str) -> int:
+    return sum(getattr(layer, name) for layer in reads)
+
+
+def _first_sentence(text: str) -> str:
+    """What a person would take for the answer: a model goes on writing after it."""
+    return re.split(r"[.\n]", text.strip(), maxsplit=1)[0]
