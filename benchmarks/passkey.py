@@ -77,7 +77,9 @@ def main(
                 read[method.name] += sum(layer.tokens_read for layer in reads)
                 held[method.name] += sum(layer.tokens_held for layer in reads)
 
-    table = Table("method", "right", "95 % interval", "read in sparse layers", title=f"{TASK}, {length} tokens, n = {n}")
+    table = Table(
+        "method", "right", "95 % interval", "read in sparse layers", title=f"{TASK}, {length} tokens, n = {n}"
+    )
     rows: list[dict[str, Any]] = []
     for name, count in right.items():
         low, high = wilson_interval(count, n)

@@ -1,6 +1,6 @@
 """Train the bundled model's tokenizer: byte-level BPE, every digit a token of its own.
 
-    python training/tokenizer.py --books BOOKS --output src/quest_attention/models/tiny
+python training/tokenizer.py --books BOOKS --output src/quest_attention/models/tiny
 """
 
 from __future__ import annotations

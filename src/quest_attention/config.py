@@ -76,7 +76,7 @@ class QuestConfig:
 
     @property
     def num_forced_pages(self) -> int:
-        """Pages read whatever their score [pages]: the sink pages and the recent ones (at least the one being written)."""
+        """Pages read whatever their score [pages]: sink pages, and recent pages or the one being written."""
         return self.num_sink_pages + max(1, self.num_recent_pages)
 
     @classmethod
@@ -86,9 +86,9 @@ class QuestConfig:
         Raises:
             QuestValueError: An option is unknown or its value is wrong.
 
-        >>> QuestConfig.from_dict({"token_bugdet": 1024})
+        >>> QuestConfig.from_dict({"page_sise": 16})
         Traceback (most recent call last):
-        quest_attention.errors.QuestValueError: token_bugdet: got 1024, expected a known option: did you mean token_budget?
+        quest_attention.errors.QuestValueError: page_sise: got 16, expected a known option: did you mean page_size?
         """
         known = [field.name for field in fields(cls)]
         for name, value in options.items():

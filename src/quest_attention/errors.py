@@ -1,12 +1,12 @@
 """Every error this package raises on purpose, in one tree.
 
-    QuestError
-    ├── QuestValueError        a wrong argument: which one, what it was, what it should be (also a ValueError)
-    ├── BackendError           a backend asked for by name cannot run here (also a RuntimeError)
-    ├── UnsupportedModelError  a model, cache or generation mode that Quest cannot serve (also a TypeError)
-    └── QuestStateError        a call at the wrong time, such as enabling Quest twice (also a RuntimeError)
+QuestError
+├── QuestValueError        a wrong argument: which one, what it was, what it should be (also a ValueError)
+├── BackendError           a backend asked for by name cannot run here (also a RuntimeError)
+├── UnsupportedModelError  a model, cache or generation mode that Quest cannot serve (also a TypeError)
+└── QuestStateError        a call at the wrong time, such as enabling Quest twice (also a RuntimeError)
 
-    QuestWarning               Quest runs, but less of it than the caller may think (a UserWarning)
+QuestWarning               Quest runs, but less of it than the caller may think (a UserWarning)
 """
 
 from __future__ import annotations

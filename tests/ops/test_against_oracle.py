@@ -5,12 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from caches import LAYOUTS, Cache, make_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quest_attention import QuestConfig, quest_decode, score_pages, select_pages
-from quest_attention import sparse_decode_attention, update_page_metadata
+from caches import LAYOUTS, Cache, make_cache
+from quest_attention import (
+    QuestConfig,
+    quest_decode,
+    score_pages,
+    select_pages,
+    sparse_decode_attention,
+    update_page_metadata,
+)
 from quest_attention.ops import reference
 from quest_attention.pages import KEY_MAX, KEY_MIN, num_pages
 
@@ -23,7 +29,9 @@ def query_for(cache: Cache, group: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(kv.batch_size, kv.num_kv_heads * group, kv.head_dim, generator=generator).to(kv.keys.dtype)
 
 
-def plain_attention_error(query: torch.Tensor, cache: Cache, selected: list[list[list[int]]], exact: torch.Tensor) -> float:
+def plain_attention_error(
+    query: torch.Tensor, cache: Cache, selected: list[list[list[int]]], exact: torch.Tensor
+) -> float:
     """Largest error of PyTorch's own attention in the dtype of the cache, head by head over the same tokens.
 
     What a fast path is held to. It is PyTorch's fused kernel, not a matmul and a softmax, since that is what a user has
@@ -40,7 +48,9 @@ def plain_attention_error(query: torch.Tensor, cache: Cache, selected: list[list
             where = [(int(kv.page_table[b, t // kv.page_size]), t % kv.page_size) for t in tokens]
             keys = torch.stack([kv.keys[p, o, h] for p, o in where])
             values = torch.stack([kv.values[p, o, h] for p, o in where])
-            plain = F.scaled_dot_product_attention(query[b, head][None, None, None], keys[None, None], values[None, None])
+            plain = F.scaled_dot_product_attention(
+                query[b, head][None, None, None], keys[None, None], values[None, None]
+            )
             worst = max(worst, float((plain[0, 0, 0] - exact[b, head]).abs().max()))
     return worst
 
@@ -284,9 +294,7 @@ def test_a_reused_page_starts_anew_and_a_rollback_stays_a_bound() -> None:
     ties=st.booleans(),
 )
 @settings(deadline=None, max_examples=60)
-def test_selection_properties(
-    length: int, budget_pages: int, sinks: int, recent: int, seed: int, ties: bool
-) -> None:
+def test_selection_properties(length: int, budget_pages: int, sinks: int, recent: int, seed: int, ties: bool) -> None:
     page_size = 8
     pages = num_pages(length, page_size)
     scores = torch.randn(1, 2, pages + 2, generator=torch.Generator().manual_seed(seed))

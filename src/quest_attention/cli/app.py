@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -10,7 +11,6 @@ import typer
 
 from quest_attention.cli.console import say
 from quest_attention.cli.failures import INTERRUPTED, USAGE, one_line, reports_failures, usage_message
-from quest_attention.config import Backend, GroupReduction
 
 __all__ = ["app", "main", "run"]
 
@@ -18,10 +18,11 @@ MODEL_HELP = "A folder or a Hub id; the bundled model by default."
 
 app = typer.Typer(
     help="Quest sparse attention: decode long contexts while reading a few per cent of the KV cache.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
 )
 
 Model = Annotated[str | None, typer.Option("--model", "-m", help=MODEL_HELP, show_default=False)]
@@ -30,7 +31,9 @@ DenseLayers = Annotated[int, typer.Option("--dense-layers", help="First layers t
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output instead.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; PyTorch's choice by default.", show_default=False)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
-Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
+Dtype = Annotated[
+    str, typer.Option(help="auto (as saved; the bundled model on a CPU: float32), float32, bfloat16, float16.")
+]
 
 
 def _show_version(wanted: bool) -> None:
@@ -43,18 +46,20 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _options_of_all_commands(
+    context: typer.Context,
     version: Annotated[  # noqa: ARG001 - the callback acts on it
         bool, typer.Option("--version", "-V", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()
 @reports_failures
 def demo(
-    length: Annotated[int, typer.Option("--length", "-l", help="Context, question and answer [tokens].")] = 8192,
-    depth: Annotated[float, typer.Option(help="Where the fact is hidden: 0 is the start, 100 the end [%].")] = 50.0,
+    length: Annotated[int, typer.Option("--length", "-l", help="Tokens of context, question and answer.")] = 8192,
+    depth: Annotated[float, typer.Option(help="Where the fact is hidden: 0 % is the start, 100 % the end.")] = 50.0,
     token_budget: Annotated[int, typer.Option("--token-budget", "-b", help="Most tokens a step may read.")] = 64,
     page_size: PageSize = 16,
     num_dense_layers: DenseLayers = 2,
@@ -117,10 +122,10 @@ def generate(
 ) -> None:
     """Continue a prompt with Quest, streaming the text.
 
-    Standard output carries the generated text and nothing else; a summary (speed, share of the KV cache read) follows on
-    standard error. Without --prompt and --prompt-file the prompt is read from standard input.
+    Standard output carries the generated text and nothing else; a summary (speed, share of the KV cache read) follows
+    on standard error. Without --prompt and --prompt-file the prompt is read from standard input.
     """
-    from quest_attention.cli.generate import Sampling, stream_text
+    from quest_attention.cli.prompt import read_prompt
     from quest_attention.config import QuestConfig
 
     config = QuestConfig.from_dict(
@@ -134,11 +139,13 @@ def generate(
             "backend": backend,
         }
     )
+    text = read_prompt(prompt, prompt_file)
+    from quest_attention.cli.generate import Sampling, stream_text  # last: transformers takes seconds to import
+
     stream_text(
+        text,
         None if dense else config,
         Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed),
-        prompt=prompt,
-        prompt_file=prompt_file,
         is_chat=chat,
         model_name=model,
         device=device,
@@ -163,19 +170,23 @@ def run(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: Without the program's name; those of the process by default.
     """
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        result = app(args=None if arguments is None else list(arguments), prog_name="quest", standalone_mode=False)
+        result = app(args=given, prog_name="quest", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except Exception as error:
         # The parser's errors have different bases from one release of typer to the next, but all can format themselves.
         if not hasattr(error, "format_message"):
             raise
-        say(f"quest: error: {one_line(usage_message(error))}")
+        say(f"quest: error: {one_line(usage_message(error, given))}")
         return USAGE
     return result if isinstance(result, int) else 0
 
 
 def main() -> None:
     """Entry point of the `quest` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a model may write what the terminal's encoding lacks
     sys.exit(run())

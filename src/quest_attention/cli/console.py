@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -15,9 +16,16 @@ OnProgress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done and how much there is."""
 
 
+class _Console(Console):
+    """rich's console, but a closed pipe stays an error, for `cli.failures` to answer as everywhere."""
+
+    def on_broken_pipe(self) -> NoReturn:
+        raise BrokenPipeError
+
+
 def stdout_console() -> Console:
     """A console on standard output: colours on a terminal only, none with NO_COLOR."""
-    return Console(highlight=False)
+    return _Console(highlight=False)
 
 
 def stderr_console() -> Console:
@@ -36,8 +44,9 @@ def can_draw(console: Console, characters: str) -> bool:
 
 def say(text: str) -> None:
     """Write a line to standard error, as it is: no wrapping, no markup, readable by programs."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+    with suppress(BrokenPipeError):  # nobody reads it, so nobody misses it
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
 
 
 @contextmanager

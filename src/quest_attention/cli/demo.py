@@ -50,14 +50,14 @@ def show_demo(
         case = make_case(loaded.tokenizer, length=length, depth=depth, seed=seed)
         demo = run_demo(loaded.model, loaded.tokenizer, case, config, on_progress=on_progress)
     seconds = time.perf_counter() - started
+    if not _quest(demo).sparse_layer_steps:
+        say("quest: error: Quest took no sparse step: there is nothing to compare")
+        raise typer.Exit(CHECK_FAILED)
     if as_json:
         report = {"model": loaded.description, "seconds": seconds, **demo.to_dict()}
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
     else:
         _show(stdout_console(), demo, loaded, seconds)
-    if not _quest(demo).sparse_layer_steps:
-        say("quest: error: Quest took no sparse step: the numbers above are those of full attention")
-        raise typer.Exit(CHECK_FAILED)
 
 
 def _quest(demo: Demo) -> MethodResult:
@@ -67,7 +67,7 @@ def _quest(demo: Demo) -> MethodResult:
 def _show(console: Console, demo: Demo, loaded: LoadedModel, seconds: float) -> None:
     case, config = demo.case, demo.config
     pages = case.fact_pages(config.page_size)
-    layers = sum(1 for _ in demo.pages.layers) + config.num_dense_layers
+    layers = config.num_dense_layers + len(demo.pages.layers)
     console.print()
     console.print(f"[bold]A fact hidden in {case.length:,} tokens of[/] {case.book}")
     console.print()
@@ -93,6 +93,13 @@ def _show(console: Console, demo: Demo, loaded: LoadedModel, seconds: float) -> 
     console.print()
     console.print(page_picture(demo, width=console.width, is_unicode=can_draw(console, "░▒▓█▲└─┘")))
     console.print()
+    if not demo.results[0].is_right:
+        console.print(
+            "The model did not find the fact even with everything read, so this run says nothing about what a method "
+            "loses. Try another --seed or --depth, or a shorter --length.",
+            style="yellow",
+        )
+        console.print()
     console.print(_remarks(demo, seconds), style="dim")
 
 
@@ -113,7 +120,7 @@ def _table(demo: Demo) -> Table:
         verdict = Text("right", style="bold green") if result.is_right else Text("wrong", style="bold red")
         table.add_row(
             Text(result.method, style="bold cyan" if result.method == "quest" else ""),
-            Text(result.answer),  # no markup: a model may write brackets
+            Text(_printable(result.answer)),
             verdict,
             f"{result.tokens_per_step:,.0f}",
             f"{result.share_read:.1%}",
@@ -123,12 +130,18 @@ def _table(demo: Demo) -> Table:
     return table
 
 
+def _printable(answer: str) -> str:
+    """The answer without what would move the cursor: a model may write anything."""
+    return "".join(letter if letter.isprintable() else " " for letter in answer)
+
+
 def _remarks(demo: Demo, seconds: float) -> str:
     quest = _quest(demo)
     pages = demo.pages.num_pages
     return (
         f"Measured in this run of {seconds:.0f} s: one question, every method on the same prefilled context; ms is the "
-        f"median of {quest.timed_steps} decode steps. Tokens and share are those of a layer that may choose; all layers "
-        f"include the {demo.config.num_dense_layers} that read everything. To choose, Quest also reads the bounds of all "
-        f"{pages:,} pages: as many bytes as {pages:,} tokens. full is transformers' DynamicCache with sdpa."
+        f"median of {quest.timed_steps} decode steps. Tokens and share are those of a layer that may choose; all "
+        f"layers include the {demo.config.num_dense_layers} that read everything. To choose, Quest also reads "
+        f"the bounds of all {pages:,} pages: as many bytes as {pages:,} tokens. full is transformers' DynamicCache "
+        f"with sdpa."
     )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import ParamSpec
 
@@ -64,14 +65,30 @@ def reports_failures(command: Callable[P, None]) -> Callable[P, None]:
     return wrapped
 
 
-def usage_message(error: Exception) -> str:
-    """One line for an error of the command line's parser, in the form of our own."""
+def usage_message(error: Exception, arguments: Sequence[str]) -> str:
+    """One line for an error of the command line's parser, in the form of our own.
+
+    Args:
+        error: Any of the parser's errors. Their classes move between releases of typer; what they hold does not.
+        arguments: The command line.
+    """
     name = getattr(error, "option_name", None)
     if name is not None and type(error).__name__ == "NoSuchOption":
         close = ", ".join(getattr(error, "possibilities", None) or ())
         return f"{name}: got an unknown option, expected {close or 'one that --help lists'}"
+    for option in getattr(getattr(error, "param", None), "opts", ()):
+        for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+            if argument == option or argument.startswith(f"{option}="):
+                got = following if argument == option else argument.partition("=")[2]
+                return f"{option}: got {got!r}, expected {_expected(str(getattr(error, 'message', error)))}"
     message: str = error.format_message()  # type: ignore[attr-defined]
     return message
+
+
+def _expected(message: str) -> str:
+    """What the parser would have taken, from what it says of a value: its two wordings over the releases of typer."""
+    found = re.search(r"Input should be ([^,]+)|is not (a valid [^.]+)", message)
+    return next(group for group in found.groups() if group) if found else f"another value: {message}"
 
 
 def one_line(text: str) -> str:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from transformers.generation.streamers import TextStreamer
 
 from quest_attention.cli.console import OnProgress, progress_bar, say
 from quest_attention.cli.loading import LoadedModel, load_model, set_threads
-from quest_attention.cli.prompt import read_prompt
 from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestValueError
 from quest_attention.hf import QuestCounters, enable_quest
@@ -83,11 +82,10 @@ class Written:
 
 
 def stream_text(
+    prompt: str,
     config: QuestConfig | None,
     sampling: Sampling,
     *,
-    prompt: str | None,
-    prompt_file: str | None,
     is_chat: bool,
     model_name: str | None,
     device: str,
@@ -101,10 +99,9 @@ def stream_text(
         QuestValueError: The prompt, the model or an option is wrong.
         UnsupportedModelError: Quest cannot serve the model.
     """
-    text = read_prompt(prompt, prompt_file)
     set_threads(threads)
     loaded = load_model(model_name, device=device, dtype=dtype)
-    ids = _encode(loaded.tokenizer, text, is_chat)
+    ids = _encode(loaded.tokenizer, prompt, is_chat)
     _check_fits(loaded.model, ids.shape[1], sampling)
     with contextlib.ExitStack() as stack:
         counters = None if config is None else stack.enter_context(enable_quest(loaded.model, config)).counters
@@ -120,9 +117,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, is_chat: bool) -> Ten
     if is_chat:
         if tokenizer.chat_template is None:
             raise QuestValueError("chat", True, "a model whose tokenizer has a chat template; this one has none")
-        text = str(
-            tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
-        )
+        turn = [{"role": "user", "content": text}]
+        text = str(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
     # A chat template writes the special tokens itself.
     return torch.tensor([tokenizer(text, add_special_tokens=not is_chat).input_ids])
 
@@ -132,7 +128,9 @@ def _check_fits(model: PreTrainedModel, prompt_tokens: int, sampling: Sampling) 
     if positions is not None and prompt_tokens + sampling.max_new_tokens > positions:
         room = positions - sampling.max_new_tokens
         if room < 1:
-            raise QuestValueError("max_new_tokens", sampling.max_new_tokens, f"less than the model's {positions} positions")
+            raise QuestValueError(
+                "max_new_tokens", sampling.max_new_tokens, f"less than {positions}, the model's positions"
+            )
         raise QuestValueError(
             "prompt",
             f"{prompt_tokens} tokens",
@@ -149,7 +147,7 @@ def _generate(loaded: LoadedModel, ids: Tensor, sampling: Sampling, *, is_silent
     if generation.do_sample:
         generation.temperature, generation.top_p, generation.top_k = sampling.temperature, sampling.top_p, 0
         torch.manual_seed(sampling.seed)
-    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = model.generation_config.eos_token_id  # may be several, where the tokenizer knows one
     generation.eos_token_id = tokenizer.eos_token_id if ends is None else ends
     generation.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids = ids.to(model.device)
@@ -158,7 +156,8 @@ def _generate(loaded: LoadedModel, ids: Tensor, sampling: Sampling, *, is_silent
         until_first_token.enter_context(_prefill_progress(model, ids.shape[1], on_progress))
         streamer = _Stream(tokenizer, until_first_token, is_silent=is_silent)
         started = time.perf_counter()
-        model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=generation, streamer=streamer)
+        generate = cast("Any", model).generate  # its annotations describe a class that only type checkers see
+        generate(ids, attention_mask=torch.ones_like(ids), generation_config=generation, streamer=streamer)
     return Written(
         text="".join(streamer.pieces),
         prompt_tokens=ids.shape[1],
@@ -191,7 +190,7 @@ class _Stream(TextStreamer):
         if not self.next_tokens_are_prompt:
             self.times.append(time.perf_counter())
             self._until_first_token.close()
-        super().put(value)
+        super().put(value)  # type: ignore[no-untyped-call]  # transformers' own
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Write text that no further token can change."""
@@ -204,7 +203,7 @@ class _Stream(TextStreamer):
 @contextlib.contextmanager
 def _prefill_progress(model: PreTrainedModel, tokens: int, on_progress: OnProgress) -> Iterator[None]:
     """Report a forward pass layer by layer; only that it runs, where the model's layers are not to be found."""
-    layers = getattr(model.get_decoder(), "layers", None)
+    layers = getattr(model.base_model, "layers", None)
     what = f"reading {tokens:,} tokens"
     on_progress(what, 0, 0)
     hooks = []
@@ -224,11 +223,8 @@ def _prefill_progress(model: PreTrainedModel, tokens: int, on_progress: OnProgre
 
 def _summary(written: Written, config: QuestConfig | None, counters: QuestCounters | None) -> str:
     """What was done, in a few lines for people."""
-    lines = [
-        "",
-        f"prefill  {written.prompt_tokens:,} tokens in {written.prefill_seconds:.2f} s, "
-        f"{written.prefill_speed:,.0f} tokens/s",
-    ]
+    seconds, speed = written.prefill_seconds, written.prefill_speed
+    lines = ["", f"prefill  {written.prompt_tokens:,} tokens in {seconds:.2f} s, {speed:,.0f} tokens/s"]
     if written.decode_speed is not None:
         lines.append(
             f"decode   {written.new_tokens:,} tokens, {written.decode_speed:,.1f} tokens/s, "
@@ -242,7 +238,7 @@ def _reads(config: QuestConfig | None, counters: QuestCounters | None) -> str:
     if config is None or counters is None:
         return "all of it read at every step: --dense"
     if counters.sparse_steps == 0:
-        return f"all of it read at every step: Quest never ran, as the text stayed within its {config.token_budget} tokens"
+        return f"all of it read at every step: Quest never ran, the text stayed within {config.token_budget} tokens"
     sparse = [layer for layer in counters.layers if layer.sparse_steps]
     share = sum(layer.pages_read for layer in sparse) / sum(layer.pages_held for layer in sparse)
     return (

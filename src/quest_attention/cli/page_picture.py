@@ -46,8 +46,7 @@ def page_picture(demo: Demo, *, width: int, is_unicode: bool = True) -> Text:
     fact_style = GREEN if pages.steps_reading(fact) else RED
 
     picture = Text(no_wrap=True)
-    picture.append("Pages read while the answer was written", style="bold")
-    picture.append(f"   {glyphs.shades[1]} seldom  {glyphs.shades[-1]} always\n", style="dim")
+    picture.append("Pages read while the answer was written\n", style="bold")
     for layers in _groups(pages.layers):
         shares = pages.shares(layers)
         strip = [max(shares[page] for page in column) for column in columns]
@@ -58,6 +57,8 @@ def page_picture(demo: Demo, *, width: int, is_unicode: bool = True) -> Text:
     arrows = "".join(glyphs.arrow if index in marked else " " for index in range(len(columns)))
     picture.append(" " * (LABEL + 1) + arrows.rstrip() + "\n", style=fact_style)
     _caption(picture, demo, columns, min(marked), fact_style)
+    legend = f"{glyphs.shades[1]} seldom  {glyphs.shades[-1]} always"
+    picture.append(f"\n  {len(columns[0])} pages a column, the brightest shown    {legend}", style="dim")
     return picture
 
 
@@ -96,5 +97,3 @@ def _caption(picture: Text, demo: Demo, columns: list[range], at: int, style: st
     text = f"the fact: {found}"
     start = at if at + len(text) <= len(columns) else max(0, at + 1 - len(text))
     picture.append(" " * (LABEL + 1 + start) + text, style=style)
-    picture.append(f"\n  one column is {len(columns[0])} pages of {demo.config.page_size} tokens", style="dim")
-    picture.append("; its brightest page is shown" if len(columns[0]) > 1 else "", style="dim")

@@ -16,13 +16,13 @@ def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     """The prompt: `prompt`, or the text of `prompt_file` (`-` is standard input), or else what is piped in.
 
     Raises:
-        QuestValueError: Both or neither are given, the file is missing or unreadable, or the text is empty or not UTF-8.
+        QuestValueError: Both or neither are given, the file cannot be read, or the text is empty or not UTF-8.
     """
     if prompt is not None and prompt_file is not None:
         raise QuestValueError("prompt_file", prompt_file, "only one of --prompt and --prompt-file")
     if prompt is not None:
-        return _checked("prompt", "an empty text", prompt)
-    if prompt_file is None and sys.stdin.isatty():
+        return _checked("prompt", prompt, prompt)
+    if prompt_file is None and (sys.stdin is None or sys.stdin.isatty()):
         raise QuestValueError("prompt", None, "a prompt: --prompt TEXT, --prompt-file FILE, or text on standard input")
     if prompt_file is None or prompt_file == STDIN:
         raw, name = sys.stdin.buffer.read(), "standard input"
@@ -33,7 +33,7 @@ def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     except UnicodeDecodeError as error:
         found = f"{name}, byte 0x{raw[error.start]:02x} at offset {error.start}"
         raise QuestValueError("prompt_file", found, "text in UTF-8") from None
-    return _checked("prompt_file", f"{name}, which is empty", text)
+    return _checked("prompt_file", f"{name} ({len(raw):,} bytes)", text)
 
 
 def _read(path: str) -> bytes:
@@ -49,5 +49,5 @@ def _read(path: str) -> bytes:
 
 def _checked(argument: str, found: str, text: str) -> str:
     if not text.strip():
-        raise QuestValueError(argument, found, "a prompt of at least one character")
+        raise QuestValueError(argument, found, "text, not only white space")
     return text

@@ -1,7 +1,7 @@
 """The decode loop of the evaluation: prefill a context once, then feed a question token by token and write an answer.
 
-The question is decoded, not prefilled: otherwise a method that drops keys would see the question while it chooses what to
-keep.
+The question is decoded, not prefilled: otherwise a method that drops keys would see the question while it chooses what
+to keep.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 __all__ = ["PREFILL_CHUNK", "Decoded", "decode_answer", "prefill"]
 
 PREFILL_CHUNK = 512
-"""Tokens per forward pass of a prefill: the size that was fastest on two CPU cores, and often enough for a progress bar."""
+"""Tokens per forward pass of a prefill: as fast as larger ones on a CPU, and often enough for a progress bar."""
 
 
 @dataclass

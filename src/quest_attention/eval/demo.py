@@ -180,8 +180,8 @@ def run_demo(
         SlidingWindow(config.token_budget, config.num_dense_layers),
     ]
     context = DynamicCache(config=model.config)
-    total = len(case.sample.context_ids)
-    prefill(model, case.sample.context_ids, context, on_progress=lambda done: on_progress("reading the book", done, total))
+    tokens = case.sample.context_ids
+    prefill(model, tokens, context, on_progress=lambda done: on_progress("reading the book", done, len(tokens)))
     results = []
     for number, method in enumerate(methods):
         on_progress(f"answering: {method.name}", number, len(methods))
@@ -220,7 +220,7 @@ def check_fits(model: PreTrainedModel, length: int, config: QuestConfig) -> None
 def _result(
     name: str, tokenizer: PreTrainedTokenizerBase, case: DemoCase, decoded: Decoded, reads: list[LayerReads]
 ) -> MethodResult:
-    text = tokenizer.decode(decoded.tokens)
+    text = str(tokenizer.decode(decoded.tokens))
     sparse = [layer for layer in reads if layer.is_sparse]
     choosing = sparse or reads
     timed = decoded.step_seconds[WARMUP_STEPS:]

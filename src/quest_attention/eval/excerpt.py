@@ -28,7 +28,7 @@ class Excerpt:
 
     def text(self) -> str:
         """The text, paragraphs parted by empty lines."""
-        return resources.files("quest_attention.eval").joinpath("books", self.file).read_text(encoding="utf-8")
+        return (resources.files("quest_attention.eval") / "books" / self.file).read_text(encoding="utf-8")
 
     def __str__(self) -> str:
         return f"{self.title} ({self.author}, {self.year})"

@@ -181,10 +181,9 @@ class _WindowLayer(DynamicLayer):
         new = key_states.shape[-2]
         if new > 1 and self._has_slid:
             raise QuestStateError("a sliding window has dropped the context already: feed further tokens one by one")
-        if new == 1 and self.is_initialized:
+        if new == 1 and self.keys is not None and self.values is not None:
             self._has_slid = True
-            keep = min(self._window - 1, self.keys.shape[-2])
-            start = self.keys.shape[-2] - keep
+            start = max(0, self.keys.shape[-2] - (self._window - 1))
             self.keys = self.keys[:, :, start:]
             self.values = self.values[:, :, start:]
         self._length += new
@@ -256,6 +255,7 @@ def copy_cache(source: DynamicCache, target: Cache) -> None:
     _check_plain(source)
     with torch.no_grad():
         for index, layer in enumerate(source.layers):
+            assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None, "prefilled"
             target.update(layer.keys, layer.values, index)
 
 

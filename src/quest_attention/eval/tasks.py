@@ -148,7 +148,9 @@ def needle_text(key: str, value: str, kind: str) -> str:
     return f"\nOne of the special magic {kind}s for {key} is: {value}.\n"
 
 
-def needles(rng: random.Random, words: Sequence[str], *, keys: Value, values: Value, per_key: int, queries: int) -> Fact:
+def needles(
+    rng: random.Random, words: Sequence[str], *, keys: Value, values: Value, per_key: int, queries: int
+) -> Fact:
     """`queries` keys of `per_key` values each, all asked for.
 
     Args:

@@ -6,7 +6,7 @@ import math
 
 __all__ = ["wilson_interval"]
 
-NORMAL_QUANTILE = 1.959964
+_NORMAL_QUANTILE = 1.959964
 """Two-sided 95 % of the normal distribution."""
 
 
@@ -22,7 +22,7 @@ def wilson_interval(right: int, n: int) -> tuple[float, float]:
     >>> [round(bound, 1) for bound in wilson_interval(100, 100)]
     [96.3, 100.0]
     """
-    share, z = right / n, NORMAL_QUANTILE
+    share, z = right / n, _NORMAL_QUANTILE
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)

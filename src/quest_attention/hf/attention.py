@@ -17,7 +17,7 @@ from quest_attention.errors import QuestValueError, UnsupportedModelError
 from quest_attention.hf.layer import LAYER_ATTRIBUTE, QuestLayer
 from quest_attention.ops import quest_decode
 
-__all__ = ["EAGER_NAME", "SDPA_NAME", "register_attention"]
+__all__ = ["EAGER_NAME", "SDPA_NAME", "AttentionForward", "register_attention"]
 
 SDPA_NAME = "quest"
 """Registered for models whose dense attention is scaled_dot_product_attention."""
@@ -25,6 +25,7 @@ EAGER_NAME = "quest_eager"
 """Registered for models whose dense attention is their own eager one: logit softcap, attention sinks, or by choice."""
 
 AttentionForward = Callable[..., tuple[Tensor, Tensor | None]]
+"""The signature of transformers' attention functions, as far as it matters here."""
 
 
 def register_attention() -> None:
@@ -131,7 +132,7 @@ def _attend(
 
 def _dense_decode(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
     """Attention of one unmasked token per sequence over everything: the group as rows, so that no key is repeated."""
-    batch, heads, _, dim = query.shape
+    batch, _, _, dim = query.shape
     packed = query.view(batch, key.shape[1], -1, dim)  # [B, HKV, G, D]
     return F.scaled_dot_product_attention(packed, key, value, scale=scaling).flatten(1, 2)[:, None]
 

@@ -14,7 +14,7 @@ __all__ = ["QuestCache", "layer_kinds"]
 
 
 def layer_kinds(config: PretrainedConfig, quest: QuestConfig) -> dict[int, str]:
-    """What Quest makes of each attention layer of a model: `"quest"`, `"dense"` or why it is left alone, by layer index.
+    """What Quest makes of each attention layer, by index: `"quest"`, `"dense"` or why it is left alone.
 
     The leading dense layers are counted among the attention layers, so that those of a hybrid count as in the paper's
     models; windowed layers are attention layers.

@@ -18,7 +18,7 @@ class LayerCounter:
         kind: `"quest"`, `"dense"` (among the leading dense layers), `"windowed"` or another reason why it is untouched.
         sparse_steps: Steps that read the selected pages only [steps].
         dense_steps: Steps that read everything [steps], by reason: `"dense layer"`, `"within budget"`.
-        bypassed_steps: Steps in which the model took the cache's keys but never handed them to Quest's attention [steps].
+        bypassed_steps: Steps whose keys the model never handed to Quest's attention [steps].
         prefill_tokens: Tokens per sequence that came in passes of several tokens (prefill, verification) [tokens].
         pages_held: Pages a dense layer would have read in the counted steps, per KV head, over all sequences [pages].
     """
@@ -155,7 +155,9 @@ class QuestCounters:
 
     def summary(self) -> str:
         """A table of one line per layer and a line for the whole."""
-        lines = [f"{'layer':>5}  {'kind':<12} {'sparse':>8} {'dense':>8} {'pages read':>12} {'pages held':>12} {'read':>7}"]
+        lines = [
+            f"{'layer':>5}  {'kind':<12} {'sparse':>8} {'dense':>8} {'pages read':>12} {'pages held':>12} {'read':>7}"
+        ]
         for layer in self.layers:
             share = f"{layer.pages_read / layer.pages_held:.1%}" if layer.pages_held else "-"
             lines.append(

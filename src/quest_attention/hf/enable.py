@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import warnings
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -56,7 +55,7 @@ def enable_quest(
     >>> model = LlamaForCausalLM(LlamaConfig(
     ...     hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, vocab_size=64))
     >>> with enable_quest(model, QuestConfig(token_budget=32)) as quest:
-    ...     _ = model.generate(torch.arange(64)[None], max_new_tokens=4, pad_token_id=0)
+    ...     _ = model.generate(torch.arange(64)[None], min_new_tokens=4, max_new_tokens=4, pad_token_id=0)
     ...     quest.counters.layers[2].sparse_steps
     3
     """
@@ -81,7 +80,7 @@ class QuestHandle:
     """
 
     def __init__(self, model: PreTrainedModel, config: QuestConfig, on_select: OnSelect | None) -> None:
-        self.model = model
+        self.model = cast("Any", model)  # a module's attributes are Tensor or Module to a type checker
         self.config = config
         kinds = layer_kinds(model.config, config)
         self.counters = QuestCounters([LayerCounter(index, kind) for index, kind in kinds.items()])
@@ -94,11 +93,10 @@ class QuestHandle:
         except BaseException:
             self._restore_configs()
             raise
-        self._make_cache = model._prepare_cache_for_generation
-        model._prepare_cache_for_generation = self._prepare_cache_for_generation
+        self._make_cache = self.model._prepare_cache_for_generation
+        self.model._prepare_cache_for_generation = self._prepare_cache_for_generation
         for method in _CONTINUOUS_BATCHING:
-            if hasattr(model, method):
-                setattr(model, method, _refuse_continuous_batching)
+            setattr(model, method, _refuse_continuous_batching)
         setattr(model, _HANDLE, self)
 
     def __enter__(self) -> QuestHandle:
@@ -148,7 +146,9 @@ class QuestHandle:
         given = model_kwargs.get("past_key_values")
         if given is not None:
             if isinstance(given, Cache) and not isinstance(given, QuestCache):
-                _warn_dense(f"was given a {type(given).__name__}, which has no page metadata; pass a QuestCache or none")
+                _warn_dense(
+                    f"was given a {type(given).__name__}, which has no page metadata; pass a QuestCache or none"
+                )
         elif generation_config.use_cache is False:
             _warn_dense("was asked for use_cache=False")
         elif generation_config.cache_implementation is not None:
@@ -169,17 +169,19 @@ def _warn_dense(why: str) -> None:
 
 def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
     raise UnsupportedModelError(
-        "generate_batch: its paged cache knows only transformers' own attention: use generate(), or disable() Quest first"
+        "generate_batch: got a model with Quest, expected one without, whose paged cache knows only transformers' own "
+        "attention: use generate(), or disable() Quest first"
     )
 
 
-def _give_private_configs(model: PreTrainedModel) -> list[tuple[nn.Module, PretrainedConfig]]:
+def _give_private_configs(model: PreTrainedModel) -> list[tuple[Any, PretrainedConfig]]:
     """Copy the model's configurations for itself; returns what each module had.
 
     A configuration holds the name of the attention function, and models built from one share the object.
     """
     memo: dict[int, Any] = {}  # one for all, so that a sub-configuration stays the one its parent holds
-    had = []
+    had: list[tuple[Any, PretrainedConfig]] = []
+    module: Any
     for module in model.modules():
         shared = module.__dict__.get("config")
         if isinstance(shared, PretrainedConfig):

@@ -15,7 +15,7 @@ from quest_attention.hf.counters import LayerCounter
 from quest_attention.ops import DecodeWorkspace, Selection, update_page_metadata
 from quest_attention.pages import PagedKV, num_pages
 
-__all__ = ["LAYER_ATTRIBUTE", "OnSelect", "QuestLayer", "Workspaces"]
+__all__ = ["GROWTH", "LAYER_ATTRIBUTE", "OnSelect", "QuestLayer", "Workspaces"]
 
 LAYER_ATTRIBUTE = "_quest_layer"
 """Attribute of the key view that `update` returns, by which the attention function finds the layer.
@@ -115,7 +115,9 @@ class QuestLayer(DynamicLayer):
 
     def _refuse_assignment(self, name: str, tensor: Tensor | None) -> None:
         if tensor is not None:
-            raise QuestStateError(f"{name}: assigned to a QuestLayer, whose page metadata would not follow: use update()")
+            raise QuestStateError(
+                f"{name}: assigned to a QuestLayer, whose page metadata would not follow: use update()"
+            )
         self._free()
 
     @property
@@ -163,9 +165,7 @@ class QuestLayer(DynamicLayer):
         self._length = 0
         self.is_initialized = False
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write new tokens and take them into the bounds of their pages.
 
         Args:
@@ -178,11 +178,13 @@ class QuestLayer(DynamicLayer):
             Views of all keys and values so far; the keys carry the layer itself.
 
         Raises:
-            QuestValueError: The tokens do not fit those in the cache (another batch, another model); nothing is written.
+            QuestValueError: The tokens do not fit those in the cache (another batch or model); nothing is written.
             QuestStateError: Gradients are being recorded, which writing in place would break.
         """
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            raise QuestStateError("a QuestCache writes in place: run the model under torch.no_grad() or inference_mode()")
+            raise QuestStateError(
+                "a QuestCache writes in place: run the model under torch.no_grad() or inference_mode()"
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self._keys is not None and self._values is not None, "storage allocated"
@@ -191,7 +193,7 @@ class QuestLayer(DynamicLayer):
         new = key_states.shape[2]
         start, end = self._length, self._length + new
         if end > self.capacity:
-            self._resize(max(end, GROWTH * self.capacity))
+            self._rebuild(max(end, GROWTH * self.capacity), lambda tensor: tensor, self._batch())
         self._keys[:, :, start:end] = key_states
         self._values[:, :, start:end] = value_states
         self._length = end
@@ -202,15 +204,12 @@ class QuestLayer(DynamicLayer):
         setattr(keys, LAYER_ATTRIBUTE, self)
         return keys, values
 
-    def _resize(self, length: int) -> None:
-        """Move to storage for `length` tokens per sequence."""
-        self._rebuild(length, lambda tensor: tensor, self._batch())
-
     def _rebuild(self, length: int, pick: Callable[[Tensor], Tensor], batch: int) -> None:
         """Move to new storage, `pick` choosing the sequences to keep."""
         keys, values, metadata = self._keys, self._values, self._metadata
         assert keys is not None and values is not None, "storage allocated"
         self._allocate(keys, values, batch, length)
+        assert self._keys is not None and self._values is not None, "storage allocated"
         self._keys[:, :, : self._length] = pick(keys[:, :, : self._length])
         self._values[:, :, : self._length] = pick(values[:, :, : self._length])
         if metadata is not None and self._metadata is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -22,6 +23,7 @@ def check_supported(model: object, quest: QuestConfig) -> None:
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(f"model: got {type(model).__name__}, expected a transformers PreTrainedModel")
     name = type(model).__name__
+    generation: Any = model  # its generate() side, which a type checker does not see on a PreTrainedModel
 
     def refuse(why: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"model: got {name}, {why}")
@@ -34,13 +36,15 @@ def check_supported(model: object, quest: QuestConfig) -> None:
         raise refuse("expected one that calls transformers' attention interface: this one's attention has no such seam")
     if any("Indexer" in type(module).__name__ for module in model.modules()):
         raise refuse("expected one without sparse attention of its own: this one selects tokens with an indexer")
-    if not model._supports_default_dynamic_cache():
+    if not generation._supports_default_dynamic_cache():
         raise refuse("expected one that uses transformers' DynamicCache: this one keeps a state of its own")
     kinds = layer_kinds(model.config, quest)
     if not kinds:
         raise refuse("expected one with attention layers: this one has none")
     if all(kind in ("windowed", "other") for kind in kinds.values()):
-        raise refuse("expected one with full-attention layers: all of this one's are windowed, so reads are bounded already")
+        raise refuse(
+            "expected one with full-attention layers: all of this one's are windowed, so reads are bounded already"
+        )
     if all(kind == "latent" for kind in kinds.values()):
         warnings.warn(
             f"{name} rebuilds its keys from a latent cache (MLA), which page bounds cannot see: every layer runs dense",

@@ -181,9 +181,7 @@ def select_pages(
     check_lengths("seq_lens", seq_lens, scores.shape[0], scores.shape[2] * page_size, scores.device)
     check_token_mask(token_mask, scores.shape[0], scores.device)
     verbs = resolve_backend(backend, scores.device).verbs
-    return verbs.select_pages(
-        scores, seq_lens, page_size, token_budget, num_sink_pages, num_recent_pages, token_mask
-    )
+    return verbs.select_pages(scores, seq_lens, page_size, token_budget, num_sink_pages, num_recent_pages, token_mask)
 
 
 def sparse_decode_attention(
@@ -228,9 +226,7 @@ def sparse_decode_attention(
     scale = kv.head_dim**-0.5 if sm_scale is None else sm_scale
     check_attention(scale, softcap, sinks, query)
     verbs = resolve_backend(backend, query.device).verbs
-    return verbs.sparse_decode_attention(
-        query, kv, seq_lens, selected, scale, softcap, sinks, token_mask, return_lse
-    )
+    return verbs.sparse_decode_attention(query, kv, seq_lens, selected, scale, softcap, sinks, token_mask, return_lse)
 
 
 def quest_decode(

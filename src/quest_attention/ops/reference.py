@@ -43,7 +43,7 @@ def score_pages(
     group_reduction: GroupReduction = "max",
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """Upper bound on the unscaled logit that each page can give: `[B, HKV, P]` in `dtype`, -inf where there is no page."""
+    """Upper bound on the unscaled logit each page can give: `[B, HKV, P]` in `dtype`, -inf where there is no page."""
     batch, num_query_heads, _ = query.shape
     group = num_query_heads // kv.num_kv_heads
     scores = torch.full((batch, kv.num_kv_heads, kv.max_pages), -math.inf, dtype=dtype)
@@ -101,7 +101,7 @@ def sparse_decode_attention(
     token_mask: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the tokens of the selected pages: output `[B, HQ, DV]` and log-sum-exp `[B, HQ]`, both in `dtype`."""
+    """Attention over the tokens of the selected pages: output `[B, HQ, DV]` and log-sum-exp `[B, HQ]` in `dtype`."""
     batch, num_query_heads, _ = query.shape
     group = num_query_heads // kv.num_kv_heads
     output = torch.zeros(batch, num_query_heads, kv.values.shape[-1], dtype=dtype)

@@ -57,7 +57,7 @@ def update_page_metadata(kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Te
 
 
 def _update_contiguous(cache: ContiguousKV, page_size: int, start: int, end: int) -> None:
-    """Bounds of tokens `start` to `end` of every sequence: a part-filled page to go on, whole pages, a part-filled rest."""
+    """Take tokens `start` to `end` of every sequence: the rest of a page, whole pages, the beginning of a page."""
     keys, metadata = cache.keys, cache.metadata
     if start % page_size and start < end:
         page = start // page_size
@@ -120,7 +120,7 @@ def score_pages(
 
 
 def _metadata_rows(kv: PagedKV, start: int, stop: int) -> Tensor:
-    """Bounds of logical pages `start` to `stop`: `[B * HKV, stop - start, 2D]`, a view where the cache is contiguous."""
+    """Bounds of logical pages `start` to `stop`: `[B * HKV, stop - start, 2D]`, a view of a contiguous cache."""
     if kv.contiguous is not None:
         return kv.contiguous.metadata.flatten(0, 1)[:, start:stop].flatten(2)
     rows = _gather(kv.metadata.flatten(2)[:, None], kv.page_table[:, None, start:stop].expand(-1, kv.num_kv_heads, -1))
@@ -262,7 +262,7 @@ def _gather(storage: Tensor, physical: Tensor) -> Tensor:
     """Copy pages out of storage `[N, T, HKV, D]`, each head its own: `[B, HKV, K * T, D]` for ids `[B, HKV, K]`.
 
     `index_select` over rows is several times faster than indexing with two tensors, so the storage is seen as rows of
-    the longest run that lies together in memory: a whole page where a head's tokens follow each other (HND, contiguous),
+    the longest run that lies together: a whole page where a head's tokens follow each other (HND, contiguous),
     else the channels of one token (NHD).
     """
     pages, tokens, heads, dim = storage.shape

@@ -1,0 +1,41 @@
+"""`quest env`: versions, devices, and why which backend."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from quest_attention.cli import run
+from quest_attention.environment import collect_environment
+from quest_attention.ops import resolve_backend
+
+
+def test_the_cpu_is_there_with_the_backend_that_auto_gives() -> None:
+    cpu = collect_environment().devices[0]
+    assert cpu.device == "cpu"
+    assert (cpu.backend, cpu.reason) == resolve_backend("auto", "cpu")[:2]
+
+
+def test_versions_are_those_installed() -> None:
+    found = collect_environment()
+    assert found.packages["torch"] == torch.__version__
+    assert found.packages["transformers"] is not None
+    assert found.threads == torch.get_num_threads()
+
+
+def test_what_is_not_installed_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quest_attention.environment.PACKAGES", ("no-such-package",))
+    assert collect_environment().packages == {"no-such-package": None}
+
+
+def test_json_and_table_agree(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["env", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads(json.dumps(collect_environment().to_dict()))
+    assert run(["env"]) == 0
+    table = capsys.readouterr().out
+    for device in report["devices"]:
+        assert device["device"] in table and device["backend"] in table
+    assert report["packages"]["torch"] in table
