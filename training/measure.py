@@ -15,6 +15,7 @@ import random
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
@@ -105,18 +106,19 @@ class Measurer:
         return row
 
 
+@cache
+def load_measurer(model: Path, books: Path, device: str, seed: int) -> Measurer:
+    """The measurer of this process, made once."""
+    return Measurer(model, books, device, seed)
+
+
 def measure_cell(job: tuple[Path, Path, str, int, str, int, int]) -> dict[str, Any]:
     """One cell, in a process that keeps its model."""
-    global _measurer
     model, books, device, seed, task, length, n = job
-    if _measurer is None:
-        _measurer = Measurer(model, books, device, seed)
+    measurer = load_measurer(model, books, device, seed)
     began = time.monotonic()
-    row = _measurer.perplexity() if task == "perplexity" else _measurer.accuracy(task, length, n)
+    row = measurer.perplexity() if task == "perplexity" else measurer.accuracy(task, length, n)
     return row | {"seconds": round(time.monotonic() - began, 1)}
-
-
-_measurer: Measurer | None = None
 
 
 def main(
@@ -141,11 +143,6 @@ def main(
         pools[i % len(pools)].submit(measure_cell, (model, books, devices[i % len(pools)], seed, task, length, n))
         for i, (task, length) in enumerate(cells)
     ]
-    for future in waiting:
-        row = future.result()
-        rows.append(row)
-        shown = f"{row['task']:18} {row['length']:6} {row['percent']:6.2f} %" if "task" in row else json.dumps(row)
-        typer.echo(f"{shown}  [{row['seconds']} s]")
     machine = {
         "device": torch.cuda.get_device_name() if cuda else platform.machine(),
         "devices": len(devices),
@@ -154,9 +151,14 @@ def main(
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-    output.mkdir(parents=True, exist_ok=True)
     record = {"command": f"python {' '.join(sys.argv)}", "machine": machine, "seed": seed, "n": n, "rows": rows}
-    (output / "card.json").write_text(json.dumps(record, indent=1) + "\n")
+    output.mkdir(parents=True, exist_ok=True)
+    for future in waiting:
+        row = future.result()
+        rows.append(row)
+        shown = f"{row['task']:18} {row['length']:6} {row['percent']:6.2f} %" if "task" in row else json.dumps(row)
+        typer.echo(f"{shown}  [{row['seconds']} s]")
+        (output / "card.json").write_text(json.dumps(record, indent=1) + "\n")  # a run cut short keeps its cells
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train the bundled model. One command, on any number of GPUs of one machine:
+"""Train the bundled model, on any number of GPUs of one machine.
 
     torchrun --nproc-per-node 2 training/train.py --books BOOKS --work WORK --output src/quest_attention/models/tiny
 
@@ -159,12 +159,14 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of weights and sequences.")] = 0,
     compiled: Annotated[bool, typer.Option(help="Use torch.compile.")] = True,
     longest: Annotated[int, typer.Option(help="Cap on sequence lengths, for a trial run [tokens].")] = MAX_LENGTH,
+    start_from: Annotated[Path | None, typer.Option(help="Model to go on from where no checkpoint is.")] = None,
+    trained: Annotated[float, typer.Option(help="Training time that model has had [s].")] = 0.0,
 ) -> None:
     """Train, or go on training, and export when done."""
     began = time.monotonic()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if world > 1:
@@ -180,7 +182,9 @@ def main(
     plain = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=cuda)
-    state: dict[str, Any] = {"trained": 0.0, "step": 0, "tokens": 0, "calls": 0}
+    state: dict[str, Any] = {"trained": trained, "step": 0, "tokens": 0, "calls": 0}
+    if start_from is not None:
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(start_from, dtype=torch.float32).state_dict())
     checkpoint = work / "checkpoint.pt"
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
@@ -212,7 +216,7 @@ def main(
             rate = rate_at(phase, (state["trained"] - start) / (phase.share * seconds))
             rate *= min(1.0, (state["step"] + 1) / WARMUP_STEPS)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = float(rate)
             with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
                 loss, parts = training(ids.to(device, non_blocking=True), weights.to(device, non_blocking=True))
             loss.backward()
@@ -257,8 +261,11 @@ def main(
     if rank == 0:
         saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state}
         torch.save(saved, checkpoint)
+        state["books"], state["book_tokens"] = len(np.load(work / "starts.npy")), len(np.load(work / "books.npy"))
         export(model, output, work, state, seconds, seed, world)
-        typer.echo(f"{'stopped' if stopped else 'done'} after {state['trained']:.0f} s, {state['tokens'] / 1e6:.0f}M tokens")
+        typer.echo(
+            f"{'stopped' if stopped else 'done'} after {state['trained']:.0f} s, {state['tokens'] / 1e6:.0f}M tokens"
+        )
     if world > 1:
         dist.destroy_process_group()
 

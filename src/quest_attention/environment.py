@@ -16,7 +16,7 @@ from quest_attention.errors import QuestStateError
 from quest_attention.models import bundled_model_path
 from quest_attention.ops import resolve_backend
 
-__all__ = ["DeviceReport", "Environment", "collect_environment"]
+__all__ = ["PACKAGES", "DeviceReport", "Environment", "collect_environment"]
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "triton", "vllm", "typer", "rich")
 

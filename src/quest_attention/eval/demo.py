@@ -19,7 +19,7 @@ from quest_attention.eval.methods import Full, LayerReads, Method, Quest, Slidin
 from quest_attention.eval.page_reads import PageReads
 from quest_attention.eval.tasks import Sample, is_correct, make_sample
 
-__all__ = ["Demo", "DemoCase", "MethodResult", "check_fits", "make_case", "run_demo"]
+__all__ = ["TASK", "WARMUP_STEPS", "Demo", "DemoCase", "MethodResult", "check_fits", "make_case", "run_demo"]
 
 TASK = "passkey"
 """The task of the Quest paper's first table, in a book instead of noise."""

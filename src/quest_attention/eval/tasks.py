@@ -15,34 +15,55 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from itertools import pairwise
 from typing import Literal
 
 from quest_attention.errors import QuestValueError
 
-__all__ = ["TASKS", "Fact", "Sample", "Split", "is_correct", "key_words", "make_facts", "make_sample", "noise"]
+__all__ = [
+    "TASKS",
+    "Encode",
+    "Fact",
+    "Sample",
+    "Split",
+    "Task",
+    "Value",
+    "identifier",
+    "is_correct",
+    "key_words",
+    "make_facts",
+    "make_sample",
+    "needle_text",
+    "needles",
+    "noise",
+    "number",
+    "passkey",
+    "variable_chain",
+    "word",
+]
 
 Split = Literal["train", "eval"]
 Encode = Callable[[str], list[int]]
 """Text to token ids, without special tokens."""
 
-HELD_OUT_STRIDE = 5
+_HELD_OUT_STRIDE = 5
 """Every fifth key word is kept from training."""
-PASSKEY_MAX = 50_000
-NUMBER_DIGITS = 7
+_PASSKEY_MAX = 50_000
+_NUMBER_DIGITS = 7
 """RULER's magic numbers have seven digits."""
-ANSWER_RESERVE = 8
+_ANSWER_RESERVE = 8
 """Tokens left free after question and answer, so that a sample of the longest context still fits the model."""
 
-PASSKEY_PREAMBLE = (
+_PASSKEY_PREAMBLE = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
     "I will quiz you about the important information there.\n"
 )
-NEEDLE_PREAMBLE = (
+_NEEDLE_PREAMBLE = (
     "Some special magic values are hidden within the following text. Make sure to memorize them. "
     "I will quiz you about the values afterwards.\n"
 )
-CHAIN_PREAMBLE = "Memorize and track the chains of variable assignment hidden in the following text.\n"
-NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
+_CHAIN_PREAMBLE = "Memorize and track the chains of variable assignment hidden in the following text.\n"
+_NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 
 
 @dataclass(frozen=True)
@@ -108,25 +129,25 @@ class Task:
 def key_words(split: Split) -> tuple[str, ...]:
     """Words to make keys and values from; those of `"eval"` are never seen in training."""
     words = resources.files("quest_attention.eval").joinpath("key-words.txt").read_text(encoding="utf-8").split()
-    return tuple(word for i, word in enumerate(words) if (i % HELD_OUT_STRIDE == 0) == (split == "eval"))
+    return tuple(word for i, word in enumerate(words) if (i % _HELD_OUT_STRIDE == 0) == (split == "eval"))
 
 
 def noise(encode: Encode, length: int) -> list[int]:
     """`length` tokens of the passkey task's original filler."""
-    one = encode(NOISE)
+    one = encode(_NOISE)
     return (one * (length // len(one) + 1))[:length]
 
 
 def passkey(rng: random.Random) -> Fact:
     """A number from 1 to 50000 that the text says is the pass key."""
-    key = str(rng.randint(1, PASSKEY_MAX))
+    key = str(rng.randint(1, _PASSKEY_MAX))
     text = f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
     return Fact((text,), "\nWhat is the pass key? The pass key is", (key,), f" {key}.")
 
 
 def number(rng: random.Random, words: Sequence[str]) -> str:
     """A magic number of seven digits."""
-    return str(rng.randrange(10 ** (NUMBER_DIGITS - 1), 10**NUMBER_DIGITS))
+    return str(rng.randrange(10 ** (_NUMBER_DIGITS - 1), 10**_NUMBER_DIGITS))
 
 
 def word(rng: random.Random, words: Sequence[str]) -> str:
@@ -140,6 +161,7 @@ def identifier(rng: random.Random, words: Sequence[str]) -> str:
 
 
 Value = Callable[[random.Random, Sequence[str]], str]
+"""Makes a key or a value from a source of randomness and the key words."""
 _KINDS: dict[Value, str] = {number: "number", word: "word", identifier: "uuid"}
 
 
@@ -188,7 +210,7 @@ def variable_chain(rng: random.Random, words: Sequence[str], hops: int = 4) -> F
             names.append(name)
     value = str(rng.randrange(10_000, 100_000))
     texts = [f"\nVAR {names[0]} = {value}\n"]
-    texts += [f"\nVAR {new} = VAR {old}\n" for old, new in zip(names, names[1:], strict=False)]
+    texts += [f"\nVAR {new} = VAR {old}\n" for old, new in pairwise(names)]
     question = f"\nFind all variables that are assigned the value {value} in the text above. They are:"
     return Fact(tuple(texts), question, tuple(names), " " + ", ".join(names) + ".")
 
@@ -211,19 +233,19 @@ def _same_key(fact: Fact, other: Fact) -> bool:
 
 
 TASKS: dict[str, Task] = {
-    "passkey": Task(lambda rng, words: (passkey(rng), []), PASSKEY_PREAMBLE),
-    "passkey_noise": Task(lambda rng, words: (passkey(rng), []), PASSKEY_PREAMBLE, "noise"),
-    "needle": Task(_single(word, number), NEEDLE_PREAMBLE),
-    "needle_of_30": Task(_single(word, number, distractors=29), NEEDLE_PREAMBLE),
-    "niah_single_1": Task(_single(word, number), NEEDLE_PREAMBLE, "noise"),
-    "niah_single_2": Task(_single(word, number), NEEDLE_PREAMBLE),
-    "niah_single_3": Task(_single(word, identifier), NEEDLE_PREAMBLE),
-    "niah_multikey_1": Task(_single(word, number, distractors=3), NEEDLE_PREAMBLE),
-    "niah_multikey_2": Task(_single(word, number), NEEDLE_PREAMBLE, "needles"),
-    "niah_multikey_3": Task(_single(identifier, identifier), NEEDLE_PREAMBLE, "needles"),
-    "niah_multivalue": Task(_single(word, number, per_key=4), NEEDLE_PREAMBLE),
-    "niah_multiquery": Task(_single(word, number, queries=4), NEEDLE_PREAMBLE),
-    "variable_tracking": Task(lambda rng, words: (variable_chain(rng, words), []), CHAIN_PREAMBLE, "noise"),
+    "passkey": Task(lambda rng, words: (passkey(rng), []), _PASSKEY_PREAMBLE),
+    "passkey_noise": Task(lambda rng, words: (passkey(rng), []), _PASSKEY_PREAMBLE, "noise"),
+    "needle": Task(_single(word, number), _NEEDLE_PREAMBLE),
+    "needle_of_30": Task(_single(word, number, distractors=29), _NEEDLE_PREAMBLE),
+    "niah_single_1": Task(_single(word, number), _NEEDLE_PREAMBLE, "noise"),
+    "niah_single_2": Task(_single(word, number), _NEEDLE_PREAMBLE),
+    "niah_single_3": Task(_single(word, identifier), _NEEDLE_PREAMBLE),
+    "niah_multikey_1": Task(_single(word, number, distractors=3), _NEEDLE_PREAMBLE),
+    "niah_multikey_2": Task(_single(word, number), _NEEDLE_PREAMBLE, "needles"),
+    "niah_multikey_3": Task(_single(identifier, identifier), _NEEDLE_PREAMBLE, "needles"),
+    "niah_multivalue": Task(_single(word, number, per_key=4), _NEEDLE_PREAMBLE),
+    "niah_multiquery": Task(_single(word, number, queries=4), _NEEDLE_PREAMBLE),
+    "variable_tracking": Task(lambda rng, words: (variable_chain(rng, words), []), _CHAIN_PREAMBLE, "noise"),
 }
 """Every task by name. The `niah_*` names and what they hide are RULER's."""
 
@@ -271,7 +293,7 @@ def make_sample(
     preamble = encode(kind.preamble)
     hidden = [encode(text) for text in fact.texts]
     others = [encode(text) for other in distractors for text in other.texts]
-    max_new_tokens = len(reply_ids) + ANSWER_RESERVE
+    max_new_tokens = len(reply_ids) + _ANSWER_RESERVE
     room = length - len(question_ids) - max_new_tokens - len(preamble) - sum(map(len, hidden)) - sum(map(len, others))
     if room < 0:
         raise QuestValueError("length", length, f"at least {length - room} tokens for {task}")
