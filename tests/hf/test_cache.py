@@ -1,0 +1,220 @@
+"""`QuestCache` and its layers: storage, growth, rollback, reordering, and what they refuse."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny import PAGE_SIZE, SMALL, assert_metadata_is_exact, make_llama, prompt, quest_layers
+from torch.profiler import ProfilerActivity, profile
+from transformers.cache_utils import DynamicCache
+
+from quest_attention import QuestCache, QuestConfig, QuestStateError, QuestValueError, enable_quest
+from quest_attention.hf import QuestLayer
+
+HEADS, DIM = 2, 8
+
+
+def tokens(count: int, batch: int = 2, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    keys, values = torch.randn(2, batch, HEADS, count, DIM, generator=torch.Generator().manual_seed(seed))
+    return keys, values
+
+
+def filled(*counts: int, max_length: int | None = None) -> QuestCache:
+    """A cache that took so many tokens at a time, the same in every layer."""
+    cache = QuestCache(make_llama().config, SMALL, max_length=max_length)
+    for seed, count in enumerate(counts):
+        for layer in range(len(cache.layers)):
+            cache.update(*tokens(count, seed=seed), layer)
+    return cache
+
+
+@pytest.mark.parametrize("counts", [(1,), (50,), (7, 1, 1, 1, 30, 1), (16, 16), (3, 200)])
+def test_it_holds_what_a_dynamic_cache_holds(counts: tuple[int, ...]) -> None:
+    cache = filled(*counts)
+    stock = DynamicCache(config=make_llama().config)
+    for seed, count in enumerate(counts):
+        for layer in range(len(stock.layers)):
+            stock.update(*tokens(count, seed=seed), layer)
+    assert cache.get_seq_length() == stock.get_seq_length() == sum(counts)
+    assert cache.get_mask_sizes(3, 1) == stock.get_mask_sizes(3, 1)
+    for ours, theirs in zip(cache.layers, stock.layers, strict=True):
+        torch.testing.assert_close(ours.keys, theirs.keys, rtol=0, atol=0)
+        torch.testing.assert_close(ours.values, theirs.values, rtol=0, atol=0)
+    assert_metadata_is_exact(cache)
+
+
+def test_storage_grows_by_doubling_not_at_every_token() -> None:
+    cache = filled(40)
+    layer = quest_layers(cache)[0]
+    moves, where = 0, None
+    for seed in range(400):
+        layer.update(*tokens(1, seed=seed))
+        assert layer.keys is not None
+        moves += layer.keys.data_ptr() != where
+        where = layer.keys.data_ptr()
+    assert moves <= 6, "440 tokens from 40 are four doublings"
+    assert layer.capacity < 4 * 440
+    assert_metadata_is_exact(cache)
+
+
+def test_room_is_made_at_once_where_the_length_is_known() -> None:
+    layer = quest_layers(filled(40, max_length=70))[0]
+    assert layer.capacity == 72, "whole pages"
+    assert layer.keys is not None
+    before = layer.keys.data_ptr()
+    for seed in range(30):
+        layer.update(*tokens(1, seed=seed))
+    assert layer.keys.data_ptr() == before
+
+
+@pytest.mark.parametrize("remove", [0, 1, 5, 12, 40])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_crop_leaves_bounds_that_hold(remove: int, as_tensor: bool) -> None:
+    cache = filled(40)
+    count: Any = torch.tensor(-remove) if as_tensor else -remove
+    cache.crop(count)
+    assert cache.get_seq_length() == 40 - remove
+    for layer in range(len(cache.layers)):
+        cache.update(*tokens(6, seed=99), layer)
+    for layer_ in quest_layers(cache):
+        assert layer_.keys is not None
+        stored = layer_.paged.contiguous
+        assert stored is not None
+        for token in range(layer_.get_seq_length()):
+            bounds = stored.metadata[:, :, token // PAGE_SIZE]
+            assert (layer_.keys[:, :, token] <= bounds[:, :, 0]).all()
+            assert (layer_.keys[:, :, token] >= bounds[:, :, 1]).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cache: cache.reorder_cache(torch.tensor([1, 1])),
+        lambda cache: cache.batch_select_indices(torch.tensor([1])),
+        lambda cache: cache.batch_select_indices(torch.tensor([False, True])),
+        lambda cache: cache.batch_repeat_interleave(3),
+    ],
+)
+def test_changes_of_the_batch(change: Callable[[Any], None]) -> None:
+    cache, stock = filled(37), DynamicCache(config=make_llama().config)
+    for layer in range(len(stock.layers)):
+        stock.update(*tokens(37), layer)
+    change(cache)
+    change(stock)
+    for ours, theirs in zip(cache.layers, stock.layers, strict=True):
+        assert isinstance(ours, QuestLayer)
+        torch.testing.assert_close(ours.keys, theirs.keys, rtol=0, atol=0)
+    batch = stock.layers[0].keys.shape[0]
+    for layer in range(len(cache.layers)):
+        cache.update(*tokens(5, batch=batch, seed=4), layer)
+    assert_metadata_is_exact(cache)
+
+
+def test_reset_and_copy() -> None:
+    cache = filled(37)
+    twin = copy.deepcopy(cache)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    cache.update(*tokens(9, batch=1), 1)
+    assert cache.layers[1].keys.shape == (1, HEADS, 9, DIM), "another batch may begin"
+    assert twin.get_seq_length() == 37
+    assert_metadata_is_exact(twin)
+
+
+def test_a_view_keeps_nothing_alive_that_keeps_it() -> None:
+    cache = filled(37)
+    layer = weakref.ref(cache.layers[1])
+    gc.disable()
+    try:
+        del cache
+        assert layer() is None, "freed at once, without the garbage collector: no cycle through the key view"
+    finally:
+        gc.enable()
+
+
+def test_storage_outlives_inference_mode() -> None:
+    model, ids = make_llama(), prompt()
+    with enable_quest(model, SMALL) as quest:
+        cache = quest.make_cache()
+        with torch.inference_mode():
+            model(ids, past_key_values=cache)
+        with torch.no_grad():
+            model(ids[:, :1], past_key_values=cache)
+        assert quest.counters.sparse_steps == 2
+
+
+def test_gradients_are_refused() -> None:
+    model = make_llama()
+    with enable_quest(model, SMALL) as quest:
+        cache = quest.make_cache()
+        with pytest.raises(QuestStateError, match="no_grad"):
+            model(prompt(), past_key_values=cache)
+        assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "names"),
+    [
+        (torch.zeros(3, HEADS, 1, DIM), torch.zeros(3, HEADS, 1, DIM), "key_states.shape"),
+        (torch.zeros(2, 4, 1, DIM), torch.zeros(2, 4, 1, DIM), "key_states.shape"),
+        (torch.zeros(2, HEADS, 1, 16), torch.zeros(2, HEADS, 1, 16), "key_states.shape"),
+        (torch.zeros(2, HEADS, 1, DIM), torch.zeros(2, HEADS, 1, 16), "value_states.shape"),
+        (torch.zeros(2, HEADS, 1, DIM).half(), torch.zeros(2, HEADS, 1, DIM).half(), "key_states.dtype"),
+        (torch.zeros(2, HEADS, 1, DIM, device="meta"), torch.zeros(2, HEADS, 1, DIM, device="meta"), "key_states.device"),
+    ],
+)
+def test_tokens_that_do_not_fit(keys: torch.Tensor, values: torch.Tensor, names: str) -> None:
+    cache = filled(37)
+    before = copy.deepcopy(cache)
+    with pytest.raises(QuestValueError, match=names) as caught:
+        cache.update(keys, values, 1)
+    assert caught.value.argument == names
+    assert cache.get_seq_length(1) == 37
+    torch.testing.assert_close(cache.layers[1].keys, before.layers[1].keys, rtol=0, atol=0)
+
+
+def test_a_cache_of_another_model() -> None:
+    first, second, ids = make_llama(), make_llama(heads=8, kv_heads=4), prompt()
+    with enable_quest(first, SMALL) as quest, torch.inference_mode():
+        cache = quest.make_cache()
+        first(ids, past_key_values=cache)
+        with pytest.raises(QuestValueError, match="expected \\[1, 2, T, 8\\], as this cache holds"):
+            second(ids, past_key_values=cache)
+        assert cache.get_seq_length() == 60
+
+
+def test_assignment_and_offloading_are_refused() -> None:
+    layer = quest_layers(filled(37))[0]
+    with pytest.raises(QuestStateError, match="keys: assigned"):
+        layer.keys = torch.zeros(2, HEADS, 3, DIM)
+    with pytest.raises(QuestStateError, match="offloading"):
+        layer.offload()
+    assert layer.get_seq_length() == 37
+
+
+def largest_allocation(length: int) -> int:
+    """Bytes of the largest tensor that one sparse decode step allocates with a cache of `length` tokens."""
+    model = make_llama(layers=2, kv_heads=4, dim=64).bfloat16()
+    config = QuestConfig(token_budget=64, page_size=16, num_dense_layers=1)
+    with enable_quest(model, config) as quest, torch.inference_mode():
+        cache = quest.make_cache(max_length=length + 64)
+        for layer in range(2):
+            cache.update(*torch.ones(2, 1, 4, length, 64, dtype=torch.bfloat16), layer)
+        token = torch.ones(1, 1, dtype=torch.long)
+        for _ in range(2):  # the first step makes the workspace
+            model(token, past_key_values=cache)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            model(token, past_key_values=cache)
+        assert quest.counters.sparse_steps == 3
+    return max(event.self_cpu_memory_usage for event in profiled.events())
+
+
+def test_a_step_allocates_nothing_that_grows_with_the_context() -> None:
+    """Metadata is scored in pieces of a fixed size, which a context of 32K tokens fills."""
+    assert largest_allocation(32768) == largest_allocation(131072) > 0
