@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import PAGE_SIZE, SMALL, assert_metadata_is_exact, make_llama, prompt, quest_layers
 from torch.profiler import ProfilerActivity, profile
 from transformers.cache_utils import DynamicCache
 
 from quest_attention import QuestCache, QuestConfig, QuestStateError, QuestValueError, enable_quest
 from quest_attention.hf import QuestLayer
+from tiny import PAGE_SIZE, SMALL, assert_metadata_is_exact, make_llama, prompt, quest_layers
 
 HEADS, DIM = 2, 8
 
@@ -166,7 +166,11 @@ def test_gradients_are_refused() -> None:
         (torch.zeros(2, HEADS, 1, 16), torch.zeros(2, HEADS, 1, 16), "key_states.shape"),
         (torch.zeros(2, HEADS, 1, DIM), torch.zeros(2, HEADS, 1, 16), "value_states.shape"),
         (torch.zeros(2, HEADS, 1, DIM).half(), torch.zeros(2, HEADS, 1, DIM).half(), "key_states.dtype"),
-        (torch.zeros(2, HEADS, 1, DIM, device="meta"), torch.zeros(2, HEADS, 1, DIM, device="meta"), "key_states.device"),
+        (
+            torch.zeros(2, HEADS, 1, DIM, device="meta"),
+            torch.zeros(2, HEADS, 1, DIM, device="meta"),
+            "key_states.device",
+        ),
     ],
 )
 def test_tokens_that_do_not_fit(keys: torch.Tensor, values: torch.Tensor, names: str) -> None:

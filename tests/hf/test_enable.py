@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import LARGE, SMALL, generate, make_llama, prompt
 from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
@@ -21,6 +20,7 @@ from quest_attention import (
     UnsupportedModelError,
     enable_quest,
 )
+from tiny import LARGE, SMALL, generate, make_llama, prompt
 
 
 def snapshot(model: LlamaForCausalLM) -> tuple[Any, ...]:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import LARGE, SMALL, assert_metadata_is_exact, generate, logits_of_steps, make_llama, prompt, quest_layers
 
 from quest_attention import QuestCache, QuestConfig, enable_quest
+from tiny import LARGE, SMALL, assert_metadata_is_exact, generate, logits_of_steps, make_llama, prompt, quest_layers
 
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -218,7 +218,9 @@ def test_interleaved_caches() -> None:
 def test_selection_is_shown_to_an_observer() -> None:
     model, ids = make_llama(), prompt()
     seen: list[tuple[int, list[int], int]] = []
-    with enable_quest(model, SMALL, on_select=lambda layer, chosen, pages: seen.append((layer, list(chosen.pages.shape), pages))):
+    with enable_quest(
+        model, SMALL, on_select=lambda layer, chosen, pages: seen.append((layer, list(chosen.pages.shape), pages))
+    ):
         generate(model, ids, new=3)
     assert seen == [(1, [1, 2, 6], 16), (2, [1, 2, 6], 16)] * 2
 

@@ -56,7 +56,9 @@ def generate(model: PreTrainedModel, ids: Tensor, new: int = 12, **options: Any)
     return made
 
 
-def logits_of_steps(model: PreTrainedModel, ids: Tensor, config: QuestConfig, new: int = 6) -> tuple[Tensor, QuestCounters]:
+def logits_of_steps(
+    model: PreTrainedModel, ids: Tensor, config: QuestConfig, new: int = 6
+) -> tuple[Tensor, QuestCounters]:
     """Logits `[steps, B, V]` of a prefill and greedy decode steps under Quest, and the counters."""
     with enable_quest(model, config) as quest:
         runner: Any = model
