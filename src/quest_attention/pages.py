@@ -48,11 +48,13 @@ class ContiguousKV(NamedTuple):
         keys: `[B, HKV, capacity, D]`.
         values: `[B, HKV, capacity, DV]`.
         metadata: `[B, HKV, capacity / page_size, 2, D]`.
+        first_rows: `[B, HKV, 1]` int64, where a head's pages begin when all pages are seen as rows.
     """
 
     keys: Tensor
     values: Tensor
     metadata: Tensor
+    first_rows: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +156,9 @@ class PagedKV:
         meta_pages = metadata.as_strided((reach, heads, 2, dim), meta_strides, metadata.storage_offset())
         first = torch.arange(batch, dtype=torch.int32, device=keys.device) * (heads * pages)
         page_table = first[:, None] + torch.arange(pages, dtype=torch.int32, device=keys.device)
-        return cls(as_pages(keys), as_pages(values), meta_pages, page_table, ContiguousKV(keys, values, metadata))
+        first_rows = (torch.arange(batch * heads, device=keys.device) * pages).view(batch, heads, 1)
+        contiguous = ContiguousKV(keys, values, metadata, first_rows)
+        return cls(as_pages(keys), as_pages(values), meta_pages, page_table, contiguous)
 
     @property
     def page_size(self) -> int:

@@ -203,8 +203,7 @@ def sparse_decode_attention(
         empty = query.new_full(query.shape[:2], -math.inf, dtype=torch.float32)
         lse = empty if sinks is None else sinks.float().expand(batch, -1)
         return query.new_zeros(*query.shape[:2], kv.values.shape[-1]), lse if return_lse else None
-    physical = _physical_pages(kv, selected.pages)
-    keys, values = _gather(kv.keys, physical), _gather(kv.values, physical)  # [B, HKV, K * page_size, D and DV]
+    keys, values = _gather_pages(kv, selected.pages)  # [B, HKV, K * page_size, D and DV]
 
     mask = None
     if isinstance(seq_lens, int) and token_mask is None:
@@ -252,10 +251,23 @@ def _attend_by_hand(
     return output, lse.view(query.shape[:2]) if return_lse else None
 
 
-def _physical_pages(kv: PagedKV, pages: Tensor) -> Tensor:
-    """Physical pages `[B, HKV, K]` of logical ones; an unused slot gives page 0 of the sequence, to be masked."""
-    table = kv.page_table[:, None].expand(-1, pages.shape[1], -1)
-    return table.gather(2, pages.clamp(min=0).long())
+def _gather_pages(kv: PagedKV, pages: Tensor) -> tuple[Tensor, Tensor]:
+    """Copy logical pages `[B, HKV, K]` out of the cache; an unused slot gives page 0 of its sequence, to be masked.
+
+    Returns:
+        Keys `[B, HKV, K * page_size, D]` and values `[B, HKV, K * page_size, DV]`.
+    """
+    used = pages.clamp(min=0).long()
+    if kv.contiguous is None:
+        physical = kv.page_table[:, None].expand(-1, pages.shape[1], -1).gather(2, used)
+        return _gather(kv.keys, physical), _gather(kv.values, physical)
+    rows = (kv.contiguous.first_rows + used).flatten()  # the same for keys and values, and no page table
+
+    def take(storage: Tensor) -> Tensor:
+        by_page = storage.view(-1, kv.page_size * storage.shape[3])
+        return by_page.index_select(0, rows).view(*storage.shape[:2], -1, storage.shape[3])
+
+    return take(kv.contiguous.keys), take(kv.contiguous.values)
 
 
 def _gather(storage: Tensor, physical: Tensor) -> Tensor:
