@@ -21,8 +21,8 @@ TEXT = """\
 A small language model that comes with quest-attention so that everything runs without a download: {parameters:.1f}M
 parameters in the shape of Llama (6 layers, hidden size 384, 6 query heads and 2 KV heads of 64, tied embeddings,
 byte-level BPE of 4,096 tokens with every digit a token of its own), bfloat16, contexts up to 32,768 tokens. It really
-retrieves facts over its whole context, which is what the demonstration and the tests need of it. It is no chat model and
-knows nothing: beyond finding what a prompt says, its text is that of a very small model of old English novels.
+retrieves facts over its whole context, which is what the demonstration and the tests need of it. It is no chat model
+and knows nothing: beyond finding what a prompt says, its text is that of a very small model of old English novels.
 
 Load it with `AutoModelForCausalLM.from_pretrained(quest_attention.models.bundled_model_path())`; no custom code.
 
