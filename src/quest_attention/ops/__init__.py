@@ -131,6 +131,8 @@ def score_pages(
     check_token_mask(token_mask, kv.batch_size, kv.keys.device)
     if group_reduction not in ("max", "mean"):
         raise QuestValueError("group_reduction", group_reduction, "'max' or 'mean'")
+    if out is not None:
+        check_scores(out, "out", (kv.batch_size, kv.num_kv_heads, kv.max_pages))
     verbs = resolve_backend(backend, query.device).verbs
     return verbs.score_pages(query, kv, seq_lens, token_mask, group_reduction, out)
 

@@ -57,12 +57,12 @@ def check_token_mask(token_mask: Tensor | None, batch: int, device: torch.device
         raise QuestValueError("token_mask.device", str(token_mask.device), f"{device}, as keys")
 
 
-def check_scores(scores: Tensor) -> None:
-    """`[B, HKV, P]` float32, as `score_pages` gives them."""
-    if scores.dim() != 3:
-        raise QuestValueError("scores.shape", list(scores.shape), "[B, HKV, P]")
+def check_scores(scores: Tensor, name: str = "scores", shape: tuple[int, int, int] | None = None) -> None:
+    """`[B, HKV, P]` float32, as `score_pages` gives them; of a certain shape where one is known."""
+    if scores.dim() != 3 or (shape is not None and tuple(scores.shape) != shape):
+        raise QuestValueError(f"{name}.shape", list(scores.shape), "[B, HKV, P]" if shape is None else str(list(shape)))
     if scores.dtype != torch.float32:
-        raise QuestValueError("scores.dtype", scores.dtype, "torch.float32")
+        raise QuestValueError(f"{name}.dtype", scores.dtype, "torch.float32")
 
 
 def check_selected(selected: Selection, kv: PagedKV) -> None:

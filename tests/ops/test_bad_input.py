@@ -1,0 +1,150 @@
+"""What the verbs and the paged view refuse: a named error, and nothing written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from caches import Cache, make_cache
+from quest_attention import (
+    BackendError,
+    PagedKV,
+    QuestConfig,
+    QuestValueError,
+    Selection,
+    quest_decode,
+    score_pages,
+    select_pages,
+    sparse_decode_attention,
+    update_page_metadata,
+)
+from quest_attention.ops import DecodeWorkspace, resolve_backend
+
+CONFIG = QuestConfig(token_budget=24, page_size=8)
+
+
+@pytest.fixture
+def cache() -> Cache:
+    made = make_cache([60, 33])
+    update_page_metadata(made.kv, made.seq_lens, made.seq_lens)
+    return made
+
+
+def decode(cache: Cache, query: torch.Tensor | None = None, **options: Any) -> Any:
+    query = torch.randn(2, 4, 16) if query is None else query
+    seq_lens = options.pop("seq_lens", cache.seq_lens)
+    return quest_decode(query, cache.kv, seq_lens, options.pop("config", CONFIG), **options)
+
+
+BAD_DECODES: dict[str, tuple[str, dict[str, Any]]] = {
+    "another batch": ("query.shape", {"query": torch.randn(3, 4, 16)}),
+    "another head dim": ("query.shape", {"query": torch.randn(2, 4, 8)}),
+    "a prompt": ("query.shape", {"query": torch.randn(2, 4, 5, 16)}),
+    "HQ no multiple of HKV": ("query.shape[1]", {"query": torch.randn(2, 5, 16)}),
+    "no heads": ("query.shape[1]", {"query": torch.randn(2, 0, 16)}),
+    "another dtype": ("query.dtype", {"query": torch.randn(2, 4, 16).bfloat16()}),
+    "another device": ("query.device", {"query": torch.randn(2, 4, 16, device="meta")}),
+    "too long": ("seq_lens", {"seq_lens": 73}),
+    "negative": ("seq_lens", {"seq_lens": -1}),
+    "one row too long": ("seq_lens", {"seq_lens": torch.tensor([60, 73])}),
+    "lengths of another batch": ("seq_lens.shape", {"seq_lens": torch.tensor([60])}),
+    "float lengths": ("seq_lens.dtype", {"seq_lens": torch.tensor([60.0, 33.0])}),
+    "lengths elsewhere": ("seq_lens.device", {"seq_lens": torch.zeros(2, dtype=torch.int32, device="meta")}),
+    "another page size": ("config.page_size", {"config": QuestConfig(token_budget=64)}),
+    "scale": ("sm_scale", {"sm_scale": float("nan")}),
+    "softcap": ("softcap", {"softcap": 0.0}),
+    "sinks": ("sinks.shape", {"sinks": torch.zeros(2)}),
+    "mask shape": ("token_mask.shape", {"token_mask": torch.ones(1, 60, dtype=torch.bool)}),
+    "mask dtype": ("token_mask.dtype", {"token_mask": torch.ones(2, 60)}),
+    "workspace": ("workspace", {"workspace": DecodeWorkspace.allocate(2, 2, 3, torch.device("cpu"))}),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DECODES)
+def test_quest_decode(cache: Cache, name: str) -> None:
+    argument, options = BAD_DECODES[name]
+    with pytest.raises(QuestValueError) as caught:
+        decode(cache, **options)
+    assert caught.value.argument == argument
+    assert caught.value.expected
+
+
+def test_other_verbs(cache: Cache) -> None:
+    query = torch.randn(2, 4, 16)
+    before = cache.kv.metadata.clone()
+    calls: dict[str, Callable[[], object]] = {
+        "num_new_tokens": lambda: update_page_metadata(cache.kv, 5, 6),
+        "seq_lens": lambda: update_page_metadata(cache.kv, 1000, 1),
+        "group_reduction": lambda: score_pages(query, cache.kv, 5, group_reduction="sum"),  # type: ignore[arg-type]
+        "scores.shape": lambda: select_pages(torch.zeros(2, 4), 4, page_size=1, token_budget=2),
+        "scores.dtype": lambda: select_pages(torch.zeros(2, 2, 4).half(), 4, page_size=1, token_budget=2),
+        "token_budget": lambda: select_pages(torch.zeros(2, 2, 4), 4, page_size=2, token_budget=1),
+        "page_size": lambda: select_pages(torch.zeros(2, 2, 4), 4, page_size=0, token_budget=1),
+        "selected.pages.shape": lambda: sparse_decode_attention(
+            query, cache.kv, 5, Selection(torch.zeros(2, 3, 1, dtype=torch.int32), torch.ones(2))
+        ),
+        "selected.pages.dtype": lambda: sparse_decode_attention(
+            query, cache.kv, 5, Selection(torch.zeros(2, 2, 1), torch.ones(2))
+        ),
+        "out.shape": lambda: score_pages(query, cache.kv, 5, out=torch.zeros(2, 2, 3)),
+        "out.dtype": lambda: score_pages(query, cache.kv, 5, out=torch.zeros(2, 2, 9, dtype=torch.float64)),
+    }
+    for argument, call in calls.items():
+        with pytest.raises(QuestValueError) as caught:
+            call()
+        assert caught.value.argument == argument
+    torch.testing.assert_close(cache.kv.metadata, before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_backends() -> None:
+    with pytest.raises(BackendError, match="triton"):
+        resolve_backend("triton", "cpu")
+    with pytest.raises(QuestValueError, match="backend: got 'cuda'"):
+        resolve_backend("cuda", "cpu")  # type: ignore[arg-type]
+    for name in ("auto", "torch", "reference"):
+        assert resolve_backend(name, "cpu").reason
+
+
+KEYS = torch.zeros(5, 8, 2, 16)
+TABLE = torch.zeros(1, 5, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("argument", "keys", "values", "metadata", "table"),
+    [
+        ("keys.shape", KEYS[0], KEYS, torch.zeros(5, 2, 2, 16), TABLE),
+        ("keys.dtype", KEYS.int(), KEYS.int(), torch.zeros(5, 2, 2, 16).int(), TABLE),
+        ("values.shape", KEYS, KEYS[:4], torch.zeros(5, 2, 2, 16), TABLE),
+        ("values.dtype", KEYS, KEYS.half(), torch.zeros(5, 2, 2, 16), TABLE),
+        ("metadata.shape", KEYS, KEYS, torch.zeros(5, 2, 16), TABLE),
+        ("metadata.dtype", KEYS, KEYS, torch.zeros(5, 2, 2, 16).half(), TABLE),
+        ("metadata.device", KEYS, KEYS, torch.zeros(5, 2, 2, 16, device="meta"), TABLE),
+        ("keys.stride(-1)", torch.zeros(5, 8, 16, 2).transpose(2, 3), KEYS, torch.zeros(5, 2, 2, 16), TABLE),
+        ("page_table.shape", KEYS, KEYS, torch.zeros(5, 2, 2, 16), TABLE[0]),
+        ("page_table.dtype", KEYS, KEYS, torch.zeros(5, 2, 2, 16), TABLE.long()),
+        ("page_table.device", KEYS, KEYS, torch.zeros(5, 2, 2, 16), TABLE.to("meta")),
+    ],
+)
+def test_paged_kv(
+    argument: str, keys: torch.Tensor, values: torch.Tensor, metadata: torch.Tensor, table: torch.Tensor
+) -> None:
+    with pytest.raises(QuestValueError) as caught:
+        PagedKV.from_nhd(keys, values, metadata, table)
+    assert caught.value.argument == argument
+
+
+@pytest.mark.parametrize(
+    ("argument", "keys", "metadata"),
+    [
+        ("metadata.shape", torch.zeros(1, 2, 40, 16), torch.zeros(1, 2, 3, 2, 16)),
+        ("metadata.shape", torch.zeros(1, 2, 40, 16), torch.zeros(1, 2, 0, 2, 16)),
+        ("keys.stride()", torch.zeros(1, 40, 2, 16).transpose(1, 2), torch.zeros(1, 2, 5, 2, 16)),
+    ],
+)
+def test_contiguous_caches(argument: str, keys: torch.Tensor, metadata: torch.Tensor) -> None:
+    with pytest.raises(QuestValueError) as caught:
+        PagedKV.from_contiguous(keys, torch.zeros_like(keys), metadata)
+    assert caught.value.argument == argument
