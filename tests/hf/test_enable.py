@@ -202,3 +202,13 @@ def test_a_non_finite_key_shows_as_in_dense_attention(bad: float) -> None:
         logits = model(ids[:, :1], past_key_values=cache).logits
         assert quest.counters.sparse_steps == 2
         assert logits.isnan().all()
+
+
+def test_dropout_is_refused() -> None:
+    model, ids = make_llama(attention_dropout=0.5), prompt()
+    with enable_quest(model, SMALL) as quest:
+        generate(model, ids, new=2)
+        assert quest.counters.sparse_steps > 0
+        model.train()
+        with pytest.raises(UnsupportedModelError, match=r"dropout: got 0\.5"):
+            generate(model, ids, new=2)

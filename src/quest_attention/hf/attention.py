@@ -92,7 +92,8 @@ def _attend(
         `[B, T, HQ, DV]` and None, or what `dense` gives.
 
     Raises:
-        UnsupportedModelError: A decode step past the budget has a position bias, which bounds on keys cannot see.
+        UnsupportedModelError: A decode step past the budget has a position bias, which bounds on keys cannot see, or
+            drops out weights, as a model in training does.
         QuestValueError: Its mask differs between heads, or adds anything but 0 and minus infinity.
     """
     layer: QuestLayer | None = getattr(key, LAYER_ATTRIBUTE, None)
@@ -106,11 +107,14 @@ def _attend(
     scaling, softcap, sinks = kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux")
     if layer.is_dense:
         layer.counter.count_dense("dense layer", batch * layer.num_pages)
-        if attention_mask is None and softcap is None and sinks is None and dense is sdpa_attention_forward:
+        is_plain = all(kwargs.get(name) is None for name in ("softcap", "s_aux", "position_bias"))
+        if attention_mask is None and is_plain and not kwargs.get("dropout") and dense is sdpa_attention_forward:
             return _dense_decode(query, key, value, scaling), None
         return dense(module, query, key, value, attention_mask, **kwargs)
     if kwargs.get("position_bias") is not None:
         raise UnsupportedModelError("position_bias: got a tensor, expected None: Quest's bounds see keys only")
+    if kwargs.get("dropout"):
+        raise UnsupportedModelError(f"dropout: got {kwargs['dropout']}, expected 0: put the model in eval()")
     step = quest_decode(
         query[:, :, 0],
         layer.paged,
