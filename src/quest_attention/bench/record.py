@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import json
-import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
-from quest_attention import __version__
+from quest_attention.environment import collect_environment
 
 __all__ = ["describe_machine", "write_record"]
 
 
 def describe_machine() -> dict[str, Any]:
-    """Device, versions and commit of this run."""
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
+    """Devices, versions and commit of this run."""
+    here = collect_environment()
+    gpus = [device.hardware for device in here.devices if device.device.startswith("cuda")]
+    versions = {name: here.packages[name] for name in ("torch", "transformers", "triton")}
     return {
-        "cpu": cpu,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "quest_attention": __version__,
+        "cpu": here.devices[0].hardware,
+        "gpu": gpus or None,
+        "threads": here.threads,
+        "python": here.python,
+        **versions,
+        "quest_attention": here.version,
         "commit": _commit(),
     }
 
