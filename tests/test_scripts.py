@@ -1,0 +1,84 @@
+"""Examples, benchmarks and training code run as a person would run them, at sizes that take seconds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from quest_attention.eval.excerpt import SOUTH
+from quest_attention.models import bundled_model_path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(script: str, *arguments: str) -> str:
+    command = [sys.executable, str(ROOT / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture
+def books(tmp_path: Path) -> Path:
+    """A folder with one book, named as a held-out one."""
+    folder = tmp_path / "books"
+    folder.mkdir()
+    (folder / "test-south.txt").write_text(SOUTH.text(), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.slow
+def test_the_examples_answer_right() -> None:
+    said = run("examples/find_a_fact.py")
+    assert "full attention, 4084 tokens:  27183." in said
+    assert "Quest, 64 tokens a step:  27183." in said
+    said = run("examples/own_cache.py")
+    for number in ("4081726", "9917350", "3360274"):
+        assert f"' {number}', hidden: {number}" in said
+
+
+def test_decode_cpu(tmp_path: Path) -> None:
+    output = tmp_path / "decode.json"
+    run("benchmarks/decode_cpu.py", "--lengths", "2048", "--dtypes", "fp32", "--repeats", "2", "--output", str(output))
+    record = json.loads(output.read_text(encoding="utf-8"))
+    assert [row["arm"] for row in record["rows"]] == ["dynamic", "dense", "quest-2", "quest-0"]
+    assert record["rows"][3]["share_read"] < 0.6
+    assert record["rows"][3]["metadata_to_kv_bytes"] == 1 / 16
+    assert record["machine"]["torch"]
+
+
+@pytest.mark.slow
+def test_passkey(tmp_path: Path, books: Path) -> None:
+    output = tmp_path / "passkey.json"
+    run("benchmarks/passkey.py", "--books", str(books), "--length", "3000", "--n", "2", "--output", str(output))
+    rows = {row["method"]: row for row in json.loads(output.read_text(encoding="utf-8"))["rows"]}
+    assert rows["full"]["right"] == rows["quest"]["right"] == 2
+    assert rows["quest"]["share_read"] < 0.03
+
+
+@pytest.mark.slow
+def test_training_from_books_to_a_measured_model(tmp_path: Path, books: Path) -> None:
+    """All steps of training/README.md; the model is hopeless, but it loads and is measured."""
+    model, work = tmp_path / "model", tmp_path / "work"
+    run("training/tokenizer.py", "--books", str(books), "--output", str(model))
+    tiny = ["--tokens-per-step", "256", "--longest", "128", "--workers", "0", "--no-compiled"]
+    where = ["--books", str(books), "--work", str(work), "--output", str(model)]
+    run("training/train.py", *where, *tiny, "--seconds", "60", "--stop-after", "1")
+    run("training/train.py", *where, *tiny, "--seconds", "1")  # goes on from the checkpoint, and ends
+    made = json.loads((work / "training.json").read_text(encoding="utf-8"))
+    assert made["trained"]["calls"] == 2
+    assert len(np.load(work / "books.npy")) == made["trained"]["book_tokens"]
+    measure = ["--tasks", "passkey,niah_multikey_2", "--lengths", "256", "--n", "2", "--no-perplexity"]
+    run("training/measure.py", "--books", str(books), "--model", str(model), "--output", str(work), *measure)
+    rows = json.loads((work / "card.json").read_text(encoding="utf-8"))["rows"]
+    assert [(row["task"], row["n"]) for row in rows] == [("passkey", 2), ("niah_multikey_2", 2)]
+
+
+def test_the_bundled_model_is_small_enough_to_ship() -> None:
+    size = sum(path.stat().st_size for path in bundled_model_path().iterdir())
+    assert size <= 25_000_000
