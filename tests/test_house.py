@@ -102,7 +102,7 @@ print(json.dumps([key for key in before if before[key] != after[key]]))
 
 
 def test_importing_is_light() -> None:
-    """`import quest_attention` needs torch and no more; transformers comes with the first name that uses it."""
+    """`import quest_attention` needs the standard library; torch and transformers come with the first name that uses them."""
     code = """
 import json, sys
 import torch
@@ -110,7 +110,17 @@ before = set(sys.modules)
 import quest_attention
 print(json.dumps(sorted({name.split(".")[0] for name in set(sys.modules) - before})))
 """
-    heavy = {"transformers", "tokenizers", "safetensors", "huggingface_hub", "typer", "rich", "matplotlib", "vllm"}
+    heavy = {
+        "torch",
+        "transformers",
+        "tokenizers",
+        "safetensors",
+        "huggingface_hub",
+        "typer",
+        "rich",
+        "matplotlib",
+        "vllm",
+    }
     assert heavy.isdisjoint(json.loads(run_python(code)))
 
 

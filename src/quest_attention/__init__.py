@@ -6,7 +6,8 @@ Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inferen
         model.generate(...)
         print(quest.counters.summary())
 
-Importing this package changes nothing, and does not import transformers before one of its names is used.
+Importing this package changes nothing, and imports neither PyTorch nor transformers before a name that needs them is
+used.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from quest_attention.errors import (
     QuestWarning,
     UnsupportedModelError,
 )
-from quest_attention.ops import (
-    QuestOutput,
-    Selection,
-    quest_decode,
-    score_pages,
-    select_pages,
-    sparse_decode_attention,
-    update_page_metadata,
-)
-from quest_attention.pages import PagedKV
 
 if TYPE_CHECKING:
     from quest_attention.hf import QuestCache, QuestCounters, QuestHandle, enable_quest
+    from quest_attention.ops import (
+        QuestOutput,
+        Selection,
+        quest_decode,
+        score_pages,
+        select_pages,
+        sparse_decode_attention,
+        update_page_metadata,
+    )
+    from quest_attention.pages import PagedKV
 
 __version__ = "0.1.0"
 
@@ -62,12 +63,26 @@ __all__ = [
     "update_page_metadata",
 ]
 
-_NEEDS_TRANSFORMERS = ("QuestCache", "QuestCounters", "QuestHandle", "enable_quest")
+_HOMES = {
+    "quest_attention.hf": ("QuestCache", "QuestCounters", "QuestHandle", "enable_quest"),
+    "quest_attention.ops": (
+        "QuestOutput",
+        "Selection",
+        "quest_decode",
+        "score_pages",
+        "select_pages",
+        "sparse_decode_attention",
+        "update_page_metadata",
+    ),
+    "quest_attention.pages": ("PagedKV",),
+}
+"""Names that are found at their first use, since their modules import PyTorch or transformers."""
 
 
 def __getattr__(name: str) -> Any:
-    if name in _NEEDS_TRANSFORMERS:
-        return getattr(importlib.import_module("quest_attention.hf"), name)
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
