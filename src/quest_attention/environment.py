@@ -79,7 +79,8 @@ def collect_environment() -> Environment:
         version=__version__,
         python=f"{platform.python_implementation()} {platform.python_version()}",
         system=platform.platform(),
-        packages={name: _version(name) for name in PACKAGES},
+        # PyTorch's own word names the build (cpu, cu130), which the installed metadata may not.
+        packages={name: _version(name) for name in PACKAGES} | {"torch": torch.__version__},
         threads=torch.get_num_threads(),
         devices=tuple(_device_report(device, hardware) for device, hardware in _devices()),
         bundled_model=has_model,
