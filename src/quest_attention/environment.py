@@ -79,8 +79,7 @@ def collect_environment() -> Environment:
         version=__version__,
         python=f"{platform.python_implementation()} {platform.python_version()}",
         system=platform.platform(),
-        # PyTorch's own word names the build (cpu, cu130), which the installed metadata may not.
-        packages={name: _version(name) for name in PACKAGES} | {"torch": torch.__version__},
+        packages={name: _version(name) for name in PACKAGES},
         threads=torch.get_num_threads(),
         devices=tuple(_device_report(device, hardware) for device, hardware in _devices()),
         bundled_model=has_model,
@@ -115,6 +114,8 @@ def _processor() -> str:
 
 
 def _version(package: str) -> str | None:
+    if package == "torch":
+        return str(torch.__version__)  # names the build (cpu, cu130), which the installed metadata may not
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
