@@ -318,16 +318,22 @@ def test_selection_properties(length: int, budget_pages: int, sinks: int, recent
         assert as_lists(selected.pages) == expected
 
 
-@pytest.mark.parametrize("layout", ["nhd", "hnd"])
-def test_permuting_physical_pages_changes_nothing(layout: str) -> None:
+@given(
+    layout=st.sampled_from(["nhd", "hnd"]),
+    lengths=st.lists(st.integers(1, 80), min_size=1, max_size=3),
+    spare=st.integers(1, 7),
+    group=st.integers(1, 4),
+)
+@settings(deadline=None, max_examples=40)
+def test_permuting_physical_pages_changes_nothing(layout: str, lengths: list[int], spare: int, group: int) -> None:
     config = QuestConfig(token_budget=24, page_size=8)
-    outputs = []
-    for spare in (0, 5):  # another number of pages gives another permutation of the same contents
-        cache = make_cache([77, 50], layout=layout, spare_pages=spare)
+    steps = []
+    for spare_pages in (0, spare):  # another number of pages gives another permutation of the same contents
+        cache = make_cache(lengths, layout=layout, spare_pages=spare_pages)
         update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens)
-        outputs.append(quest_decode(query_for(cache, 2), cache.kv, cache.seq_lens, config))
-    assert torch.equal(outputs[0].output, outputs[1].output)
-    assert torch.equal(outputs[0].selected.pages, outputs[1].selected.pages)
+        steps.append(quest_decode(query_for(cache, group), cache.kv, cache.seq_lens, config))
+    assert torch.equal(steps[0].output, steps[1].output)
+    assert torch.equal(steps[0].selected.pages, steps[1].selected.pages)
 
 
 def test_layouts_agree() -> None:
@@ -342,16 +348,41 @@ def test_layouts_agree() -> None:
         assert torch.equal(step.selected.pages, steps[0].selected.pages)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_budget_of_at_least_the_length_is_dense(layout: str) -> None:
-    cache = make_cache([61, 33], layout=layout)
+@given(
+    layout=st.sampled_from(LAYOUTS),
+    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=3),
+    more=st.integers(0, 20),
+    group=st.integers(1, 4),
+)
+@settings(deadline=None, max_examples=40)
+def test_a_budget_of_at_least_the_length_is_dense(layout: str, lengths: list[int], more: int, group: int) -> None:
+    cache = make_cache(lengths, layout=layout)
     kv = cache.kv
     update_page_metadata(kv, cache.seq_lens, cache.seq_lens)
-    query = query_for(cache, 2)
-    step = quest_decode(query, kv, cache.seq_lens, QuestConfig(token_budget=61, page_size=8))
-    everything = [[list(range(num_pages(n, 8)))] * kv.num_kv_heads for n in cache.lengths]
-    exact, _ = reference.sparse_decode_attention(query, kv, cache.lengths, everything, kv.head_dim**-0.5)
-    torch.testing.assert_close(step.output.double(), exact, rtol=1e-5, atol=1e-5)
+    query = query_for(cache, group)
+    config = QuestConfig(token_budget=max(8, *lengths, 0) + more, page_size=8)
+    step = quest_decode(query, kv, cache.seq_lens, config)
+    for b, length in enumerate(lengths):
+        if length == 0:
+            assert (step.output[b] == 0).all()
+            continue
+        where = [(int(kv.page_table[b, t // 8]), t % 8) for t in range(length)]
+        keys = torch.stack([kv.keys[page, offset] for page, offset in where], 1).repeat_interleave(group, 0)
+        values = torch.stack([kv.values[page, offset] for page, offset in where], 1).repeat_interleave(group, 0)
+        dense = F.scaled_dot_product_attention(query[b][:, None], keys, values)[:, 0]
+        torch.testing.assert_close(step.output[b], dense, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_whole_step_of_the_oracle(dtype: torch.dtype) -> None:
+    cache = make_cache([77, 0, 20])
+    update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens)
+    query, config = query_for(cache, 3), QuestConfig(token_budget=32, page_size=8, num_sink_pages=1)
+    output, selected = reference.quest_decode(query, cache.kv, cache.lengths, config, 0.25, dtype=dtype)
+    step = quest_decode(query, cache.kv, cache.seq_lens, config, sm_scale=0.25)
+    assert as_lists(step.selected.pages) == selected
+    assert output.dtype == dtype
+    torch.testing.assert_close(step.output.double(), output.double(), rtol=1e-5, atol=1e-5)
 
 
 def test_reference_is_a_backend() -> None:

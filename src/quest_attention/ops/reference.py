@@ -13,10 +13,10 @@ import math
 import torch
 from torch import Tensor
 
-from quest_attention.config import GroupReduction
+from quest_attention.config import GroupReduction, QuestConfig
 from quest_attention.pages import KEY_MAX, KEY_MIN, PagedKV, num_pages
 
-__all__ = ["score_pages", "select_pages", "sparse_decode_attention", "update_page_metadata"]
+__all__ = ["quest_decode", "score_pages", "select_pages", "sparse_decode_attention", "update_page_metadata"]
 
 
 def update_page_metadata(kv: PagedKV, seq_lens: list[int], num_new_tokens: list[int]) -> None:
@@ -130,6 +130,32 @@ def sparse_decode_attention(
             lse[b, head] = torch.logsumexp(everything, 0)
             output[b, head] = torch.exp(logits - lse[b, head]) @ values
     return output, lse
+
+
+def quest_decode(
+    query: Tensor,
+    kv: PagedKV,
+    seq_lens: list[int],
+    config: QuestConfig,
+    sm_scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, list[list[list[int]]]]:
+    """One decode step: output `[B, HQ, DV]` in `dtype` and the pages it read."""
+    scores = score_pages(query, kv, seq_lens, token_mask, config.group_reduction, dtype)
+    selected = select_pages(
+        scores,
+        seq_lens,
+        kv.page_size,
+        config.token_budget,
+        config.num_sink_pages,
+        config.num_recent_pages,
+        token_mask,
+    )
+    output, _ = sparse_decode_attention(query, kv, seq_lens, selected, sm_scale, softcap, sinks, token_mask, dtype)
+    return output, selected
 
 
 def _live_tokens(b: int, seq_lens: list[int], token_mask: Tensor | None) -> list[int]:
