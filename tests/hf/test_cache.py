@@ -19,6 +19,9 @@ from tiny import PAGE_SIZE, SMALL, assert_metadata_is_exact, make_llama, prompt,
 
 HEADS, DIM = 2, 8
 
+# Storage is tested by itself here, and no model reads what is written.
+pytestmark = pytest.mark.filterwarnings("ignore:a QuestCache is in use but its keys:quest_attention.QuestWarning")
+
 
 def tokens(count: int, batch: int = 2, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     keys, values = torch.randn(2, batch, HEADS, count, DIM, generator=torch.Generator().manual_seed(seed))

@@ -189,6 +189,7 @@ def test_a_model_that_was_eager_stays_eager() -> None:
     assert model.config._attn_implementation == "eager"
 
 
+@pytest.mark.filterwarnings("ignore:a QuestCache is in use but its keys:quest_attention.QuestWarning")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_non_finite_key_shows_as_in_dense_attention(bad: float) -> None:
     model, ids = make_llama(), prompt()
@@ -212,3 +213,15 @@ def test_dropout_is_refused() -> None:
         model.train()
         with pytest.raises(UnsupportedModelError, match=r"dropout: got 0\.5"):
             generate(model, ids, new=2)
+
+
+def test_a_quest_cache_on_a_model_without_quest_is_warned_of() -> None:
+    model, ids = make_llama(), prompt()
+    cache = QuestCache(model.config, SMALL)
+    with torch.inference_mode():
+        model(ids, past_key_values=cache)
+        model(ids[:, :1], past_key_values=cache)
+        with pytest.warns(QuestWarning, match="do not reach Quest's attention"):
+            model(ids[:, :1], past_key_values=cache)
+    assert cache.counters.bypassed_steps == 2 * 3
+    assert cache.counters.sparse_steps == 0

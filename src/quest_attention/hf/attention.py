@@ -99,6 +99,7 @@ def _attend(
     layer: QuestLayer | None = getattr(key, LAYER_ATTRIBUTE, None)
     if layer is None or query.shape[2] != 1:
         return dense(module, query, key, value, attention_mask, **kwargs)
+    layer.was_attended = True
     batch, length = query.shape[0], key.shape[2]
     if length <= layer.config.token_budget:
         # The model's own function, so that a generation within the budget is the model's own to the last bit.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from quest_attention.config import QuestConfig
-from quest_attention.errors import QuestStateError, QuestValueError
+from quest_attention.errors import QuestStateError, QuestValueError, QuestWarning
 from quest_attention.hf.counters import LayerCounter
 from quest_attention.ops import DecodeWorkspace, Selection, update_page_metadata
 from quest_attention.pages import PagedKV, num_pages
@@ -63,6 +64,9 @@ class QuestLayer(DynamicLayer):
         workspaces: Scratch memory shared with the other layers of the cache.
         max_length: Tokens to make room for at once, where known [tokens].
         on_select: Called after each sparse step.
+
+    Attributes:
+        was_attended: Whether Quest's attention function has seen the keys of the last decode step.
     """
 
     is_sliding = False
@@ -86,6 +90,7 @@ class QuestLayer(DynamicLayer):
         self.workspaces = workspaces
         self.max_length = max_length
         self.on_select = on_select
+        self.was_attended = True
         self._length = 0
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
@@ -180,6 +185,9 @@ class QuestLayer(DynamicLayer):
         Raises:
             QuestValueError: The tokens do not fit those in the cache (another batch or model); nothing is written.
             QuestStateError: Gradients are being recorded, which writing in place would break.
+
+        Warns:
+            QuestWarning: The model decodes past the budget without Quest's attention.
         """
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise QuestStateError(
@@ -200,9 +208,22 @@ class QuestLayer(DynamicLayer):
         if self._metadata is not None:
             update_page_metadata(self.paged, end, new, self.config.backend)
         self.counter.count_update(new)
+        if new == 1:
+            self._expect_attention()
         keys, values = self._keys[:, :, :end], self._values[:, :, :end]
         setattr(keys, LAYER_ATTRIBUTE, self)
         return keys, values
+
+    def _expect_attention(self) -> None:
+        """Warn when the keys of the step before were never handed to Quest's attention function."""
+        if not self.was_attended and not self.is_dense and self._length > self.config.token_budget:
+            warnings.warn(
+                "a QuestCache is in use but its keys do not reach Quest's attention, so every step reads all of it: "
+                "call enable_quest(model) first",
+                QuestWarning,
+                stacklevel=3,
+            )
+        self.was_attended = False
 
     def _rebuild(self, length: int, pick: Callable[[Tensor], Tensor], batch: int) -> None:
         """Move to new storage, `pick` choosing the sequences to keep."""
