@@ -49,8 +49,9 @@ Perplexity of the first 32,768 tokens of each of {books} books, by how much text
 
 The data are English books in the public domain, {tokens} in the first stage; no author of a test or validation book is
 among them. About half of the training tokens are plain text; the others are the same books with facts in them and
-questions about the facts (`training/sequences.py`). One seed, one run: nothing here says how much another would differ.
-`training/README.md` has the commands.
+questions about the facts (`training/sequences.py`). One seed, and one model that was measured: nothing here says how
+much another would differ. `training/README.md` has the commands, a first stage that was thrown away, and how the cells
+were chosen.
 """
 
 

@@ -1,9 +1,10 @@
 """Retrieval tasks made offline: facts hidden in a haystack, and a question that comes after it.
 
-Passkey follows the template of Mohtashami and Jaggi (arXiv:2305.16300), used by the Quest paper; the needle tasks and
-variable tracking follow RULER (Hsieh et al., arXiv:2404.06654), with books where RULER has essays under copyright and
-our own key words. Every sample is a function of its seed. The question is kept apart from the context, since an
-evaluation must feed it as decode steps: a method that compresses the prompt would otherwise know what is asked.
+Passkey is close to the template of Mohtashami and Jaggi (arXiv:2305.16300), used by the Quest paper; the needle tasks
+and variable tracking hide and ask what RULER's do (Hsieh et al., arXiv:2404.06654), in wording of our own: other
+preambles, single words as keys, books where RULER has essays under copyright. Figures compare methods here, not with
+theirs. Every sample is a function of its seed. The question is kept apart from the context, since an evaluation must
+feed it as decode steps: a method that compresses the prompt would otherwise know what is asked.
 """
 
 from __future__ import annotations
@@ -247,7 +248,7 @@ TASKS: dict[str, Task] = {
     "niah_multiquery": Task(_single(word, number, queries=4), _NEEDLE_PREAMBLE),
     "variable_tracking": Task(lambda rng, words: (variable_chain(rng, words), []), _CHAIN_PREAMBLE, "noise"),
 }
-"""Every task by name. The `niah_*` names and what they hide are RULER's."""
+"""Every task by name. The `niah_*` names and what they hide are RULER's; the wording is not."""
 
 
 def make_facts(rng: random.Random, split: Split, task: str) -> tuple[Fact, list[Fact]]:
@@ -277,7 +278,8 @@ def make_sample(
         haystack: Token ids of the text to hide in, at least `length` of them; not used where a task brings its own.
         length: Tokens of context, question and room for the answer together [tokens].
         seed: Everything random follows from it.
-        depth: Where the first fact begins, as a share of the context, 0 to 1; drawn from the seed by default.
+        depth: Where the first fact begins, as a share of the filler text around the facts, 0 to 1; drawn from the seed
+            by default.
         split: Whose key words.
 
     Raises:
@@ -345,6 +347,8 @@ def _needle_haystack(
 
 def is_correct(sample: Sample, generated: str) -> bool:
     """Whether an answer is right: every expected value is in it as a word, and for one number it is the first.
+
+    Words, UUIDs and lists may stand among others, as in RULER; `max_new_tokens` leaves little room for that.
 
     Args:
         sample: What was asked.
