@@ -1,6 +1,6 @@
 """Time a decode step on one CPU thread: what users have today, our storage read whole, and Quest.
 
-    python benchmarks/decode_cpu.py --output benchmarks/results/decode_cpu.json
+    taskset -c 0 python benchmarks/decode_cpu.py --repeats 31 --output benchmarks/results/decode_cpu.json
 
 Four arms in one run over the same keys and values, each a forward pass of one token through the same random model:
 

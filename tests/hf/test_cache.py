@@ -186,6 +186,26 @@ def test_tokens_that_do_not_fit(keys: torch.Tensor, values: torch.Tensor, names:
     torch.testing.assert_close(cache.layers[1].keys, before.layers[1].keys, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("values", "argument"),
+    [
+        (torch.zeros(2, HEADS, 1, DIM), "value_states.shape"),
+        (torch.zeros(3, HEADS, 4, DIM), "value_states.shape"),
+        (torch.zeros(2, HEADS, 4), "value_states.shape"),
+        (torch.zeros(2, HEADS, 4, DIM).half(), "value_states.dtype"),
+        (torch.zeros(2, HEADS, 4, DIM, device="meta"), "value_states.device"),
+    ],
+)
+@pytest.mark.parametrize("before", [0, 37])
+def test_keys_and_values_of_different_tokens(values: torch.Tensor, argument: str, before: int) -> None:
+    cache = filled(before) if before else QuestCache(make_llama().config, SMALL)
+    with pytest.raises(QuestValueError) as caught:
+        cache.update(torch.zeros(2, HEADS, 4, DIM), values, 1)
+    assert caught.value.argument == argument
+    assert cache.get_seq_length(1) == before
+    assert cache.layers[1].is_initialized == bool(before), "a first update that fails leaves no storage behind"
+
+
 def test_a_cache_of_another_model() -> None:
     first, second, ids = make_llama(), make_llama(heads=8, kv_heads=4), prompt()
     with enable_quest(first, SMALL) as quest, torch.inference_mode():

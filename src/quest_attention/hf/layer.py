@@ -193,6 +193,7 @@ class QuestLayer(DynamicLayer):
             raise QuestStateError(
                 "a QuestCache writes in place: run the model under torch.no_grad() or inference_mode()"
             )
+        _check_alike(key_states, value_states)  # before storage takes its shape from them
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self._keys is not None and self._values is not None, "storage allocated"
@@ -303,6 +304,20 @@ class QuestLayer(DynamicLayer):
     def prefetch(self) -> None:
         """Refused, as `offload`."""
         self.offload()
+
+
+def _check_alike(keys: Tensor, values: Tensor) -> None:
+    """Keys and values of the same tokens: writing in place would broadcast one value over several tokens."""
+    if keys.dim() != 4:
+        raise QuestValueError("key_states.shape", list(keys.shape), "[B, HKV, T, D]")
+    if values.dim() != 4 or values.shape[:3] != keys.shape[:3]:
+        raise QuestValueError(
+            "value_states.shape", list(values.shape), f"[{', '.join(map(str, keys.shape[:3]))}, DV], as key_states"
+        )
+    if values.dtype != keys.dtype:
+        raise QuestValueError("value_states.dtype", values.dtype, f"{keys.dtype}, as key_states")
+    if values.device != keys.device:
+        raise QuestValueError("value_states.device", str(values.device), f"{keys.device}, as key_states")
 
 
 def _check_fits(name: str, tensor: Tensor, stored: Tensor) -> None:

@@ -2,8 +2,8 @@
 
 Every verb has a fast form for what a decode step of a transformers model looks like (a contiguous cache, every
 sequence equally long, nothing masked) and a general form. Two choices were made by timing them, and are easy to undo by
-accident: the query is contiguous and transposed on the right of the product with the metadata (half the time of either
-operand the other way round), and pages are copied by `index_select` of whole rows (a tenth of the time of `gather`).
+accident: the query is contiguous and transposed on the right of the product with the metadata, and pages are copied by
+`index_select` of whole rows, not by `gather`. `benchmarks/decode_cpu.py` shows what undoing either costs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from quest_attention.pages import KEY_MAX, KEY_MIN, ContiguousKV, PagedKV, num_p
 __all__ = ["score_pages", "select_pages", "sparse_decode_attention", "update_page_metadata"]
 
 _CHUNK_BYTES = 1 << 21
-"""Float32 metadata scored at a time on a CPU [bytes]: a bound on scratch memory; larger chunks gain nothing."""
+"""Float32 metadata scored at a time on a CPU [bytes]: a bound on scratch memory."""
 
 _ALWAYS = torch.iinfo(torch.int64).max
 _NEVER = torch.iinfo(torch.int64).min
@@ -273,7 +273,7 @@ def _gather_pages(kv: PagedKV, pages: Tensor) -> tuple[Tensor, Tensor]:
 def _gather(storage: Tensor, physical: Tensor) -> Tensor:
     """Copy pages out of storage `[N, T, HKV, D]`, each head its own: `[B, HKV, K * T, D]` for ids `[B, HKV, K]`.
 
-    `index_select` over rows is several times faster than indexing with two tensors, so the storage is seen as rows of
+    `index_select` over rows is faster than indexing with two tensors, so the storage is seen as rows of
     the longest run that lies together: a whole page where a head's tokens follow each other (HND, contiguous),
     else the channels of one token (NHD).
     """
