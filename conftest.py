@@ -17,6 +17,10 @@ import hypothesis
 import pytest
 import torch
 
+# Without a GPU the kernels run in Triton's interpreter, which reads this when Triton is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Time limits belong to pytest-timeout: a shared machine stalls now and then. The same examples on every run in CI.
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)

@@ -9,9 +9,10 @@ from typing import Any, Literal, get_args
 
 from quest_attention.errors import QuestValueError
 
-__all__ = ["Backend", "GroupReduction", "QuestConfig"]
+__all__ = ["Backend", "GroupReduction", "MetadataDtype", "QuestConfig"]
 
 GroupReduction = Literal["max", "mean"]
+MetadataDtype = Literal["kv", "fp8"]
 Backend = Literal["auto", "torch", "triton", "reference"]
 
 
@@ -32,6 +33,8 @@ class QuestConfig:
             The page being written is read even when this is 0.
         group_reduction: How the bounds of the query heads that share a KV head become one score: `"max"` or `"mean"`.
         backend: `"auto"` picks by device; a backend named here works or raises.
+        metadata_dtype: How page metadata is stored: `"kv"` in the dtype of the keys, `"fp8"` in 8 bits (e4m3), each
+            bound rounded outward, so that it still bounds: half the bytes to score, a looser ranking.
 
     Raises:
         QuestValueError: A value is out of range, or the budget cannot hold the pages that are always read.
@@ -51,6 +54,7 @@ class QuestConfig:
     num_recent_pages: int = 1
     group_reduction: GroupReduction = "max"
     backend: Backend = "auto"
+    metadata_dtype: MetadataDtype = "kv"
 
     def __post_init__(self) -> None:
         for name in ("token_budget", "page_size"):
@@ -58,6 +62,7 @@ class QuestConfig:
         for name in ("num_dense_layers", "num_sink_pages", "num_recent_pages"):
             _check_integer(name, getattr(self, name), minimum=0)
         _check_choice("group_reduction", self.group_reduction, get_args(GroupReduction))
+        _check_choice("metadata_dtype", self.metadata_dtype, get_args(MetadataDtype))
         _check_choice("backend", self.backend, get_args(Backend))
         if self.page_budget < self.num_forced_pages:
             needed = self.num_forced_pages * self.page_size

@@ -24,12 +24,14 @@ from torch import Tensor
 
 from quest_attention.errors import QuestValueError
 
-__all__ = ["KEY_MAX", "KEY_MIN", "ContiguousKV", "PagedKV", "num_pages"]
+__all__ = ["FP8_METADATA", "KEY_MAX", "KEY_MIN", "ContiguousKV", "PagedKV", "num_pages"]
 
 KEY_MAX = 0
 """Index of the largest key per channel in the third dimension of page metadata."""
 KEY_MIN = 1
 """Index of the smallest key per channel in the third dimension of page metadata."""
+FP8_METADATA = torch.float8_e4m3fn
+"""The narrow dtype of page metadata."""
 
 
 def num_pages(num_tokens: int, page_size: int) -> int:
@@ -64,7 +66,8 @@ class PagedKV:
     Attributes:
         keys: `[N, page_size, HKV, D]`, any strides but a last one of 1; float32, bfloat16, float16 or float64.
         values: `[N, page_size, HKV, DV]`, else as `keys`.
-        metadata: `[N, HKV, 2, D]`, dtype of `keys`: the largest (`KEY_MAX`) and smallest (`KEY_MIN`) key per channel.
+        metadata: `[N, HKV, 2, D]`: the largest (`KEY_MAX`) and smallest (`KEY_MIN`) key per channel, in the dtype of
+            `keys`, or rounded outward to float8_e4m3fn, where NaN stands for what is beyond its range.
         page_table: `[B, P]` int32, the physical page of each logical page. Entries past a sequence's end are not read.
         contiguous: The tensors behind `keys`, `values` and `metadata` when they are one contiguous cache, else None.
 
@@ -84,7 +87,7 @@ class PagedKV:
         if not self.keys.dtype.is_floating_point or self.keys.dtype.itemsize not in (2, 4, 8):
             raise QuestValueError("keys.dtype", self.keys.dtype, "float32, bfloat16, float16 or float64")
         _check_like("values", self.values, self.keys, (pages, page_size, heads, self.values.shape[-1]))
-        _check_like("metadata", self.metadata, self.keys, (pages, heads, 2, dim))
+        _check_metadata(self.metadata, self.keys, (pages, heads, 2, dim))
         for name in ("keys", "values", "metadata"):
             stride = getattr(self, name).stride(-1)
             if stride != 1 and dim > 1:
@@ -140,7 +143,7 @@ class PagedKV:
             got = list(metadata.shape)
             raise QuestValueError("metadata.shape", got, f"[{batch}, {heads}, {capacity} / page_size, 2, {dim}]")
         pages = metadata.shape[2]
-        _check_like("metadata", metadata, keys, (batch, heads, pages, 2, dim))
+        _check_metadata(metadata, keys, (batch, heads, pages, 2, dim))
         for name, tensor in (("keys", keys), ("values", values), ("metadata", metadata)):
             if not tensor.is_contiguous():
                 raise QuestValueError(f"{name}.stride()", tensor.stride(), "a contiguous tensor")
@@ -191,10 +194,16 @@ def _check_dims(name: str, tensor: Tensor, layout: str) -> None:
         raise QuestValueError(f"{name}.shape", list(tensor.shape), layout)
 
 
-def _check_like(name: str, tensor: Tensor, keys: Tensor, shape: tuple[int, ...]) -> None:
+def _check_metadata(metadata: Tensor, keys: Tensor, shape: tuple[int, ...]) -> None:
+    if metadata.dtype not in (keys.dtype, FP8_METADATA):
+        raise QuestValueError("metadata.dtype", metadata.dtype, f"{keys.dtype}, as keys, or {FP8_METADATA}")
+    _check_like("metadata", metadata, keys, shape, check_dtype=False)
+
+
+def _check_like(name: str, tensor: Tensor, keys: Tensor, shape: tuple[int, ...], *, check_dtype: bool = True) -> None:
     if tuple(tensor.shape) != shape:
         raise QuestValueError(f"{name}.shape", list(tensor.shape), f"{list(shape)} to fit keys")
-    if tensor.dtype != keys.dtype:
+    if check_dtype and tensor.dtype != keys.dtype:
         raise QuestValueError(f"{name}.dtype", tensor.dtype, f"{keys.dtype}, as keys")
     if tensor.device != keys.device:
         raise QuestValueError(f"{name}.device", str(tensor.device), f"{keys.device}, as keys")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quest_attention.pages import PagedKV, num_pages
+from quest_attention.pages import FP8_METADATA, PagedKV, num_pages
 
 LAYOUTS = ("nhd", "hnd", "contiguous")
 
@@ -34,6 +34,7 @@ def make_cache(
     layout: str = "nhd",
     seed: int = 0,
     spare_pages: int = 3,
+    narrow: bool = False,
 ) -> Cache:
     """A cache of random keys and values; what is past a sequence's end is NaN, so that reading it shows."""
     generator = torch.Generator().manual_seed(seed)
@@ -46,13 +47,14 @@ def make_cache(
         keys[b, :, length:] = float("nan")
         values[b, :, length:] = float("nan")
     seq_lens = torch.tensor(lengths, dtype=torch.int32)
+    metadata_dtype = FP8_METADATA if narrow else dtype
     if layout == "contiguous":
-        metadata = torch.full((batch, heads, pages, 2, dim), float("nan"), dtype=dtype)
+        metadata = torch.full((batch, heads, pages, 2, dim), float("nan"), dtype=metadata_dtype)
         return Cache(PagedKV.from_contiguous(keys, values, metadata), seq_lens)
     total = batch * pages + spare_pages
     order = torch.randperm(total, generator=generator)[: batch * pages]
     page_table = order.view(batch, pages).to(torch.int32)
-    metadata = torch.full((total, heads, 2, dim), float("nan"), dtype=dtype)
+    metadata = torch.full((total, heads, 2, dim), float("nan"), dtype=metadata_dtype)
 
     def scatter(source: Tensor) -> Tensor:
         out = torch.full((total, page_size, heads, dim), float("nan"), dtype=dtype)

@@ -31,7 +31,7 @@ from quest_attention.ops.checks import (
     check_token_mask,
 )
 from quest_attention.ops.dispatch import ResolvedBackend, resolve_backend
-from quest_attention.ops.selection import DecodeWorkspace, Selection
+from quest_attention.ops.selection import DecodeWorkspace, Selection, Workspace
 from quest_attention.pages import PagedKV
 
 __all__ = [
@@ -39,6 +39,8 @@ __all__ = [
     "QuestOutput",
     "ResolvedBackend",
     "Selection",
+    "Workspace",
+    "make_workspace",
     "quest_decode",
     "resolve_backend",
     "score_pages",
@@ -241,7 +243,7 @@ def quest_decode(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     token_mask: Tensor | None = None,
-    workspace: DecodeWorkspace | None = None,
+    workspace: Workspace | None = None,
 ) -> QuestOutput:
     """One decode step of one layer: score the pages, select, attend. Figure 5 of the paper.
 
@@ -254,7 +256,7 @@ def quest_decode(
         softcap: See `sparse_decode_attention`.
         sinks: See `sparse_decode_attention`.
         token_mask: `[B, T]` bool, True where a token may be attended to.
-        workspace: Memory to reuse; without one the step allocates it.
+        workspace: Memory to reuse, from `make_workspace`; without one the step allocates it.
 
     Returns:
         The output and the pages that were read.
@@ -278,13 +280,17 @@ def quest_decode(
     check_attention(scale, softcap, sinks, query)
     if config.page_size != kv.page_size:
         raise QuestValueError("config.page_size", config.page_size, f"{kv.page_size}, as the cache")
+    if workspace is not None and not workspace.fits(kv, query.shape[1], config):
+        raise QuestValueError("workspace", list(workspace.scores.shape), "one that make_workspace gave for this shape")
+    backend = resolve_backend(config.backend, query.device)
+    if backend.fused is not None and token_mask is None:
+        step = backend.fused(query, kv, seq_lens, config, scale, softcap, sinks, workspace)
+        if step is not None:
+            return QuestOutput(*step)
+    verbs = backend.verbs
     shape = (kv.batch_size, kv.num_kv_heads, kv.max_pages)
-    if workspace is not None and not workspace.fits(*shape, query.device):
-        raise QuestValueError("workspace", list(workspace.scores.shape), f"{list(shape)} on {query.device}")
-    verbs = resolve_backend(config.backend, query.device).verbs
-    scores = verbs.score_pages(
-        query, kv, seq_lens, token_mask, config.group_reduction, workspace.scores if workspace else None
-    )
+    out = None if workspace is None else workspace.scores.view(shape)
+    scores = verbs.score_pages(query, kv, seq_lens, token_mask, config.group_reduction, out)
     selected = verbs.select_pages(
         scores,
         seq_lens,
@@ -297,3 +303,21 @@ def quest_decode(
     )
     output, _ = verbs.sparse_decode_attention(query, kv, seq_lens, selected, scale, softcap, sinks, token_mask)
     return QuestOutput(output, selected)
+
+
+def make_workspace(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Workspace | None:
+    """Allocate what `quest_decode` needs for steps over a cache, so that a step allocates nothing that grows.
+
+    Args:
+        kv: The cache.
+        num_query_heads: Query heads, HQ.
+        config: What to read.
+
+    Returns:
+        Memory for one step at a time: layers that run one after the other can share it. None where the backend needs
+        none for this shape.
+
+    Raises:
+        BackendError: The backend cannot run here.
+    """
+    return resolve_backend(config.backend, kv.keys.device).make_workspace(kv, num_query_heads, config)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from quest_attention.config import Backend, GroupReduction
+from quest_attention.config import Backend, GroupReduction, QuestConfig
 from quest_attention.errors import BackendError, QuestValueError
 from quest_attention.ops import reference_backend, torch_backend
-from quest_attention.ops.selection import DecodeWorkspace, Selection
+from quest_attention.ops.selection import DecodeWorkspace, Selection, Workspace
 from quest_attention.pages import PagedKV
 
-__all__ = ["ResolvedBackend", "Verbs", "resolve_backend"]
+__all__ = ["FusedVerb", "ResolvedBackend", "Verbs", "resolve_backend"]
 
 
 class Verbs(Protocol):
@@ -40,7 +43,7 @@ class Verbs(Protocol):
         num_sink_pages: int = 0,
         num_recent_pages: int = 1,
         token_mask: Tensor | None = None,
-        workspace: DecodeWorkspace | None = None,
+        workspace: Workspace | None = None,
     ) -> Selection: ...
 
     def sparse_decode_attention(
@@ -57,18 +60,38 @@ class Verbs(Protocol):
     ) -> tuple[Tensor, Tensor | None]: ...
 
 
+class FusedVerb(Protocol):
+    """A backend's own form of a whole decode step, for what it can hold; `ops.quest_decode` documents it."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        kv: PagedKV,
+        seq_lens: Tensor | int,
+        config: QuestConfig,
+        sm_scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+        workspace: Workspace | None,
+    ) -> tuple[Tensor, Selection] | None: ...
+
+
 class ResolvedBackend(NamedTuple):
     """A backend that will run.
 
     Attributes:
-        name: `"torch"`, `"reference"` or, once there, `"triton"`.
+        name: `"torch"`, `"triton"` or `"reference"`.
         reason: Why this one, as a sentence for `quest env` and logs.
         verbs: The implementation.
+        fused: The decode step in one launch, where the backend has it.
+        make_workspace: Allocates scratch memory for decode steps of a shape.
     """
 
     name: str
     reason: str
     verbs: Verbs
+    fused: FusedVerb | None
+    make_workspace: Callable[[PagedKV, int, QuestConfig], Workspace | None]
 
 
 def resolve_backend(name: Backend, device: torch.device | str) -> ResolvedBackend:
@@ -76,19 +99,52 @@ def resolve_backend(name: Backend, device: torch.device | str) -> ResolvedBacken
 
     Raises:
         QuestValueError: The name is unknown.
-        BackendError: The backend exists but cannot run on this device or in this version.
+        BackendError: The backend exists but cannot run on this device or in this installation.
 
     >>> resolve_backend("auto", "cpu").name
     'torch'
     """
     kind = torch.device(device).type
     if name == "torch":
-        return ResolvedBackend("torch", "asked for by name", torch_backend)
+        return _torch("asked for by name")
     if name == "reference":
-        return ResolvedBackend("reference", "asked for by name: the oracle, far too slow to serve", reference_backend)
+        reason = "asked for by name: the oracle, far too slow to serve"
+        return ResolvedBackend("reference", reason, reference_backend, None, DecodeWorkspace.for_cache)
     if name == "triton":
-        raise BackendError("backend: got 'triton', expected 'auto' or 'torch': this version has no Triton kernels yet")
+        missing = _why_no_triton(kind)
+        if missing is not None:
+            raise BackendError(f"backend: got 'triton', expected 'auto' or 'torch' here: {missing}")
+        return _triton("asked for by name")
     if name == "auto":
-        why = "plain PyTorch is the fast path on a CPU" if kind == "cpu" else "this version has no Triton kernels yet"
-        return ResolvedBackend("torch", f"chosen for device {kind}: {why}", torch_backend)
+        if kind == "cpu":
+            return _torch("chosen for device cpu: plain PyTorch is the fast path on a CPU")
+        missing = _why_no_triton(kind)
+        if missing is not None:
+            return _torch(f"chosen for device {kind}: {missing}")
+        return _triton(f"chosen for device {kind}: one kernel launch for a decode step")
     raise QuestValueError("backend", name, f"one of {', '.join(get_args(Backend))}")
+
+
+def _torch(reason: str) -> ResolvedBackend:
+    return ResolvedBackend("torch", reason, torch_backend, None, DecodeWorkspace.for_cache)
+
+
+def _triton(reason: str) -> ResolvedBackend:
+    from quest_attention.ops import triton as backend
+
+    return ResolvedBackend("triton", reason, backend, backend.quest_decode, backend.make_workspace)
+
+
+@cache
+def _why_no_triton(kind: str) -> str | None:
+    """What keeps the Triton kernels from a kind of device, or None."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    from quest_attention.ops.triton.launch import is_interpreted
+
+    interpreted = is_interpreted()
+    if kind == "cuda" and torch.version.hip is None:
+        return "TRITON_INTERPRET=1 is set, which is for tests on a CPU" if interpreted else None
+    if kind == "cpu" and interpreted:
+        return None
+    return f"the Triton kernels are written for NVIDIA GPUs, not for device {kind}"

@@ -26,13 +26,12 @@ def update_page_metadata(kv: PagedKV, seq_lens: list[int], num_new_tokens: list[
             page, offset = divmod(token, kv.page_size)
             physical = int(kv.page_table[b, page])
             for h in range(kv.num_kv_heads):
-                key = kv.keys[physical, offset, h]
-                if offset == 0:  # a page starts anew at its first token, whoever used it before
-                    kv.metadata[physical, h, KEY_MAX] = key
-                    kv.metadata[physical, h, KEY_MIN] = key
-                else:
-                    kv.metadata[physical, h, KEY_MAX] = torch.maximum(kv.metadata[physical, h, KEY_MAX], key)
-                    kv.metadata[physical, h, KEY_MIN] = torch.minimum(kv.metadata[physical, h, KEY_MIN], key)
+                key = key_max = key_min = kv.keys[physical, offset, h]
+                if offset > 0:  # a page starts anew at its first token, whoever used it before
+                    key_max = torch.maximum(kv.metadata[physical, h, KEY_MAX].to(key.dtype), key)
+                    key_min = torch.minimum(kv.metadata[physical, h, KEY_MIN].to(key.dtype), key)
+                kv.metadata[physical, h, KEY_MAX] = _outward(key_max, kv.metadata.dtype, upward=True)
+                kv.metadata[physical, h, KEY_MIN] = _outward(key_min, kv.metadata.dtype, upward=False)
 
 
 def score_pages(
@@ -156,6 +155,19 @@ def quest_decode(
     )
     output, _ = sparse_decode_attention(query, kv, seq_lens, selected, sm_scale, softcap, sinks, token_mask, dtype)
     return output, selected
+
+
+def _outward(bounds: Tensor, dtype: torch.dtype, *, upward: bool) -> Tensor:
+    """The nearest number of the metadata's dtype that still bounds; NaN where there is none, which ranks first."""
+    if dtype == bounds.dtype:
+        return bounds
+    every = torch.arange(256, dtype=torch.uint8).view(dtype).double()
+    stored = torch.full_like(bounds, math.nan, dtype=torch.float64)
+    for channel, bound in enumerate(bounds.double().tolist()):
+        fits = every[every >= bound] if upward else every[every <= bound]
+        if len(fits):
+            stored[channel] = fits.min() if upward else fits.max()
+    return stored.to(dtype)
 
 
 def _live_tokens(b: int, seq_lens: list[int], token_mask: Tensor | None) -> list[int]:

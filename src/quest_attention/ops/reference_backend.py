@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quest_attention.config import GroupReduction
 from quest_attention.ops import reference
-from quest_attention.ops.selection import DecodeWorkspace, Selection
+from quest_attention.ops.selection import Selection, Workspace
 from quest_attention.pages import PagedKV
 
 __all__ = ["score_pages", "select_pages", "sparse_decode_attention", "update_page_metadata"]
@@ -41,7 +41,7 @@ def select_pages(
     num_sink_pages: int = 0,
     num_recent_pages: int = 1,
     token_mask: Tensor | None = None,
-    workspace: DecodeWorkspace | None = None,
+    workspace: Workspace | None = None,
 ) -> Selection:
     """See `ops.select_pages`."""
     lengths = _per_row(seq_lens, scores.shape[0])

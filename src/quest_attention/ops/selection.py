@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["DecodeWorkspace", "Selection"]
+from quest_attention.config import QuestConfig
+from quest_attention.pages import PagedKV
+
+__all__ = ["DecodeWorkspace", "Selection", "Workspace"]
 
 
 class Selection(NamedTuple):
@@ -20,6 +23,19 @@ class Selection(NamedTuple):
 
     pages: Tensor
     counts: Tensor
+
+
+class Workspace(Protocol):
+    """Scratch memory of a backend's decode step; `ops.make_workspace` allocates it."""
+
+    @property
+    def scores(self) -> Tensor:
+        """Float32, one for each sequence, KV head and page."""
+        ...
+
+    def fits(self, kv: PagedKV, num_query_heads: int, config: QuestConfig) -> bool:
+        """Whether a step of this shape can use the workspace."""
+        ...
 
 
 class DecodeWorkspace(NamedTuple):
@@ -50,6 +66,14 @@ class DecodeWorkspace(NamedTuple):
             torch.arange(max_pages - 1, -1, -1, dtype=torch.int64, device=device),
         )
 
-    def fits(self, batch: int, num_kv_heads: int, max_pages: int, device: torch.device) -> bool:
-        """Whether a step over this batch can use the workspace."""
-        return self.scores.shape == (batch, num_kv_heads, max_pages) and self.scores.device == device
+    @classmethod
+    def for_cache(cls, kv: PagedKV, num_query_heads: int, config: QuestConfig) -> DecodeWorkspace:
+        """Memory for steps over a cache, whatever the query heads and the budget."""
+        del num_query_heads, config
+        return cls.allocate(kv.batch_size, kv.num_kv_heads, kv.max_pages, kv.keys.device)
+
+    def fits(self, kv: PagedKV, num_query_heads: int, config: QuestConfig) -> bool:
+        """Whether a step over this cache can use the workspace."""
+        del num_query_heads, config
+        shape = (kv.batch_size, kv.num_kv_heads, kv.max_pages)
+        return self.scores.shape == shape and self.scores.device == kv.keys.device

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quest_attention.config import GroupReduction
-from quest_attention.ops.selection import DecodeWorkspace, Selection
+from quest_attention.ops.rounding import round_down, round_up
+from quest_attention.ops.selection import DecodeWorkspace, Selection, Workspace
 from quest_attention.pages import KEY_MAX, KEY_MIN, ContiguousKV, PagedKV, num_pages
 
 __all__ = ["score_pages", "select_pages", "sparse_decode_attention", "update_page_metadata"]
@@ -50,10 +51,11 @@ def update_page_metadata(kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Te
     key_max = keys.masked_fill(outside, -math.inf).amax(1)
     key_min = keys.masked_fill(outside, math.inf).amin(1)
     goes_on = ~written[:, 0, None, None]  # the page's first token was there before
-    old = kv.metadata[physical]
+    old = kv.metadata[physical].to(keys.dtype)
     key_max = torch.where(goes_on, torch.maximum(key_max, old[:, :, KEY_MAX]), key_max)
     key_min = torch.where(goes_on, torch.minimum(key_min, old[:, :, KEY_MIN]), key_min)
-    kv.metadata[physical] = torch.stack([key_max, key_min], dim=2)
+    dtype = kv.metadata.dtype
+    kv.metadata[physical] = torch.stack([round_up(key_max, dtype), round_down(key_min, dtype)], dim=2)
 
 
 def _update_contiguous(cache: ContiguousKV, page_size: int, start: int, end: int) -> None:
@@ -65,21 +67,27 @@ def _update_contiguous(cache: ContiguousKV, page_size: int, start: int, end: int
         fresh = keys[:, :, start:stop]
         key_max, key_min = metadata[:, :, page, KEY_MAX], metadata[:, :, page, KEY_MIN]
         one = stop - start == 1  # the append of a decode step, spared two reductions
-        torch.maximum(key_max, fresh[:, :, 0] if one else fresh.amax(2), out=key_max)
-        torch.minimum(key_min, fresh[:, :, 0] if one else fresh.amin(2), out=key_min)
+        largest = fresh[:, :, 0] if one else fresh.amax(2)
+        smallest = fresh[:, :, 0] if one else fresh.amin(2)
+        if metadata.dtype == keys.dtype:
+            torch.maximum(key_max, largest, out=key_max)
+            torch.minimum(key_min, smallest, out=key_min)
+        else:
+            key_max.copy_(round_up(torch.maximum(key_max.to(keys.dtype), largest), metadata.dtype))
+            key_min.copy_(round_down(torch.minimum(key_min.to(keys.dtype), smallest), metadata.dtype))
         start = stop
     whole = (end - start) // page_size
     if whole:
         first = start // page_size
         stop = start + whole * page_size
         pages = keys[:, :, start:stop].unflatten(2, (whole, page_size))
-        metadata[:, :, first : first + whole, KEY_MAX] = pages.amax(3)
-        metadata[:, :, first : first + whole, KEY_MIN] = pages.amin(3)
+        metadata[:, :, first : first + whole, KEY_MAX] = round_up(pages.amax(3), metadata.dtype)
+        metadata[:, :, first : first + whole, KEY_MIN] = round_down(pages.amin(3), metadata.dtype)
         start = stop
     if start < end:
         fresh = keys[:, :, start:end]
-        metadata[:, :, start // page_size, KEY_MAX] = fresh.amax(2)
-        metadata[:, :, start // page_size, KEY_MIN] = fresh.amin(2)
+        metadata[:, :, start // page_size, KEY_MAX] = round_up(fresh.amax(2), metadata.dtype)
+        metadata[:, :, start // page_size, KEY_MIN] = round_down(fresh.amin(2), metadata.dtype)
 
 
 def score_pages(
@@ -135,11 +143,11 @@ def select_pages(
     num_sink_pages: int = 0,
     num_recent_pages: int = 1,
     token_mask: Tensor | None = None,
-    workspace: DecodeWorkspace | None = None,
+    workspace: Workspace | None = None,
 ) -> Selection:
     """See `ops.select_pages`."""
     batch, heads, max_pages = scores.shape
-    if workspace is None:
+    if not isinstance(workspace, DecodeWorkspace):
         workspace = DecodeWorkspace.allocate(batch, heads, max_pages, scores.device)
     page_budget, recent = token_budget // page_size, max(1, num_recent_pages)
     if isinstance(seq_lens, int) and token_mask is None:

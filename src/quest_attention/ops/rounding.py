@@ -1,0 +1,37 @@
+"""Rounding outward: a bound stored in fewer bits must still bound."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quest_attention.pages import FP8_METADATA
+
+__all__ = ["round_down", "round_up"]
+
+_LARGEST = torch.finfo(FP8_METADATA).max
+
+
+def round_up(bounds: Tensor, dtype: torch.dtype) -> Tensor:
+    """The smallest numbers of `dtype` that are at least `bounds`; NaN where the narrow dtype has none.
+
+    A page with NaN for a bound scores +inf, so what is beyond the range is read, not lost.
+
+    >>> round_up(torch.tensor([0.3, -0.3, 1000.0]), torch.float8_e4m3fn).tolist()
+    [0.3125, -0.28125, nan]
+    """
+    if dtype != FP8_METADATA:
+        return bounds.to(dtype)
+    wide = bounds.float()
+    nearest = wide.clamp(-_LARGEST, _LARGEST).to(dtype)
+    # Neighbours of one sign have neighbouring bit patterns, whose magnitude grows; after the largest comes NaN.
+    step = torch.where(wide > 0, 1, -1).to(torch.uint8)
+    bits = nearest.view(torch.uint8) + torch.where(nearest.float() < wide, step, 0)
+    return bits.view(dtype)
+
+
+def round_down(bounds: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest numbers of `dtype` that are at most `bounds`; see `round_up`."""
+    if dtype != FP8_METADATA:
+        return bounds.to(dtype)
+    return (round_up(-bounds, dtype).view(torch.uint8) ^ 0x80).view(dtype)

@@ -1,0 +1,18 @@
+"""The GPU kernels, one verb a file; this package is the backend. Only `dispatch` imports it: it needs triton."""
+
+from __future__ import annotations
+
+from quest_attention.ops.triton.attention import sparse_decode_attention
+from quest_attention.ops.triton.decode import make_workspace, quest_decode
+from quest_attention.ops.triton.metadata import update_page_metadata
+from quest_attention.ops.triton.scores import score_pages
+from quest_attention.ops.triton.selection import select_pages
+
+__all__ = [
+    "make_workspace",
+    "quest_decode",
+    "score_pages",
+    "select_pages",
+    "sparse_decode_attention",
+    "update_page_metadata",
+]

@@ -1,0 +1,476 @@
+"""Kernels: attend to the tokens of the selected pages, split over programs and merged by log-sum-exp."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quest_attention.ops.selection import Selection
+from quest_attention.ops.triton.launch import check_kernel_dtype, dot, launch, lengths_argument, narrow
+from quest_attention.ops.triton.scores import group_block, load_query
+from quest_attention.pages import PagedKV
+
+__all__ = [
+    "attend_slots",
+    "heads_merged_at_once",
+    "merge_splits",
+    "sparse_decode_attention",
+    "split_slots",
+    "store_partial",
+]
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LOWEST = tl.constexpr(-1e30)
+"""Stands for the largest logit where there was none: finite, so that no difference is NaN."""
+
+_TOKENS_PER_PROGRAM = 128
+"""Tokens a program attends to, where there are enough of them: 64 KB of K and V in bf16 at head_dim 128."""
+_MOST_PROGRAMS = 4096
+"""Programs beyond which a row is shared by fewer."""
+_BLOCK_BYTES = 32768
+"""K and V a program holds at once [bytes]."""
+_MERGE_ELEMENTS = tl.constexpr(2048)
+"""Channels of partial results that a merging program adds up at a time: more were slower, by 7 us with 8192."""
+
+
+def heads_merged_at_once(group: int) -> int:
+    """Query heads whose partial results one program merges side by side."""
+    return min(4, int(triton.next_power_of_2(group)))
+
+
+def split_slots(slots: int, page_size: int, rows: int) -> tuple[int, int]:
+    """How many programs share a row, and how many pages each takes.
+
+    Args:
+        slots: Pages a row may have.
+        page_size: Tokens per page.
+        rows: Sequences times KV heads.
+    """
+    pages = max(1, _TOKENS_PER_PROGRAM // page_size)
+    most = max(1, _MOST_PROGRAMS // max(1, rows))
+    splits = min(triton.cdiv(slots, pages), most)
+    pages = triton.cdiv(slots, splits)
+    return triton.cdiv(slots, pages), pages
+
+
+def sparse_decode_attention(
+    query: Tensor,
+    kv: PagedKV,
+    seq_lens: Tensor | int,
+    selected: Selection,
+    sm_scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """See `ops.sparse_decode_attention`."""
+    check_kernel_dtype(kv)
+    batch, heads = kv.batch_size, kv.num_kv_heads
+    group, width, device = query.shape[1] // heads, kv.values.shape[-1], query.device
+    slots = selected.pages.shape[2]
+    output = torch.empty(batch, query.shape[1], width, dtype=query.dtype, device=device)
+    lse = torch.empty(batch, query.shape[1], dtype=torch.float32, device=device) if return_lse else None
+    splits, pages_per_split = split_slots(max(1, slots), kv.page_size, batch * heads)
+    partial = torch.empty(batch * heads, splits, group, width, dtype=torch.float32, device=device)
+    partial_lse = torch.empty(batch * heads, splits, group, dtype=torch.float32, device=device)
+    lengths, length = lengths_argument(seq_lens, kv)
+    mask = query if token_mask is None else token_mask
+    merge_heads = heads_merged_at_once(group)
+    launch(
+        _attend_kernel,
+        (batch * heads * splits,),
+        query,
+        kv.keys,
+        kv.values,
+        kv.page_table,
+        lengths,
+        length,
+        selected.pages,
+        mask,
+        0 if token_mask is None else token_mask.shape[1],
+        partial,
+        partial_lse,
+        float(sm_scale),
+        float(softcap or 0.0),
+        *query.stride()[:2],
+        *kv.keys.stride()[:3],
+        *kv.values.stride()[:3],
+        kv.page_table.stride(0),
+        *selected.pages.stride()[:2],
+        0 if token_mask is None else token_mask.stride(0),
+        heads,
+        slots,
+        splits,
+        pages_per_split,
+        RAGGED=isinstance(seq_lens, Tensor),
+        MASKED=token_mask is not None,
+        SOFTCAP=softcap is not None,
+        PAGE_SIZE=kv.page_size,
+        GROUP=group,
+        BLOCK_G=group_block(group),
+        HEAD_DIM=kv.head_dim,
+        BLOCK_D=max(16, triton.next_power_of_2(kv.head_dim)),
+        VALUE_DIM=width,
+        BLOCK_DV=max(16, triton.next_power_of_2(width)),
+        BLOCK_T=_block_t(kv, group),
+        STAGES=1 if group == 1 else 2,
+        num_warps=2 if group == 1 else 4,
+    )
+    launch(
+        _merge_kernel,
+        (batch * heads * triton.cdiv(group, merge_heads),),
+        partial,
+        partial_lse,
+        query if sinks is None else sinks,
+        output,
+        output if lse is None else lse,
+        *output.stride()[:2],
+        heads,
+        splits,
+        HAS_SINKS=sinks is not None,
+        WITH_LSE=return_lse,
+        GROUP=group,
+        HEADS=merge_heads,
+        VALUE_DIM=width,
+        BLOCK_DV=triton.next_power_of_2(width),
+        BLOCK_S=triton.next_power_of_2(splits),
+        num_warps=4,
+    )
+    return output, lse
+
+
+def _block_t(kv: PagedKV, group: int) -> int:
+    """Tokens a program holds at once."""
+    token_bytes = (kv.head_dim + kv.values.shape[-1]) * kv.keys.element_size()
+    return max(16, min(32 if group == 1 else 64, int(triton.next_power_of_2(_BLOCK_BYTES // token_bytes))))
+
+
+@triton.jit
+def attend_slots(
+    q,  # [BLOCK_G, BLOCK_D]
+    keys,  # of the row's head
+    values,  # of the row's head
+    table,  # of the row
+    pages,  # of the row
+    first_slot,
+    last_slot,
+    end,
+    mask_row,
+    mask_width,
+    scale,
+    softcap,
+    key_page_stride,
+    key_token_stride,
+    value_page_stride,
+    value_token_stride,
+    TRANSLATE: tl.constexpr,
+    MASKED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Attention over slots `first_slot` to `last_slot` of one row's page list.
+
+    With TRANSLATE the list holds logical pages and `end` is the length of the sequence; otherwise it holds physical
+    pages in the order of the sequence and `end` counts the tokens up to the last one in the list.
+
+    Returns:
+        Largest logit in base 2 and sum of weights, `[BLOCK_G]` each, and the weighted values `[BLOCK_G, BLOCK_DV]`.
+    """
+    channel = tl.arange(0, BLOCK_D)
+    value_channel = tl.arange(0, BLOCK_DV)
+    # A single head keeps one softmax per token of the block, merged once at the end: nothing crosses warps in the loop.
+    LANES: tl.constexpr = BLOCK_T if BLOCK_G == 1 else BLOCK_G
+    largest = tl.full([LANES], _LOWEST, tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    gathered = tl.zeros([LANES, BLOCK_DV], tl.float32)
+    for start in tl.range(first_slot * PAGE_SIZE, last_slot * PAGE_SIZE, BLOCK_T, num_stages=STAGES):
+        token = start + tl.arange(0, BLOCK_T)
+        slot = token // PAGE_SIZE
+        offset = token % PAGE_SIZE
+        is_live = slot < last_slot
+        # The fused kernel wrote the list in this very launch, on another multiprocessor: past the L1 cache.
+        page = tl.load(pages + slot, mask=is_live, other=-1, cache_modifier=".cg")
+        if TRANSLATE:
+            is_live = is_live & (page >= 0)
+            position = page * PAGE_SIZE + offset
+            is_live = is_live & (position < end)
+            if MASKED:
+                known = is_live & (position < mask_width)
+                is_live = is_live & (tl.load(mask_row + position, mask=known, other=0) != 0)
+            page = tl.load(table + page, mask=is_live, other=0)
+        else:
+            is_live = is_live & (token < end)
+        physical = page.to(tl.int64)
+        offset = offset.to(tl.int64)
+        key_at = keys + (physical * key_page_stride + offset * key_token_stride)[:, None] + channel[None, :]
+        k = tl.load(key_at, mask=is_live[:, None] & (channel < HEAD_DIM)[None, :], other=0.0)
+        value_at = values + (physical * value_page_stride + offset * value_token_stride)[:, None]
+        value_at = value_at + value_channel[None, :]
+        v = tl.load(value_at, mask=is_live[:, None] & (value_channel < VALUE_DIM)[None, :], other=0.0)
+        if BLOCK_G == 1:
+            logit = _cap(tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * scale, softcap, SOFTCAP)
+            new_largest = tl.where(is_live, tl.maximum(largest, logit), largest)
+            weight = tl.where(is_live, tl.exp2(logit - new_largest), 0.0)
+            shrink = tl.exp2(largest - new_largest)
+            total = total * shrink + weight
+            gathered = gathered * shrink[:, None] + weight[:, None] * v.to(tl.float32)
+        else:
+            logit = dot(q, tl.trans(k), tl.zeros([BLOCK_G, BLOCK_T], tl.float32))
+            logit = tl.where(is_live[None, :], _cap(logit * scale, softcap, SOFTCAP), _LOWEST)
+            new_largest = tl.maximum(largest, tl.max(logit, 1))
+            weight = tl.where(is_live[None, :], tl.exp2(logit - new_largest[:, None]), 0.0)
+            shrink = tl.exp2(largest - new_largest)
+            rounded = narrow(weight, v.dtype)
+            total = total * shrink + tl.sum(rounded.to(tl.float32), 1)  # of what is multiplied: rounding cancels
+            gathered = dot(rounded, v, gathered * shrink[:, None])
+        largest = new_largest
+    if BLOCK_G == 1:
+        top = tl.max(largest, 0)
+        weight = tl.exp2(largest - top)
+        gathered = tl.sum(gathered * weight[:, None], 0)[None, :]
+        total = tl.sum(total * weight, 0) + tl.zeros([1], tl.float32)
+        largest = top + tl.zeros([1], tl.float32)
+    return largest, total, gathered
+
+
+@triton.jit
+def _cap(logit, softcap, SOFTCAP: tl.constexpr):
+    """Scaled logits in base 2, capped if asked."""
+    if SOFTCAP:
+        logit = softcap * _tanh(logit / softcap)
+    return logit * _LOG2_E
+
+
+@triton.jit
+def _tanh(x):
+    """From the exponential, which Triton's interpreter has too: off by a few float32 roundings of 1."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    magnitude = (1.0 - e) / (1.0 + e)
+    return tl.where(x < 0, -magnitude, magnitude)
+
+
+@triton.jit(do_not_specialize=["length", "mask_width", "slots", "splits", "pages_per_split"])
+def _attend_kernel(
+    query,
+    keys,
+    values,
+    page_table,
+    seq_lens,
+    length,
+    pages,
+    token_mask,
+    mask_width,
+    partial,
+    partial_lse,
+    scale,
+    softcap,
+    query_batch_stride,
+    query_head_stride,
+    key_page_stride,
+    key_token_stride,
+    key_head_stride,
+    value_page_stride,
+    value_token_stride,
+    value_head_stride,
+    table_stride,
+    pages_batch_stride,
+    pages_head_stride,
+    mask_stride,
+    num_kv_heads,
+    slots,
+    splits,
+    pages_per_split,
+    RAGGED: tl.constexpr,
+    MASKED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    program = tl.program_id(0)
+    split = program % splits
+    row = program // splits
+    b = (row // num_kv_heads).to(tl.int64)
+    h = (row % num_kv_heads).to(tl.int64)
+    end = length
+    if RAGGED:
+        end = tl.load(seq_lens + b).to(tl.int32)
+    head = tl.arange(0, BLOCK_G)
+    q = load_query(
+        query + b * query_batch_stride + h * GROUP * query_head_stride,
+        query_head_stride,
+        GROUP,
+        BLOCK_G,
+        HEAD_DIM,
+        BLOCK_D,
+    )
+    first_slot = split * pages_per_split
+    largest, total, gathered = attend_slots(
+        q,
+        keys + h * key_head_stride,
+        values + h * value_head_stride,
+        page_table + b * table_stride,
+        pages + b * pages_batch_stride + h * pages_head_stride,
+        first_slot,
+        tl.minimum(first_slot + pages_per_split, slots),
+        end,
+        token_mask + b * mask_stride,
+        mask_width,
+        scale,
+        softcap,
+        key_page_stride,
+        key_token_stride,
+        value_page_stride,
+        value_token_stride,
+        True,
+        MASKED,
+        SOFTCAP,
+        PAGE_SIZE,
+        BLOCK_G,
+        HEAD_DIM,
+        BLOCK_D,
+        VALUE_DIM,
+        BLOCK_DV,
+        BLOCK_T,
+        STAGES,
+    )
+    at = (row.to(tl.int64) * splits + split) * GROUP + head
+    store_partial(partial, partial_lse, at, largest, total, gathered, GROUP, BLOCK_G, VALUE_DIM, BLOCK_DV)
+
+
+@triton.jit
+def store_partial(
+    partial,
+    partial_lse,
+    at,  # [BLOCK_G]
+    largest,
+    total,
+    gathered,
+    GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Write what one split found: its output and the base-2 log-sum-exp that weighs it."""
+    is_head = tl.arange(0, BLOCK_G) < GROUP
+    channel = tl.arange(0, BLOCK_DV)
+    lse = tl.where(total > 0, largest + tl.log2(total), float("-inf"))
+    mine = gathered / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(partial_lse + at, lse, mask=is_head)
+    inside = is_head[:, None] & (channel < VALUE_DIM)[None, :]
+    tl.store(partial + at[:, None] * VALUE_DIM + channel[None, :], mine, mask=inside)
+
+
+@triton.jit
+def merge_splits(
+    partial,
+    partial_lse,
+    sinks,  # of the row's heads
+    output,  # of the row's heads
+    lse_out,  # of the row's heads
+    output_head_stride,
+    row,
+    splits,
+    first_head,
+    HAS_SINKS: tl.constexpr,
+    WITH_LSE: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Write the output, and the natural log-sum-exp if asked, of HEADS query heads from what their splits found."""
+    head = first_head + tl.arange(0, HEADS)
+    channel = tl.arange(0, BLOCK_DV)
+    is_head = head < GROUP
+    split = tl.arange(0, BLOCK_S)
+    at = (row.to(tl.int64) * splits + split[:, None]) * GROUP + head[None, :]
+    known = (split < splits)[:, None] & is_head[None, :]
+    # Another multiprocessor may have written them in this very launch: past the L1 cache.
+    lse = tl.load(partial_lse + at, mask=known, other=float("-inf"), cache_modifier=".cg")
+    largest = tl.maximum(tl.max(lse, 0), _LOWEST)  # [HEADS]
+    sink = largest
+    if HAS_SINKS:
+        sink = tl.load(sinks + head, mask=is_head, other=float("-inf")).to(tl.float32) * _LOG2_E
+        largest = tl.maximum(largest, sink)
+    total = tl.sum(tl.exp2(lse - largest[None, :]), 0)
+    if HAS_SINKS:  # one more logit that takes weight and gives no value
+        total += tl.exp2(sink - largest)
+    CHUNK: tl.constexpr = _MERGE_ELEMENTS // (HEADS * BLOCK_DV) if HEADS * BLOCK_DV < _MERGE_ELEMENTS else 1
+    merged = tl.zeros([CHUNK, HEADS, BLOCK_DV], tl.float32)
+    for start in range(0, splits, CHUNK):
+        part = start + tl.arange(0, CHUNK)
+        from_part = (row.to(tl.int64) * splits + part[:, None]) * GROUP + head[None, :]
+        is_part = (part < splits)[:, None] & is_head[None, :]
+        part_lse = tl.load(partial_lse + from_part, mask=is_part, other=float("-inf"), cache_modifier=".cg")
+        weight = tl.exp2(part_lse - largest[None, :])
+        wanted = (weight > 0)[:, :, None] & (channel < VALUE_DIM)[None, None, :]
+        found = partial + from_part[:, :, None] * VALUE_DIM + channel[None, None, :]
+        merged += weight[:, :, None] * tl.load(found, mask=wanted, other=0.0, cache_modifier=".cg")
+    merged = tl.sum(merged, 0) / tl.where(total > 0, total, 1.0)[:, None]
+    to = output + head[:, None] * output_head_stride + channel[None, :]
+    inside = is_head[:, None] & (channel < VALUE_DIM)[None, :]
+    tl.store(to, narrow(merged, output.dtype.element_ty), mask=inside)
+    if WITH_LSE:
+        lse_total = tl.where(total > 0, (largest + tl.log2(total)) / _LOG2_E, float("-inf"))
+        tl.store(lse_out + head, lse_total, mask=is_head)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _merge_kernel(
+    partial,
+    partial_lse,
+    sinks,
+    output,
+    lse,
+    output_batch_stride,
+    output_head_stride,
+    num_kv_heads,
+    splits,
+    HAS_SINKS: tl.constexpr,
+    WITH_LSE: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    shares: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    row = tl.program_id(0) // shares
+    b = (row // num_kv_heads).to(tl.int64)
+    first = (row % num_kv_heads).to(tl.int64) * GROUP
+    merge_splits(
+        partial,
+        partial_lse,
+        sinks + first,
+        output + b * output_batch_stride + first * output_head_stride,
+        lse + b * num_kv_heads * GROUP + first,
+        output_head_stride,
+        row,
+        splits,
+        (tl.program_id(0) % shares) * HEADS,
+        HAS_SINKS,
+        WITH_LSE,
+        GROUP,
+        HEADS,
+        VALUE_DIM,
+        BLOCK_DV,
+        BLOCK_S,
+    )

@@ -1,0 +1,520 @@
+"""Kernel: one decode step of one layer in one launch.
+
+The programs are of two kinds, all in one grid. The first score the pages of a row; the last of them to finish chooses
+the row's pages and raises a flag. The others wait for their row's flag, attend to their share of its pages, and the
+last of them to finish merges the shares. So a row is attended to while others are still being scored. A program only
+ever waits for programs with a lower index: the hardware starts programs in the order of their index (single-pass scans
+rest on the same), so whoever is waited for is running or done.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quest_attention.config import QuestConfig
+from quest_attention.ops.selection import Selection, Workspace
+from quest_attention.ops.triton.attention import attend_slots, heads_merged_at_once, merge_splits, store_partial
+from quest_attention.ops.triton.launch import check_kernel_dtype, launch, lengths_argument
+from quest_attention.ops.triton.scores import group_block, load_query, score_row
+from quest_attention.ops.triton.selection import DEAD, choose_pages, rank_scores, store_chosen
+from quest_attention.pages import PagedKV
+
+__all__ = ["FusedWorkspace", "Tuning", "make_workspace", "quest_decode", "tune"]
+
+_READY = tl.constexpr(0)
+"""Counter of a row: its pages are chosen."""
+_ATTENDED = tl.constexpr(1)
+"""Counter of a row: programs that have attended."""
+_CHOSEN = tl.constexpr(2)
+"""Counter of a row: sections that have chosen their best pages."""
+_SCORED = tl.constexpr(32)
+"""Counters of a row from here on, one a section: programs that have scored. A cache line after the others [int32]."""
+
+_SECTION_PAGES = 2048
+"""Pages whose best are chosen by one program: 16 keys a thread, which leaves registers to those that score."""
+_LONG_SECTION_PAGES = 4096
+_MOST_CANDIDATES = 4096
+"""Pages from all sections among which one program chooses."""
+
+
+class Tuning(NamedTuple):
+    """Shape of a launch.
+
+    Attributes:
+        block_p: Pages scored at a time.
+        section_pages: Pages of a section of a row.
+        score_splits: Programs that score a section.
+        block_t: Tokens attended to at a time.
+        splits: Programs that attend to a row.
+        num_warps: Warps per program.
+        score_stages: Blocks of pages in flight per program.
+        attend_stages: Blocks of tokens in flight per program.
+        max_registers: Registers a thread may have; None leaves it to the compiler.
+    """
+
+    block_p: int
+    section_pages: int
+    score_splits: int
+    block_t: int
+    splits: int
+    num_warps: int = 4
+    score_stages: int = 1
+    attend_stages: int = 1
+    max_registers: int | None = None
+
+
+class FusedWorkspace(NamedTuple):
+    """Scratch memory of `quest_decode`; a launch leaves the counters at zero, as it found them.
+
+    Attributes:
+        scores: `[B * HKV, P]` float32.
+        best_ranks: `[B * HKV, sections * K]` float32.
+        best_pages: `[B * HKV, sections * K]` int32.
+        physical: `[B * HKV, K]` int32.
+        partial: `[B * HKV, splits, G, DV]` float32.
+        partial_lse: `[B * HKV, splits, G]` float32.
+        counters: `[B * HKV, 32 + sections]` int32, zero between launches.
+    """
+
+    scores: Tensor
+    best_ranks: Tensor
+    best_pages: Tensor
+    physical: Tensor
+    partial: Tensor
+    partial_lse: Tensor
+    counters: Tensor
+
+    def fits(self, kv: PagedKV, num_query_heads: int, config: QuestConfig) -> bool:
+        """Whether a step of this shape can use the workspace."""
+        tuning, rows = tune(kv, num_query_heads, config), kv.batch_size * kv.num_kv_heads
+        return (
+            tuning is not None
+            and self.scores.shape == (rows, kv.max_pages)
+            and self.physical.shape == (rows, min(kv.max_pages, config.page_slots))
+            and self.partial.shape[1:3] == (tuning.splits, num_query_heads // kv.num_kv_heads)
+            and self.partial.shape[3] == kv.values.shape[-1]
+            and self.scores.device == kv.keys.device
+        )
+
+
+def make_workspace(
+    kv: PagedKV, num_query_heads: int, config: QuestConfig, tuning: Tuning | None = None
+) -> FusedWorkspace | None:
+    """Memory for steps of this shape; None where the fused kernel cannot hold it."""
+    tuning = tuning or tune(kv, num_query_heads, config)
+    if tuning is None:
+        return None
+    rows, device = kv.batch_size * kv.num_kv_heads, kv.keys.device
+    group, slots = num_query_heads // kv.num_kv_heads, min(kv.max_pages, config.page_slots)
+    sections = triton.cdiv(kv.max_pages, tuning.section_pages)
+
+    def integers(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=device)
+
+    return FusedWorkspace(
+        torch.empty(rows, kv.max_pages, dtype=torch.float32, device=device),
+        torch.empty(rows, sections * slots, dtype=torch.float32, device=device),
+        integers(rows, sections * slots),
+        integers(rows, slots),
+        torch.empty(rows, tuning.splits, group, kv.values.shape[-1], dtype=torch.float32, device=device),
+        torch.empty(rows, tuning.splits, group, dtype=torch.float32, device=device),
+        integers(rows, _SCORED.value + sections).zero_(),
+    )
+
+
+def tune(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Tuning | None:
+    """Launch shape for a problem, or None where the fused kernel cannot hold it: long rows with a large budget."""
+    rows, max_pages = kv.batch_size * kv.num_kv_heads, kv.max_pages
+    group, slots = num_query_heads // kv.num_kv_heads, min(max_pages, config.page_slots)
+    section_pages = _SECTION_PAGES
+    if triton.cdiv(max_pages, section_pages) * slots > _MOST_CANDIDATES:
+        section_pages = _LONG_SECTION_PAGES
+    sections = triton.cdiv(max_pages, section_pages)
+    if sections > 1 and sections * slots > _MOST_CANDIDATES:
+        return None
+    is_small = rows * max_pages <= _SMALL_PAGES
+    if group == 1:
+        shape = _SINGLE_HEAD
+    elif is_small:
+        shape = _SMALL_GROUP
+    else:
+        shape = _GROUP
+    tiles = triton.cdiv(min(max_pages, section_pages), shape.block_p)
+    programs = _SCORING_PROGRAMS * (2 if group == 1 else 1)
+    score_splits = tiles if is_small else min(tiles, max(8, triton.cdiv(programs, rows * sections)))
+    splits = min(slots, 32, max(8, triton.cdiv(_ATTENDING_PROGRAMS, rows)))
+    shape = shape._replace(section_pages=section_pages, score_splits=score_splits, splits=splits)
+    widening = triton.next_power_of_2(kv.head_dim * kv.keys.element_size()) // _TUNED_BYTES
+    if widening > 1:  # larger heads fill the registers with fewer tokens
+        shape = shape._replace(block_t=max(16, shape.block_t // widening), max_registers=None)
+    return shape
+
+
+# Measured on an H200 at head_dim 128 in bfloat16; section_pages and the splits follow from the problem.
+_SINGLE_HEAD = Tuning(32, 0, 0, 32, 0, num_warps=4, max_registers=96)
+_GROUP = Tuning(32, 0, 0, 32, 0, num_warps=4, score_stages=3, attend_stages=3)
+_SMALL_GROUP = Tuning(64, 0, 0, 64, 0, num_warps=8, max_registers=80)
+_TUNED_BYTES = 256
+"""Bytes of a token's key for which the shapes above were measured."""
+_SMALL_PAGES = 32768
+"""Pages of a batch below which latency counts, not bandwidth: more warps, one block a program."""
+_SCORING_PROGRAMS = 528
+_ATTENDING_PROGRAMS = 512
+"""Programs that fill an H200: four on each of its 132 multiprocessors."""
+
+
+def quest_decode(
+    query: Tensor,
+    kv: PagedKV,
+    seq_lens: Tensor | int,
+    config: QuestConfig,
+    sm_scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    workspace: Workspace | None = None,
+    tuning: Tuning | None = None,
+) -> tuple[Tensor, Selection] | None:
+    """See `ops.quest_decode`. None where the fused kernel cannot hold the problem; the single verbs can."""
+    check_kernel_dtype(kv)
+    tuning = tuning or tune(kv, query.shape[1], config)
+    if tuning is None or query.shape[0] == 0:
+        return None
+    batch, heads, device = kv.batch_size, kv.num_kv_heads, query.device
+    group, width, rows = query.shape[1] // heads, kv.values.shape[-1], batch * heads
+    slots = min(kv.max_pages, config.page_slots)
+    if workspace is None:
+        workspace = make_workspace(kv, query.shape[1], config, tuning)
+    assert isinstance(workspace, FusedWorkspace), "make_workspace of this backend gave it"
+    output = torch.empty(batch, query.shape[1], width, dtype=query.dtype, device=device)
+    pages = torch.empty(batch, heads, slots, dtype=torch.int32, device=device)
+    counts = torch.empty(batch, dtype=torch.int32, device=device)
+    lengths, length = lengths_argument(seq_lens, kv)
+    section_pages = min(tuning.section_pages, kv.max_pages)
+    sections = triton.cdiv(kv.max_pages, section_pages)
+    launch(
+        _decode_kernel,
+        (rows * (sections * tuning.score_splits + tuning.splits),),
+        query,
+        kv.keys,
+        kv.values,
+        kv.metadata,
+        kv.page_table,
+        lengths,
+        length,
+        query if sinks is None else sinks,
+        *workspace,
+        pages,
+        counts,
+        output,
+        float(sm_scale),
+        float(softcap or 0.0),
+        *query.stride()[:2],
+        *kv.keys.stride()[:3],
+        *kv.values.stride()[:3],
+        *kv.metadata.stride()[:3],
+        kv.page_table.stride(0),
+        kv.max_pages,
+        heads,
+        rows,
+        slots,
+        config.token_budget,
+        config.num_sink_pages,
+        max(1, config.num_recent_pages),
+        sections,
+        tuning.score_splits,
+        tuning.splits,
+        triton.cdiv(slots, tuning.splits),
+        RAGGED=isinstance(seq_lens, Tensor),
+        SOFTCAP=softcap is not None,
+        HAS_SINKS=sinks is not None,
+        IS_MAX=config.group_reduction == "max",
+        PAGE_SIZE=kv.page_size,
+        GROUP=group,
+        BLOCK_G=group_block(group),
+        HEAD_DIM=kv.head_dim,
+        BLOCK_D=max(16, triton.next_power_of_2(kv.head_dim)),
+        VALUE_DIM=width,
+        BLOCK_DV=max(16, triton.next_power_of_2(width)),
+        BLOCK_P=tuning.block_p,
+        BLOCK_T=tuning.block_t,
+        HEADS=heads_merged_at_once(group),
+        SECTION_PAGES=section_pages,
+        SECTIONED=sections > 1,
+        BLOCK_A=max(16, triton.next_power_of_2(section_pages)),
+        BLOCK_C=triton.next_power_of_2(sections * slots),
+        BLOCK_K=triton.next_power_of_2(slots),
+        BLOCK_S=triton.next_power_of_2(tuning.splits),
+        SCORE_STAGES=tuning.score_stages,
+        ATTEND_STAGES=tuning.attend_stages,
+        num_warps=tuning.num_warps,
+        **({} if tuning.max_registers is None else {"maxnreg": tuning.max_registers}),
+    )
+    return output, Selection(pages, counts)
+
+
+@triton.jit
+def _publish(row_pages, row_physical, page, physical, chosen, count, slots, BLOCK_K: tl.constexpr):
+    """Write the chosen pages of a row: logical ones for the caller, physical ones for those that attend."""
+    store_chosen(row_pages, page, chosen, count, slots, BLOCK_K)
+    slot = tl.cumsum(chosen.to(tl.int32)) - 1
+    tl.store(row_physical + slot, physical, mask=chosen)
+
+
+@triton.jit
+def _raise_flag(row_counters, counts, b, h, count):
+    """Let those go on that wait for the row's pages."""
+    if h == 0:
+        tl.store(counts + b, count)
+    tl.debug_barrier()
+    tl.atomic_xchg(row_counters + _READY, 1, sem="release", scope="gpu")
+
+
+@triton.jit(
+    do_not_specialize=[
+        "length",
+        "table_stride",
+        "max_pages",
+        "num_kv_heads",
+        "rows",
+        "slots",
+        "token_budget",
+        "num_sink_pages",
+        "num_recent_pages",
+        "sections",
+        "score_splits",
+        "splits",
+        "pages_per_split",
+    ]
+)
+def _decode_kernel(
+    query,
+    keys,
+    values,
+    metadata,
+    page_table,
+    seq_lens,
+    length,
+    sinks,
+    scores,
+    best_ranks,
+    best_pages,
+    physical,
+    partial,
+    partial_lse,
+    counters,
+    pages,
+    counts,
+    output,
+    scale,
+    softcap,
+    query_batch_stride,
+    query_head_stride,
+    key_page_stride,
+    key_token_stride,
+    key_head_stride,
+    value_page_stride,
+    value_token_stride,
+    value_head_stride,
+    meta_page_stride,
+    meta_head_stride,
+    meta_side_stride,
+    table_stride,
+    max_pages,
+    num_kv_heads,
+    rows,
+    slots,
+    token_budget,
+    num_sink_pages,
+    num_recent_pages,
+    sections,
+    score_splits,
+    splits,
+    pages_per_split,
+    RAGGED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    IS_MAX: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    HEADS: tl.constexpr,
+    SECTION_PAGES: tl.constexpr,
+    SECTIONED: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    SCORE_STAGES: tl.constexpr,
+    ATTEND_STAGES: tl.constexpr,
+):
+    program = tl.program_id(0)
+    num_scoring = rows * sections * score_splits
+    is_scoring = program < num_scoring
+    row = tl.where(is_scoring, program // (sections * score_splits), (program - num_scoring) // splits)
+    b = (row // num_kv_heads).to(tl.int64)
+    h = (row % num_kv_heads).to(tl.int64)
+    end = length
+    if RAGGED:
+        end = tl.load(seq_lens + b).to(tl.int32)
+    total = tl.cdiv(end, PAGE_SIZE)
+    is_sparse = end > token_budget
+    count = tl.where(is_sparse, token_budget // PAGE_SIZE, total)
+    row_query = query + b * query_batch_stride + h * GROUP * query_head_stride
+    row_table = page_table + b * table_stride
+    row_physical = physical + row.to(tl.int64) * slots
+    row_counters = counters + row * (_SCORED + sections)
+    if is_scoring:
+        section = (program // score_splits) % sections
+        first = section * SECTION_PAGES
+        last = tl.minimum(first + SECTION_PAGES, total)
+        split = program % score_splits
+        row_pages = pages + row.to(tl.int64) * slots
+        step = score_splits * BLOCK_P
+        # Asked for before the length is known, so that the two wait together.
+        q = load_query(row_query, query_head_stride, GROUP, BLOCK_G, HEAD_DIM, BLOCK_D)
+        page = first + split * BLOCK_P + tl.arange(0, BLOCK_P)
+        ahead = tl.load(row_table + page, mask=page < max_pages, other=0)
+        if (not is_sparse) & (section == 0) & (split == 0):  # short enough to be read whole
+            every = tl.arange(0, BLOCK_K)
+            all_physical = tl.load(row_table + every, mask=every < total, other=0)
+            _publish(row_pages, row_physical, every, all_physical, every < total, count, slots, BLOCK_K)
+            _raise_flag(row_counters, counts, b, h, count)
+        if is_sparse & (first < total):
+            row_scores = scores + row.to(tl.int64) * max_pages
+            for start in tl.range(first + split * BLOCK_P, last, step, num_stages=SCORE_STAGES):
+                page = start + tl.arange(0, BLOCK_P)
+                here = tl.load(row_table + page, mask=page < max_pages, other=0) if SCORE_STAGES > 1 else ahead
+                score = score_row(
+                    q,
+                    metadata + h * meta_head_stride,
+                    here,
+                    page < last,
+                    meta_page_stride,
+                    meta_side_stride,
+                    IS_MAX,
+                    GROUP,
+                    BLOCK_G,
+                    HEAD_DIM,
+                    BLOCK_D,
+                )
+                tl.store(row_scores + page, score, mask=page < last)
+                ahead = tl.load(row_table + page + step, mask=page + step < max_pages, other=0)
+            tl.debug_barrier()  # every thread's scores are written before the program says so
+            arrived = tl.atomic_add(row_counters + _SCORED + section, 1, sem="acq_rel", scope="gpu")
+            if arrived == score_splits - 1:
+                among = first + tl.arange(0, BLOCK_A)
+                is_live = among < last
+                score = tl.load(row_scores + among, mask=is_live, other=0.0, cache_modifier=".cg")
+                where = tl.load(row_table + among, mask=is_live, other=0)
+                is_forced = (among < num_sink_pages) | (among >= total - num_recent_pages)
+                ranks = rank_scores(score, is_live, is_forced)
+                if SECTIONED:
+                    best = row.to(tl.int64) * sections * slots
+                    num_here = tl.minimum(count, last - first)
+                    chosen = choose_pages(ranks, last - first, num_here)
+                    at = best + section * slots
+                    slot = tl.cumsum(chosen.to(tl.int32)) - 1
+                    tl.store(best_ranks + at + slot, ranks, mask=chosen)
+                    tl.store(best_pages + at + slot, among, mask=chosen)
+                    unused = tl.arange(0, BLOCK_K)
+                    tl.store(best_ranks + at + unused, DEAD, mask=(unused >= num_here) & (unused < slots))
+                    tl.debug_barrier()
+                    live_sections = tl.cdiv(total, SECTION_PAGES)
+                    arrived = tl.atomic_add(row_counters + _CHOSEN, 1, sem="acq_rel", scope="gpu")
+                    if arrived == live_sections - 1:
+                        candidate = tl.arange(0, BLOCK_C)
+                        is_known = candidate < live_sections * slots
+                        ranks_best = tl.load(
+                            best_ranks + best + candidate, mask=is_known, other=DEAD, cache_modifier=".cg"
+                        )
+                        is_known = ranks_best != DEAD
+                        pages_best = tl.load(
+                            best_pages + best + candidate, mask=is_known, other=0, cache_modifier=".cg"
+                        )
+                        where_best = tl.load(row_table + pages_best, mask=is_known, other=0)
+                        chosen_best = choose_pages(ranks_best, tl.sum(is_known.to(tl.int32)), count)
+                        _publish(row_pages, row_physical, pages_best, where_best, chosen_best, count, slots, BLOCK_K)
+                        _raise_flag(row_counters, counts, b, h, count)
+                else:
+                    chosen = choose_pages(ranks, total, count)
+                    _publish(row_pages, row_physical, among, where, chosen, count, slots, BLOCK_K)
+                    _raise_flag(row_counters, counts, b, h, count)
+    else:
+        split = (program - num_scoring) % splits
+        q = load_query(row_query, query_head_stride, GROUP, BLOCK_G, HEAD_DIM, BLOCK_D)
+        ready = tl.atomic_add(row_counters + _READY, 0, sem="acquire", scope="gpu")
+        while ready == 0:
+            ready = tl.atomic_add(row_counters + _READY, 0, sem="acquire", scope="gpu")
+        first_slot = split * pages_per_split
+        # Pages ascend, so the part-filled one is last and the tokens of the list end where the sequence does.
+        tokens = (count - 1) * PAGE_SIZE + (end - 1) % PAGE_SIZE + 1
+        largest, weight, gathered = attend_slots(
+            q,
+            keys + h * key_head_stride,
+            values + h * value_head_stride,
+            row_table,
+            row_physical,
+            first_slot,
+            tl.minimum(first_slot + pages_per_split, count),
+            tokens,
+            row_table,
+            0,
+            scale,
+            softcap,
+            key_page_stride,
+            key_token_stride,
+            value_page_stride,
+            value_token_stride,
+            False,
+            False,
+            SOFTCAP,
+            PAGE_SIZE,
+            BLOCK_G,
+            HEAD_DIM,
+            BLOCK_D,
+            VALUE_DIM,
+            BLOCK_DV,
+            BLOCK_T,
+            ATTEND_STAGES,
+        )
+        at = (row.to(tl.int64) * splits + split) * GROUP + tl.arange(0, BLOCK_G)
+        store_partial(partial, partial_lse, at, largest, weight, gathered, GROUP, BLOCK_G, VALUE_DIM, BLOCK_DV)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(row_counters + _ATTENDED, 1, sem="acq_rel", scope="gpu")
+        if arrived == splits - 1:
+            for first_head in tl.static_range(0, GROUP, HEADS):
+                merge_splits(
+                    partial,
+                    partial_lse,
+                    sinks + h * GROUP,
+                    output + row.to(tl.int64) * GROUP * VALUE_DIM,
+                    partial_lse,
+                    VALUE_DIM,
+                    row,
+                    splits,
+                    first_head,
+                    HAS_SINKS,
+                    False,
+                    GROUP,
+                    HEADS,
+                    VALUE_DIM,
+                    BLOCK_DV,
+                    BLOCK_S,
+                )
+            # Everybody has passed: the next launch finds the counters as this one did.
+            tl.store(row_counters + _READY, 0)
+            tl.store(row_counters + _ATTENDED, 0)
+            tl.store(row_counters + _CHOSEN, 0)
+            for section in range(sections):
+                tl.store(row_counters + _SCORED + section, 0)

@@ -1,0 +1,69 @@
+"""What the kernels share: lengths as arguments, a launch on the right device, a dtype check, the matrix product."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quest_attention.errors import QuestValueError
+from quest_attention.pages import PagedKV
+
+__all__ = ["check_kernel_dtype", "dot", "is_interpreted", "launch", "lengths_argument", "narrow"]
+
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def check_kernel_dtype(kv: PagedKV) -> None:
+    """Refuse what the kernels do not compute in.
+
+    Raises:
+        QuestValueError: The cache is float64.
+    """
+    if kv.keys.dtype not in _DTYPES:
+        raise QuestValueError("keys.dtype", kv.keys.dtype, "bfloat16, float16 or float32 for the Triton kernels")
+
+
+def is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, in NumPy on a CPU: TRITON_INTERPRET=1 when Triton was imported."""
+    return bool(_INTERPRETED.value)
+
+
+def lengths_argument(value: Tensor | int, kv: PagedKV) -> tuple[Tensor, int]:
+    """A pointer and a number, of which a kernel reads one: lengths on the device, or one known to the host."""
+    return (kv.page_table, value) if isinstance(value, int) else (value, 0)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Start a kernel on the device of its first tensor; nothing to do where the grid is empty."""
+    if grid[0] == 0:
+        return
+    device = arguments[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, **options)
+    else:
+        kernel[grid](*arguments, **options)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """`a @ b + acc`, products exact, sums in float32."""
+    if _INTERPRETED:  # Triton's interpreter takes bfloat16 operands for integers
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """Float32 rounded to the nearest number of another dtype."""
+    if _INTERPRETED and dtype == tl.bfloat16:  # Triton's interpreter cuts bits off instead
+        bits = x.to(tl.int32, bitcast=True)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+        x = tl.where(tl.abs(x) < float("inf"), nearest, x)
+    return x.to(dtype)

@@ -1,0 +1,146 @@
+"""Kernel: take new tokens into the bounds of their pages."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quest_attention.ops.triton.launch import launch, lengths_argument
+from quest_attention.pages import FP8_METADATA, PagedKV, num_pages
+
+__all__ = ["update_page_metadata"]
+
+_PAGES_PER_PROGRAM = 4
+"""Pages one program takes after a prefill: enough bytes in flight per program, and a grid that still fills the GPU."""
+
+
+def update_page_metadata(kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Tensor | int) -> None:
+    """See `ops.update_page_metadata`. Reads no length on the host; the grid covers what the pages can hold."""
+    if isinstance(num_new_tokens, int):
+        if num_new_tokens == 0:
+            return
+        touched = min(kv.max_pages, num_pages(num_new_tokens - 1, kv.page_size) + 1)
+    else:
+        touched = kv.max_pages
+    pages = 1 if touched <= 2 else _PAGES_PER_PROGRAM
+    lengths, length = lengths_argument(seq_lens, kv)
+    fresh, num_fresh = lengths_argument(num_new_tokens, kv)
+    launch(
+        _update_kernel,
+        (triton.cdiv(touched, pages) * kv.num_kv_heads * kv.batch_size,),
+        kv.keys,
+        kv.metadata,
+        kv.page_table,
+        lengths,
+        length,
+        fresh,
+        num_fresh,
+        *kv.keys.stride()[:3],
+        *kv.metadata.stride()[:3],
+        kv.page_table.stride(0),
+        kv.max_pages,
+        kv.num_kv_heads,
+        triton.cdiv(touched, pages),
+        RAGGED=isinstance(seq_lens, Tensor),
+        RAGGED_FRESH=isinstance(num_new_tokens, Tensor),
+        PAGE_SIZE=kv.page_size,
+        BLOCK_T=triton.next_power_of_2(kv.page_size),
+        HEAD_DIM=kv.head_dim,
+        BLOCK_D=triton.next_power_of_2(kv.head_dim),
+        PAGES=pages,
+        NARROW=kv.metadata.dtype == FP8_METADATA,
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _larger(left, right):
+    return tl.maximum(left, right, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _smaller(left, right):
+    return tl.minimum(left, right, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _round_up(bounds):
+    """Bits of the smallest float8_e4m3fn that is at least each bound; NaN where there is none. See `ops.rounding`."""
+    size = tl.abs(bounds)
+    bits = size.to(tl.int32, bitcast=True)
+    is_up = bounds > 0  # a positive bound grows in size, a negative one shrinks
+    normal = (bits >> 20) - (120 << 3) + (is_up & ((bits & 0xFFFFF) != 0)).to(tl.int32)  # 3 of 23 bits, bias 7 not 127
+    units = size * 512.0  # below 2 ** -6 numbers are multiples of 2 ** -9
+    whole = units.to(tl.int32)
+    code = tl.where(size < 0.015625, whole + (is_up & (units > whole.to(tl.float32))).to(tl.int32), normal)
+    code = tl.minimum(code, tl.where(is_up, 0x7F, 0x7E)) | tl.where(bounds < 0, 0x80, 0)
+    return tl.where(bounds != bounds, 0x7F, code).to(tl.uint8)
+
+
+@triton.jit(do_not_specialize=["length", "num_fresh", "max_pages", "programs_per_head"])
+def _update_kernel(
+    keys,
+    metadata,
+    page_table,
+    seq_lens,
+    length,
+    num_new_tokens,
+    num_fresh,
+    key_page_stride,
+    key_token_stride,
+    key_head_stride,
+    meta_page_stride,
+    meta_head_stride,
+    meta_side_stride,
+    table_stride,
+    max_pages,
+    num_kv_heads,
+    programs_per_head,
+    RAGGED: tl.constexpr,
+    RAGGED_FRESH: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGES: tl.constexpr,
+    NARROW: tl.constexpr,
+):
+    program = tl.program_id(0)
+    part = program % programs_per_head
+    row = program // programs_per_head
+    b = row // num_kv_heads
+    h = row % num_kv_heads
+    end = length
+    if RAGGED:
+        end = tl.load(seq_lens + b).to(tl.int32)
+    fresh = num_fresh
+    if RAGGED_FRESH:
+        fresh = tl.load(num_new_tokens + b).to(tl.int32)
+    start = tl.maximum(end - fresh, 0)
+    token = tl.arange(0, BLOCK_T)
+    channel = tl.arange(0, BLOCK_D)
+    inside = channel < HEAD_DIM
+    for step in tl.static_range(PAGES):
+        page = start // PAGE_SIZE + part * PAGES + step
+        first = page * PAGE_SIZE
+        if (first < end) & (fresh > 0):
+            physical = tl.load(page_table + b.to(tl.int64) * table_stride + page).to(tl.int64)
+            position = first + token
+            is_fresh = (token < PAGE_SIZE) & (position >= start) & (position < end)
+            at = keys + physical * key_page_stride + h.to(tl.int64) * key_head_stride
+            at = at + token[:, None].to(tl.int64) * key_token_stride + channel[None, :]
+            key = tl.load(at, mask=is_fresh[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            key_max = tl.reduce(tl.where(is_fresh[:, None], key, float("-inf")), 0, _larger)
+            key_min = tl.reduce(tl.where(is_fresh[:, None], key, float("inf")), 0, _smaller)
+            bounds = metadata + physical * meta_page_stride + h.to(tl.int64) * meta_head_stride + channel
+            if first < start:  # the page goes on; otherwise it starts anew, whoever used it before
+                key_max = _larger(key_max, tl.load(bounds, mask=inside, other=0.0).to(tl.float32))
+                key_min = _smaller(key_min, tl.load(bounds + meta_side_stride, mask=inside, other=0.0).to(tl.float32))
+            if NARROW:
+                tl.store(bounds, _round_up(key_max).to(metadata.dtype.element_ty, bitcast=True), mask=inside)
+                lower = _round_up(-key_min) ^ 0x80
+                tl.store(bounds + meta_side_stride, lower.to(metadata.dtype.element_ty, bitcast=True), mask=inside)
+            else:
+                tl.store(bounds, key_max.to(metadata.dtype.element_ty), mask=inside)
+                tl.store(bounds + meta_side_stride, key_min.to(metadata.dtype.element_ty), mask=inside)

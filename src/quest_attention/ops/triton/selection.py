@@ -1,0 +1,301 @@
+"""Kernels: choose the pages with the largest scores.
+
+The largest number that at least `k` scores reach is found by cutting the range of the scores in three, again and again,
+with the scores in registers; it ends early, as a rule, when exactly `k` reach it. A row of more pages than one program
+holds is cut into sections: each chooses its own best `k`, and the row's best are among those.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quest_attention.ops.selection import Selection, Workspace
+from quest_attention.ops.triton.launch import launch
+from quest_attention.pages import num_pages
+
+__all__ = ["DEAD", "FORCED", "choose_pages", "rank_scores", "select_pages", "store_chosen"]
+
+_SECTION_PAGES = 8192
+"""Pages a program holds in registers: 32 to 64 a thread."""
+
+DEAD = tl.constexpr(float("-inf"))
+"""Rank of what is not a page."""
+FORCED = tl.constexpr(float("inf"))
+"""Rank of a page that is read whatever its score."""
+_LARGEST = tl.constexpr(3.4028234663852886e38)
+"""Rank of a page that scores +inf: above all others, below the forced ones."""
+
+
+class _Sections(NamedTuple):
+    """The best of each section of a row.
+
+    Attributes:
+        ranks: `[B * HKV, sections * K]` float32.
+        pages: `[B * HKV, sections * K]` int32.
+    """
+
+    ranks: Tensor
+    pages: Tensor
+
+
+def select_pages(
+    scores: Tensor,
+    seq_lens: Tensor | int,
+    page_size: int,
+    token_budget: int,
+    num_sink_pages: int = 0,
+    num_recent_pages: int = 1,
+    token_mask: Tensor | None = None,
+    workspace: Workspace | None = None,
+) -> Selection:
+    """See `ops.select_pages`."""
+    batch, heads, max_pages = scores.shape
+    slots = min(max_pages, num_pages(token_budget, page_size) + (token_mask is not None))  # padding may shift a page
+    pages = torch.empty(batch, heads, slots, dtype=torch.int32, device=scores.device)
+    counts = torch.empty(batch, dtype=torch.int32, device=scores.device)
+    if slots == 0:
+        return Selection(pages, counts.zero_())
+    sections = triton.cdiv(max_pages, _SECTION_PAGES)
+    section_pages = _SECTION_PAGES if sections > 1 else max_pages
+    lengths = seq_lens if isinstance(seq_lens, Tensor) else scores
+    length = 0 if isinstance(seq_lens, Tensor) else seq_lens
+    tokens = scores
+    if token_mask is not None:
+        tokens = _count_tokens(token_mask, seq_lens)
+    arguments = (
+        lengths,
+        length,
+        tokens,
+        max_pages,
+        heads,
+        page_size,
+        token_budget,
+        num_sink_pages,
+        max(1, num_recent_pages),
+    )
+    if sections == 1:
+        best = _Sections(scores, pages)  # not written
+    else:
+        best_pages = torch.empty(batch * heads, sections * slots, dtype=torch.int32, device=scores.device)
+        best = _Sections(torch.empty_like(best_pages, dtype=torch.float32), best_pages)
+    launch(
+        _select_kernel,
+        (batch * heads * sections,),
+        scores,
+        *best,
+        pages,
+        counts,
+        *arguments,
+        slots,
+        sections,
+        *scores.stride()[:2],
+        RAGGED=isinstance(seq_lens, Tensor),
+        MASKED=token_mask is not None,
+        SECTIONED=sections > 1,
+        SECTION_PAGES=section_pages,
+        BLOCK_P=max(16, triton.next_power_of_2(section_pages)),
+        BLOCK_K=triton.next_power_of_2(slots),
+        num_warps=_warps(section_pages),
+    )
+    if sections > 1:
+        candidates = sections * slots
+        launch(
+            _merge_sections_kernel,
+            (batch * heads,),
+            *best,
+            pages,
+            counts,
+            heads,
+            slots,
+            candidates,
+            BLOCK_C=triton.next_power_of_2(candidates),
+            BLOCK_K=triton.next_power_of_2(slots),
+            num_warps=_warps(candidates),
+        )
+    return Selection(pages, counts)
+
+
+def _warps(elements: int) -> int:
+    """Warps for a program that holds so many keys: 32 a thread, as far as that goes."""
+    return min(32, max(4, int(triton.next_power_of_2(elements)) // 1024))
+
+
+def _count_tokens(token_mask: Tensor, seq_lens: Tensor | int) -> Tensor:
+    """Tokens each sequence may attend to, `[B]` int32."""
+    if isinstance(seq_lens, int):
+        return token_mask[:, :seq_lens].sum(1, dtype=torch.int32)
+    position = torch.arange(token_mask.shape[1], device=token_mask.device)
+    return (token_mask & (position < seq_lens[:, None])).sum(1, dtype=torch.int32)
+
+
+@triton.jit
+def rank_scores(score, is_live, is_forced):
+    """Numbers that rank pages: finite for scores, plus and minus infinity for the forced and the dead."""
+    rank = tl.minimum(score, _LARGEST)
+    return tl.where(is_live, tl.where(is_forced, FORCED, rank), DEAD)
+
+
+@triton.jit
+def choose_pages(ranks, num_live, count):
+    """Which `count` of the ranks `[N]` are the largest, the earlier first among equals; at most `num_live`."""
+    low = tl.where(count > 0, tl.min(tl.where(ranks == DEAD, FORCED, ranks)), float("nan"))  # nothing reaches NaN
+    highest = tl.max(tl.where(ranks == FORCED, DEAD, ranks))
+    high = tl.full([], FORCED, tl.float32)
+    reached = tl.where(
+        count > 0, num_live, 0
+    )  # ranks that are at least `low`; fewer than `count` are at least `high`, once it is finite
+    lower = 0.5 * low + 0.5 * highest
+    upper = highest
+    going = reached != count
+    while going:
+        # Two counts in one sum, since it is the sum across warps that takes time.
+        if ranks.shape[0] < 32768:
+            both = tl.sum((ranks >= lower).to(tl.int32) + (ranks >= upper).to(tl.int32) * 65536)
+            at_lower, at_upper = both & 0xFFFF, both >> 16
+        else:
+            at_lower, at_upper = tl.sum((ranks >= lower).to(tl.int32)), tl.sum((ranks >= upper).to(tl.int32))
+        is_above, is_between = at_upper >= count, at_lower >= count
+        high = tl.where(is_above, high, tl.where(is_between, upper, lower))
+        low = tl.where(is_above, upper, tl.where(is_between, lower, low))
+        reached = tl.where(is_above, at_upper, tl.where(is_between, at_lower, reached))
+        third = high * 0.33333334 - low * 0.33333334
+        lower = low + third
+        upper = high - third
+        # Both lie strictly between, so that each turn moves a limit; false for an infinite `high`.
+        going = (reached != count) & (lower > low) & (lower < high) & (upper > low) & (upper < high)
+    chosen = ranks >= low
+    if reached != count:  # several have the rank at which the cut falls
+        if tl.sum((ranks == FORCED).to(tl.int32)) >= count:  # the forced pages fill the budget
+            chosen = ranks == FORCED
+        else:
+            cut = tl.max(tl.where(ranks < high, ranks, DEAD))
+            while tl.sum((ranks >= cut).to(tl.int32)) < count:  # not so far, unless rounding ended the search early
+                cut = tl.max(tl.where(ranks < cut, ranks, DEAD))
+            at_cut = ranks == cut
+            room = count - tl.sum((ranks > cut).to(tl.int32))
+            chosen = (ranks > cut) | (at_cut & (tl.cumsum(at_cut.to(tl.int32)) <= room))
+    return chosen
+
+
+@triton.jit
+def store_chosen(out, values, chosen, count, slots, BLOCK_K: tl.constexpr):
+    """Write the chosen values side by side, and -1 in the slots that stay unused."""
+    slot = tl.cumsum(chosen.to(tl.int32)) - 1
+    tl.store(out + slot, values, mask=chosen)
+    unused = tl.arange(0, BLOCK_K)
+    tl.store(out + unused, -1, mask=(unused >= count) & (unused < slots))
+
+
+@triton.jit(do_not_specialize=["length", "max_pages", "token_budget", "num_sink_pages", "num_recent_pages", "slots"])
+def _select_kernel(
+    scores,
+    best_ranks,
+    best_pages,
+    pages,
+    counts,
+    seq_lens,
+    length,
+    num_tokens,
+    max_pages,
+    num_kv_heads,
+    page_size,
+    token_budget,
+    num_sink_pages,
+    num_recent_pages,
+    slots,
+    sections,
+    score_batch_stride,
+    score_head_stride,
+    RAGGED: tl.constexpr,
+    MASKED: tl.constexpr,
+    SECTIONED: tl.constexpr,
+    SECTION_PAGES: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    program = tl.program_id(0)
+    section = program % sections
+    row = program // sections
+    b = row // num_kv_heads
+    h = row % num_kv_heads
+    end = length
+    if RAGGED:
+        end = tl.load(seq_lens + b).to(tl.int32)
+    here = tl.arange(0, BLOCK_P)
+    page = section * SECTION_PAGES + here
+    total = tl.cdiv(end, page_size)
+    row_scores = scores + b.to(tl.int64) * score_batch_stride + h.to(tl.int64) * score_head_stride
+    score = tl.load(row_scores + page, mask=(here < SECTION_PAGES) & (page < total), other=float("-inf"))
+    if MASKED:  # sink and recent pages are counted among those that hold a token to attend to
+        is_live = score > float("-inf")
+        rank = tl.cumsum(is_live.to(tl.int32))
+        num_live = tl.sum(is_live.to(tl.int32))
+        before = 0
+        if SECTIONED:
+            before = _count_live(row_scores, 0, section * SECTION_PAGES, total)
+            total = before + num_live + _count_live(row_scores, (section + 1) * SECTION_PAGES, total, total)
+        else:
+            total = num_live
+        rank += before
+        tokens = tl.load(num_tokens + b)
+    else:
+        is_live = (here < SECTION_PAGES) & (page < total)
+        rank = page + 1
+        num_live = tl.minimum(tl.maximum(total - section * SECTION_PAGES, 0), SECTION_PAGES)
+        tokens = end
+    count = tl.minimum(tl.where(tokens <= token_budget, total, tl.minimum(total, token_budget // page_size)), slots)
+    is_forced = (rank <= num_sink_pages) | (rank > total - num_recent_pages)
+    ranks = rank_scores(score, is_live, is_forced)
+    if SECTIONED:
+        count_here = tl.minimum(count, num_live)
+        chosen = choose_pages(ranks, num_live, count_here)
+        at = row.to(tl.int64) * sections * slots + section * slots
+        slot = tl.cumsum(chosen.to(tl.int32)) - 1
+        tl.store(best_ranks + at + slot, ranks, mask=chosen)
+        tl.store(best_pages + at + slot, page, mask=chosen)
+        unused = tl.arange(0, BLOCK_K)
+        tl.store(best_ranks + at + unused, DEAD, mask=(unused >= count_here) & (unused < slots))
+    else:
+        chosen = choose_pages(ranks, num_live, count)
+        store_chosen(pages + row.to(tl.int64) * slots, page, chosen, count, slots, BLOCK_K)
+    if (h == 0) & (section == 0):
+        tl.store(counts + b, count)
+
+
+@triton.jit
+def _count_live(row_scores, start, stop, total):
+    """How many pages from `start` to `stop` hold a token to attend to."""
+    found = 0
+    for first in range(start, stop, 1024):
+        page = first + tl.arange(0, 1024)
+        score = tl.load(row_scores + page, mask=(page < stop) & (page < total), other=float("-inf"))
+        found += tl.sum((score > float("-inf")).to(tl.int32))
+    return found
+
+
+@triton.jit(do_not_specialize=["slots", "candidates"])
+def _merge_sections_kernel(
+    best_ranks,
+    best_pages,
+    pages,
+    counts,
+    num_kv_heads,
+    slots,
+    candidates,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row = tl.program_id(0)
+    count = tl.load(counts + row // num_kv_heads)
+    candidate = tl.arange(0, BLOCK_C)
+    at = row.to(tl.int64) * candidates + candidate
+    ranks = tl.load(best_ranks + at, mask=candidate < candidates, other=DEAD)
+    page = tl.load(best_pages + at, mask=ranks != DEAD, other=-1)
+    num_live = tl.sum((ranks != DEAD).to(tl.int32))
+    chosen = choose_pages(ranks, num_live, count)
+    store_chosen(pages + row.to(tl.int64) * slots, page, chosen, count, slots, BLOCK_K)
