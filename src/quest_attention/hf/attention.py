@@ -15,7 +15,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from quest_attention.errors import QuestValueError, UnsupportedModelError
 from quest_attention.hf.layer import LAYER_ATTRIBUTE, QuestLayer
-from quest_attention.ops import quest_decode
+from quest_attention.ops import Selection, quest_decode, sparse_decode_attention
 
 __all__ = ["EAGER_NAME", "SDPA_NAME", "AttentionForward", "register_attention"]
 
@@ -99,6 +99,8 @@ def _attend(
     layer: QuestLayer | None = getattr(key, LAYER_ATTRIBUTE, None)
     if layer is None or query.shape[2] != 1:
         return dense(module, query, key, value, attention_mask, **kwargs)
+    if layer.captured_lengths is not None:
+        return _attend_captured(layer, layer.captured_lengths, query, **kwargs), None
     layer.was_attended = True
     batch, length = query.shape[0], key.shape[2]
     if length <= layer.config.token_budget:
@@ -112,10 +114,7 @@ def _attend(
         if attention_mask is None and is_plain and not kwargs.get("dropout") and dense is sdpa_attention_forward:
             return _dense_decode(query, key, value, scaling), None
         return dense(module, query, key, value, attention_mask, **kwargs)
-    if kwargs.get("position_bias") is not None:
-        raise UnsupportedModelError("position_bias: got a tensor, expected None: Quest's bounds see keys only")
-    if kwargs.get("dropout"):
-        raise UnsupportedModelError(f"dropout: got {kwargs['dropout']}, expected 0: put the model in eval()")
+    _check_plain(kwargs)
     step = quest_decode(
         query[:, :, 0],
         layer.paged,
@@ -125,7 +124,7 @@ def _attend(
         softcap=softcap,
         sinks=sinks,
         token_mask=None if attention_mask is None else _token_mask(attention_mask),
-        workspace=layer.workspaces.get(layer.paged),
+        workspace=layer.workspaces.get(layer.paged, query.shape[1], layer.config),
     )
     pages, counts = step.selected
     read = batch * pages.shape[2] if attention_mask is None else counts.sum()
@@ -133,6 +132,35 @@ def _attend(
     if layer.on_select is not None:
         layer.on_select(layer.counter.layer, step.selected, layer.num_pages)
     return step.output[:, None], None
+
+
+def _check_plain(kwargs: dict[str, Any]) -> None:
+    """Refuse what a sparse step would have to leave out."""
+    if kwargs.get("position_bias") is not None:
+        raise UnsupportedModelError("position_bias: got a tensor, expected None: Quest's bounds see keys only")
+    if kwargs.get("dropout"):
+        raise UnsupportedModelError(f"dropout: got {kwargs['dropout']}, expected 0: put the model in eval()")
+
+
+def _attend_captured(layer: QuestLayer, lengths: Tensor, query: Tensor, **kwargs: Any) -> Tensor:
+    """A decode step whose lengths are on the device, nothing padded: `[B, 1, HQ, DV]`."""
+    _check_plain(kwargs)
+    options: dict[str, Any] = {
+        "sm_scale": kwargs.get("scaling"),
+        "softcap": kwargs.get("softcap"),
+        "sinks": kwargs.get("s_aux"),
+    }
+    paged, backend = layer.paged, layer.config.backend
+    if layer.is_dense:
+        every = torch.arange(paged.max_pages, dtype=torch.int32, device=query.device)
+        pages = every.expand(paged.batch_size, paged.num_kv_heads, -1)
+        output, _ = sparse_decode_attention(
+            query[:, :, 0], paged, lengths, Selection(pages, lengths), **options, backend=backend
+        )
+    else:
+        workspace = layer.workspaces.get(paged, query.shape[1], layer.config)
+        output, _ = quest_decode(query[:, :, 0], paged, lengths, layer.config, **options, workspace=workspace)
+    return output[:, None]
 
 
 def _dense_decode(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:

@@ -8,7 +8,6 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 from quest_attention.config import QuestConfig
 from quest_attention.hf.counters import LayerCounter, QuestCounters
 from quest_attention.hf.layer import OnSelect, QuestLayer, Workspaces
-from quest_attention.ops import resolve_backend
 
 __all__ = ["QuestCache", "layer_kinds"]
 
@@ -48,9 +47,6 @@ class QuestCache(DynamicCache):
         max_length: Tokens to make room for at once, where known [tokens].
         counters: Counters to go on counting in; new ones by default.
         on_select: Called after each sparse decode step of a layer with its index, the selection and its pages.
-
-    Raises:
-        BackendError: The backend asked for cannot run.
     """
 
     def __init__(
@@ -63,8 +59,6 @@ class QuestCache(DynamicCache):
         on_select: OnSelect | None = None,
     ) -> None:
         self.quest = QuestConfig() if quest is None else quest
-        if self.quest.backend != "auto":
-            resolve_backend(self.quest.backend, "cpu")
         super().__init__(config=config)
         kinds = layer_kinds(config, self.quest)
         if counters is None:

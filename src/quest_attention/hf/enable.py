@@ -11,10 +11,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from quest_attention.config import QuestConfig
-from quest_attention.errors import QuestStateError, QuestValueError, QuestWarning, UnsupportedModelError
+from quest_attention.errors import BackendError, QuestStateError, QuestValueError, QuestWarning, UnsupportedModelError
 from quest_attention.hf.attention import EAGER_NAME, SDPA_NAME, register_attention
 from quest_attention.hf.cache import QuestCache, layer_kinds
 from quest_attention.hf.counters import LayerCounter, QuestCounters
+from quest_attention.hf.graph import DecodeGraphs
 from quest_attention.hf.layer import OnSelect
 from quest_attention.hf.support import check_supported, needs_eager
 from quest_attention.ops import resolve_backend
@@ -26,7 +27,11 @@ _CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuou
 
 
 def enable_quest(
-    model: PreTrainedModel, config: QuestConfig | None = None, *, on_select: OnSelect | None = None
+    model: PreTrainedModel,
+    config: QuestConfig | None = None,
+    *,
+    on_select: OnSelect | None = None,
+    cuda_graphs: bool | None = None,
 ) -> QuestHandle:
     """Make `model.generate()` and forward passes with a `QuestCache` decode with Quest.
 
@@ -38,6 +43,9 @@ def enable_quest(
         model: Any supported model; docs/transformers.md has the families.
         config: What to read; the defaults of `QuestConfig` otherwise.
         on_select: Called after each sparse decode step of a layer as `on_select(layer, selection, num_pages)`.
+        cuda_graphs: Whether decode steps past the budget replay CUDA graphs. None: where the model is on an NVIDIA GPU
+            and the Triton kernels run, which is where launching kernels would take longer than running them. A step
+            that a graph cannot hold (padding, say) runs eagerly; `handle.graphs` counts both, with reasons.
 
     Returns:
         A handle with counters. Use it in a `with` statement, or call `disable()`.
@@ -45,7 +53,7 @@ def enable_quest(
     Raises:
         UnsupportedModelError: Quest cannot serve the model; it is left as it was.
         QuestStateError: Quest is enabled on the model already.
-        BackendError: The backend asked for cannot run on the model's device.
+        BackendError: The backend asked for cannot run on the model's device, or cuda_graphs=True has no GPU.
 
     Warns:
         QuestWarning: Every layer will run dense.
@@ -66,8 +74,14 @@ def enable_quest(
     check_supported(model, config)
     if getattr(model, _HANDLE, None) is not None:
         raise QuestStateError("Quest is enabled on this model already: call disable() on its handle first")
-    resolve_backend(config.backend, model.device)
-    return QuestHandle(model, config, on_select)
+    backend = resolve_backend(config.backend, model.device)
+    can_capture = model.device.type == "cuda" and backend.name == "triton"
+    if cuda_graphs and not can_capture:
+        raise BackendError(
+            f"cuda_graphs: got True on device {model.device} with the {backend.name} backend, "
+            "expected an NVIDIA GPU with the triton one"
+        )
+    return QuestHandle(model, config, on_select, capture=can_capture if cuda_graphs is None else cuda_graphs)
 
 
 class QuestHandle:
@@ -77,9 +91,12 @@ class QuestHandle:
         model: The model.
         config: What decode steps read.
         counters: Steps and pages of every cache that `generate()` made since.
+        graphs: Decode steps that replayed a CUDA graph, and why others did not; None without graphs.
     """
 
-    def __init__(self, model: PreTrainedModel, config: QuestConfig, on_select: OnSelect | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, config: QuestConfig, on_select: OnSelect | None, *, capture: bool = False
+    ) -> None:
         self.model = cast("Any", model)  # a module's attributes are Tensor or Module to a type checker
         self.config = config
         kinds = layer_kinds(model.config, config)
@@ -97,6 +114,11 @@ class QuestHandle:
         self.model._prepare_cache_for_generation = self._prepare_cache_for_generation
         for method in _CONTINUOUS_BATCHING:
             setattr(model, method, _refuse_continuous_batching)
+        self.graphs = DecodeGraphs(model) if capture else None
+        self._had_forward = "forward" in model.__dict__  # some libraries put their own there
+        self._own_forward = model.forward
+        if self.graphs is not None:
+            self.model.forward = self.graphs.wrap()
         setattr(model, _HANDLE, self)
 
     def __enter__(self) -> QuestHandle:
@@ -116,6 +138,11 @@ class QuestHandle:
         """Put the model back as it was. Does nothing the second time."""
         if not self.is_enabled:
             return
+        if self.graphs is not None:
+            if self._had_forward:
+                self.model.forward = self._own_forward
+            else:
+                self.model.__dict__.pop("forward", None)
         for name in ("_prepare_cache_for_generation", *_CONTINUOUS_BATCHING, _HANDLE):
             self.model.__dict__.pop(name, None)  # what the class has comes to light again
         self._restore_configs()

@@ -13,8 +13,8 @@ from transformers.cache_utils import DynamicLayer
 from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestStateError, QuestValueError, QuestWarning
 from quest_attention.hf.counters import LayerCounter
-from quest_attention.ops import DecodeWorkspace, Selection, update_page_metadata
-from quest_attention.pages import PagedKV, num_pages
+from quest_attention.ops import Selection, Workspace, make_workspace, update_page_metadata
+from quest_attention.pages import FP8_METADATA, PagedKV, num_pages
 
 __all__ = ["GROWTH", "LAYER_ATTRIBUTE", "OnSelect", "QuestLayer", "Workspaces"]
 
@@ -37,14 +37,15 @@ class Workspaces:
     """Scratch memory that the layers of one cache share, since they run one after the other."""
 
     def __init__(self) -> None:
-        self._by_shape: dict[tuple[int, int, int, torch.device], DecodeWorkspace] = {}
+        self._by_shape: dict[tuple[object, ...], Workspace | None] = {}
 
-    def get(self, kv: PagedKV) -> DecodeWorkspace:
-        """The workspace for a cache of this shape, made at its first use."""
-        key = (kv.batch_size, kv.num_kv_heads, kv.max_pages, kv.keys.device)
+    def get(self, kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Workspace | None:
+        """The workspace for a cache of this shape, made at its first use; None where the backend needs none."""
+        heads = (num_query_heads, kv.num_kv_heads, kv.values.shape[-1])
+        key = (kv.batch_size, kv.max_pages, kv.keys.device, *heads)
         if key not in self._by_shape:
             with torch.inference_mode(False):
-                self._by_shape[key] = DecodeWorkspace.allocate(*key)
+                self._by_shape[key] = make_workspace(kv, num_query_heads, config)
         return self._by_shape[key]
 
     def clear(self) -> None:
@@ -67,6 +68,8 @@ class QuestLayer(DynamicLayer):
 
     Attributes:
         was_attended: Whether Quest's attention function has seen the keys of the last decode step.
+        captured_lengths: While a decode step is captured as a CUDA graph, `[B]` int32, tokens per sequence with the
+            step's own; else None.
     """
 
     is_sliding = False
@@ -91,6 +94,7 @@ class QuestLayer(DynamicLayer):
         self.max_length = max_length
         self.on_select = on_select
         self.was_attended = True
+        self.captured_lengths: Tensor | None = None
         self._length = 0
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
@@ -128,16 +132,25 @@ class QuestLayer(DynamicLayer):
     @property
     def paged(self) -> PagedKV:
         """The storage as pages."""
-        assert self._keys is not None and self._values is not None and self._metadata is not None, "storage allocated"
+        assert self._keys is not None and self._values is not None, "storage allocated"
         if self._paged is None:
             with torch.inference_mode(False):
-                self._paged = PagedKV.from_contiguous(self._keys, self._values, self._metadata)
+                metadata = self._metadata
+                if metadata is None:  # a dense layer: a placeholder of the right shape, written and read by nobody
+                    batch, heads, capacity, dim = self._keys.shape
+                    metadata = self._keys.new_empty(batch, heads, capacity // self.config.page_size, 2, dim)
+                self._paged = PagedKV.from_contiguous(self._keys, self._values, metadata)
         return self._paged
 
     @property
     def num_pages(self) -> int:
         """Pages that hold a token [pages]."""
         return num_pages(self._length, self.config.page_size)
+
+    @property
+    def address(self) -> int:
+        """Where the keys lie in memory; another after the storage has grown."""
+        return 0 if self._keys is None else self._keys.data_ptr()
 
     @property
     def capacity(self) -> int:
@@ -161,7 +174,10 @@ class QuestLayer(DynamicLayer):
         with torch.inference_mode(False):
             self._keys = keys.new_empty(batch, heads, pages * page_size, keys.shape[3])
             self._values = values.new_empty(batch, heads, pages * page_size, values.shape[3])
-            self._metadata = None if self.is_dense else keys.new_empty(batch, heads, pages, 2, keys.shape[3])
+            self._metadata = None
+            if not self.is_dense:
+                dtype = FP8_METADATA if self.config.metadata_dtype == "fp8" else keys.dtype
+                self._metadata = keys.new_empty(batch, heads, pages, 2, keys.shape[3], dtype=dtype)
         self._paged = None
         self.workspaces.clear()
 
@@ -189,6 +205,8 @@ class QuestLayer(DynamicLayer):
         Warns:
             QuestWarning: The model decodes past the budget without Quest's attention.
         """
+        if self.captured_lengths is not None:
+            return self._update_captured(key_states, value_states, self.captured_lengths)
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise QuestStateError(
                 "a QuestCache writes in place: run the model under torch.no_grad() or inference_mode()"
@@ -214,6 +232,29 @@ class QuestLayer(DynamicLayer):
         keys, values = self._keys[:, :, :end], self._values[:, :, :end]
         setattr(keys, LAYER_ATTRIBUTE, self)
         return keys, values
+
+    def _update_captured(self, keys: Tensor, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one token of each sequence where the device says; what the host knows moves on at each replay."""
+        assert self._keys is not None and self._values is not None, "storage allocated"
+        position = (lengths[:1] - 1).long()  # sequences are equally long
+        self._keys.index_copy_(2, position, keys)
+        self._values.index_copy_(2, position, values)
+        if self._metadata is not None:
+            update_page_metadata(self.paged, lengths, 1, self.config.backend)
+        everything = self._keys[:, :, :]
+        setattr(everything, LAYER_ATTRIBUTE, self)
+        return everything, self._values
+
+    def count_captured_step(self, batch: int) -> None:
+        """A captured step of `batch` sequences ran: the length and the counters follow."""
+        self._length += 1
+        self.was_attended = True
+        self.counter.count_update(1)
+        held = batch * self.num_pages
+        if self.is_dense:
+            self.counter.count_dense("dense layer", held)
+        else:
+            self.counter.count_sparse(batch * self.config.page_budget, held)
 
     def _expect_attention(self) -> None:
         """Warn when the keys of the step before were never handed to Quest's attention function."""

@@ -1,0 +1,185 @@
+"""`DecodeGraphs`: decode steps of a model as captured CUDA graphs, so that launching costs nothing."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quest_attention.hf.cache import QuestCache
+from quest_attention.hf.layer import QuestLayer
+
+__all__ = ["DecodeGraphs"]
+
+_INPUTS = ("input_ids", "position_ids")
+_HANDLED = {*_INPUTS, "past_key_values", "attention_mask", "use_cache", "return_dict", "logits_to_keep"}
+"""Arguments of a forward pass that a captured step takes; any other that is set keeps the step eager."""
+_WARMUPS = 2
+"""Eager runs before a capture: kernels are compiled and libraries make their handles, which a capture forbids."""
+_MOST_GRAPHS = 4
+"""Caches that have a graph at a time; with more in turn, capturing would cost more than it spares."""
+
+
+class DecodeGraphs:
+    """Wraps a model's forward pass: decode steps past the budget replay a graph captured once for each cache.
+
+    A captured step reads its length on the device, so it stays right while the sequence grows; another is captured only
+    when the cache moves to larger storage. Steps that a graph cannot hold run as before and are counted with the
+    reason.
+
+    Attributes:
+        replayed_steps: Decode steps that replayed a graph [model steps].
+        captures: Graphs captured.
+        eager_steps: Decode steps past the budget that ran without a graph, by reason [model steps].
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.replayed_steps = 0
+        self.captures = 0
+        self.eager_steps: dict[str, int] = {}
+        self._forward: Callable[..., Any] = model.forward
+        self._devices = {parameter.device for parameter in model.parameters()}
+        self._graphs: weakref.WeakKeyDictionary[QuestCache, _CapturedStep] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def wrap(self) -> Callable[..., Any]:
+        """The forward pass that replays where it can; it has the signature of the model's own."""
+
+        @functools.wraps(self._forward)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
+            if args or not isinstance(cache, QuestCache) or not isinstance(ids, Tensor) or ids.shape[1] != 1:
+                return self._forward(*args, **kwargs)
+            length = cache.get_seq_length()
+            if length + 1 <= cache.quest.token_budget:
+                return self._forward(**kwargs)
+            with self._lock:
+                reason = self._why_not(cache, length, kwargs)
+                if reason is None:
+                    return self._replay(cache, length, kwargs)
+                self.eager_steps[reason] = self.eager_steps.get(reason, 0) + 1
+            return self._forward(**kwargs)
+
+        return forward
+
+    def _why_not(self, cache: QuestCache, length: int, kwargs: dict[str, Any]) -> str | None:
+        """What keeps a step from a graph, or None."""
+        set_ones = {name for name, value in kwargs.items() if value is not None and value is not False}
+        others = sorted(set_ones - _HANDLED)
+        if others:
+            return f"the forward pass was given {', '.join(others)}"
+        if len(self._devices) > 1:
+            return "the model is spread over several devices"
+        layers = cache.layers
+        if not all(isinstance(layer, QuestLayer) for layer in layers):
+            return "the cache has layers of transformers' own, whose steps depend on a length known to the host"
+        if any(isinstance(layer, QuestLayer) and layer.on_select is not None for layer in layers):
+            return "on_select is called at every step"
+        if any(isinstance(layer, QuestLayer) and layer.capacity <= length for layer in layers):
+            return "the storage is full and grows in this step"
+        if kwargs.get("use_cache") is False or kwargs.get("return_dict") is False:
+            return "the forward pass was given use_cache=False or return_dict=False"
+        mask = kwargs.get("attention_mask")
+        # Waits for the device, as generate() does itself after each step to see whether all sequences have ended.
+        if mask is not None and (mask.dim() != 2 or not bool(mask.all())):
+            return "a batch with padding"
+        if cache not in self._graphs and len(self._graphs) >= _MOST_GRAPHS:
+            return f"{_MOST_GRAPHS} other caches have graphs"
+        return None
+
+    def _replay(self, cache: QuestCache, length: int, kwargs: dict[str, Any]) -> Any:
+        inputs = {name: kwargs[name] for name in _INPUTS if kwargs.get(name) is not None}
+        batch = inputs["input_ids"].shape[0]
+        if "position_ids" not in inputs:  # nothing is padded, so the position is the length
+            inputs["position_ids"] = torch.full((batch, 1), length, device=inputs["input_ids"].device)
+        step = self._graphs.get(cache)
+        if step is None or not step.fits(cache, inputs):
+            step = _CapturedStep(self._forward, cache, inputs, length, kwargs.get("logits_to_keep", 0))
+            self._graphs[cache] = step
+            self.captures += 1
+        outputs = step.replay(inputs, length)
+        self.replayed_steps += 1
+        for layer in cache.layers:
+            assert isinstance(layer, QuestLayer), "checked before"
+            layer.count_captured_step(batch)
+        outputs["past_key_values"] = cache
+        return outputs
+
+
+class _CapturedStep:
+    """One decode step of a model over one cache, on fixed memory."""
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        cache: QuestCache,
+        inputs: dict[str, Tensor],
+        length: int,
+        logits_to_keep: int | Tensor,
+    ) -> None:
+        self.inputs = {name: value.clone() for name, value in inputs.items()}
+        ids = self.inputs["input_ids"]
+        self.lengths = torch.full((ids.shape[0],), length + 1, dtype=torch.int32, device=ids.device)
+        self.storage = _storage(cache)
+        layers = [layer for layer in cache.layers if isinstance(layer, QuestLayer)]
+
+        def run() -> Any:
+            return forward(
+                **self.inputs,
+                past_key_values=cache,
+                attention_mask=None,
+                use_cache=True,
+                return_dict=True,
+                logits_to_keep=logits_to_keep,
+            )
+
+        for layer in layers:
+            layer.captured_lengths = self.lengths
+        try:
+            self.run, self.outputs = _capture(run, ids.device)
+        finally:
+            for layer in layers:
+                layer.captured_lengths = None
+        self.outputs["past_key_values"] = None  # the graph must not keep the cache alive
+
+    def fits(self, cache: QuestCache, inputs: dict[str, Tensor]) -> bool:
+        """Whether cache and inputs are still those that were captured."""
+        shapes = {name: value.shape for name, value in inputs.items()}
+        return self.storage == _storage(cache) and shapes == {name: value.shape for name, value in self.inputs.items()}
+
+    def replay(self, inputs: dict[str, Tensor], length: int) -> Any:
+        """Run the step for the token after `length` others; the outputs are the caller's."""
+        for name, value in inputs.items():
+            self.inputs[name].copy_(value)
+        self.lengths.fill_(length + 1)
+        self.run()
+        outputs = copy.copy(self.outputs)
+        for name, value in self.outputs.items():
+            if isinstance(value, Tensor):
+                outputs[name] = value.clone()  # the next replay writes over ours
+        return outputs
+
+
+def _capture(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+    """Capture `run` as a CUDA graph: what replays it, and the outputs it writes to."""
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(_WARMUPS):  # a step that is run again writes the same token at the same place
+            run()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph):
+        outputs = run()
+    return graph.replay, outputs
+
+
+def _storage(cache: QuestCache) -> tuple[int, ...]:
+    """Where the layers keep their keys: it changes when they grow."""
+    return tuple(layer.address for layer in cache.layers if isinstance(layer, QuestLayer))

@@ -1,0 +1,166 @@
+"""Captured decode steps. Without a GPU a stand-in for the capture runs the step again at each replay."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from quest_attention import BackendError, QuestConfig, enable_quest
+from quest_attention.hf import enable, graph
+from tiny import make_llama, prompt
+
+SMALL = QuestConfig(token_budget=32, page_size=8, num_dense_layers=1)
+
+
+def run_again(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+    """As `graph._capture` for a CPU: the outputs are refilled by running the step again."""
+    del device
+    outputs = run()
+
+    def replay() -> None:
+        for name, value in run().items():
+            if isinstance(value, Tensor):
+                outputs[name].copy_(value)
+
+    return replay, outputs
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "cpu":
+        monkeypatch.setattr(graph, "_capture", run_again)
+        wrapped = graph._CapturedStep.replay
+
+        def replay(step: Any, inputs: dict[str, Tensor], length: int) -> Any:
+            layers = [layer for layer in step.cache_for_test() if not isinstance(layer, int)]
+            for layer in layers:
+                layer.captured_lengths = step.lengths
+            try:
+                return wrapped(step, inputs, length)
+            finally:
+                for layer in layers:
+                    layer.captured_lengths = None
+
+        made = graph._CapturedStep.__init__
+
+        def init(step: Any, forward: Any, cache: Any, *args: Any) -> None:
+            alive = weakref.ref(cache)
+            step.cache_for_test = lambda: alive().layers
+            made(step, forward, cache, *args)
+
+        monkeypatch.setattr(graph._CapturedStep, "__init__", init)
+        monkeypatch.setattr(graph._CapturedStep, "replay", replay)
+    return str(request.param)
+
+
+def enabled(model: Any, device: str, config: QuestConfig = SMALL, **options: Any) -> Any:
+    if device == "cuda":
+        return enable_quest(model, config, **options)
+    return enable.QuestHandle(model, config, options.get("on_select"), capture=True)
+
+
+def generate(model: Any, ids: Tensor, **options: Any) -> list[list[int]]:
+    settings = {"min_new_tokens": 40, "max_new_tokens": 40, "pad_token_id": 0, "do_sample": False, **options}
+    return model.generate(ids, **settings).tolist()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_the_tokens_of_eager_steps(device: str, batch: int, narrow: bool) -> None:
+    """Across page boundaries, from below the budget to above it, and over storage that grows."""
+    config = QuestConfig(token_budget=32, page_size=8, num_dense_layers=1, metadata_dtype="fp8" if narrow else "kv")
+    model: Any = make_llama().to(device)
+    ids = prompt(batch, 21).to(device)
+    with enable_quest(model, config, cuda_graphs=False) as quest:
+        assert quest.graphs is None
+        expected = generate(model, ids)
+        counted = quest.counters.to_dict()
+    with enabled(model, device, config) as quest:
+        assert generate(model, ids) == expected
+        assert quest.graphs.replayed_steps > 20
+        assert quest.graphs.eager_steps == {"the storage is full and grows in this step": 1}
+        assert quest.graphs.captures == 2
+        replayed = quest.counters.to_dict()
+    assert replayed == counted
+    assert "forward" not in model.__dict__
+
+
+def test_storage_that_grows_is_captured_again(device: str) -> None:
+    model: Any = make_llama().to(device)
+    ids = prompt(1, 40).to(device)
+    with torch.inference_mode(), enabled(model, device) as quest:
+        cache, plain = quest.make_cache(), quest.make_cache()
+        for kind, one in (("replayed", cache), ("eager", plain)):
+            model(ids, past_key_values=one)
+            tokens = []
+            token = ids[:, -1:]
+            for _ in range(60):
+                extra = {"output_hidden_states": True} if kind == "eager" else {}
+                token = model(input_ids=token, past_key_values=one, **extra).logits[:, -1:].argmax(-1)
+                tokens.append(int(token))
+            if kind == "replayed":
+                expected = tokens
+        assert tokens == expected
+        assert quest.graphs.captures >= 2
+        assert quest.graphs.eager_steps["the storage is full and grows in this step"] >= 1
+        assert quest.graphs.eager_steps["the forward pass was given output_hidden_states"] == 60
+        assert cache.get_seq_length() == plain.get_seq_length() == 100
+
+
+def test_what_a_graph_cannot_hold_runs_eagerly_and_says_why(device: str) -> None:
+    model: Any = make_llama().to(device)
+    ids = prompt(2, 50).to(device)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    with enable_quest(model, SMALL, cuda_graphs=False):
+        expected = generate(model, ids, attention_mask=mask)
+    with enabled(model, device) as quest:
+        assert generate(model, ids, attention_mask=mask) == expected
+        assert quest.graphs.eager_steps == {"a batch with padding": 39}
+        assert quest.graphs.replayed_steps == 0
+    seen: list[int] = []
+    with enabled(model, device, on_select=lambda layer, *_: seen.append(layer)) as quest:
+        generate(model, ids)
+        assert quest.graphs.eager_steps == {"on_select is called at every step": 39}
+    assert seen
+
+
+def test_two_caches_in_turn_and_a_cache_that_is_dropped(device: str) -> None:
+    model: Any = make_llama().to(device)
+    first, second = prompt(1, 50).to(device), prompt(1, 70).to(device)
+    with torch.inference_mode(), enabled(model, device) as quest:
+        caches = [quest.make_cache(200), quest.make_cache(200)]
+        tokens: list[list[int]] = [[], []]
+        for cache, ids in zip(caches, (first, second), strict=True):
+            model(ids, past_key_values=cache)
+        last = [first[:, -1:], second[:, -1:]]
+        for _ in range(10):
+            for i, cache in enumerate(caches):
+                last[i] = model(input_ids=last[i], past_key_values=cache).logits[:, -1:].argmax(-1)
+                tokens[i].append(int(last[i]))
+        assert quest.graphs.captures == 2
+        alone = quest.make_cache(200)
+        model(second, past_key_values=alone)
+        token, expected = second[:, -1:], []
+        for _ in range(10):
+            token = model(input_ids=token, past_key_values=alone).logits[:, -1:].argmax(-1)
+            expected.append(int(token))
+        assert tokens[1] == expected
+        del caches, cache, alone
+        gc.collect()
+        if device == "cuda":  # the stand-in keeps what it runs again
+            assert len(quest.graphs._graphs) == 0
+
+
+def test_graphs_are_refused_where_they_cannot_run() -> None:
+    model: Any = make_llama()
+    with pytest.raises(BackendError, match="cuda_graphs: got True on device cpu"):
+        enable_quest(model, SMALL, cuda_graphs=True)
+    with enable_quest(model, SMALL) as quest:
+        assert quest.graphs is None
