@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,12 @@ def describe_machine() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Commit of the source tree this runs from, marked when it has uncommitted changes; None outside of one."""
+    """Commit of the source tree this runs from, marked when it has uncommitted changes; None outside of one.
+
+    A tree that was copied to another machine without its history can say its commit in QUEST_COMMIT.
+    """
+    if os.environ.get("QUEST_COMMIT"):
+        return os.environ["QUEST_COMMIT"]
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:

@@ -1,0 +1,286 @@
+"""Time the attention of one decode step on an NVIDIA GPU: FlashInfer over everything, Quest over what it selects.
+
+    python benchmarks/attention_gpu.py --output benchmarks/results/attention_gpu.json
+
+Both arms replay CUDA graphs over rotating layers, so that nothing is found in the cache of the GPU. FlashInfer's time
+is the better of its two forms (with and without tensor cores). Quest runs as it is served, with bounds in the dtype of
+the keys and in 8 bits; its verbs are timed alone beside it. `floor` is the time to read what Quest must read (the
+bounds of every page, keys and values of the selected ones) at the bandwidth of a copy on the same GPU. `break-even` is
+the shortest context at which Quest is no slower. The run fails when a step did not take the fused kernel or read
+another number of pages than the budget gives.
+
+FlashInfer is not a dependency: `pip install flashinfer-python==0.6.13`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import flashinfer
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from quest_attention import QuestConfig, score_pages, select_pages, sparse_decode_attention, update_page_metadata
+from quest_attention.bench.record import write_record
+from quest_attention.bench.timing import percentiles, time_graph
+from quest_attention.ops import make_workspace, quest_decode, resolve_backend
+from quest_attention.ops.triton.decode import tune
+from quest_attention.pages import FP8_METADATA, PagedKV
+
+HEAD_DIM, PAGE_SIZE, DTYPE = 128, 16, torch.bfloat16
+FLASHINFER_WORKSPACE = 512 << 20
+COPY_BYTES = 4 << 30
+MOST_BYTES = 6 << 30
+"""K and V of all layers together, beyond what a layer of the shortest rotation needs."""
+BREAK_EVEN_LENGTHS = (3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
+
+
+class Shape(NamedTuple):
+    """One row of the table.
+
+    Attributes:
+        batch: Sequences.
+        query_heads: HQ.
+        kv_heads: HKV.
+        context: Tokens per sequence.
+        token_budget: Tokens a step may read.
+    """
+
+    batch: int
+    query_heads: int
+    kv_heads: int
+    context: int
+    token_budget: int
+
+
+SHAPES = (
+    Shape(1, 32, 32, 8192, 2048),
+    Shape(1, 32, 32, 32768, 2048),
+    Shape(1, 32, 32, 131072, 2048),
+    Shape(4, 32, 32, 32768, 2048),
+    Shape(1, 32, 8, 32768, 2048),
+    Shape(1, 32, 8, 131072, 2048),
+    Shape(8, 32, 8, 32768, 2048),
+    Shape(8, 32, 8, 131072, 2048),
+    Shape(1, 32, 8, 1 << 20, 4096),
+)
+
+
+def make_layers(shape: Shape) -> tuple[list[PagedKV], list[Tensor], Tensor]:
+    """Random caches (NHD pages in random order), a query for each, and the lengths."""
+    pages = shape.batch * shape.context // PAGE_SIZE
+    layer_bytes = 2 * pages * PAGE_SIZE * shape.kv_heads * HEAD_DIM * DTYPE.itemsize
+    caches = []
+    lengths = torch.full((shape.batch,), shape.context, dtype=torch.int32, device="cuda")
+    for _ in range(max(3, min(8, MOST_BYTES // layer_bytes))):
+        keys = torch.empty(pages, PAGE_SIZE, shape.kv_heads, HEAD_DIM, dtype=DTYPE, device="cuda").normal_()
+        values = torch.empty_like(keys).normal_()
+        metadata = torch.empty(pages, shape.kv_heads, 2, HEAD_DIM, dtype=DTYPE, device="cuda")
+        table = torch.randperm(pages, device="cuda").to(torch.int32).view(shape.batch, -1)
+        caches.append(PagedKV(keys, values, metadata, table))
+        update_page_metadata(caches[-1], lengths, lengths)
+    queries = [torch.randn(shape.batch, shape.query_heads, HEAD_DIM, dtype=DTYPE, device="cuda") for _ in caches]
+    return caches, queries, lengths
+
+
+def in_8_bits(kv: PagedKV, lengths: Tensor) -> PagedKV:
+    """The same cache with bounds rounded outward to 8 bits."""
+    narrow = PagedKV(kv.keys, kv.values, torch.empty_like(kv.metadata, dtype=FP8_METADATA), kv.page_table)
+    update_page_metadata(narrow, lengths, lengths)
+    return narrow
+
+
+def time_dense(shape: Shape, caches: list[PagedKV], queries: list[Tensor], repeats: int) -> dict[str, dict[str, float]]:
+    """FlashInfer's paged decode over everything, in both forms [us]."""
+    pages = shape.context // PAGE_SIZE
+    starts = torch.arange(shape.batch + 1, dtype=torch.int32, device="cuda") * pages
+    last = torch.full((shape.batch,), PAGE_SIZE, dtype=torch.int32, device="cuda")
+    out = torch.empty_like(queries[0])
+    times = {}
+    for form, use_tensor_cores in (("tensor cores", True), ("cuda cores", False)):
+        wrappers = []
+        for kv in caches:  # each layer has a page table of its own
+            wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+                torch.empty(FLASHINFER_WORKSPACE // len(caches), dtype=torch.uint8, device="cuda"),
+                "NHD",
+                use_cuda_graph=True,
+                use_tensor_cores=use_tensor_cores,
+                paged_kv_indptr_buffer=starts.clone(),
+                paged_kv_indices_buffer=torch.empty(shape.batch * pages, dtype=torch.int32, device="cuda"),
+                paged_kv_last_page_len_buffer=last.clone(),
+            )
+            wrapper.plan(
+                starts,
+                kv.page_table.flatten(),
+                last,
+                shape.query_heads,
+                shape.kv_heads,
+                HEAD_DIM,
+                PAGE_SIZE,
+                q_data_type=DTYPE,
+                kv_data_type=DTYPE,
+            )
+            wrappers.append(wrapper)
+        calls = [
+            lambda w=w, q=q, kv=kv: w.run(q, (kv.keys, kv.values), out=out)
+            for w, q, kv in zip(wrappers, queries, caches, strict=True)
+        ]
+        times[form] = percentiles(time_graph(calls, repeats))
+    return times
+
+
+def time_quest(
+    shape: Shape, caches: list[PagedKV], queries: list[Tensor], lengths: Tensor, repeats: int
+) -> dict[str, float]:
+    """The whole step, as it is served [us].
+
+    Raises:
+        RuntimeError: It was not the sparse, fused step.
+    """
+    config = QuestConfig(shape.token_budget, PAGE_SIZE)
+    workspace = make_workspace(caches[0], shape.query_heads, config)
+    if workspace is None or tune(caches[0], shape.query_heads, config) is None:
+        raise RuntimeError(f"{shape}: the fused kernel cannot hold this")
+
+    def call(query: Tensor, kv: PagedKV) -> Any:
+        return quest_decode(query, kv, lengths, config, workspace=workspace)
+
+    counts = call(queries[0], caches[0]).selected.counts
+    if counts.tolist() != [config.page_budget] * shape.batch:
+        raise RuntimeError(f"{shape}: read {counts.tolist()} pages, expected {config.page_budget}")
+    calls = [lambda q=q, kv=kv: call(q, kv) for q, kv in zip(queries, caches, strict=True)]
+    check_kernels(calls[0])
+    return percentiles(time_graph(calls, repeats))
+
+
+def check_kernels(call: Callable[[], object]) -> None:
+    """The step is one launch of the fused kernel and nothing else.
+
+    Raises:
+        RuntimeError: A profile shows other kernels.
+    """
+    call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    names = sorted({event.key for event in profile.key_averages() if event.self_device_time_total > 0})
+    if names != ["_decode_kernel"]:
+        raise RuntimeError(f"a step ran {names}, expected _decode_kernel alone")
+
+
+def time_verbs(
+    shape: Shape, caches: list[PagedKV], queries: list[Tensor], lengths: Tensor, repeats: int
+) -> dict[str, float]:
+    """Scoring, selecting and attending as launches of their own, p50 [us]."""
+    pairs = list(zip(queries, caches, strict=True))
+    scores = [score_pages(q, kv, lengths) for q, kv in pairs]
+    options = {"page_size": PAGE_SIZE, "token_budget": shape.token_budget}
+    selected = [select_pages(one, lengths, **options) for one in scores]
+    out = torch.empty_like(scores[0])
+    verbs = {
+        "score": [lambda q=q, kv=kv: score_pages(q, kv, lengths, out=out) for q, kv in pairs],
+        "select": [lambda one=one: select_pages(one, lengths, **options) for one in scores],
+        "attend": [
+            lambda q=q, kv=kv, one=one: sparse_decode_attention(q, kv, lengths, one)
+            for (q, kv), one in zip(pairs, selected, strict=True)
+        ],
+    }
+    return {name: percentiles(time_graph(calls, repeats))["p50"] for name, calls in verbs.items()}
+
+
+def bytes_read(shape: Shape, bound_bytes: int) -> int:
+    """What Quest must read: two bounds of every page, keys and values of the selected ones [bytes]."""
+    rows, pages = shape.batch * shape.kv_heads, shape.context // PAGE_SIZE
+    selected = shape.token_budget // PAGE_SIZE * PAGE_SIZE
+    return rows * HEAD_DIM * 2 * (pages * bound_bytes + selected * DTYPE.itemsize)
+
+
+def measure_bandwidth(repeats: int) -> float:
+    """Bytes read and written per microsecond by a large copy on the GPU."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / percentiles(time_graph([lambda: target.copy_(source)], repeats))["p50"]
+
+
+def find_break_even(shape: Shape, repeats: int) -> int | None:
+    """The shortest context, of a list, at which Quest takes no longer than FlashInfer [tokens]."""
+    for context in BREAK_EVEN_LENGTHS:
+        if context > shape.context:
+            break
+        short = shape._replace(context=context)
+        caches, queries, lengths = make_layers(short)
+        dense = min(form["p50"] for form in time_dense(short, caches, queries, repeats).values())
+        if time_quest(short, caches, queries, lengths, repeats)["p50"] <= dense:
+            return context
+    return None
+
+
+def main(
+    repeats: Annotated[int, typer.Option(help="Replays per timing.")] = 25,
+    seed: Annotated[int, typer.Option(help="Seed of the caches and queries.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """Time FlashInfer and Quest over the table of shapes."""
+    chosen = resolve_backend("auto", "cuda")
+    if chosen.name != "triton":
+        raise RuntimeError(f"the Triton kernels do not run here: {chosen.reason}")
+    torch.manual_seed(seed)
+    bandwidth = measure_bandwidth(repeats)
+    columns = ("dense", "quest", "", "quest fp8", "", "score", "select", "attend", "floor", "floor fp8", "break-even")
+    table = Table("B x HQ/HKV x context, budget", *columns, title="us per layer and step (p50)")
+    rows: list[dict[str, Any]] = []
+    for shape in SHAPES:
+        caches, queries, lengths = make_layers(shape)
+        dense = time_dense(shape, caches, queries, repeats)
+        best = min(form["p50"] for form in dense.values())
+        quest = time_quest(shape, caches, queries, lengths, repeats)
+        narrow = time_quest(shape, [in_8_bits(kv, lengths) for kv in caches], queries, lengths, repeats)
+        verbs = time_verbs(shape, caches, queries, lengths, repeats)
+        del caches, queries
+        torch.cuda.empty_cache()
+        is_first_of_its_kind = not any(row["shape"][:3] == list(shape[:3]) for row in rows)
+        floors = {name: bytes_read(shape, size) / bandwidth for name, size in (("kv", DTYPE.itemsize), ("fp8", 1))}
+        row = {
+            "shape": list(shape),
+            "dense_us": dense,
+            "quest_us": quest,
+            "quest_fp8_us": narrow,
+            "verbs_us": verbs,
+            "floor_us": floors["kv"],
+            "floor_fp8_us": floors["fp8"],
+            "bytes_quest": bytes_read(shape, DTYPE.itemsize),
+            "bytes_quest_fp8": bytes_read(shape, 1),
+            "bytes_dense": 2 * shape.batch * shape.kv_heads * shape.context * HEAD_DIM * DTYPE.itemsize,
+            "ratio": best / quest["p50"],
+            "ratio_fp8": best / narrow["p50"],
+            "break_even_context": find_break_even(shape._replace(context=32768), 9) if is_first_of_its_kind else None,
+        }
+        rows.append(row)
+        name = f"{shape.batch} x {shape.query_heads}/{shape.kv_heads} x {shape.context // 1024}K, {shape.token_budget}"
+        times = [f"{best:.1f}", f"{quest['p50']:.1f}", f"{row['ratio']:.1f}x"]
+        times += [f"{narrow['p50']:.1f}", f"{row['ratio_fp8']:.1f}x"]
+        times += [f"{verbs[verb]:.1f}" for verb in ("score", "select", "attend")]
+        times += [f"{floors['kv']:.1f}", f"{floors['fp8']:.1f}", str(row["break_even_context"] or "")]
+        table.add_row(name, *times)
+        if output is not None:
+            settings = {
+                "head_dim": HEAD_DIM,
+                "page_size": PAGE_SIZE,
+                "dtype": str(DTYPE),
+                "flashinfer": flashinfer.__version__,
+                "copy_bandwidth_bytes_per_us": bandwidth,
+                "repeats": repeats,
+                "seed": seed,
+            }
+            write_record(output, f"python {' '.join(sys.argv)}", settings, rows)
+    Console(width=150).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

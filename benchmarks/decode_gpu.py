@@ -1,0 +1,265 @@
+"""Time decoding through `generate()` on an NVIDIA GPU with random weights: the paper's Figure 10, and longer.
+
+    python benchmarks/decode_gpu.py --output benchmarks/results/decode_gpu.json
+
+Arms, each over the same random keys and values:
+
+    stock        transformers without us: DynamicCache and sdpa, eager
+    dense        our storage and kernels, every layer reading everything, in CUDA graphs
+    quest-N      Quest with a budget of N tokens, the first two layers dense, in CUDA graphs
+    quest-N-fp8  the same with page metadata in 8 bits
+
+`dense` and `quest` differ in nothing but what they read. The time of a token is that between two calls of a logits
+processor, so it holds all that `generate()` does. `prefill` times a prompt with and without Quest. The run fails when
+an arm did not take the path it is named for. Weights are bfloat16; 4-bit weights are not timed.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import Cache, DynamicCache
+
+from quest_attention import QuestConfig, QuestWarning, enable_quest
+from quest_attention.bench.record import write_record
+from quest_attention.bench.timing import percentiles
+
+PAGE_SIZE, NUM_DENSE_LAYERS = 16, 2
+WARMUP = 6
+"""Tokens not counted: the first steps capture the graph."""
+
+MODELS = {
+    "llama-2-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+    },
+    "llama-3.1-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "tiny": {  # for trying the script out
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 256,
+    },
+}
+
+
+class Case(NamedTuple):
+    """What is timed together.
+
+    Attributes:
+        model: Name in MODELS.
+        batch: Sequences.
+        context: Tokens in the cache.
+        arms: Names of the arms.
+    """
+
+    model: str
+    batch: int
+    context: int
+    arms: tuple[str, ...]
+
+
+PAPER_ARMS = ("stock", "dense", "quest-512", "quest-1024", "quest-2048", "quest-4096", "quest-2048-fp8")
+LONG_ARMS = ("dense", "quest-2048", "quest-2048-fp8")
+CASES = (
+    *(Case("llama-2-7b", 1, length, PAPER_ARMS) for length in (8192, 16384, 32768)),
+    Case("llama-2-7b", 1, 131072, LONG_ARMS),
+    Case("llama-2-7b", 4, 32768, LONG_ARMS),
+    *(Case("llama-3.1-8b", 1, length, ("stock", *LONG_ARMS)) for length in (32768, 131072)),
+    Case("llama-3.1-8b", 1, 262144, LONG_ARMS),
+    *(Case("llama-3.1-8b", 4, length, LONG_ARMS) for length in (32768, 131072)),
+)
+PREFILL_LENGTHS = (8192, 32768)
+
+
+class Clock:
+    """A logits processor that notes when it is called."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.times: list[float] = []
+
+    def __call__(self, _ids: Tensor, scores: Tensor) -> Tensor:
+        """Note the time when the scores are there."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.times.append(time.perf_counter())
+        return scores
+
+
+def make_model(name: str, device: torch.device, dtype: torch.dtype, seed: int) -> LlamaForCausalLM:
+    """A Llama of random weights, made on the device."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(**MODELS[name], max_position_embeddings=1 << 20, bos_token_id=None, eos_token_id=None)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def fill(cache: Cache, model: LlamaForCausalLM, batch: int, length: int, seed: int) -> None:
+    """Write random tokens to every layer of a cache, as a prefill would."""
+    generator = torch.Generator(model.device).manual_seed(seed)
+    config = model.config
+    shape = (batch, config.num_key_value_heads, length, config.head_dim)
+    keys, values = (torch.empty(shape, dtype=model.dtype, device=model.device) for _ in range(2))
+    for layer in range(config.num_hidden_layers):
+        cache.update(keys.normal_(generator=generator), values.normal_(generator=generator), layer)
+        if isinstance(cache, DynamicCache) and type(cache) is DynamicCache:  # it keeps what it is given
+            keys, values = torch.empty_like(keys), torch.empty_like(values)
+
+
+def decode(model: LlamaForCausalLM, cache: Cache, batch: int, length: int, tokens: int) -> list[float]:
+    """Milliseconds of each counted token that `generate()` makes after a cache of `length` tokens."""
+    clock = Clock(model.device)
+    ids = torch.ones(batch, length + 1, dtype=torch.long, device=model.device)
+    count = WARMUP + tokens
+    options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    model.generate(ids, past_key_values=cache, logits_processor=[clock], **options)
+    between = [(later - sooner) * 1e3 for sooner, later in zip(clock.times, clock.times[1:], strict=False)]
+    return between[WARMUP - 1 :]
+
+
+def time_arm(model: LlamaForCausalLM, case: Case, arm: str, tokens: int, seed: int) -> dict[str, Any]:
+    """Time per token of one arm, and what it read.
+
+    Raises:
+        RuntimeError: The arm did not take its path.
+    """
+    room = case.context + WARMUP + tokens + 2
+    if arm == "stock":
+        cache: Cache = DynamicCache(config=model.config)
+        fill(cache, model, case.batch, case.context, seed)
+        return {"ms": percentiles(decode(model, cache, case.batch, case.context, tokens)), "share_read": 1.0}
+    layers = model.config.num_hidden_layers
+    is_dense = arm == "dense"
+    budget = 512 if is_dense else int(arm.split("-")[1])
+    num_dense = layers if is_dense else NUM_DENSE_LAYERS
+    config = QuestConfig(budget, PAGE_SIZE, num_dense, metadata_dtype="fp8" if arm.endswith("fp8") else "kv")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QuestWarning)  # every layer dense is what one arm is for
+        handle = enable_quest(model, config)
+    with handle:
+        cache = handle.make_cache(room)
+        fill(cache, model, case.batch, case.context, seed)
+        ms = decode(model, cache, case.batch, case.context, tokens)
+        steps = WARMUP + tokens
+        taken = (handle.counters.sparse_steps, handle.counters.dense_steps)
+        if taken != ((layers - num_dense) * steps, num_dense * steps):
+            raise RuntimeError(f"{case} {arm}: took {taken} sparse and dense layer steps in {steps} steps")
+        graphs = handle.graphs
+        if model.device.type == "cuda" and (graphs is None or graphs.replayed_steps != steps or graphs.captures != 1):
+            raise RuntimeError(f"{case} {arm}: not all steps replayed one graph: {graphs and graphs.eager_steps}")
+        return {"ms": percentiles(ms), "share_read": handle.counters.share_read}
+
+
+def time_prefill(model: LlamaForCausalLM, length: int, repeats: int) -> dict[str, float]:
+    """Seconds of a prompt without and with Quest, medians."""
+    ids = torch.ones(1, length, dtype=torch.long, device=model.device)
+
+    def once() -> float:
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        start = time.perf_counter()
+        model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        return time.perf_counter() - start
+
+    times: dict[str, list[float]] = {"stock": [], "quest": []}
+    once()
+    for _ in range(repeats):  # in turns, so that a drift of the clocks touches both
+        times["stock"].append(once())
+        with enable_quest(model, QuestConfig(2048, PAGE_SIZE)):
+            times["quest"].append(once())
+    return {name: percentiles(values)["p50"] for name, values in times.items()}
+
+
+def main(
+    models: Annotated[str, typer.Option(help="Shapes, comma-separated.")] = "llama-2-7b,llama-3.1-8b",
+    longest: Annotated[int, typer.Option(help="Leave out longer contexts [tokens].")] = 1 << 20,
+    tokens: Annotated[int, typer.Option(help="Counted tokens per arm.")] = 24,
+    repeats: Annotated[int, typer.Option(help="Timings of a prefill.")] = 5,
+    device: Annotated[str, typer.Option(help="Where to run.")] = "cuda",
+    seed: Annotated[int, typer.Option(help="Seed of weights and caches.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """Time decoding and prefilling on one GPU."""
+    where = torch.device(device)
+    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    table = Table("model", "batch", "context", "arm", "ms per token (p50)", "to dense", "read")
+    rows: list[dict[str, Any]] = []
+
+    def write() -> None:
+        if output is not None:
+            settings = {
+                "page_size": PAGE_SIZE,
+                "num_dense_layers": NUM_DENSE_LAYERS,
+                "dtype": str(dtype),
+                "tokens": tokens,
+                "warmup": WARMUP,
+                "seed": seed,
+            }
+            write_record(output, f"python {' '.join(sys.argv)}", settings, rows)
+
+    tries = tuple(Case("tiny", batch, 600, ("stock", "dense", "quest-512", "quest-512-fp8")) for batch in (1, 2))
+    with torch.inference_mode():
+        for name in models.split(","):
+            model = make_model(name, where, dtype, seed)
+            for case in (*CASES, *tries):
+                if case.model != name or case.context > longest:
+                    continue
+                dense: float | None = None
+                for arm in case.arms:
+                    row = time_arm(model, case, arm, tokens, seed)
+                    gc.collect()
+                    if where.type == "cuda":
+                        torch.cuda.empty_cache()
+                    dense = row["ms"]["p50"] if arm == "dense" else dense
+                    ratio = None if dense is None else dense / row["ms"]["p50"]
+                    shape = {"model": name, "batch": case.batch, "context": case.context}
+                    rows.append({**shape, "arm": arm, **row, "ratio_to_dense": ratio})
+                    numbers = (f"{row['ms']['p50']:.2f}", f"{ratio:.2f}x" if ratio else "", f"{row['share_read']:.1%}")
+                    table.add_row(name, str(case.batch), str(case.context), arm, *numbers)
+                    write()
+            for length in PREFILL_LENGTHS if name != "tiny" else (600,):
+                if length <= longest:
+                    seconds = time_prefill(model, length, repeats)
+                    rows.append({"model": name, "batch": 1, "context": length, "arm": "prefill", "seconds": seconds})
+                    more = seconds["quest"] / seconds["stock"] - 1
+                    table.add_row(name, "1", str(length), "prefill", f"{seconds['quest']:.3f} s", f"{more:+.1%}", "")
+                    write()
+            del model
+            gc.collect()
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,206 @@
+"""The Triton kernels on a GPU at real sizes, against float64 on the same GPU; what they write is poisoned before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quest_attention import QuestConfig, score_pages, select_pages, sparse_decode_attention, update_page_metadata
+from quest_attention.ops import Selection, make_workspace, quest_decode, resolve_backend
+from quest_attention.pages import FP8_METADATA, PagedKV, num_pages
+
+pytestmark = pytest.mark.gpu
+LAYOUTS = ("nhd", "hnd", "contiguous")
+
+
+def make_cache(
+    lengths: list[int],
+    *,
+    heads: int = 8,
+    dim: int = 128,
+    page_size: int = 16,
+    dtype: torch.dtype = torch.bfloat16,
+    layout: str = "nhd",
+    narrow: bool = False,
+    room: int = 0,
+) -> tuple[PagedKV, Tensor]:
+    """Random pages and lengths; what no sequence has written is NaN, bounds too."""
+    batch, pages = len(lengths), num_pages(max(lengths) + room, page_size)
+    metadata_dtype = FP8_METADATA if narrow else dtype
+    options: dict[str, Any] = {"dtype": dtype, "device": "cuda"}
+    if layout == "contiguous":
+        keys, values = (torch.randn(batch, heads, pages * page_size, dim, **options) for _ in range(2))
+        for b, length in enumerate(lengths):
+            keys[b, :, length:] = values[b, :, length:] = float("nan")
+        bounds = torch.full((batch, heads, pages, 2, dim), float("nan"), **options).to(metadata_dtype)
+        kv = PagedKV.from_contiguous(keys, values, bounds)
+    else:
+        table = torch.randperm(batch * pages, device="cuda").to(torch.int32).view(batch, pages)
+        shape = (batch * pages, page_size, heads, dim) if layout == "nhd" else (batch * pages, heads, page_size, dim)
+        keys, values = (torch.randn(shape, **options) for _ in range(2))
+        bounds = torch.full((batch * pages, heads, 2, dim), float("nan"), **options).to(metadata_dtype)
+        make = PagedKV.from_nhd if layout == "nhd" else PagedKV.from_hnd
+        kv = make(keys, values, bounds, table)
+        for b, length in enumerate(lengths):
+            position = torch.arange(length, pages * page_size, device="cuda")
+            where = (kv.page_table[b, position // page_size].long(), position % page_size)
+            kv.keys[where] = kv.values[where] = float("nan")
+    seq_lens = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    update_page_metadata(kv, seq_lens, seq_lens)
+    return kv, seq_lens
+
+
+def tokens_of(kv: PagedKV, b: int, h: int, pages: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of some logical pages of one row."""
+    used = pages[pages >= 0].long()
+    position = (used[:, None] * kv.page_size + torch.arange(kv.page_size, device="cuda")).flatten()
+    position = position[position < length]
+    physical = kv.page_table[b, position // kv.page_size].long()
+    return kv.keys[physical, position % kv.page_size, h], kv.values[physical, position % kv.page_size, h]
+
+
+def assert_exact(query: Tensor, kv: PagedKV, seq_lens: Tensor, selected: Selection, output: Tensor) -> None:
+    """At most twice as far from float64 as PyTorch's own attention over the same tokens in the same dtype."""
+    group = query.shape[1] // kv.num_kv_heads
+    ours = plain = 0.0
+    for b, length in enumerate(seq_lens.tolist()):
+        if length == 0:
+            assert not output[b].any()
+            continue
+        for h in range(kv.num_kv_heads):
+            keys, values = tokens_of(kv, b, h, selected.pages[b, h], length)
+            q = query[b, h * group : (h + 1) * group]
+            weights = torch.softmax(q.double() @ keys.double().T * kv.head_dim**-0.5, -1)
+            exact = weights @ values.double()
+            torchs = F.scaled_dot_product_attention(q[None, None], keys[None, None], values[None, None])[0, 0]
+            ours = max(ours, float((output[b, h * group : (h + 1) * group] - exact).abs().max()))
+            plain = max(plain, float((torchs - exact).abs().max()))
+    assert ours <= 2 * plain + torch.finfo(torch.float32).eps
+
+
+def assert_step(kv: PagedKV, seq_lens: Tensor, query_heads: int, config: QuestConfig, *, fused: bool = True) -> None:
+    """Bounds, scores, selection and attention, verb by verb and in one launch, over poisoned memory."""
+    assert resolve_backend("auto", "cuda").name == "triton"
+    query = torch.randn(kv.batch_size, query_heads, kv.head_dim, dtype=kv.keys.dtype, device="cuda")
+    written = kv.metadata.float()
+    update_page_metadata(kv, seq_lens, seq_lens, backend="torch")
+    torch.testing.assert_close(written, kv.metadata.float(), rtol=0, atol=0, equal_nan=True)
+    scores = score_pages(query, kv, seq_lens, group_reduction=config.group_reduction)
+    by_torch = score_pages(query, kv, seq_lens, group_reduction=config.group_reduction, backend="torch")
+    torch.testing.assert_close(scores, by_torch, rtol=1e-5, atol=1e-3)
+    options = {
+        "page_size": config.page_size,
+        "token_budget": config.token_budget,
+        "num_sink_pages": config.num_sink_pages,
+        "num_recent_pages": config.num_recent_pages,
+    }
+    selected = select_pages(scores, seq_lens, **options)
+    assert torch.equal(selected.pages, select_pages(scores, seq_lens, **options, backend="torch").pages)
+    output, _ = sparse_decode_attention(query, kv, seq_lens, selected)
+    assert_exact(query, kv, seq_lens, selected, output)
+    workspace: Any = make_workspace(kv, query_heads, config)
+    assert (workspace is not None) == fused
+    if fused:
+        for tensor in workspace[:-1]:
+            tensor.fill_(float("nan") if tensor.is_floating_point() else -7)
+    for _ in range(2):
+        step = quest_decode(query, kv, seq_lens, config, workspace=workspace)
+        if fused:
+            own = workspace.scores.view(scores.shape).nan_to_num(0)  # of rows that were scored
+            expected = select_pages(own, seq_lens, **options, backend="torch")
+            assert torch.equal(step.selected.pages, expected.pages)
+            assert torch.equal(step.selected.counts, expected.counts)
+            assert not workspace.counters.any()
+        assert_exact(query, kv, seq_lens, step.selected, step.output)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("group", [1, 4])
+def test_layouts_and_dtypes(layout: str, dtype: torch.dtype, group: int) -> None:
+    kv, seq_lens = make_cache([5000, 1000, 0, 2048, 2049], layout=layout, dtype=dtype)
+    assert_step(kv, seq_lens, 8 * group, QuestConfig(2048))
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 7, 8, 16])
+def test_group_sizes(group: int) -> None:
+    kv, seq_lens = make_cache([9000, 100], heads=2)
+    assert_step(kv, seq_lens, 2 * group, QuestConfig(1024))
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("page_size", [16, 32, 64])
+@pytest.mark.parametrize("group", [1, 4])
+def test_head_dims_and_page_sizes(dim: int, page_size: int, group: int) -> None:
+    kv, seq_lens = make_cache([4001, 3000], heads=2, dim=dim, page_size=page_size)
+    assert_step(kv, seq_lens, 2 * group, QuestConfig(512, page_size, num_sink_pages=1, num_recent_pages=2))
+
+
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_contexts_of_128k_and_ragged_batches(group: int, narrow: bool) -> None:
+    kv, seq_lens = make_cache([131072, 70001, 100, 32768], heads=2, narrow=narrow)
+    assert_step(kv, seq_lens, 2 * group, QuestConfig(2048, group_reduction="mean"))
+
+
+def test_a_context_of_a_million_tokens() -> None:
+    kv, seq_lens = make_cache([1 << 20], heads=2)
+    assert_step(kv, seq_lens, 8, QuestConfig(4096))
+    assert_step(kv, seq_lens, 8, QuestConfig(65536), fused=False)  # more than the fused kernel holds
+
+
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_one_graph_while_sequences_grow(group: int, narrow: bool) -> None:
+    """A captured step (append the bounds, score, select, attend) gives the eager result across a page boundary."""
+    kv, seq_lens = make_cache([3000, 2040, 500], heads=4, layout="contiguous", narrow=narrow, room=64)
+    assert kv.contiguous is not None
+    query = torch.randn(3, 4 * group, 128, dtype=torch.bfloat16, device="cuda")
+    config = QuestConfig(2048)
+    workspace = make_workspace(kv, 4 * group, config)
+    keys, values = kv.contiguous.keys, kv.contiguous.values
+    fresh = torch.randn(2, 3, 4, 128, dtype=torch.bfloat16, device="cuda")
+    rows = torch.arange(3, device="cuda")
+
+    def step() -> tuple[Tensor, Tensor]:
+        keys[rows, :, seq_lens.long() - 1] = fresh[0]
+        values[rows, :, seq_lens.long() - 1] = fresh[1]
+        update_page_metadata(kv, seq_lens, 1)
+        output, selected = quest_decode(query, kv, seq_lens, config, workspace=workspace)
+        return output, selected.pages
+
+    seq_lens += 1
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output, pages = step()
+    for _ in range(40):
+        query.normal_()
+        fresh.normal_()
+        output.fill_(float("nan"))
+        pages.fill_(-7)
+        graph.replay()
+        replayed = output.clone(), pages.clone()
+        eager = step()
+        assert torch.equal(replayed[0], eager[0])
+        assert torch.equal(replayed[1], eager[1])
+        seq_lens += 1
+    expected = kv.metadata.float()
+    lengths = seq_lens - 1
+    update_page_metadata(kv, lengths, lengths, backend="torch")
+    torch.testing.assert_close(expected, kv.metadata.float(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_pytorch_path_runs_on_a_gpu() -> None:
+    kv, seq_lens = make_cache([5000, 1000], layout="contiguous")
+    query = torch.randn(2, 32, 128, dtype=torch.bfloat16, device="cuda")
+    step = quest_decode(query, kv, seq_lens, QuestConfig(1024, backend="torch"))
+    assert_exact(query, kv, seq_lens, step.selected, step.output)
