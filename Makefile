@@ -12,8 +12,12 @@ PIP := -m pip --disable-pip-version-check
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST = $(TEST_ENV) $(1)/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
+# Without PyTorch's own memory pool, whose blocks would hide an access past the end of a tensor.
+SANITIZE = PYTHONPATH=src PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
+SMALL_GPU_TESTS = $(PYTHON) -m pytest -m gpu tests/gpu -k test_small_shapes $(PYTEST_ARGS)
+
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-oldest lint format clean
+.PHONY: help venv demo test test-oldest test-gpu sanitize-gpu lint format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -28,6 +32,13 @@ test: $(NEWEST)/.installed ## Run the tests and the examples in docstrings, with
 
 test-oldest: $(OLDEST)/.installed ## The same with the oldest supported transformers
 	$(call PYTEST,$(OLDEST))
+
+test-gpu: ## Run the tests that need an NVIDIA GPU, with the python3 and PyTorch of the machine
+	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests/gpu tests/hf/test_graph.py $(PYTEST_ARGS)
+
+sanitize-gpu: ## Run the kernels on small shapes under compute-sanitizer: memory accesses, then races
+	$(SANITIZE) --tool memcheck $(SMALL_GPU_TESTS)
+	$(SANITIZE) --tool racecheck $(SMALL_GPU_TESTS)
 
 lint: $(NEWEST)/.installed ## Lint, formatting, types and the import contract
 	$(NEWEST)/bin/ruff check .

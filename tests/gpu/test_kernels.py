@@ -126,6 +126,14 @@ def test_layouts_and_dtypes(layout: str, dtype: torch.dtype, group: int) -> None
     assert_step(kv, seq_lens, 8 * group, QuestConfig(2048))
 
 
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_small_shapes(group: int, narrow: bool) -> None:
+    """What `make sanitize-gpu` runs under the memory and race checkers."""
+    kv, seq_lens = make_cache([100, 33, 0], heads=2, dim=64, narrow=narrow)
+    assert_step(kv, seq_lens, 2 * group, QuestConfig(48))
+
+
 @pytest.mark.parametrize("group", [1, 2, 3, 7, 8, 16])
 def test_group_sizes(group: int) -> None:
     kv, seq_lens = make_cache([9000, 100], heads=2)
@@ -163,8 +171,8 @@ def test_one_graph_while_sequences_grow(group: int, narrow: bool) -> None:
     config = QuestConfig(2048)
     workspace = make_workspace(kv, 4 * group, config)
     keys, values = kv.contiguous.keys, kv.contiguous.values
-    fresh = torch.randn(2, 3, 4, 128, dtype=torch.bfloat16, device="cuda")
     rows = torch.arange(3, device="cuda")
+    fresh = torch.randn(2, 3, 4, 128, dtype=torch.bfloat16, device="cuda")
 
     def step() -> tuple[Tensor, Tensor]:
         keys[rows, :, seq_lens.long() - 1] = fresh[0]
@@ -184,7 +192,6 @@ def test_one_graph_while_sequences_grow(group: int, narrow: bool) -> None:
         output, pages = step()
     for _ in range(40):
         query.normal_()
-        fresh.normal_()
         output.fill_(float("nan"))
         pages.fill_(-7)
         graph.replay()
@@ -193,6 +200,7 @@ def test_one_graph_while_sequences_grow(group: int, narrow: bool) -> None:
         assert torch.equal(replayed[0], eager[0])
         assert torch.equal(replayed[1], eager[1])
         seq_lens += 1
+        fresh.normal_()  # and not before: a key that is written over would leave the bounds wider
     expected = kv.metadata.float()
     lengths = seq_lens - 1
     update_page_metadata(kv, lengths, lengths, backend="torch")
