@@ -4,10 +4,10 @@
 
 Both arms replay CUDA graphs over rotating layers, so that nothing is found in the cache of the GPU. FlashInfer's time
 is the better of its two forms (with and without tensor cores). Quest runs as it is served, with bounds in the dtype of
-the keys and in 8 bits; its verbs are timed alone beside it. `floor` is the time to read what Quest must read (the
-bounds of every page, keys and values of the selected ones) at the bandwidth of a copy on the same GPU. `break-even` is
-the shortest context at which Quest is no slower. The run fails when a step did not take the fused kernel or read
-another number of pages than the budget gives.
+the keys and in 8 bits; its verbs are timed alone beside it. `bytes_quest` counts what Quest must read: the bounds of
+every page, keys and values of the selected ones. `break-even` is the shortest context at which Quest is no slower.
+`tables_gpu.py` makes the tables of docs/gpu.md from the file. The run fails when a step did not take the fused kernel
+or read another number of pages than the budget gives.
 
 FlashInfer is not a dependency: `pip install flashinfer-python==0.6.13`.
 """
@@ -35,7 +35,6 @@ from quest_attention.pages import FP8_METADATA, PagedKV
 
 HEAD_DIM, PAGE_SIZE, DTYPE = 128, 16, torch.bfloat16
 FLASHINFER_WORKSPACE = 512 << 20
-COPY_BYTES = 4 << 30
 MOST_BYTES = 6 << 30
 """K and V of all layers together, beyond what a layer of the shortest rotation needs."""
 BREAK_EVEN_LENGTHS = (3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
@@ -201,13 +200,6 @@ def bytes_read(shape: Shape, bound_bytes: int) -> int:
     return rows * HEAD_DIM * 2 * (pages * bound_bytes + selected * DTYPE.itemsize)
 
 
-def measure_bandwidth(repeats: int) -> float:
-    """Bytes read and written per microsecond by a large copy on the GPU."""
-    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * COPY_BYTES / percentiles(time_graph([lambda: target.copy_(source)], repeats))["p50"]
-
-
 def find_break_even(shape: Shape, repeats: int) -> int | None:
     """The shortest context, of a list, at which Quest takes no longer than FlashInfer [tokens]."""
     for context in BREAK_EVEN_LENGTHS:
@@ -231,8 +223,7 @@ def main(
     if chosen.name != "triton":
         raise RuntimeError(f"the Triton kernels do not run here: {chosen.reason}")
     torch.manual_seed(seed)
-    bandwidth = measure_bandwidth(repeats)
-    columns = ("dense", "quest", "", "quest fp8", "", "score", "select", "attend", "floor", "floor fp8", "break-even")
+    columns = ("dense", "quest", "", "quest fp8", "", "score", "select", "attend", "break-even")
     table = Table("B x HQ/HKV x context, budget", *columns, title="us per layer and step (p50)")
     rows: list[dict[str, Any]] = []
     for shape in SHAPES:
@@ -245,15 +236,12 @@ def main(
         del caches, queries
         torch.cuda.empty_cache()
         is_first_of_its_kind = not any(row["shape"][:3] == list(shape[:3]) for row in rows)
-        floors = {name: bytes_read(shape, size) / bandwidth for name, size in (("kv", DTYPE.itemsize), ("fp8", 1))}
         row = {
             "shape": list(shape),
             "dense_us": dense,
             "quest_us": quest,
             "quest_fp8_us": narrow,
             "verbs_us": verbs,
-            "floor_us": floors["kv"],
-            "floor_fp8_us": floors["fp8"],
             "bytes_quest": bytes_read(shape, DTYPE.itemsize),
             "bytes_quest_fp8": bytes_read(shape, 1),
             "bytes_dense": 2 * shape.batch * shape.kv_heads * shape.context * HEAD_DIM * DTYPE.itemsize,
@@ -266,7 +254,7 @@ def main(
         times = [f"{best:.1f}", f"{quest['p50']:.1f}", f"{row['ratio']:.1f}x"]
         times += [f"{narrow['p50']:.1f}", f"{row['ratio_fp8']:.1f}x"]
         times += [f"{verbs[verb]:.1f}" for verb in ("score", "select", "attend")]
-        times += [f"{floors['kv']:.1f}", f"{floors['fp8']:.1f}", str(row["break_even_context"] or "")]
+        times.append(str(row["break_even_context"] or ""))
         table.add_row(name, *times)
         if output is not None:
             settings = {
@@ -274,7 +262,6 @@ def main(
                 "page_size": PAGE_SIZE,
                 "dtype": str(DTYPE),
                 "flashinfer": flashinfer.__version__,
-                "copy_bandwidth_bytes_per_us": bandwidth,
                 "repeats": repeats,
                 "seed": seed,
             }

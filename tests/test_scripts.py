@@ -82,3 +82,32 @@ def test_training_from_books_to_a_measured_model(tmp_path: Path, books: Path) ->
 def test_the_bundled_model_is_small_enough_to_ship() -> None:
     size = sum(path.stat().st_size for path in bundled_model_path().iterdir())
     assert size <= 25_000_000
+
+
+def test_the_tables_of_the_gpu_page_are_those_of_the_results() -> None:
+    printed = run("benchmarks/tables_gpu.py")
+    page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = [line for line in printed.splitlines() if line]
+    assert len(lines) > 20
+    for line in lines:
+        assert line in page
+    for line in readme.splitlines():
+        if "x 32/" in line and "K |" in line:  # the rows that the README quotes
+            shape, *numbers = [cell.strip() for cell in line.strip("|").split("|")]
+            row = next(one for one in lines if one.startswith(f"| {shape}, 2048 |"))
+            for number in " ".join(numbers).replace("(", "").replace(")", "").split():
+                assert f" {number} " in row
+
+
+def test_decode_gpu_on_a_cpu(tmp_path: Path) -> None:
+    """Without a GPU there is no graph, but every arm takes its path."""
+    output = tmp_path / "decode.json"
+    run("benchmarks/decode_gpu.py", "--models", "tiny", "--device", "cpu", "--tokens", "3", "--output", str(output))
+    rows = json.loads(output.read_text())["rows"]
+    arms = ["stock", "dense", "quest-512", "quest-512-fp8"]
+    assert [row["arm"] for row in rows] == [*arms, *arms, "prefill"]
+    assert all(row["ms"]["p20"] > 0 for row in rows if row["arm"] != "prefill")
+    shares = {row["arm"]: row["share_read"] for row in rows if row["arm"] != "prefill"}
+    assert shares["dense"] == 1
+    assert 0.5 < shares["quest-512"] < 1

@@ -108,6 +108,7 @@ def generate(
     num_sink_pages: Annotated[int, typer.Option("--sink-pages", help="First pages always read.")] = 0,
     num_recent_pages: Annotated[int, typer.Option("--recent-pages", help="Last pages always read.")] = 1,
     group_reduction: Annotated[str, typer.Option(help="Over the query heads of a KV head: max or mean.")] = "max",
+    metadata_dtype: Annotated[str, typer.Option(help="Page bounds as the keys (kv) or in 8 bits (fp8).")] = "kv",
     backend: Annotated[str, typer.Option(help="auto, torch, triton or reference; `quest env` explains.")] = "auto",
     dense: Annotated[bool, typer.Option("--dense", help="Read everything, without Quest, to compare.")] = False,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens to write at most.")] = 128,
@@ -136,6 +137,7 @@ def generate(
             "num_sink_pages": num_sink_pages,
             "num_recent_pages": num_recent_pages,
             "group_reduction": group_reduction,
+            "metadata_dtype": metadata_dtype,
             "backend": backend,
         }
     )

@@ -1,0 +1,116 @@
+"""Print the tables of docs/gpu.md from the results of `attention_gpu.py` and `decode_gpu.py`.
+
+python benchmarks/tables_gpu.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+Rows = list[dict[str, Any]]
+
+
+def load(name: str) -> Rows:
+    """Rows of a result file."""
+    rows: Rows = json.loads((RESULTS / name).read_text(encoding="utf-8"))["rows"]
+    return rows
+
+
+def as_markdown(head: tuple[str, ...], rows: list[list[str]]) -> str:
+    """A table."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines)
+
+
+def fastest_read(rows: Rows) -> float:
+    """The most bytes per microsecond that dense attention read in the run: what the GPU has shown it can read."""
+    return max(row["bytes_dense"] / dense_time(row) for row in rows)
+
+
+def dense_time(row: dict[str, Any]) -> float:
+    """FlashInfer's better form [us]."""
+    return min(float(form["p50"]) for form in row["dense_us"].values())
+
+
+def attention_table(rows: Rows) -> str:
+    """Times of one layer and step, with the floor: the bytes Quest must read at the rate of the fastest dense read."""
+    rate = fastest_read(rows)
+    head = ("B x HQ/HKV x context, budget", "dense", "Quest", "", "Quest, fp8 bounds", "", "score", "select", "attend")
+    cells = []
+    for row in rows:
+        batch, heads, kv_heads, context, budget = row["shape"]
+        verbs = row["verbs_us"]
+        cells.append(
+            [
+                f"{batch} x {heads}/{kv_heads} x {context // 1024}K, {budget}",
+                f"{dense_time(row):.1f}",
+                f"{row['quest_us']['p50']:.1f}",
+                f"{row['ratio']:.1f}x",
+                f"{row['quest_fp8_us']['p50']:.1f}",
+                f"{row['ratio_fp8']:.1f}x",
+                *(f"{verbs[verb]:.1f}" for verb in ("score", "select", "attend")),
+                f"{row['bytes_quest'] / rate:.1f}",
+                f"{row['bytes_quest_fp8'] / rate:.1f}",
+            ]
+        )
+    return as_markdown((*head, "floor", "floor, fp8"), cells)
+
+
+def break_even_table(rows: Rows) -> str:
+    """From which context a step is no slower than dense attention, by batch and heads."""
+    cells = [
+        [f"{row['shape'][0]} x {row['shape'][1]}/{row['shape'][2]}", f"{row['break_even_context']:,}"]
+        for row in rows
+        if row["break_even_context"]
+    ]
+    return as_markdown(("B x HQ/HKV", "tokens"), cells)
+
+
+def decode_table(rows: Rows) -> str:
+    """Milliseconds per token of every arm, a line for each model, batch and context."""
+    timed = [row for row in rows if "ms" in row]
+    arms = list(dict.fromkeys(row["arm"] for row in timed))
+    cases = dict.fromkeys((row["model"], row["batch"], row["context"]) for row in timed)
+    cells = []
+    for model, batch, context in cases:
+        of_case = {
+            row["arm"]: row for row in timed if (row["model"], row["batch"], row["context"]) == (model, batch, context)
+        }
+        line = [f"{model}, {batch} x {context // 1024}K"]
+        for arm in arms:
+            row = of_case.get(arm)
+            if row is None:
+                line.append("")
+            else:
+                ratio = f" ({row['ratio_to_dense']:.2f}x)" if arm.startswith("quest") else ""
+                line.append(f"{row['ms']['p50']:.1f}{ratio}")
+        cells.append(line)
+    return as_markdown(("model, batch x context", *arms), cells)
+
+
+def prefill_table(rows: Rows) -> str:
+    """Seconds of a prompt, with and without Quest."""
+    cells = [
+        [
+            f"{row['model']}, {row['context'] // 1024}K",
+            f"{row['seconds']['stock']:.3f}",
+            f"{row['seconds']['quest']:.3f}",
+            f"{100 * (row['seconds']['quest'] / row['seconds']['stock'] - 1):+.1f} %",
+        ]
+        for row in rows
+        if row["arm"] == "prefill"
+    ]
+    return as_markdown(("model, prompt", "without Quest", "with", ""), cells)
+
+
+def tables() -> list[str]:
+    """All tables of docs/gpu.md, in order."""
+    attention, decode = load("attention_gpu.json"), load("decode_gpu.json")
+    return [attention_table(attention), break_even_table(attention), decode_table(decode), prefill_table(decode)]
+
+
+if __name__ == "__main__":
+    print("\n\n".join(tables()))
