@@ -53,10 +53,13 @@ def write_record(path: Path, command: str, settings: dict[str, Any], rows: list[
 
     Args:
         path: File to write; its folder is made.
-        command: The command that makes the file again.
+        command: The command that makes the file again; an absolute path to write to, which says something of one
+            machine alone, is recorded as the file's place among the results.
         settings: Shapes, seed and whatever else the rows share.
         rows: The measurements, units in the names of their fields.
     """
+    if path.is_absolute():
+        command = command.replace(str(path), f"benchmarks/results/{path.name}")
     record = {"command": command, "machine": describe_machine(), "settings": settings, "rows": rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
