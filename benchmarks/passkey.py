@@ -39,6 +39,7 @@ def main(
     length: Annotated[int, typer.Option(help="Context, question and answer together [tokens].")] = 8192,
     token_budget: Annotated[int, typer.Option(help="Tokens a step may read in a sparse layer.")] = 64,
     dense_layers: Annotated[int, typer.Option(help="Leading layers that read everything, for every method.")] = 2,
+    metadata_dtype: Annotated[str, typer.Option(help="Page bounds as the keys (kv) or in 8 bits (fp8).")] = "kv",
     n: Annotated[int, typer.Option(help="Samples.")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     device: Annotated[str, typer.Option(help="Device to run on.")] = "cpu",
@@ -55,7 +56,8 @@ def main(
         ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
         return ids
 
-    config = QuestConfig(token_budget=token_budget, num_dense_layers=dense_layers)
+    options = {"token_budget": token_budget, "num_dense_layers": dense_layers, "metadata_dtype": metadata_dtype}
+    config = QuestConfig.from_dict(options)
     methods: list[Method] = [Full(), Quest(config), SlidingWindow(token_budget, dense_layers)]
     right = dict.fromkeys((method.name for method in methods), 0)
     read, held = dict(right), dict(right)
@@ -97,6 +99,7 @@ def main(
             "token_budget": token_budget,
             "page_size": config.page_size,
             "dense_layers": dense_layers,
+            "metadata_dtype": metadata_dtype,
             "seed": seed,
         }
         write_record(output, f"python {' '.join(sys.argv)}", settings, rows)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quest_attention import BackendError, QuestConfig, enable_quest
+from quest_attention import BackendError, QuestConfig, QuestStateError, QuestWarning, enable_quest
 from quest_attention.hf import enable, graph
 from tiny import make_llama, prompt
 
@@ -156,6 +156,30 @@ def test_two_caches_in_turn_and_a_cache_that_is_dropped(device: str) -> None:
         gc.collect()
         if device == "cuda":  # the stand-in keeps what it runs again
             assert len(quest.graphs._graphs) == 0
+
+
+def test_a_model_that_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(run: Callable[[], Any], device: torch.device) -> Any:
+        run()
+        raise RuntimeError(f"operation not permitted when stream is capturing on {device}\nmore lines")
+
+    monkeypatch.setattr(graph, "_capture", refuse)
+    model: Any = make_llama()
+    ids = prompt(1, 50)
+    with enable_quest(model, SMALL) as quest:
+        expected = generate(model, ids)
+        counted = quest.counters.to_dict()
+    with enable.QuestHandle(model, SMALL, None, capture=True) as quest:
+        with pytest.warns(QuestWarning, match="cannot be captured: operation not permitted"):
+            assert generate(model, ids) == expected
+        assert quest.counters.to_dict() == counted
+        assert list(quest.graphs.eager_steps.values()) == [39]
+        assert quest.graphs.replayed_steps == quest.graphs.captures == 0
+    refused = pytest.raises(QuestStateError, match="cuda_graphs: got True")
+    with enable.QuestHandle(model, SMALL, None, capture=True, must_capture=True), refused:
+        generate(model, ids)
+    with enable_quest(model, SMALL):
+        assert generate(model, ids) == expected  # left as it was
 
 
 def test_graphs_are_refused_where_they_cannot_run() -> None:

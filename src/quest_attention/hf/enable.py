@@ -45,7 +45,8 @@ def enable_quest(
         on_select: Called after each sparse decode step of a layer as `on_select(layer, selection, num_pages)`.
         cuda_graphs: Whether decode steps past the budget replay CUDA graphs. None: where the model is on an NVIDIA GPU
             and the Triton kernels run, which is where launching kernels would take longer than running them. A step
-            that a graph cannot hold (padding, say) runs eagerly; `handle.graphs` counts both, with reasons.
+            that a graph cannot hold (padding, say) runs eagerly; `handle.graphs` counts both, with reasons. A model
+            that cannot be captured at all warns once and stays eager, or raises `QuestStateError` if True was given.
 
     Returns:
         A handle with counters. Use it in a `with` statement, or call `disable()`.
@@ -81,7 +82,8 @@ def enable_quest(
             f"cuda_graphs: got True on device {model.device} with the {backend.name} backend, "
             "expected an NVIDIA GPU with the triton one"
         )
-    return QuestHandle(model, config, on_select, capture=can_capture if cuda_graphs is None else cuda_graphs)
+    capture = can_capture if cuda_graphs is None else cuda_graphs
+    return QuestHandle(model, config, on_select, capture=capture, must_capture=bool(cuda_graphs))
 
 
 class QuestHandle:
@@ -95,7 +97,13 @@ class QuestHandle:
     """
 
     def __init__(
-        self, model: PreTrainedModel, config: QuestConfig, on_select: OnSelect | None, *, capture: bool = False
+        self,
+        model: PreTrainedModel,
+        config: QuestConfig,
+        on_select: OnSelect | None,
+        *,
+        capture: bool = False,
+        must_capture: bool = False,
     ) -> None:
         self.model = cast("Any", model)  # a module's attributes are Tensor or Module to a type checker
         self.config = config
@@ -114,7 +122,7 @@ class QuestHandle:
         self.model._prepare_cache_for_generation = self._prepare_cache_for_generation
         for method in _CONTINUOUS_BATCHING:
             setattr(model, method, _refuse_continuous_batching)
-        self.graphs = DecodeGraphs(model) if capture else None
+        self.graphs = DecodeGraphs(model, must_capture=must_capture) if capture else None
         self._had_forward = "forward" in model.__dict__  # some libraries put their own there
         self._own_forward = model.forward
         if self.graphs is not None:

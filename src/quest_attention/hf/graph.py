@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quest_attention.errors import QuestError, QuestStateError, QuestWarning
 from quest_attention.hf.cache import QuestCache
 from quest_attention.hf.layer import QuestLayer
 
@@ -33,13 +35,19 @@ class DecodeGraphs:
     when the cache moves to larger storage. Steps that a graph cannot hold run as before and are counted with the
     reason.
 
+    Args:
+        model: The model, whose forward pass is left as it is: see `wrap`.
+        must_capture: Whether a step that cannot be captured is an error, not a reason to go on without graphs.
+
     Attributes:
         replayed_steps: Decode steps that replayed a graph [model steps].
         captures: Graphs captured.
         eager_steps: Decode steps past the budget that ran without a graph, by reason [model steps].
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, must_capture: bool = False) -> None:
+        self._must_capture = must_capture
+        self._failure: str | None = None
         self.replayed_steps = 0
         self.captures = 0
         self.eager_steps: dict[str, int] = {}
@@ -72,6 +80,8 @@ class DecodeGraphs:
         """What keeps a step from a graph, or None."""
         set_ones = {name for name, value in kwargs.items() if value is not None and value is not False}
         others = sorted(set_ones - _HANDLED)
+        if self._failure is not None:
+            return self._failure
         if others:
             return f"the forward pass was given {', '.join(others)}"
         if len(self._devices) > 1:
@@ -100,7 +110,13 @@ class DecodeGraphs:
             inputs["position_ids"] = torch.full((batch, 1), length, device=inputs["input_ids"].device)
         step = self._graphs.get(cache)
         if step is None or not step.fits(cache, inputs):
-            step = _CapturedStep(self._forward, cache, inputs, length, kwargs.get("logits_to_keep", 0))
+            self._graphs.pop(cache, None)  # its memory goes before the next one's comes
+            try:
+                step = _CapturedStep(self._forward, cache, inputs, length, kwargs.get("logits_to_keep", 0))
+            except QuestError:
+                raise
+            except RuntimeError as error:
+                return self._give_up(error, kwargs)
             self._graphs[cache] = step
             self.captures += 1
         outputs = step.replay(inputs, length)
@@ -110,6 +126,20 @@ class DecodeGraphs:
             layer.count_captured_step(batch)
         outputs["past_key_values"] = cache
         return outputs
+
+    def _give_up(self, error: RuntimeError, kwargs: dict[str, Any]) -> Any:
+        """Go on without graphs: the model does something that a capture forbids, a wait for the device as a rule.
+
+        Raises:
+            QuestStateError: Graphs were asked for by name.
+        """
+        what = str(error).splitlines()[0]
+        if self._must_capture:
+            raise QuestStateError(f"cuda_graphs: got True, but a decode step cannot be captured: {what}") from error
+        self._failure = f"a decode step of this model cannot be captured: {what}"
+        warnings.warn(f"{self._failure}; decode steps run eagerly", QuestWarning, stacklevel=6)
+        self.eager_steps[self._failure] = self.eager_steps.get(self._failure, 0) + 1
+        return self._forward(**kwargs)
 
 
 class _CapturedStep:
