@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from quest_attention import QuestCache, QuestConfig, enable_quest
-from tiny import LARGE, SMALL, assert_metadata_is_exact, generate, logits_of_steps, make_llama, prompt, quest_layers
+from tiny import (
+    LARGE,
+    PAGE_SIZE,
+    SMALL,
+    assert_metadata_is_exact,
+    generate,
+    logits_of_steps,
+    make_llama,
+    prompt,
+    quest_layers,
+)
 
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -235,3 +245,36 @@ def test_metadata_is_a_sixteenth_of_the_cache() -> None:
         stored = layer.paged.contiguous
         assert stored is not None
         assert stored.metadata.nbytes * 16 == stored.keys.nbytes + stored.values.nbytes
+
+
+@pytest.mark.parametrize("budget", [24, 30])
+@pytest.mark.parametrize("metadata_dtype", ["kv", "fp8"])
+def test_the_triton_backend(budget: int, metadata_dtype: str) -> None:
+    """In Triton's interpreter, or on the GPU: the tokens and the counters of the PyTorch path."""
+    pytest.importorskip("triton", reason="Triton is for Linux")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = make_llama().to(device)
+    ids = prompt(2, 60).to(device)
+    mask = torch.ones_like(ids)
+    mask[0, :13] = 0
+    made = {}
+    for backend in ("torch", "triton"):
+        options = {"token_budget": budget, "page_size": PAGE_SIZE, "num_dense_layers": 1, "backend": backend}
+        config = QuestConfig.from_dict({**options, "metadata_dtype": metadata_dtype})
+        with enable_quest(model, config, cuda_graphs=False) as quest:
+            tokens = [generate(model, ids, new=4).tolist(), generate(model, ids, new=4, attention_mask=mask).tolist()]
+            made[backend] = (tokens, quest.counters.to_dict())
+    assert made["triton"] == made["torch"]
+
+
+def test_beams_over_bounds_in_8_bits() -> None:
+    model = make_llama()
+    for metadata_dtype in ("kv", "fp8"):
+        config = QuestConfig(token_budget=4096, page_size=PAGE_SIZE, metadata_dtype=metadata_dtype)
+        with enable_quest(model, config) as quest:
+            wide = generate(model, prompt(2), num_beams=3, num_return_sequences=2).tolist()
+        small = QuestConfig(token_budget=24, page_size=PAGE_SIZE, num_dense_layers=1, metadata_dtype=metadata_dtype)
+        with enable_quest(model, small) as quest:
+            generate(model, prompt(2), num_beams=3)
+            assert quest.counters.sparse_steps == 2 * 11
+    assert wide == generate(model, prompt(2), num_beams=3, num_return_sequences=2).tolist()

@@ -126,8 +126,8 @@ def _attend(
         token_mask=None if attention_mask is None else _token_mask(attention_mask),
         workspace=layer.workspaces.get(layer.paged, query.shape[1], layer.config),
     )
-    pages, counts = step.selected
-    read = batch * pages.shape[2] if attention_mask is None else counts.sum()
+    # Nothing padded: every sequence is past the budget. Otherwise the device knows, and is not asked.
+    read = batch * layer.config.page_budget if attention_mask is None else step.selected.counts.sum()
     layer.counter.count_sparse(read, batch * layer.num_pages)
     if layer.on_select is not None:
         layer.on_select(layer.counter.layer, step.selected, layer.num_pages)

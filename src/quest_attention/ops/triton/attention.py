@@ -370,8 +370,9 @@ def store_partial(
     """Write what one split found: its output and the base-2 log-sum-exp that weighs it."""
     is_head = tl.arange(0, BLOCK_G) < GROUP
     channel = tl.arange(0, BLOCK_DV)
-    lse = tl.where(total > 0, largest + tl.log2(total), float("-inf"))
-    mine = gathered / tl.where(total > 0, total, 1.0)[:, None]
+    divisor = tl.where(total > 0, total, 1.0)
+    lse = tl.where(total > 0, largest + tl.log2(divisor), float("-inf"))
+    mine = gathered / divisor[:, None]
     tl.store(partial_lse + at, lse, mask=is_head)
     inside = is_head[:, None] & (channel < VALUE_DIM)[None, :]
     tl.store(partial + at[:, None] * VALUE_DIM + channel[None, :], mine, mask=inside)
@@ -424,12 +425,13 @@ def merge_splits(
         wanted = (weight > 0)[:, :, None] & (channel < VALUE_DIM)[None, None, :]
         found = partial + from_part[:, :, None] * VALUE_DIM + channel[None, None, :]
         merged += weight[:, :, None] * tl.load(found, mask=wanted, other=0.0, cache_modifier=".cg")
-    merged = tl.sum(merged, 0) / tl.where(total > 0, total, 1.0)[:, None]
+    divisor = tl.where(total > 0, total, 1.0)
+    merged = tl.sum(merged, 0) / divisor[:, None]
     to = output + head[:, None] * output_head_stride + channel[None, :]
     inside = is_head[:, None] & (channel < VALUE_DIM)[None, :]
     tl.store(to, narrow(merged, output.dtype.element_ty), mask=inside)
     if WITH_LSE:
-        lse_total = tl.where(total > 0, (largest + tl.log2(total)) / _LOG2_E, float("-inf"))
+        lse_total = tl.where(total > 0, (largest + tl.log2(divisor)) / _LOG2_E, float("-inf"))
         tl.store(lse_out + head, lse_total, mask=is_head)
 
 
