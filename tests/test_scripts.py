@@ -111,3 +111,9 @@ def test_decode_gpu_on_a_cpu(tmp_path: Path) -> None:
     shares = {row["arm"]: row["share_read"] for row in rows if row["arm"] != "prefill"}
     assert shares["dense"] == 1
     assert 0.5 < shares["quest-512"] < 1
+
+
+def test_the_figure_of_the_gpu_page(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="an extra of its own")
+    run("benchmarks/plot_gpu.py", "--output", str(tmp_path / "gpu.png"))
+    assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
