@@ -38,6 +38,7 @@ def test_it_is_frozen() -> None:
         ({"num_sink_pages": -1}, "num_sink_pages", "a non-negative integer"),
         ({"num_recent_pages": None}, "num_recent_pages", "a non-negative integer"),
         ({"group_reduction": "sum"}, "group_reduction", "one of max, mean"),
+        ({"metadata_dtype": "int8"}, "metadata_dtype", "one of kv, fp8"),
         ({"backend": "cuda"}, "backend", "one of auto, torch, triton, reference"),
         ({"budget": 5}, "budget", "a known option"),
     ],
