@@ -30,7 +30,7 @@ from quest_attention import QuestConfig, score_pages, select_pages, sparse_decod
 from quest_attention.bench.record import write_record
 from quest_attention.bench.timing import percentiles, time_graph
 from quest_attention.ops import make_workspace, quest_decode, resolve_backend
-from quest_attention.ops.triton.decode import tune
+from quest_attention.ops.triton.tuning import tune
 from quest_attention.pages import FP8_METADATA, PagedKV
 
 HEAD_DIM, PAGE_SIZE, DTYPE = 128, 16, torch.bfloat16

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,12 +23,12 @@ from quest_attention import (
     sparse_decode_attention,
     update_page_metadata,
 )
-from quest_attention.ops import reference, resolve_backend, torch_backend
+from quest_attention.ops import DecodeWorkspace, reference, resolve_backend, torch_backend
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux")
 tl = pytest.importorskip("triton.language")
 
-from quest_attention.ops.triton import decode, selection  # noqa: E402 (needs triton)
+from quest_attention.ops.triton import decode, selection, tuning, workspace  # noqa: E402 (needs triton)
 from quest_attention.ops.triton.metadata import _round_up  # noqa: E402
 
 pytestmark = [
@@ -205,7 +210,7 @@ def test_token_mask(group: int) -> None:
 def test_rows_in_sections(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of more pages than one program holds: the pages of one piece, in the verb and in the fused kernel."""
     monkeypatch.setattr(selection, "_SECTION_PAGES", 8)
-    monkeypatch.setattr(decode, "_SECTION_PAGES", 16)
+    monkeypatch.setattr(tuning, "_SECTION_PAGES", 16)
     cache = make_cache(lengths)
     for options in ({}, {"num_sink_pages": 2, "num_recent_pages": 3}):
         assert_like_oracle(cache, 2, config(64, **options))
@@ -224,11 +229,11 @@ def test_rows_in_sections(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_the_fused_kernel_cannot_hold_takes_the_single_verbs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "_MOST_CANDIDATES", 8)
-    monkeypatch.setattr(decode, "_SECTION_PAGES", 8)
-    monkeypatch.setattr(decode, "_LONG_SECTION_PAGES", 8)
+    monkeypatch.setattr(tuning, "_MOST_CANDIDATES", 8)
+    monkeypatch.setattr(tuning, "_SECTION_PAGES", 8)
+    monkeypatch.setattr(tuning, "_LONG_SECTION_PAGES", 8)
     cache = make_cache([200, 30])
-    assert decode.tune(cache.kv, 4, config(64)) is None
+    assert tuning.tune(cache.kv, 4, config(64)) is None
     assert_like_oracle(cache, 2, config(64))
 
 
@@ -236,18 +241,25 @@ def test_a_workspace_is_left_as_it_was_found() -> None:
     cache = make_cache([150, 20])
     settings = config(32)
     update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens, backend="triton")
-    workspace = decode.make_workspace(cache.kv, 4, settings)
-    assert workspace is not None
-    assert workspace.fits(cache.kv, 4, settings)
-    assert not workspace.fits(cache.kv, 8, settings)
-    for tensor in workspace[:-1]:
+    memory = workspace.make_workspace(cache.kv, 4, settings)
+    assert memory is not None
+    assert memory.fits(cache.kv, 4, settings)
+    assert not memory.fits(cache.kv, 8, settings)
+    for tensor in memory[:-1]:
         tensor.fill_(float("nan") if tensor.is_floating_point() else -7)
-    first = decode.quest_decode(query_for(cache, 2), cache.kv, cache.seq_lens, settings, 0.25, workspace=workspace)
-    again = decode.quest_decode(query_for(cache, 2), cache.kv, cache.seq_lens, settings, 0.25, workspace=workspace)
-    assert not workspace.counters.any()
+    first = decode.quest_decode(query_for(cache, 2), cache.kv, cache.seq_lens, settings, 0.25, workspace=memory)
+    again = decode.quest_decode(query_for(cache, 2), cache.kv, cache.seq_lens, settings, 0.25, workspace=memory)
+    assert not memory.counters.any()
     assert first is not None
     assert again is not None
     assert torch.equal(first[0], again[0])
+
+
+def test_a_workspace_of_another_backend_is_refused() -> None:
+    cache = make_cache([100])
+    other = DecodeWorkspace.for_cache(cache.kv, 4, config(32))
+    with pytest.raises(QuestValueError, match=r"workspace: got .DecodeWorkspace"):
+        decode.quest_decode(query_for(cache, 2), cache.kv, cache.seq_lens, config(32), 0.25, workspace=other)
 
 
 def test_metadata_in_pieces_equals_metadata_at_once() -> None:
@@ -260,6 +272,27 @@ def test_metadata_in_pieces_equals_metadata_at_once() -> None:
         before = cache.seq_lens.clamp(max={3: 0, 4: 3, 5: 4, 8: 5, 9: 8, 30: 9, 31: 30, 77: 31}[end])
         update_page_metadata(cache.kv, lengths, lengths - before, backend="triton")
     torch.testing.assert_close(cache.kv.metadata, at_once, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the assembler that Triton brings along is for x86-64")
+def test_every_kernel_compiles_for_a_hopper_gpu() -> None:
+    """The interpreter takes what the compiler refuses: a variable that changes its type in a loop, for one."""
+    script = Path(__file__).with_name("hopper.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(script)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    compiled = {line.split()[0] for line in done.stdout.splitlines()}
+    assert compiled == {
+        "_attend_kernel",
+        "_decode_kernel",
+        "_merge_sections_kernel",
+        "_score_kernel",
+        "_select_kernel",
+        "_update_kernel",
+        "merge_kernel",
+    }
 
 
 def test_float64_is_refused() -> None:

@@ -8,20 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from quest_attention.ops.selection import Selection
-from quest_attention.ops.triton.launch import check_kernel_dtype, dot, launch, lengths_argument, narrow
+from quest_attention.ops.triton.launch import LOG2_E, check_kernel_dtype, dot, launch, lengths_argument, narrow
+from quest_attention.ops.triton.merge import heads_merged_at_once, merge_kernel, store_partial
 from quest_attention.ops.triton.scores import group_block, load_query
 from quest_attention.pages import PagedKV
 
-__all__ = [
-    "attend_slots",
-    "heads_merged_at_once",
-    "merge_splits",
-    "sparse_decode_attention",
-    "split_slots",
-    "store_partial",
-]
+__all__ = ["attend_slots", "sparse_decode_attention"]
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-1e30)
 """Stands for the largest logit where there was none: finite, so that no difference is NaN."""
 
@@ -31,16 +24,9 @@ _MOST_PROGRAMS = 4096
 """Programs beyond which a row is shared by fewer."""
 _BLOCK_BYTES = 32768
 """K and V a program holds at once [bytes]."""
-_MERGE_ELEMENTS = tl.constexpr(2048)
-"""Channels of partial results that a merging program adds up at a time: more were slower, by 7 us with 8192."""
 
 
-def heads_merged_at_once(group: int) -> int:
-    """Query heads whose partial results one program merges side by side."""
-    return min(4, int(triton.next_power_of_2(group)))
-
-
-def split_slots(slots: int, page_size: int, rows: int) -> tuple[int, int]:
+def _split_slots(slots: int, page_size: int, rows: int) -> tuple[int, int]:
     """How many programs share a row, and how many pages each takes.
 
     Args:
@@ -73,7 +59,7 @@ def sparse_decode_attention(
     slots = selected.pages.shape[2]
     output = torch.empty(batch, query.shape[1], width, dtype=query.dtype, device=device)
     lse = torch.empty(batch, query.shape[1], dtype=torch.float32, device=device) if return_lse else None
-    splits, pages_per_split = split_slots(max(1, slots), kv.page_size, batch * heads)
+    splits, pages_per_split = _split_slots(max(1, slots), kv.page_size, batch * heads)
     partial = torch.empty(batch * heads, splits, group, width, dtype=torch.float32, device=device)
     partial_lse = torch.empty(batch * heads, splits, group, dtype=torch.float32, device=device)
     lengths, length = lengths_argument(seq_lens, kv)
@@ -120,7 +106,7 @@ def sparse_decode_attention(
         num_warps=2 if group == 1 else 4,
     )
     launch(
-        _merge_kernel,
+        merge_kernel,
         (batch * heads * triton.cdiv(group, merge_heads),),
         partial,
         partial_lse,
@@ -248,7 +234,7 @@ def _cap(logit, softcap, SOFTCAP: tl.constexpr):
     """Scaled logits in base 2, capped if asked."""
     if SOFTCAP:
         logit = softcap * _tanh(logit / softcap)
-    return logit * _LOG2_E
+    return logit * LOG2_E
 
 
 @triton.jit
@@ -352,127 +338,3 @@ def _attend_kernel(
     )
     at = (row.to(tl.int64) * splits + split) * GROUP + head
     store_partial(partial, partial_lse, at, largest, total, gathered, GROUP, BLOCK_G, VALUE_DIM, BLOCK_DV)
-
-
-@triton.jit
-def store_partial(
-    partial,
-    partial_lse,
-    at,  # [BLOCK_G]
-    largest,
-    total,
-    gathered,
-    GROUP: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
-    """Write what one split found: its output and the base-2 log-sum-exp that weighs it."""
-    is_head = tl.arange(0, BLOCK_G) < GROUP
-    channel = tl.arange(0, BLOCK_DV)
-    divisor = tl.where(total > 0, total, 1.0)
-    lse = tl.where(total > 0, largest + tl.log2(divisor), float("-inf"))
-    mine = gathered / divisor[:, None]
-    tl.store(partial_lse + at, lse, mask=is_head)
-    inside = is_head[:, None] & (channel < VALUE_DIM)[None, :]
-    tl.store(partial + at[:, None] * VALUE_DIM + channel[None, :], mine, mask=inside)
-
-
-@triton.jit
-def merge_splits(
-    partial,
-    partial_lse,
-    sinks,  # of the row's heads
-    output,  # of the row's heads
-    lse_out,  # of the row's heads
-    output_head_stride,
-    row,
-    splits,
-    first_head,
-    HAS_SINKS: tl.constexpr,
-    WITH_LSE: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    """Write the output, and the natural log-sum-exp if asked, of HEADS query heads from what their splits found."""
-    head = first_head + tl.arange(0, HEADS)
-    channel = tl.arange(0, BLOCK_DV)
-    is_head = head < GROUP
-    split = tl.arange(0, BLOCK_S)
-    at = (row.to(tl.int64) * splits + split[:, None]) * GROUP + head[None, :]
-    known = (split < splits)[:, None] & is_head[None, :]
-    # Another multiprocessor may have written them in this very launch: past the L1 cache.
-    lse = tl.load(partial_lse + at, mask=known, other=float("-inf"), cache_modifier=".cg")
-    largest = tl.maximum(tl.max(lse, 0), _LOWEST)  # [HEADS]
-    sink = largest
-    if HAS_SINKS:
-        sink = tl.load(sinks + head, mask=is_head, other=float("-inf")).to(tl.float32) * _LOG2_E
-        largest = tl.maximum(largest, sink)
-    total = tl.sum(tl.exp2(lse - largest[None, :]), 0)
-    if HAS_SINKS:  # one more logit that takes weight and gives no value
-        total += tl.exp2(sink - largest)
-    CHUNK: tl.constexpr = _MERGE_ELEMENTS // (HEADS * BLOCK_DV) if HEADS * BLOCK_DV < _MERGE_ELEMENTS else 1
-    merged = tl.zeros([CHUNK, HEADS, BLOCK_DV], tl.float32)
-    for start in range(0, splits, CHUNK):
-        part = start + tl.arange(0, CHUNK)
-        from_part = (row.to(tl.int64) * splits + part[:, None]) * GROUP + head[None, :]
-        is_part = (part < splits)[:, None] & is_head[None, :]
-        part_lse = tl.load(partial_lse + from_part, mask=is_part, other=float("-inf"), cache_modifier=".cg")
-        weight = tl.exp2(part_lse - largest[None, :])
-        wanted = (weight > 0)[:, :, None] & (channel < VALUE_DIM)[None, None, :]
-        found = partial + from_part[:, :, None] * VALUE_DIM + channel[None, None, :]
-        merged += weight[:, :, None] * tl.load(found, mask=wanted, other=0.0, cache_modifier=".cg")
-    divisor = tl.where(total > 0, total, 1.0)
-    merged = tl.sum(merged, 0) / divisor[:, None]
-    to = output + head[:, None] * output_head_stride + channel[None, :]
-    inside = is_head[:, None] & (channel < VALUE_DIM)[None, :]
-    tl.store(to, narrow(merged, output.dtype.element_ty), mask=inside)
-    if WITH_LSE:
-        lse_total = tl.where(total > 0, (largest + tl.log2(divisor)) / _LOG2_E, float("-inf"))
-        tl.store(lse_out + head, lse_total, mask=is_head)
-
-
-@triton.jit(do_not_specialize=["splits"])
-def _merge_kernel(
-    partial,
-    partial_lse,
-    sinks,
-    output,
-    lse,
-    output_batch_stride,
-    output_head_stride,
-    num_kv_heads,
-    splits,
-    HAS_SINKS: tl.constexpr,
-    WITH_LSE: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    shares: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    row = tl.program_id(0) // shares
-    b = (row // num_kv_heads).to(tl.int64)
-    first = (row % num_kv_heads).to(tl.int64) * GROUP
-    merge_splits(
-        partial,
-        partial_lse,
-        sinks + first,
-        output + b * output_batch_stride + first * output_head_stride,
-        lse + b * num_kv_heads * GROUP + first,
-        output_head_stride,
-        row,
-        splits,
-        (tl.program_id(0) % shares) * HEADS,
-        HAS_SINKS,
-        WITH_LSE,
-        GROUP,
-        HEADS,
-        VALUE_DIM,
-        BLOCK_DV,
-        BLOCK_S,
-    )

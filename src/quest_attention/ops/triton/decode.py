@@ -9,163 +9,24 @@ rest on the same), so whoever is waited for is running or done.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from quest_attention.config import QuestConfig
+from quest_attention.errors import QuestValueError
 from quest_attention.ops.selection import Selection, Workspace
-from quest_attention.ops.triton.attention import attend_slots, heads_merged_at_once, merge_splits, store_partial
+from quest_attention.ops.triton.attention import attend_slots
 from quest_attention.ops.triton.launch import check_kernel_dtype, launch, lengths_argument
+from quest_attention.ops.triton.merge import heads_merged_at_once, merge_splits, store_partial
 from quest_attention.ops.triton.scores import group_block, load_query, score_row
 from quest_attention.ops.triton.selection import DEAD, choose_pages, rank_scores, store_chosen
+from quest_attention.ops.triton.tuning import Tuning, tune
+from quest_attention.ops.triton.workspace import ATTENDED, CHOSEN, READY, SCORED, FusedWorkspace, make_workspace
 from quest_attention.pages import PagedKV
 
-__all__ = ["FusedWorkspace", "Tuning", "make_workspace", "quest_decode", "tune"]
-
-_READY = tl.constexpr(0)
-"""Counter of a row: its pages are chosen."""
-_ATTENDED = tl.constexpr(1)
-"""Counter of a row: programs that have attended."""
-_CHOSEN = tl.constexpr(2)
-"""Counter of a row: sections that have chosen their best pages."""
-_SCORED = tl.constexpr(32)
-"""Counters of a row from here on, one a section: programs that have scored. A cache line after the others [int32]."""
-
-_SECTION_PAGES = 2048
-"""Pages whose best are chosen by one program: 16 keys a thread, which leaves registers to those that score."""
-_LONG_SECTION_PAGES = 4096
-_MOST_CANDIDATES = 4096
-"""Pages from all sections among which one program chooses."""
-
-
-class Tuning(NamedTuple):
-    """Shape of a launch.
-
-    Attributes:
-        block_p: Pages scored at a time.
-        section_pages: Pages of a section of a row.
-        score_splits: Programs that score a section.
-        block_t: Tokens attended to at a time.
-        splits: Programs that attend to a row.
-        num_warps: Warps per program.
-        score_stages: Blocks of pages in flight per program.
-        attend_stages: Blocks of tokens in flight per program.
-        max_registers: Registers a thread may have; None leaves it to the compiler.
-    """
-
-    block_p: int
-    section_pages: int
-    score_splits: int
-    block_t: int
-    splits: int
-    num_warps: int = 4
-    score_stages: int = 1
-    attend_stages: int = 1
-    max_registers: int | None = None
-
-
-class FusedWorkspace(NamedTuple):
-    """Scratch memory of `quest_decode`; a launch leaves the counters at zero, as it found them.
-
-    Attributes:
-        scores: `[B * HKV, P]` float32.
-        best_ranks: `[B * HKV, sections * K]` float32.
-        best_pages: `[B * HKV, sections * K]` int32.
-        physical: `[B * HKV, K]` int32.
-        partial: `[B * HKV, splits, G, DV]` float32.
-        partial_lse: `[B * HKV, splits, G]` float32.
-        counters: `[B * HKV, 32 + sections]` int32, zero between launches.
-    """
-
-    scores: Tensor
-    best_ranks: Tensor
-    best_pages: Tensor
-    physical: Tensor
-    partial: Tensor
-    partial_lse: Tensor
-    counters: Tensor
-
-    def fits(self, kv: PagedKV, num_query_heads: int, config: QuestConfig) -> bool:
-        """Whether a step of this shape can use the workspace."""
-        tuning, rows = tune(kv, num_query_heads, config), kv.batch_size * kv.num_kv_heads
-        return (
-            tuning is not None
-            and self.scores.shape == (rows, kv.max_pages)
-            and self.physical.shape == (rows, min(kv.max_pages, config.page_slots))
-            and self.partial.shape[1:3] == (tuning.splits, num_query_heads // kv.num_kv_heads)
-            and self.partial.shape[3] == kv.values.shape[-1]
-            and self.scores.device == kv.keys.device
-        )
-
-
-def make_workspace(
-    kv: PagedKV, num_query_heads: int, config: QuestConfig, tuning: Tuning | None = None
-) -> FusedWorkspace | None:
-    """Memory for steps of this shape; None where the fused kernel cannot hold it."""
-    tuning = tuning or tune(kv, num_query_heads, config)
-    if tuning is None:
-        return None
-    rows, device = kv.batch_size * kv.num_kv_heads, kv.keys.device
-    group, slots = num_query_heads // kv.num_kv_heads, min(kv.max_pages, config.page_slots)
-    sections = triton.cdiv(kv.max_pages, tuning.section_pages)
-
-    def integers(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=device)
-
-    return FusedWorkspace(
-        torch.empty(rows, kv.max_pages, dtype=torch.float32, device=device),
-        torch.empty(rows, sections * slots, dtype=torch.float32, device=device),
-        integers(rows, sections * slots),
-        integers(rows, slots),
-        torch.empty(rows, tuning.splits, group, kv.values.shape[-1], dtype=torch.float32, device=device),
-        torch.empty(rows, tuning.splits, group, dtype=torch.float32, device=device),
-        integers(rows, _SCORED.value + sections).zero_(),
-    )
-
-
-def tune(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Tuning | None:
-    """Launch shape for a problem, or None where the fused kernel cannot hold it: long rows with a large budget."""
-    rows, max_pages = kv.batch_size * kv.num_kv_heads, kv.max_pages
-    group, slots = num_query_heads // kv.num_kv_heads, min(max_pages, config.page_slots)
-    section_pages = _SECTION_PAGES
-    if triton.cdiv(max_pages, section_pages) * slots > _MOST_CANDIDATES:
-        section_pages = _LONG_SECTION_PAGES
-    sections = triton.cdiv(max_pages, section_pages)
-    if sections > 1 and sections * slots > _MOST_CANDIDATES:
-        return None
-    is_small = rows * max_pages <= _SMALL_PAGES
-    if group == 1:
-        shape = _SINGLE_HEAD
-    elif is_small:
-        shape = _SMALL_GROUP
-    else:
-        shape = _GROUP
-    tiles = triton.cdiv(min(max_pages, section_pages), shape.block_p)
-    programs = _SCORING_PROGRAMS * (2 if group == 1 else 1)
-    score_splits = tiles if is_small else min(tiles, max(8, triton.cdiv(programs, rows * sections)))
-    splits = min(slots, 32, max(8, triton.cdiv(_ATTENDING_PROGRAMS, rows)))
-    shape = shape._replace(section_pages=section_pages, score_splits=score_splits, splits=splits)
-    widening = triton.next_power_of_2(kv.head_dim * kv.keys.element_size()) // _TUNED_BYTES
-    if widening > 1:  # larger heads fill the registers with fewer tokens
-        shape = shape._replace(block_t=max(16, shape.block_t // widening), max_registers=None)
-    return shape
-
-
-# Measured on an H200 at head_dim 128 in bfloat16; section_pages and the splits follow from the problem.
-_SINGLE_HEAD = Tuning(32, 0, 0, 32, 0, num_warps=4, max_registers=96)
-_GROUP = Tuning(32, 0, 0, 32, 0, num_warps=4, score_stages=3, attend_stages=3)
-_SMALL_GROUP = Tuning(64, 0, 0, 64, 0, num_warps=8, max_registers=80)
-_TUNED_BYTES = 256
-"""Bytes of a token's key for which the shapes above were measured."""
-_SMALL_PAGES = 32768
-"""Pages of a batch below which latency counts, not bandwidth: more warps, one block a program."""
-_SCORING_PROGRAMS = 528
-_ATTENDING_PROGRAMS = 512
-"""Programs that fill an H200: four on each of its 132 multiprocessors."""
+__all__ = ["quest_decode"]
 
 
 def quest_decode(
@@ -189,7 +50,8 @@ def quest_decode(
     slots = min(kv.max_pages, config.page_slots)
     if workspace is None:
         workspace = make_workspace(kv, query.shape[1], config, tuning)
-    assert isinstance(workspace, FusedWorkspace), "make_workspace of this backend gave it"
+    if not isinstance(workspace, FusedWorkspace):
+        raise QuestValueError("workspace", type(workspace).__name__, "what make_workspace gives for this backend")
     output = torch.empty(batch, query.shape[1], width, dtype=query.dtype, device=device)
     pages = torch.empty(batch, heads, slots, dtype=torch.int32, device=device)
     counts = torch.empty(batch, dtype=torch.int32, device=device)
@@ -271,7 +133,7 @@ def _raise_flag(row_counters, counts, b, h, count):
     if h == 0:
         tl.store(counts + b, count)
     tl.debug_barrier()
-    tl.atomic_xchg(row_counters + _READY, 1, sem="release", scope="gpu")
+    tl.atomic_xchg(row_counters + READY, 1, sem="release", scope="gpu")
 
 
 @triton.jit(
@@ -373,7 +235,7 @@ def _decode_kernel(
     row_query = query + b * query_batch_stride + h * GROUP * query_head_stride
     row_table = page_table + b * table_stride
     row_physical = physical + row.to(tl.int64) * slots
-    row_counters = counters + row * (_SCORED + sections)
+    row_counters = counters + row * (SCORED + sections)
     if is_scoring:
         section = (program // score_splits) % sections
         first = section * SECTION_PAGES
@@ -411,7 +273,7 @@ def _decode_kernel(
                 tl.store(row_scores + page, score, mask=page < last)
                 ahead = tl.load(row_table + page + step, mask=page + step < max_pages, other=0)
             tl.debug_barrier()  # every thread's scores are written before the program says so
-            arrived = tl.atomic_add(row_counters + _SCORED + section, 1, sem="acq_rel", scope="gpu")
+            arrived = tl.atomic_add(row_counters + SCORED + section, 1, sem="acq_rel", scope="gpu")
             if arrived == score_splits - 1:
                 among = first + tl.arange(0, BLOCK_A)
                 is_live = among < last
@@ -431,7 +293,7 @@ def _decode_kernel(
                     tl.store(best_ranks + at + unused, DEAD, mask=(unused >= num_here) & (unused < slots))
                     tl.debug_barrier()
                     live_sections = tl.cdiv(total, SECTION_PAGES)
-                    arrived = tl.atomic_add(row_counters + _CHOSEN, 1, sem="acq_rel", scope="gpu")
+                    arrived = tl.atomic_add(row_counters + CHOSEN, 1, sem="acq_rel", scope="gpu")
                     if arrived == live_sections - 1:
                         candidate = tl.arange(0, BLOCK_C)
                         is_known = candidate < live_sections * slots
@@ -453,9 +315,9 @@ def _decode_kernel(
     else:
         split = (program - num_scoring) % splits
         q = load_query(row_query, query_head_stride, GROUP, BLOCK_G, HEAD_DIM, BLOCK_D)
-        ready = tl.atomic_add(row_counters + _READY, 0, sem="acquire", scope="gpu")
+        ready = tl.atomic_add(row_counters + READY, 0, sem="acquire", scope="gpu")
         while ready == 0:
-            ready = tl.atomic_add(row_counters + _READY, 0, sem="acquire", scope="gpu")
+            ready = tl.atomic_add(row_counters + READY, 0, sem="acquire", scope="gpu")
         first_slot = split * pages_per_split
         # Pages ascend, so the part-filled one is last and the tokens of the list end where the sequence does.
         tokens = (count - 1) * PAGE_SIZE + (end - 1) % PAGE_SIZE + 1
@@ -491,7 +353,7 @@ def _decode_kernel(
         at = (row.to(tl.int64) * splits + split) * GROUP + tl.arange(0, BLOCK_G)
         store_partial(partial, partial_lse, at, largest, weight, gathered, GROUP, BLOCK_G, VALUE_DIM, BLOCK_DV)
         tl.debug_barrier()
-        arrived = tl.atomic_add(row_counters + _ATTENDED, 1, sem="acq_rel", scope="gpu")
+        arrived = tl.atomic_add(row_counters + ATTENDED, 1, sem="acq_rel", scope="gpu")
         if arrived == splits - 1:
             for first_head in tl.static_range(0, GROUP, HEADS):
                 merge_splits(
@@ -513,8 +375,8 @@ def _decode_kernel(
                     BLOCK_S,
                 )
             # Everybody has passed: the next launch finds the counters as this one did.
-            tl.store(row_counters + _READY, 0)
-            tl.store(row_counters + _ATTENDED, 0)
-            tl.store(row_counters + _CHOSEN, 0)
+            tl.store(row_counters + READY, 0)
+            tl.store(row_counters + ATTENDED, 0)
+            tl.store(row_counters + CHOSEN, 0)
             for section in range(sections):
-                tl.store(row_counters + _SCORED + section, 0)
+                tl.store(row_counters + SCORED + section, 0)

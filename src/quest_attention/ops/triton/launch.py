@@ -12,8 +12,21 @@ from torch import Tensor
 from quest_attention.errors import QuestValueError
 from quest_attention.pages import PagedKV
 
-__all__ = ["check_kernel_dtype", "dot", "is_interpreted", "launch", "lengths_argument", "narrow"]
+__all__ = [
+    "FUSED_ARITHMETIC",
+    "LOG2_E",
+    "check_kernel_dtype",
+    "dot",
+    "is_interpreted",
+    "launch",
+    "lengths_argument",
+    "narrow",
+]
 
+FUSED_ARITHMETIC = {"enable_fp_fusion": True}
+"""Multiply and add in one rounding: said here, because Triton's default changes after 3.9, which warns of it."""
+LOG2_E = tl.constexpr(1.4426950408889634)
+"""Kernels work with powers of two, which the hardware has."""
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -42,6 +55,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     """Start a kernel on the device of its first tensor; nothing to do where the grid is empty."""
     if grid[0] == 0:
         return
+    options |= FUSED_ARITHMETIC
     device = arguments[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
