@@ -18,12 +18,14 @@ from quest_attention import (
     BackendError,
     QuestConfig,
     QuestValueError,
+    quest_decode,
     score_pages,
     select_pages,
     sparse_decode_attention,
     update_page_metadata,
 )
 from quest_attention.ops import DecodeWorkspace, reference, resolve_backend, torch_backend
+from quest_attention.pages import PagedKV
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux")
 tl = pytest.importorskip("triton.language")
@@ -293,6 +295,19 @@ def test_every_kernel_compiles_for_a_hopper_gpu() -> None:
         "_update_kernel",
         "merge_kernel",
     }
+
+
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize(("batch", "pages"), [(0, 4), (2, 0)])
+def test_no_sequences_and_no_pages(batch: int, pages: int, group: int) -> None:
+    kv = make_cache([40]).kv
+    empty = PagedKV(kv.keys, kv.values, kv.metadata, torch.zeros(batch, pages, dtype=torch.int32))
+    query, lengths = torch.randn(batch, 2 * group, 16), torch.zeros(batch, dtype=torch.int32)
+    update_page_metadata(empty, lengths, lengths, backend="triton")
+    step = quest_decode(query, empty, lengths, config(32))
+    assert step.output.shape == query.shape
+    assert not step.output.any()
+    assert not step.selected.counts.any()
 
 
 def test_float64_is_refused() -> None:

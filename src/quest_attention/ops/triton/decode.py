@@ -43,7 +43,7 @@ def quest_decode(
     """See `ops.quest_decode`. None where the fused kernel cannot hold the problem; the single verbs can."""
     check_kernel_dtype(kv)
     tuning = tuning or tune(kv, query.shape[1], config)
-    if tuning is None or query.shape[0] == 0:
+    if tuning is None:
         return None
     batch, heads, device = kv.batch_size, kv.num_kv_heads, query.device
     group, width, rows = query.shape[1] // heads, kv.values.shape[-1], batch * heads

@@ -58,8 +58,10 @@ _ATTENDING_PROGRAMS = 512
 
 
 def tune(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Tuning | None:
-    """Launch shape for a problem, or None where the fused kernel cannot hold it: long rows with a large budget."""
+    """Launch shape for a problem; None where the fused kernel cannot hold it: no rows, or long ones and a large budget."""
     rows, max_pages = kv.batch_size * kv.num_kv_heads, kv.max_pages
+    if rows == 0 or max_pages == 0:
+        return None
     group, slots = num_query_heads // kv.num_kv_heads, min(max_pages, config.page_slots)
     section_pages = _SECTION_PAGES
     if triton.cdiv(max_pages, section_pages) * slots > _MOST_CANDIDATES:
