@@ -58,7 +58,7 @@ _ATTENDING_PROGRAMS = 512
 
 
 def tune(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Tuning | None:
-    """Launch shape for a problem; None where the fused kernel cannot hold it: no rows, or long ones and a large budget."""
+    """Launch shape for a problem; None where the fused kernel cannot hold it: no rows, or long ones, large budgets."""
     rows, max_pages = kv.batch_size * kv.num_kv_heads, kv.max_pages
     if rows == 0 or max_pages == 0:
         return None
