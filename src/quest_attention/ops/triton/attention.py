@@ -10,35 +10,14 @@ from torch import Tensor
 from quest_attention.ops.selection import Selection
 from quest_attention.ops.triton.launch import LOG2_E, check_kernel_dtype, dot, launch, lengths_argument, narrow
 from quest_attention.ops.triton.merge import heads_merged_at_once, merge_kernel, store_partial
-from quest_attention.ops.triton.scores import group_block, load_query
+from quest_attention.ops.triton.scores import dot_block, load_query
+from quest_attention.ops.triton.tuning import ATTEND_STAGES, attended_block, attending_programs
 from quest_attention.pages import PagedKV
 
 __all__ = ["attend_slots", "sparse_decode_attention"]
 
 _LOWEST = tl.constexpr(-1e30)
 """Stands for the largest logit where there was none: finite, so that no difference is NaN."""
-
-_TOKENS_PER_PROGRAM = 128
-"""Tokens a program attends to, where there are enough of them: 64 KB of K and V in bf16 at head_dim 128."""
-_MOST_PROGRAMS = 4096
-"""Programs beyond which a row is shared by fewer."""
-_BLOCK_BYTES = 32768
-"""K and V a program holds at once [bytes]."""
-
-
-def _split_slots(slots: int, page_size: int, rows: int) -> tuple[int, int]:
-    """How many programs share a row, and how many pages each takes.
-
-    Args:
-        slots: Pages a row may have.
-        page_size: Tokens per page.
-        rows: Sequences times KV heads.
-    """
-    pages = max(1, _TOKENS_PER_PROGRAM // page_size)
-    most = max(1, _MOST_PROGRAMS // max(1, rows))
-    splits = min(triton.cdiv(slots, pages), most)
-    pages = triton.cdiv(slots, splits)
-    return triton.cdiv(slots, pages), pages
 
 
 def sparse_decode_attention(
@@ -59,7 +38,7 @@ def sparse_decode_attention(
     slots = selected.pages.shape[2]
     output = torch.empty(batch, query.shape[1], width, dtype=query.dtype, device=device)
     lse = torch.empty(batch, query.shape[1], dtype=torch.float32, device=device) if return_lse else None
-    splits, pages_per_split = _split_slots(max(1, slots), kv.page_size, batch * heads)
+    splits = attending_programs(slots, kv.page_size, batch * heads)
     partial = torch.empty(batch * heads, splits, group, width, dtype=torch.float32, device=device)
     partial_lse = torch.empty(batch * heads, splits, group, dtype=torch.float32, device=device)
     lengths, length = lengths_argument(seq_lens, kv)
@@ -90,20 +69,20 @@ def sparse_decode_attention(
         heads,
         slots,
         splits,
-        pages_per_split,
+        triton.cdiv(slots, splits),
         RAGGED=isinstance(seq_lens, Tensor),
         MASKED=token_mask is not None,
         SOFTCAP=softcap is not None,
         PAGE_SIZE=kv.page_size,
         GROUP=group,
-        BLOCK_G=group_block(group),
+        BLOCK_G=dot_block(group),
         HEAD_DIM=kv.head_dim,
         BLOCK_D=max(16, triton.next_power_of_2(kv.head_dim)),
         VALUE_DIM=width,
         BLOCK_DV=max(16, triton.next_power_of_2(width)),
-        BLOCK_T=_block_t(kv, group),
-        STAGES=1 if group == 1 else 2,
-        num_warps=2 if group == 1 else 4,
+        BLOCK_T=attended_block(kv),
+        STAGES=ATTEND_STAGES,
+        num_warps=4,
     )
     launch(
         merge_kernel,
@@ -126,12 +105,6 @@ def sparse_decode_attention(
         num_warps=4,
     )
     return output, lse
-
-
-def _block_t(kv: PagedKV, group: int) -> int:
-    """Tokens a program holds at once."""
-    token_bytes = (kv.head_dim + kv.values.shape[-1]) * kv.keys.element_size()
-    return max(16, min(32 if group == 1 else 64, int(triton.next_power_of_2(_BLOCK_BYTES // token_bytes))))
 
 
 @triton.jit
@@ -174,7 +147,8 @@ def attend_slots(
     """
     channel = tl.arange(0, BLOCK_D)
     value_channel = tl.arange(0, BLOCK_DV)
-    # A single head keeps one softmax per token of the block, merged once at the end: nothing crosses warps in the loop.
+    # Without a matrix product each token of the block keeps a softmax of its own, merged once at the end: nothing
+    # crosses warps in the loop.
     LANES: tl.constexpr = BLOCK_T if BLOCK_G == 1 else BLOCK_G
     largest = tl.full([LANES], _LOWEST, tl.float32)
     total = tl.zeros([LANES], tl.float32)

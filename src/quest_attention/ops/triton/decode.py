@@ -110,7 +110,7 @@ def quest_decode(
         BLOCK_A=max(16, triton.next_power_of_2(section_pages)),
         BLOCK_C=triton.next_power_of_2(sections * slots),
         BLOCK_K=triton.next_power_of_2(slots),
-        BLOCK_S=triton.next_power_of_2(tuning.splits),
+        BLOCK_S=max(64, triton.next_power_of_2(tuning.splits)),
         SCORE_STAGES=tuning.score_stages,
         ATTEND_STAGES=tuning.attend_stages,
         num_warps=tuning.num_warps,
@@ -221,9 +221,10 @@ def _decode_kernel(
     ATTEND_STAGES: tl.constexpr,
 ):
     program = tl.program_id(0)
-    num_scoring = rows * sections * score_splits
-    is_scoring = program < num_scoring
-    row = tl.where(is_scoring, program // (sections * score_splits), (program - num_scoring) // splits)
+    scorers = sections * score_splits  # programs that score a row
+    is_scoring = program < rows * scorers
+    row = tl.where(is_scoring, program // scorers, (program - rows * scorers) // splits)
+    part = tl.where(is_scoring, program % scorers, (program - rows * scorers) % splits)
     b = (row // num_kv_heads).to(tl.int64)
     h = (row % num_kv_heads).to(tl.int64)
     end = length
@@ -237,10 +238,10 @@ def _decode_kernel(
     row_physical = physical + row.to(tl.int64) * slots
     row_counters = counters + row * (SCORED + sections)
     if is_scoring:
-        section = (program // score_splits) % sections
+        section = part // score_splits
         first = section * SECTION_PAGES
         last = tl.minimum(first + SECTION_PAGES, total)
-        split = program % score_splits
+        split = part % score_splits
         row_pages = pages + row.to(tl.int64) * slots
         step = score_splits * BLOCK_P
         # Asked for before the length is known, so that the two wait together.
@@ -271,7 +272,8 @@ def _decode_kernel(
                     BLOCK_D,
                 )
                 tl.store(row_scores + page, score, mask=page < last)
-                ahead = tl.load(row_table + page + step, mask=page + step < max_pages, other=0)
+                if SCORE_STAGES == 1:  # else the compiler reads ahead
+                    ahead = tl.load(row_table + page + step, mask=page + step < max_pages, other=0)
             tl.debug_barrier()  # every thread's scores are written before the program says so
             arrived = tl.atomic_add(row_counters + SCORED + section, 1, sem="acq_rel", scope="gpu")
             if arrived == score_splits - 1:
@@ -313,12 +315,11 @@ def _decode_kernel(
                     _publish(row_pages, row_physical, among, where, chosen, count, slots, BLOCK_K)
                     _raise_flag(row_counters, counts, b, h, count)
     else:
-        split = (program - num_scoring) % splits
         q = load_query(row_query, query_head_stride, GROUP, BLOCK_G, HEAD_DIM, BLOCK_D)
         ready = tl.atomic_add(row_counters + READY, 0, sem="acquire", scope="gpu")
         while ready == 0:
             ready = tl.atomic_add(row_counters + READY, 0, sem="acquire", scope="gpu")
-        first_slot = split * pages_per_split
+        first_slot = part * pages_per_split
         # Pages ascend, so the part-filled one is last and the tokens of the list end where the sequence does.
         tokens = (count - 1) * PAGE_SIZE + (end - 1) % PAGE_SIZE + 1
         largest, weight, gathered = attend_slots(
@@ -350,7 +351,7 @@ def _decode_kernel(
             BLOCK_T,
             ATTEND_STAGES,
         )
-        at = (row.to(tl.int64) * splits + split) * GROUP + tl.arange(0, BLOCK_G)
+        at = (row.to(tl.int64) * splits + part) * GROUP + tl.arange(0, BLOCK_G)
         store_partial(partial, partial_lse, at, largest, weight, gathered, GROUP, BLOCK_G, VALUE_DIM, BLOCK_DV)
         tl.debug_barrier()
         arrived = tl.atomic_add(row_counters + ATTENDED, 1, sem="acq_rel", scope="gpu")

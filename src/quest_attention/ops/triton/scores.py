@@ -13,20 +13,24 @@ from torch import Tensor
 
 from quest_attention.config import GroupReduction
 from quest_attention.ops.triton.launch import check_kernel_dtype, dot, launch, lengths_argument
+from quest_attention.ops.triton.tuning import scored_block, scoring_programs
 from quest_attention.pages import PagedKV
 
-__all__ = ["group_block", "load_query", "score_pages", "score_row"]
-
-_BLOCK_P = 32
-"""Pages scored at a time: 16 KB of bounds in bf16 at head_dim 128."""
+__all__ = ["dot_block", "group_block", "load_query", "score_pages", "score_row"]
 
 _SMALLEST_DOT = 16
 """Fewest rows of a matrix product on a tensor core."""
 
 
+def dot_block(group: int) -> int:
+    """Rows a kernel gives a GQA group in a matrix product."""
+    rows: int = triton.next_power_of_2(group)
+    return max(_SMALLEST_DOT, rows)
+
+
 def group_block(group: int) -> int:
-    """Rows a kernel gives a GQA group: 1 for a single head, which needs no matrix product, else as a product wants."""
-    return 1 if group == 1 else max(_SMALLEST_DOT, triton.next_power_of_2(group))
+    """The same where a single head does without a matrix product."""
+    return 1 if group == 1 else dot_block(group)
 
 
 def score_pages(
@@ -44,7 +48,8 @@ def score_pages(
     scores = torch.empty(shape, dtype=torch.float32, device=query.device) if out is None else out
     lengths, length = lengths_argument(seq_lens, kv)
     mask = query if token_mask is None else token_mask
-    splits = triton.cdiv(kv.max_pages, _BLOCK_P)
+    block, stages = scored_block(kv, group)
+    splits = scoring_programs(kv.max_pages, block, batch * heads)
     launch(
         _score_kernel,
         (batch * heads * splits,),
@@ -73,7 +78,8 @@ def score_pages(
         BLOCK_G=group_block(group),
         HEAD_DIM=kv.head_dim,
         BLOCK_D=max(16, triton.next_power_of_2(kv.head_dim)),
-        BLOCK_P=_BLOCK_P,
+        BLOCK_P=block,
+        STAGES=stages,
         num_warps=4,
     )
     return scores
@@ -161,6 +167,7 @@ def _score_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     program = tl.program_id(0)
     split = program % splits
@@ -170,23 +177,23 @@ def _score_kernel(
     end = length
     if RAGGED:
         end = tl.load(seq_lens + b).to(tl.int32)
-    page = split * BLOCK_P + tl.arange(0, BLOCK_P)
-    is_live = page * PAGE_SIZE < end
-    out = scores + b * score_batch_stride + h * score_head_stride + page
-    score = tl.full([BLOCK_P], float("-inf"), tl.float32)
-    if split * BLOCK_P * PAGE_SIZE < end:
-        q = load_query(
-            query + b * query_batch_stride + h * GROUP * query_head_stride,
-            query_head_stride,
-            GROUP,
-            BLOCK_G,
-            HEAD_DIM,
-            BLOCK_D,
-        )
+    row_table = page_table + b * table_stride
+    out = scores + b * score_batch_stride + h * score_head_stride
+    q = load_query(
+        query + b * query_batch_stride + h * GROUP * query_head_stride,
+        query_head_stride,
+        GROUP,
+        BLOCK_G,
+        HEAD_DIM,
+        BLOCK_D,
+    )
+    for first in tl.range(split * BLOCK_P, max_pages, splits * BLOCK_P, num_stages=STAGES):
+        page = first + tl.arange(0, BLOCK_P)
+        is_live = page * PAGE_SIZE < end
         score = score_row(
             q,
             metadata + h * meta_head_stride,
-            tl.load(page_table + b * table_stride + page, mask=is_live, other=0),
+            tl.load(row_table + page, mask=is_live, other=0),
             is_live,
             meta_page_stride,
             meta_side_stride,
@@ -202,5 +209,4 @@ def _score_kernel(
             known = (token < PAGE_SIZE)[None, :] & (position < end) & (position < mask_width)
             seen = tl.load(token_mask + b * mask_stride + position, mask=known, other=0)
             is_live = is_live & (tl.max(seen.to(tl.int32), 1) > 0)
-        score = tl.where(is_live, score, float("-inf"))
-    tl.store(out, score, mask=page < max_pages)
+        tl.store(out + page, tl.where(is_live, score, float("-inf")), mask=page < max_pages)

@@ -1,4 +1,4 @@
-"""`Tuning`: the shape of the fused kernel's launch, chosen for a problem from what was measured."""
+"""`Tuning`: the shapes of the launches, chosen for a problem from what was measured on an H200."""
 
 from __future__ import annotations
 
@@ -9,13 +9,33 @@ import triton
 from quest_attention.config import QuestConfig
 from quest_attention.pages import PagedKV
 
-__all__ = ["Tuning", "tune"]
+__all__ = [
+    "ATTEND_STAGES",
+    "Tuning",
+    "attended_block",
+    "attending_programs",
+    "scored_block",
+    "scoring_programs",
+    "tune",
+]
+
+ATTEND_STAGES = 3
+"""Depth of the pipeline that loads a page's number, then its keys and values, then uses them."""
+_SCORE_STAGES = 3
+"""The same for a page's number and its bounds, where a matrix product scores them."""
 
 _SECTION_PAGES = 2048
 """Pages whose best are chosen by one program: 16 keys a thread, which leaves registers to those that score."""
 _LONG_SECTION_PAGES = 4096
 _MOST_CANDIDATES = 4096
 """Pages from all sections among which one program chooses."""
+
+_BLOCK_BYTES = 32768
+"""Keys and values, or bounds, that a program loads at once [bytes]."""
+_PROGRAMS = 528
+"""Programs that fill an H200: four on each of its 132 multiprocessors."""
+_LEAST_TOKENS = 64
+"""Fewest tokens worth a program."""
 
 
 class Tuning(NamedTuple):
@@ -46,15 +66,46 @@ class Tuning(NamedTuple):
 
 # Measured on an H200 at head_dim 128 in bfloat16; section_pages and the splits follow from the problem.
 _SINGLE_HEAD = Tuning(32, 0, 0, 32, 0, num_warps=4, max_registers=96)
-_GROUP = Tuning(32, 0, 0, 32, 0, num_warps=4, score_stages=3, attend_stages=3)
-_SMALL_GROUP = Tuning(64, 0, 0, 64, 0, num_warps=8, max_registers=80)
+_SHORT_ROWS = Tuning(64, 0, 0, 64, 0, num_warps=8, max_registers=80)
+_FEW_ROWS = Tuning(64, 0, 0, 64, 0, num_warps=8, score_stages=3, max_registers=64)
+_MANY_ROWS = Tuning(64, 0, 0, 64, 0, num_warps=4, score_stages=3, attend_stages=3)
+_MANY_NARROW_ROWS = Tuning(32, 0, 0, 32, 0, num_warps=4, score_stages=5, attend_stages=5, max_registers=80)
+"""Long rows with bounds in 8 bits: less to wait for, more to convert."""
+_LEAST_SHARES = 8
+"""Programs among which a row is shared at least, so that it is done soon."""
 _TUNED_BYTES = 256
 """Bytes of a token's key for which the shapes above were measured."""
+_FEW = 32
+"""Rows up to which a row's programs wait for one another more than for memory."""
 _SMALL_PAGES = 32768
-"""Pages of a batch below which latency counts, not bandwidth: more warps, one block a program."""
-_SCORING_PROGRAMS = 528
-_ATTENDING_PROGRAMS = 512
-"""Programs that fill an H200: four on each of its 132 multiprocessors."""
+"""Pages of all rows up to which the same holds for a program's loads."""
+
+
+def _block(most: int, item_bytes: int) -> int:
+    """How many items a program loads at once: a power of two from 16 to `most`."""
+    fits: int = triton.next_power_of_2(_BLOCK_BYTES // item_bytes)
+    return max(16, min(most, fits))
+
+
+def attended_block(kv: PagedKV) -> int:
+    """Tokens attended to at a time."""
+    return _block(64, (kv.head_dim + kv.values.shape[-1]) * kv.keys.element_size())
+
+
+def attending_programs(slots: int, page_size: int, rows: int) -> int:
+    """Programs that attend to a row of so many pages, one of so many rows."""
+    return max(1, min(-(-slots * page_size // _LEAST_TOKENS), -(-_PROGRAMS // max(1, rows))))
+
+
+def scored_block(kv: PagedKV, group: int) -> tuple[int, int]:
+    """Pages scored at a time, and the depth of the pipeline: a single head has no matrix product to wait for."""
+    page_bytes = 2 * kv.head_dim * kv.metadata.element_size()
+    return (_block(32, page_bytes), 1) if group == 1 else (_block(64, page_bytes), _SCORE_STAGES)
+
+
+def scoring_programs(pages: int, block: int, rows: int) -> int:
+    """Programs that score so many pages of a row, one of so many rows."""
+    return max(1, min(-(-pages // block), -(-2 * _PROGRAMS // max(1, rows))))
 
 
 def tune(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Tuning | None:
@@ -69,19 +120,26 @@ def tune(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Tuning | Non
     sections = triton.cdiv(max_pages, section_pages)
     if sections > 1 and sections * slots > _MOST_CANDIDATES:
         return None
-    is_small = rows * max_pages <= _SMALL_PAGES
-    if group == 1:
-        shape = _SINGLE_HEAD
-    elif is_small:
-        shape = _SMALL_GROUP
-    else:
-        shape = _GROUP
+    shape = _shape(group, rows, max_pages, sections > 1 and kv.metadata.element_size() == 1)
+    busy = 2 * _PROGRAMS * (2 if rows <= _FEW and sections > 1 else 1)
     tiles = triton.cdiv(min(max_pages, section_pages), shape.block_p)
-    programs = _SCORING_PROGRAMS * (2 if group == 1 else 1)
-    score_splits = tiles if is_small else min(tiles, max(8, triton.cdiv(programs, rows * sections)))
-    splits = min(slots, 32, max(8, triton.cdiv(_ATTENDING_PROGRAMS, rows)))
-    shape = shape._replace(section_pages=section_pages, score_splits=score_splits, splits=splits)
+    shape = shape._replace(
+        section_pages=section_pages,
+        score_splits=min(tiles, max(_LEAST_SHARES, busy // (rows * sections))),
+        splits=max(1, min(slots * kv.page_size // _LEAST_TOKENS, max(_LEAST_SHARES, 2 * _PROGRAMS // rows))),
+    )
     widening = triton.next_power_of_2(kv.head_dim * kv.keys.element_size()) // _TUNED_BYTES
     if widening > 1:  # larger heads fill the registers with fewer tokens
         shape = shape._replace(block_t=max(16, shape.block_t // widening), max_registers=None)
     return shape
+
+
+def _shape(group: int, rows: int, max_pages: int, is_narrow: bool) -> Tuning:
+    """What a program loads at once and how deep, for a problem of a kind."""
+    if group == 1:
+        return _SINGLE_HEAD
+    if rows * max_pages <= _SMALL_PAGES:
+        return _SHORT_ROWS
+    if rows <= _FEW:
+        return _FEW_ROWS
+    return _MANY_NARROW_ROWS if is_narrow else _MANY_ROWS
