@@ -13,6 +13,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST = $(TEST_ENV) $(1)/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 # Without PyTorch's own memory pool, whose blocks would hide an access past the end of a tensor.
+# Races are looked for in our kernels: cuDNN's attention, with which the tests compare, has reports of its own.
 SANITIZE = PYTHONPATH=src PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 SMALL_GPU_TESTS = $(PYTHON) -m pytest -m gpu tests/gpu -k test_small_shapes $(PYTEST_ARGS)
 
@@ -38,7 +39,7 @@ test-gpu: ## Run the tests that need an NVIDIA GPU, with the python3 and PyTorch
 
 sanitize-gpu: ## Run the kernels on small shapes under compute-sanitizer: memory accesses, then races
 	$(SANITIZE) --tool memcheck $(SMALL_GPU_TESTS)
-	$(SANITIZE) --tool racecheck $(SMALL_GPU_TESTS)
+	$(SANITIZE) --tool racecheck --kernel-regex-exclude kns=cudnn $(SMALL_GPU_TESTS)
 
 lint: $(NEWEST)/.installed ## Lint, formatting, types and the import contract
 	$(NEWEST)/bin/ruff check .

@@ -11,7 +11,8 @@ Arms, each over the same random keys and values:
 
 `dense` and `quest` differ in nothing but what they read. The time of a token is that between two calls of a logits
 processor, so it holds all that `generate()` does. `prefill` times a prompt with and without Quest. The run fails when
-an arm did not take the path it is named for. Weights are bfloat16; 4-bit weights are not timed.
+an arm did not take the path it is named for. Weights are bfloat16, and 4-bit in groups of 128 by torchao where the name
+of a model ends in -int4 (`pip install torchao`): the paper's 2.23x is with 4-bit weights.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from quest_attention.bench.record import write_record
 from quest_attention.bench.timing import percentiles
 
 PAGE_SIZE, NUM_DENSE_LAYERS = 16, 2
+INT4 = "-int4"
+"""Ends the name of a model whose linear layers have 4-bit weights."""
 WARMUP = 6
 """Tokens not counted: the first steps capture the graph."""
 
@@ -92,6 +95,7 @@ CASES = (
     *(Case("llama-3.1-8b", 1, length, ("stock", *LONG_ARMS)) for length in (32768, 131072)),
     Case("llama-3.1-8b", 1, 262144, LONG_ARMS),
     *(Case("llama-3.1-8b", 4, length, LONG_ARMS) for length in (32768, 131072)),
+    *(Case("llama-2-7b-int4", 1, length, LONG_ARMS) for length in (8192, 16384, 32768, 131072)),
 )
 PREFILL_LENGTHS = (8192, 32768)
 
@@ -114,14 +118,22 @@ class Clock:
 def make_model(name: str, device: torch.device, dtype: torch.dtype, seed: int) -> LlamaForCausalLM:
     """A Llama of random weights, made on the device."""
     torch.manual_seed(seed)
-    config = LlamaConfig(**MODELS[name], max_position_embeddings=1 << 20, bos_token_id=None, eos_token_id=None)
+    config = LlamaConfig(
+        **MODELS[name.removesuffix(INT4)], max_position_embeddings=1 << 20, bos_token_id=None, eos_token_id=None
+    )
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            return LlamaForCausalLM(config).eval()
+            model = LlamaForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(before)
+    if name.endswith(INT4):
+        from torchao.quantization import Int4WeightOnlyConfig, quantize_  # noqa: PLC0415 (for these models alone)
+
+        with torch.inference_mode(False), torch.no_grad():
+            quantize_(model.model, Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d"))
+    return model
 
 
 def fill(cache: Cache, model: LlamaForCausalLM, batch: int, length: int, seed: int) -> None:
@@ -203,7 +215,7 @@ def time_prefill(model: LlamaForCausalLM, length: int, repeats: int) -> dict[str
 
 
 def main(
-    models: Annotated[str, typer.Option(help="Shapes, comma-separated.")] = "llama-2-7b,llama-3.1-8b",
+    models: Annotated[str, typer.Option(help="Shapes, comma-separated.")] = "llama-2-7b,llama-3.1-8b,llama-2-7b-int4",
     longest: Annotated[int, typer.Option(help="Leave out longer contexts [tokens].")] = 1 << 20,
     tokens: Annotated[int, typer.Option(help="Counted tokens per arm.")] = 24,
     repeats: Annotated[int, typer.Option(help="Timings of a prefill.")] = 5,
@@ -249,7 +261,8 @@ def main(
                     numbers = (f"{row['ms']['p50']:.2f}", f"{ratio:.2f}x" if ratio else "", f"{row['share_read']:.1%}")
                     table.add_row(name, str(case.batch), str(case.context), arm, *numbers)
                     write()
-            for length in PREFILL_LENGTHS if name != "tiny" else (600,):
+            lengths = () if name.endswith(INT4) else PREFILL_LENGTHS if name != "tiny" else (600,)
+            for length in lengths:  # kernels for 4-bit weights are made for decoding
                 if length <= longest:
                     seconds = time_prefill(model, length, repeats)
                     rows.append({"model": name, "batch": 1, "context": length, "arm": "prefill", "seconds": seconds})

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quest_attention import QuestConfig, score_pages, select_pages, sparse_decode_attention, update_page_metadata
-from quest_attention.ops import Selection, make_workspace, quest_decode, resolve_backend
+from quest_attention.ops import Selection, append_token, make_workspace, quest_decode, resolve_backend
 from quest_attention.pages import FP8_METADATA, PagedKV, num_pages
 
 pytestmark = pytest.mark.gpu
@@ -130,8 +130,10 @@ def test_layouts_and_dtypes(layout: str, dtype: torch.dtype, group: int) -> None
 @pytest.mark.parametrize("narrow", [False, True])
 def test_small_shapes(group: int, narrow: bool) -> None:
     """What `make sanitize-gpu` runs under the memory and race checkers."""
-    kv, seq_lens = make_cache([100, 33, 0], heads=2, dim=64, narrow=narrow)
+    kv, seq_lens = make_cache([100, 33, 0], heads=2, dim=64, narrow=narrow, room=16)
     assert_step(kv, seq_lens, 2 * group, QuestConfig(48))
+    fresh = torch.randn(2, 3, 2, 64, dtype=torch.bfloat16, device="cuda")
+    append_token(kv, fresh[0], fresh[1], seq_lens + 1)
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 7, 8, 16])
@@ -164,20 +166,15 @@ def test_a_context_of_a_million_tokens() -> None:
 @pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize("narrow", [False, True])
 def test_one_graph_while_sequences_grow(group: int, narrow: bool) -> None:
-    """A captured step (append the bounds, score, select, attend) gives the eager result across a page boundary."""
+    """A captured step (append a token, score, select, attend) gives the eager result across a page boundary."""
     kv, seq_lens = make_cache([3000, 2040, 500], heads=4, layout="contiguous", narrow=narrow, room=64)
-    assert kv.contiguous is not None
     query = torch.randn(3, 4 * group, 128, dtype=torch.bfloat16, device="cuda")
     config = QuestConfig(2048)
     workspace = make_workspace(kv, 4 * group, config)
-    keys, values = kv.contiguous.keys, kv.contiguous.values
-    rows = torch.arange(3, device="cuda")
     fresh = torch.randn(2, 3, 4, 128, dtype=torch.bfloat16, device="cuda")
 
     def step() -> tuple[Tensor, Tensor]:
-        keys[rows, :, seq_lens.long() - 1] = fresh[0]
-        values[rows, :, seq_lens.long() - 1] = fresh[1]
-        update_page_metadata(kv, seq_lens, 1)
+        append_token(kv, fresh[0], fresh[1], seq_lens)
         output, selected = quest_decode(query, kv, seq_lens, config, workspace=workspace)
         return output, selected.pages
 

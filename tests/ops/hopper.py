@@ -49,6 +49,8 @@ def run_all(dtype: torch.dtype, group: int, *, narrow: bool, host: bool, pages: 
     kv = PagedKV(keys, keys, bounds, torch.zeros(batch, pages, dtype=torch.int32))
     length = pages * page_size
     seq_lens: Any = length if host else torch.full((batch,), length, dtype=torch.int32)
+    if not host:
+        backend.append_token(kv, keys[:batch, 0], keys[:batch, 0], seq_lens)
     query = torch.empty(batch, heads * group, dim, dtype=dtype)
     mask = None if host else torch.ones(batch, length, dtype=torch.bool)
     backend.update_page_metadata(kv, seq_lens, length if host else 1)

@@ -24,7 +24,7 @@ from quest_attention import (
     sparse_decode_attention,
     update_page_metadata,
 )
-from quest_attention.ops import DecodeWorkspace, reference, resolve_backend, torch_backend
+from quest_attention.ops import DecodeWorkspace, append_token, reference, resolve_backend, torch_backend
 from quest_attention.pages import PagedKV
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux")
@@ -308,6 +308,26 @@ def test_no_sequences_and_no_pages(batch: int, pages: int, group: int) -> None:
     assert step.output.shape == query.shape
     assert not step.output.any()
     assert not step.selected.counts.any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("narrow", [False, True])
+def test_appending_tokens(layout: str, narrow: bool) -> None:
+    """Token by token from three lengths, over page boundaries: keys, values and bounds as the oracle writes them."""
+    caches = {name: make_cache([30, 7, 0], layout=layout, narrow=narrow) for name in ("triton", "torch", "reference")}
+    for name, cache in caches.items():
+        lengths = cache.seq_lens.clone()
+        lengths[2] = -1  # stays empty for a step
+        update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens, backend="reference")
+        torch.manual_seed(5)
+        for _ in range(10):
+            lengths += 1
+            keys, values = torch.randn(2, 3, 2, 16)
+            append_token(cache.kv, keys, values, lengths, backend=name)
+    for name in ("triton", "torch"):
+        for part in ("keys", "values", "metadata"):
+            mine, oracle = (getattr(caches[one].kv, part).float() for one in (name, "reference"))
+            torch.testing.assert_close(mine, oracle, rtol=0, atol=0, equal_nan=True)
 
 
 def test_float64_is_refused() -> None:

@@ -15,7 +15,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from quest_attention.errors import QuestValueError, UnsupportedModelError
 from quest_attention.hf.layer import LAYER_ATTRIBUTE, QuestLayer
-from quest_attention.ops import Selection, quest_decode, sparse_decode_attention
+from quest_attention.ops import quest_decode, sparse_decode_attention
 
 __all__ = ["EAGER_NAME", "SDPA_NAME", "AttentionForward", "register_attention"]
 
@@ -152,10 +152,8 @@ def _attend_captured(layer: QuestLayer, lengths: Tensor, query: Tensor, **kwargs
     }
     paged, backend = layer.paged, layer.config.backend
     if layer.is_dense:
-        every = torch.arange(paged.max_pages, dtype=torch.int32, device=query.device)
-        pages = every.expand(paged.batch_size, paged.num_kv_heads, -1)
         output, _ = sparse_decode_attention(
-            query[:, :, 0], paged, lengths, Selection(pages, lengths), **options, backend=backend
+            query[:, :, 0], paged, lengths, layer.every_page, **options, backend=backend
         )
     else:
         workspace = layer.workspaces.get(paged, query.shape[1], layer.config)

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestStateError, QuestValueError, QuestWarning
 from quest_attention.hf.counters import LayerCounter
-from quest_attention.ops import Selection, Workspace, make_workspace, update_page_metadata
+from quest_attention.ops import Selection, Workspace, append_token, make_workspace, update_page_metadata
 from quest_attention.pages import FP8_METADATA, PagedKV, num_pages
 
 __all__ = ["GROWTH", "LAYER_ATTRIBUTE", "OnSelect", "QuestLayer", "Workspaces"]
@@ -100,6 +100,7 @@ class QuestLayer(DynamicLayer):
         self._values: Tensor | None = None
         self._metadata: Tensor | None = None
         self._paged: PagedKV | None = None
+        self._every_page: Selection | None = None
         super().__init__()
 
     # transformers reads `layer.keys` and `layer.values`, and its base class sets both to None when it is made.
@@ -136,7 +137,7 @@ class QuestLayer(DynamicLayer):
         if self._paged is None:
             with torch.inference_mode(False):
                 metadata = self._metadata
-                if metadata is None:  # a dense layer: a placeholder of the right shape, written and read by nobody
+                if metadata is None:  # a dense layer in a graph: a placeholder of the right shape, read by nobody
                     batch, heads, capacity, dim = self._keys.shape
                     metadata = self._keys.new_empty(batch, heads, capacity // self.config.page_size, 2, dim)
                 self._paged = PagedKV.from_contiguous(self._keys, self._values, metadata)
@@ -146,6 +147,18 @@ class QuestLayer(DynamicLayer):
     def num_pages(self) -> int:
         """Pages that hold a token [pages]."""
         return num_pages(self._length, self.config.page_size)
+
+    @property
+    def every_page(self) -> Selection:
+        """All pages there is room for, as a dense layer reads them when only the device knows the length."""
+        if self._every_page is None:
+            paged = self.paged
+            with torch.inference_mode(False):
+                pages = torch.arange(paged.max_pages, dtype=torch.int32, device=paged.keys.device)
+                pages = pages.expand(paged.batch_size, paged.num_kv_heads, -1)
+                counts = torch.full((paged.batch_size,), paged.max_pages, dtype=torch.int32, device=pages.device)
+            self._every_page = Selection(pages, counts)
+        return self._every_page
 
     @property
     def address(self) -> int:
@@ -178,11 +191,11 @@ class QuestLayer(DynamicLayer):
             if not self.is_dense:
                 dtype = FP8_METADATA if self.config.metadata_dtype == "fp8" else keys.dtype
                 self._metadata = keys.new_empty(batch, heads, pages, 2, keys.shape[3], dtype=dtype)
-        self._paged = None
+        self._paged = self._every_page = None
         self.workspaces.clear()
 
     def _free(self) -> None:
-        self._keys = self._values = self._metadata = self._paged = None
+        self._keys = self._values = self._metadata = self._paged = self._every_page = None
         self._length = 0
         self.is_initialized = False
 
@@ -236,11 +249,7 @@ class QuestLayer(DynamicLayer):
     def _update_captured(self, keys: Tensor, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Write one token of each sequence where the device says; what the host knows moves on at each replay."""
         assert self._keys is not None and self._values is not None, "storage allocated"
-        position = (lengths[:1] - 1).long()  # sequences are equally long
-        self._keys.index_copy_(2, position, keys)
-        self._values.index_copy_(2, position, values)
-        if self._metadata is not None:
-            update_page_metadata(self.paged, lengths, 1, self.config.backend)
+        append_token(self.paged, keys[:, :, 0], values[:, :, 0], lengths, self.config.backend)
         everything = self._keys[:, :, :]
         setattr(everything, LAYER_ATTRIBUTE, self)
         return everything, self._values

@@ -1,6 +1,7 @@
 """The verbs of Quest, on a paged view of the KV cache.
 
     update_page_metadata     take new tokens into the bounds of their pages
+    append_token             write one token of each sequence, and take it into the bounds
     score_pages              bound the largest logit each page can give to the query
     select_pages             choose the pages to read
     sparse_decode_attention  attend to the tokens of the chosen pages
@@ -28,6 +29,7 @@ from quest_attention.ops.checks import (
     check_query,
     check_scores,
     check_selected,
+    check_token,
     check_token_mask,
 )
 from quest_attention.ops.dispatch import ResolvedBackend, resolve_backend
@@ -40,6 +42,7 @@ __all__ = [
     "ResolvedBackend",
     "Selection",
     "Workspace",
+    "append_token",
     "make_workspace",
     "quest_decode",
     "resolve_backend",
@@ -94,6 +97,34 @@ def update_page_metadata(
     if isinstance(seq_lens, int) and isinstance(num_new_tokens, int) and num_new_tokens > seq_lens:
         raise QuestValueError("num_new_tokens", num_new_tokens, f"at most seq_lens, {seq_lens}")
     resolve_backend(backend, kv.keys.device).verbs.update_page_metadata(kv, seq_lens, num_new_tokens)
+
+
+def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: Tensor, backend: Backend = "auto") -> None:
+    """Write one token of each sequence where its length says, and take it into the bounds of its page, in place.
+
+    For a decode step whose lengths only the device knows, as in a CUDA graph.
+
+    Args:
+        kv: The cache.
+        keys: `[B, HKV, D]`, dtype of the cache, channels side by side.
+        values: `[B, HKV, DV]`, likewise.
+        seq_lens: `[B]`, tokens per sequence, the new one included; 0 leaves a sequence alone [tokens].
+        backend: Which implementation runs.
+
+    Raises:
+        QuestValueError: A shape, dtype, device or length is wrong.
+        BackendError: The backend cannot run here.
+
+    >>> import torch
+    >>> kv = PagedKV.from_contiguous(torch.zeros(1, 1, 4, 1), torch.zeros(1, 1, 4, 1), torch.empty(1, 1, 2, 2, 1))
+    >>> append_token(kv, torch.full((1, 1, 1), 5.0), torch.ones(1, 1, 1), torch.tensor([3]))
+    >>> kv.contiguous.keys.flatten().tolist(), kv.contiguous.metadata[0, 0, 1].flatten().tolist()
+    ([0.0, 0.0, 5.0, 0.0], [5.0, 5.0])
+    """
+    check_token("keys", keys, kv.keys, kv.batch_size)
+    check_token("values", values, kv.values, kv.batch_size)
+    check_lengths("seq_lens", seq_lens, kv.batch_size, kv.max_pages * kv.page_size, kv.keys.device)
+    resolve_backend(backend, kv.keys.device).verbs.append_token(kv, keys, values, seq_lens)
 
 
 def score_pages(

@@ -11,7 +11,15 @@ from quest_attention.errors import QuestValueError
 from quest_attention.ops.selection import Selection
 from quest_attention.pages import PagedKV
 
-__all__ = ["check_attention", "check_lengths", "check_query", "check_scores", "check_selected", "check_token_mask"]
+__all__ = [
+    "check_attention",
+    "check_lengths",
+    "check_query",
+    "check_scores",
+    "check_selected",
+    "check_token",
+    "check_token_mask",
+]
 
 
 def check_query(query: Tensor, kv: PagedKV) -> None:
@@ -43,6 +51,19 @@ def check_lengths(name: str, lengths: Tensor | int, batch: int, most: int, devic
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > most:
             raise QuestValueError(name, [low, high], f"values from 0 to {most}: the page table holds no more")
+
+
+def check_token(name: str, token: Tensor, stored: Tensor, batch: int) -> None:
+    """One token of each sequence, `[B, HKV, D]`, to be written to pages `[N, page_size, HKV, D]`."""
+    shape = (batch, *stored.shape[2:])
+    if tuple(token.shape) != shape:
+        raise QuestValueError(f"{name}.shape", list(token.shape), str(list(shape)))
+    if token.dtype != stored.dtype:
+        raise QuestValueError(f"{name}.dtype", token.dtype, f"{stored.dtype}, as the cache")
+    if token.device != stored.device:
+        raise QuestValueError(f"{name}.device", str(token.device), f"{stored.device}, as the cache")
+    if token.stride(-1) != 1 and token.shape[-1] > 1:
+        raise QuestValueError(f"{name}.stride(-1)", token.stride(-1), "1: the channels of a token lie side by side")
 
 
 def check_token_mask(token_mask: Tensor | None, batch: int, device: torch.device) -> None:

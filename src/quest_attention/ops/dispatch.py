@@ -20,9 +20,11 @@ __all__ = ["FusedVerb", "ResolvedBackend", "Verbs", "resolve_backend"]
 
 
 class Verbs(Protocol):
-    """What a backend offers: the four verbs, checked arguments given. `ops` documents them."""
+    """What a backend offers: the verbs, checked arguments given. `ops` documents them."""
 
     def update_page_metadata(self, kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Tensor | int) -> None: ...
+
+    def append_token(self, kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: Tensor) -> None: ...
 
     def score_pages(
         self,

@@ -16,7 +16,14 @@ from torch import Tensor
 from quest_attention.config import GroupReduction, QuestConfig
 from quest_attention.pages import KEY_MAX, KEY_MIN, PagedKV, num_pages
 
-__all__ = ["quest_decode", "score_pages", "select_pages", "sparse_decode_attention", "update_page_metadata"]
+__all__ = [
+    "append_token",
+    "quest_decode",
+    "score_pages",
+    "select_pages",
+    "sparse_decode_attention",
+    "update_page_metadata",
+]
 
 
 def update_page_metadata(kv: PagedKV, seq_lens: list[int], num_new_tokens: list[int]) -> None:
@@ -32,6 +39,17 @@ def update_page_metadata(kv: PagedKV, seq_lens: list[int], num_new_tokens: list[
                     key_min = torch.minimum(kv.metadata[physical, h, KEY_MIN].to(key.dtype), key)
                 kv.metadata[physical, h, KEY_MAX] = _outward(key_max, kv.metadata.dtype, upward=True)
                 kv.metadata[physical, h, KEY_MIN] = _outward(key_min, kv.metadata.dtype, upward=False)
+
+
+def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: list[int]) -> None:
+    """Write the last token of each sequence, and take it into the bounds of its page."""
+    for b, length in enumerate(seq_lens):
+        if length:
+            page, offset = divmod(length - 1, kv.page_size)
+            physical = int(kv.page_table[b, page])
+            kv.keys[physical, offset] = keys[b]
+            kv.values[physical, offset] = values[b]
+    update_page_metadata(kv, seq_lens, [min(1, length) for length in seq_lens])
 
 
 def score_pages(

@@ -10,12 +10,17 @@ from quest_attention.ops import reference
 from quest_attention.ops.selection import Selection, Workspace
 from quest_attention.pages import PagedKV
 
-__all__ = ["score_pages", "select_pages", "sparse_decode_attention", "update_page_metadata"]
+__all__ = ["append_token", "score_pages", "select_pages", "sparse_decode_attention", "update_page_metadata"]
 
 
 def update_page_metadata(kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Tensor | int) -> None:
     """See `ops.update_page_metadata`."""
     reference.update_page_metadata(kv, _per_row(seq_lens, kv.batch_size), _per_row(num_new_tokens, kv.batch_size))
+
+
+def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: Tensor) -> None:
+    """See `ops.append_token`."""
+    reference.append_token(kv, keys, values, _per_row(seq_lens, kv.batch_size))
 
 
 def score_pages(

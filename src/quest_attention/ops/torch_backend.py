@@ -19,7 +19,7 @@ from quest_attention.ops.rounding import round_down, round_up
 from quest_attention.ops.selection import DecodeWorkspace, Selection, Workspace
 from quest_attention.pages import KEY_MAX, KEY_MIN, ContiguousKV, PagedKV, num_pages
 
-__all__ = ["score_pages", "select_pages", "sparse_decode_attention", "update_page_metadata"]
+__all__ = ["append_token", "score_pages", "select_pages", "sparse_decode_attention", "update_page_metadata"]
 
 _CHUNK_BYTES = 1 << 21
 """Float32 metadata scored at a time on a CPU [bytes]: a bound on scratch memory."""
@@ -88,6 +88,16 @@ def _update_contiguous(cache: ContiguousKV, page_size: int, start: int, end: int
         fresh = keys[:, :, start:end]
         metadata[:, :, start // page_size, KEY_MAX] = round_up(fresh.amax(2), metadata.dtype)
         metadata[:, :, start // page_size, KEY_MIN] = round_down(fresh.amin(2), metadata.dtype)
+
+
+def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: Tensor) -> None:
+    """See `ops.append_token`."""
+    rows = (seq_lens > 0).nonzero()[:, 0]
+    position = seq_lens[rows].long() - 1
+    physical = kv.page_table[rows, position // kv.page_size].long()
+    kv.keys[physical, position % kv.page_size] = keys[rows]
+    kv.values[physical, position % kv.page_size] = values[rows]
+    update_page_metadata(kv, seq_lens, seq_lens.clamp(max=1))
 
 
 def score_pages(

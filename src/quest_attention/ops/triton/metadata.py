@@ -1,4 +1,4 @@
-"""Kernel: take new tokens into the bounds of their pages."""
+"""Kernels: take new tokens into the bounds of their pages, after a prefill or as they are written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from quest_attention.ops.triton.launch import launch, lengths_argument
 from quest_attention.pages import FP8_METADATA, PagedKV, num_pages
 
-__all__ = ["update_page_metadata"]
+__all__ = ["append_token", "update_page_metadata"]
 
 _PAGES_PER_PROGRAM = 4
 """Pages one program takes after a prefill: enough bytes in flight per program, and a grid that still fills the GPU."""
@@ -54,6 +54,35 @@ def update_page_metadata(kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Te
     )
 
 
+def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: Tensor) -> None:
+    """See `ops.append_token`. One launch."""
+    launch(
+        _append_kernel,
+        (kv.batch_size * kv.num_kv_heads,),
+        keys,
+        values,
+        kv.keys,
+        kv.values,
+        kv.metadata,
+        kv.page_table,
+        seq_lens,
+        *keys.stride()[:2],
+        *values.stride()[:2],
+        *kv.keys.stride()[:3],
+        *kv.values.stride()[:3],
+        *kv.metadata.stride()[:3],
+        kv.page_table.stride(0),
+        kv.num_kv_heads,
+        PAGE_SIZE=kv.page_size,
+        HEAD_DIM=kv.head_dim,
+        BLOCK_D=triton.next_power_of_2(kv.head_dim),
+        VALUE_DIM=kv.values.shape[-1],
+        BLOCK_DV=triton.next_power_of_2(kv.values.shape[-1]),
+        NARROW=kv.metadata.dtype == FP8_METADATA,
+        num_warps=1,
+    )
+
+
 @triton.jit
 def _larger(left, right):
     return tl.maximum(left, right, propagate_nan=tl.PropagateNan.ALL)
@@ -76,6 +105,76 @@ def _round_up(bounds):
     code = tl.where(size < 0.015625, whole + (is_up & (units > whole.to(tl.float32))).to(tl.int32), normal)
     code = tl.minimum(code, tl.where(is_up, 0x7F, 0x7E)) | tl.where(bounds < 0, 0x80, 0)
     return tl.where(bounds != bounds, 0x7F, code).to(tl.uint8)
+
+
+@triton.jit
+def _store_bounds(bounds, side_stride, key_max, key_min, inside, NARROW: tl.constexpr):
+    """Write both bounds of a page in the dtype of the metadata."""
+    dtype = bounds.dtype.element_ty
+    if NARROW:
+        tl.store(bounds, _round_up(key_max).to(dtype, bitcast=True), mask=inside)
+        tl.store(bounds + side_stride, (_round_up(-key_min) ^ 0x80).to(dtype, bitcast=True), mask=inside)
+    else:
+        tl.store(bounds, key_max.to(dtype), mask=inside)
+        tl.store(bounds + side_stride, key_min.to(dtype), mask=inside)
+
+
+@triton.jit(do_not_specialize=["table_stride", "num_kv_heads"])
+def _append_kernel(
+    new_keys,
+    new_values,
+    keys,
+    values,
+    metadata,
+    page_table,
+    seq_lens,
+    new_key_batch_stride,
+    new_key_head_stride,
+    new_value_batch_stride,
+    new_value_head_stride,
+    key_page_stride,
+    key_token_stride,
+    key_head_stride,
+    value_page_stride,
+    value_token_stride,
+    value_head_stride,
+    meta_page_stride,
+    meta_head_stride,
+    meta_side_stride,
+    table_stride,
+    num_kv_heads,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    NARROW: tl.constexpr,
+):
+    b = (tl.program_id(0) // num_kv_heads).to(tl.int64)
+    h = (tl.program_id(0) % num_kv_heads).to(tl.int64)
+    position = tl.load(seq_lens + b).to(tl.int32) - 1
+    if position >= 0:
+        offset = position % PAGE_SIZE
+        physical = tl.load(page_table + b * table_stride + position // PAGE_SIZE).to(tl.int64)
+        channel = tl.arange(0, BLOCK_D)
+        inside = channel < HEAD_DIM
+        key = tl.load(new_keys + b * new_key_batch_stride + h * new_key_head_stride + channel, mask=inside, other=0.0)
+        to = keys + physical * key_page_stride + offset * key_token_stride + h * key_head_stride
+        tl.store(to + channel, key, mask=inside)
+        value_channel = tl.arange(0, BLOCK_DV)
+        is_value = value_channel < VALUE_DIM
+        source = new_values + b * new_value_batch_stride + h * new_value_head_stride
+        value = tl.load(source + value_channel, mask=is_value, other=0.0)
+        to = values + physical * value_page_stride + offset * value_token_stride + h * value_head_stride
+        tl.store(to + value_channel, value, mask=is_value)
+        bounds = metadata + physical * meta_page_stride + h * meta_head_stride + channel
+        goes_on = inside & (offset + channel * 0 > 0)  # otherwise the page starts anew, whoever used it before
+        key = key.to(tl.float32)
+        old_max = tl.load(bounds, mask=goes_on, other=0.0).to(tl.float32)
+        old_min = tl.load(bounds + meta_side_stride, mask=goes_on, other=0.0).to(tl.float32)
+        key_max = tl.where(goes_on, _larger(key, old_max), key)
+        key_min = tl.where(goes_on, _smaller(key, old_min), key)
+        _store_bounds(bounds, meta_side_stride, key_max, key_min, inside, NARROW)
 
 
 @triton.jit(do_not_specialize=["length", "num_fresh", "max_pages", "programs_per_head"])
@@ -137,10 +236,4 @@ def _update_kernel(
             if first < start:  # the page goes on; otherwise it starts anew, whoever used it before
                 key_max = _larger(key_max, tl.load(bounds, mask=inside, other=0.0).to(tl.float32))
                 key_min = _smaller(key_min, tl.load(bounds + meta_side_stride, mask=inside, other=0.0).to(tl.float32))
-            if NARROW:
-                tl.store(bounds, _round_up(key_max).to(metadata.dtype.element_ty, bitcast=True), mask=inside)
-                lower = _round_up(-key_min) ^ 0x80
-                tl.store(bounds + meta_side_stride, lower.to(metadata.dtype.element_ty, bitcast=True), mask=inside)
-            else:
-                tl.store(bounds, key_max.to(metadata.dtype.element_ty), mask=inside)
-                tl.store(bounds + meta_side_stride, key_min.to(metadata.dtype.element_ty), mask=inside)
+            _store_bounds(bounds, meta_side_stride, key_max, key_min, inside, NARROW)
