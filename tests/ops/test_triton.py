@@ -287,6 +287,7 @@ def test_every_kernel_compiles_for_a_hopper_gpu() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     compiled = {line.split()[0] for line in done.stdout.splitlines()}
     assert compiled == {
+        "_append_kernel",
         "_attend_kernel",
         "_decode_kernel",
         "_merge_sections_kernel",

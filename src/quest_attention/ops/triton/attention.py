@@ -19,6 +19,9 @@ __all__ = ["attend_slots", "sparse_decode_attention"]
 _LOWEST = tl.constexpr(-1e30)
 """Stands for the largest logit where there was none: finite, so that no difference is NaN."""
 
+_LISTED = 128
+"""Pages a program looks up in the page table at a time."""
+
 
 def sparse_decode_attention(
     query: Tensor,
@@ -41,6 +44,7 @@ def sparse_decode_attention(
     splits = attending_programs(slots, kv.page_size, batch * heads)
     partial = torch.empty(batch * heads, splits, group, width, dtype=torch.float32, device=device)
     partial_lse = torch.empty(batch * heads, splits, group, dtype=torch.float32, device=device)
+    physical = torch.empty(batch * heads, slots, dtype=torch.int32, device=device)
     lengths, length = lengths_argument(seq_lens, kv)
     mask = query if token_mask is None else token_mask
     merge_heads = heads_merged_at_once(group)
@@ -56,6 +60,7 @@ def sparse_decode_attention(
         selected.pages,
         mask,
         0 if token_mask is None else token_mask.shape[1],
+        physical,
         partial,
         partial_lse,
         float(sm_scale),
@@ -80,6 +85,7 @@ def sparse_decode_attention(
         BLOCK_D=max(16, triton.next_power_of_2(kv.head_dim)),
         VALUE_DIM=width,
         BLOCK_DV=max(16, triton.next_power_of_2(width)),
+        BLOCK_L=_LISTED,
         BLOCK_T=attended_block(kv),
         STAGES=ATTEND_STAGES,
         num_warps=4,
@@ -112,11 +118,10 @@ def attend_slots(
     q,  # [BLOCK_G, BLOCK_D]
     keys,  # of the row's head
     values,  # of the row's head
-    table,  # of the row
-    pages,  # of the row
-    first_slot,
-    last_slot,
-    end,
+    physical,  # of the row: the pages to read, in the order of the sequence
+    pages,  # of the row: the same as logical pages; read where MASKED
+    first_token,
+    last_token,
     mask_row,
     mask_width,
     scale,
@@ -125,7 +130,6 @@ def attend_slots(
     key_token_stride,
     value_page_stride,
     value_token_stride,
-    TRANSLATE: tl.constexpr,
     MASKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -137,10 +141,7 @@ def attend_slots(
     BLOCK_T: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Attention over slots `first_slot` to `last_slot` of one row's page list.
-
-    With TRANSLATE the list holds logical pages and `end` is the length of the sequence; otherwise it holds physical
-    pages in the order of the sequence and `end` counts the tokens up to the last one in the list.
+    """Attention over tokens `first_token` to `last_token` of one row, counted along its list of pages.
 
     Returns:
         Largest logit in base 2 and sum of weights, `[BLOCK_G]` each, and the weighted values `[BLOCK_G, BLOCK_DV]`.
@@ -153,28 +154,22 @@ def attend_slots(
     largest = tl.full([LANES], _LOWEST, tl.float32)
     total = tl.zeros([LANES], tl.float32)
     gathered = tl.zeros([LANES, BLOCK_DV], tl.float32)
-    for start in tl.range(first_slot * PAGE_SIZE, last_slot * PAGE_SIZE, BLOCK_T, num_stages=STAGES):
+    for start in tl.range(first_token, last_token, BLOCK_T, num_stages=STAGES):
         token = start + tl.arange(0, BLOCK_T)
         slot = token // PAGE_SIZE
         offset = token % PAGE_SIZE
-        is_live = slot < last_slot
-        # The fused kernel wrote the list in this very launch, on another multiprocessor: past the L1 cache.
-        page = tl.load(pages + slot, mask=is_live, other=-1, cache_modifier=".cg")
-        if TRANSLATE:
-            is_live = is_live & (page >= 0)
-            position = page * PAGE_SIZE + offset
-            is_live = is_live & (position < end)
-            if MASKED:
-                known = is_live & (position < mask_width)
-                is_live = is_live & (tl.load(mask_row + position, mask=known, other=0) != 0)
-            page = tl.load(table + page, mask=is_live, other=0)
-        else:
-            is_live = is_live & (token < end)
-        physical = page.to(tl.int64)
+        is_live = token < last_token
+        # Written in this very launch, in the fused kernel on another multiprocessor: past the L1 cache. One list to
+        # look up, not two: the compiler's pipeline is as deep as the loads that wait for one another.
+        page = tl.load(physical + slot, mask=is_live, other=0, cache_modifier=".cg").to(tl.int64)
+        if MASKED:
+            position = tl.load(pages + slot, mask=is_live, other=0) * PAGE_SIZE + offset
+            known = is_live & (position < mask_width)
+            is_live = is_live & (tl.load(mask_row + position, mask=known, other=0) != 0)
         offset = offset.to(tl.int64)
-        key_at = keys + (physical * key_page_stride + offset * key_token_stride)[:, None] + channel[None, :]
+        key_at = keys + (page * key_page_stride + offset * key_token_stride)[:, None] + channel[None, :]
         k = tl.load(key_at, mask=is_live[:, None] & (channel < HEAD_DIM)[None, :], other=0.0)
-        value_at = values + (physical * value_page_stride + offset * value_token_stride)[:, None]
+        value_at = values + (page * value_page_stride + offset * value_token_stride)[:, None]
         value_at = value_at + value_channel[None, :]
         v = tl.load(value_at, mask=is_live[:, None] & (value_channel < VALUE_DIM)[None, :], other=0.0)
         if BLOCK_G == 1:
@@ -204,6 +199,21 @@ def attend_slots(
 
 
 @triton.jit
+def _look_up(pages, table, physical, first_slot, last_slot, end, PAGE_SIZE: tl.constexpr, BLOCK_L: tl.constexpr):
+    """Write the physical pages of some slots of a row; the tokens they hold, which end where the sequence does."""
+    count = 0
+    newest = 0
+    for first in range(first_slot, last_slot, BLOCK_L):
+        slot = first + tl.arange(0, BLOCK_L)
+        page = tl.load(pages + slot, mask=slot < last_slot, other=-1)
+        is_live = (page >= 0) & (page * PAGE_SIZE < end)
+        tl.store(physical + slot, tl.load(table + page, mask=is_live, other=0), mask=is_live)
+        count += tl.sum(is_live.to(tl.int32))
+        newest = tl.maximum(newest, tl.max(tl.where(is_live, page, 0)))
+    return tl.where(count > 0, count * PAGE_SIZE - tl.maximum(0, (newest + 1) * PAGE_SIZE - end), 0)
+
+
+@triton.jit
 def _cap(logit, softcap, SOFTCAP: tl.constexpr):
     """Scaled logits in base 2, capped if asked."""
     if SOFTCAP:
@@ -230,6 +240,7 @@ def _attend_kernel(
     pages,
     token_mask,
     mask_width,
+    physical,
     partial,
     partial_lse,
     scale,
@@ -260,6 +271,7 @@ def _attend_kernel(
     BLOCK_D: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    BLOCK_L: tl.constexpr,
     BLOCK_T: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -280,16 +292,28 @@ def _attend_kernel(
         HEAD_DIM,
         BLOCK_D,
     )
+    row_pages = pages + b * pages_batch_stride + h * pages_head_stride
+    row_physical = physical + row.to(tl.int64) * slots
     first_slot = split * pages_per_split
+    held = _look_up(
+        row_pages,
+        page_table + b * table_stride,
+        row_physical,
+        first_slot,
+        tl.minimum(first_slot + pages_per_split, slots),
+        end,
+        PAGE_SIZE,
+        BLOCK_L,
+    )
+    tl.debug_barrier()  # the list is read by other threads than those that wrote it
     largest, total, gathered = attend_slots(
         q,
         keys + h * key_head_stride,
         values + h * value_head_stride,
-        page_table + b * table_stride,
-        pages + b * pages_batch_stride + h * pages_head_stride,
-        first_slot,
-        tl.minimum(first_slot + pages_per_split, slots),
-        end,
+        row_physical,
+        row_pages,
+        first_slot * PAGE_SIZE,
+        first_slot * PAGE_SIZE + held,
         token_mask + b * mask_stride,
         mask_width,
         scale,
@@ -298,7 +322,6 @@ def _attend_kernel(
         key_token_stride,
         value_page_stride,
         value_token_stride,
-        True,
         MASKED,
         SOFTCAP,
         PAGE_SIZE,

@@ -19,8 +19,8 @@ __all__ = [
     "tune",
 ]
 
-ATTEND_STAGES = 3
-"""Depth of the pipeline that loads a page's number, then its keys and values, then uses them."""
+ATTEND_STAGES = 5
+"""Depth of the pipeline that loads a page's number, then its keys and values, twice ahead of their use."""
 _SCORE_STAGES = 3
 """The same for a page's number and its bounds, where a matrix product scores them."""
 
@@ -89,7 +89,7 @@ def _block(most: int, item_bytes: int) -> int:
 
 def attended_block(kv: PagedKV) -> int:
     """Tokens attended to at a time."""
-    return _block(64, (kv.head_dim + kv.values.shape[-1]) * kv.keys.element_size())
+    return _block(32, 2 * (kv.head_dim + kv.values.shape[-1]) * kv.keys.element_size())  # and as much ahead
 
 
 def attending_programs(slots: int, page_size: int, rows: int) -> int:
