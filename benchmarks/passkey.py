@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.cache_utils import DynamicCache
 
 from quest_attention import QuestConfig
 from quest_attention.bench.record import write_record
-from quest_attention.eval.decode import decode_answer, prefill
+from quest_attention.eval.context import read_context
+from quest_attention.eval.decode import decode_answer
 from quest_attention.eval.methods import Full, Method, Quest, SlidingWindow
 from quest_attention.eval.tasks import is_correct, make_sample
 from quest_attention.eval.wilson import wilson_interval
@@ -66,8 +66,7 @@ def main(
         haystack = haystacks[number % len(haystacks)]
         start = rng.randrange(max(1, len(haystack) - length))
         sample = make_sample(TASK, encode, haystack[start : start + length], length, rng.getrandbits(32))
-        context = DynamicCache(config=model.config)
-        prefill(model, sample.context_ids, context)
+        context = read_context(model, sample.context_ids)
         for method in methods:
             with method.session(model) as session:
                 session.load(context)

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicCache
 
 from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestValueError
-from quest_attention.eval.decode import Decoded, decode_answer, prefill
+from quest_attention.eval.context import read_context
+from quest_attention.eval.decode import Decoded, decode_answer
 from quest_attention.eval.excerpt import SOUTH, Excerpt
 from quest_attention.eval.methods import Full, LayerReads, Method, Quest, SlidingWindow
 from quest_attention.eval.page_reads import PageReads
@@ -179,9 +179,8 @@ def run_demo(
         Quest(config, on_select=pages.record),
         SlidingWindow(config.token_budget, config.num_dense_layers),
     ]
-    context = DynamicCache(config=model.config)
     tokens = case.sample.context_ids
-    prefill(model, tokens, context, on_progress=lambda done: on_progress("reading the book", done, len(tokens)))
+    context = read_context(model, tokens, on_progress=lambda done: on_progress("reading the book", done, len(tokens)))
     results = []
     for number, method in enumerate(methods):
         on_progress(f"answering: {method.name}", number, len(methods))
@@ -192,6 +191,7 @@ def run_demo(
                 session.cache,
                 case.sample.question_ids,
                 case.sample.max_new_tokens,
+                context=tokens,
                 stop_tokens=() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,),
                 on_answer=pages.clear if isinstance(method, Quest) else None,  # the others record none
             )

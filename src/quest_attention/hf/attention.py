@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from quest_attention.errors import QuestValueError, UnsupportedModelError
 from quest_attention.hf.layer import LAYER_ATTRIBUTE, QuestLayer
 from quest_attention.ops import quest_decode, sparse_decode_attention
 
-__all__ = ["EAGER_NAME", "SDPA_NAME", "AttentionForward", "register_attention"]
+__all__ = ["EAGER_NAME", "SDPA_NAME", "AttentionForward", "Reader", "register_attention"]
 
 SDPA_NAME = "quest"
 """Registered for models whose dense attention is scaled_dot_product_attention."""
@@ -26,6 +27,25 @@ EAGER_NAME = "quest_eager"
 
 AttentionForward = Callable[..., tuple[Tensor, Tensor | None]]
 """The signature of transformers' attention functions, as far as it matters here."""
+
+
+class Reader(Protocol):
+    """A cache layer with an attention of its own, which it gets by having this method: what Quest is compared with.
+
+    Its `update` sets the layer as `LAYER_ATTRIBUTE` of the keys it returns.
+    """
+
+    def attend(
+        self,
+        dense: AttentionForward,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention as transformers asks for it; `dense(query, key, value, attention_mask, **kwargs)` reads all."""
+        ...
 
 
 def register_attention() -> None:
@@ -97,6 +117,9 @@ def _attend(
         QuestValueError: Its mask differs between heads, or adds anything but 0 and minus infinity.
     """
     layer: QuestLayer | None = getattr(key, LAYER_ATTRIBUTE, None)
+    own: AttentionForward | None = getattr(layer, "attend", None)
+    if own is not None:
+        return own(functools.partial(dense, module), query, key, value, attention_mask, **kwargs)
     if layer is None or query.shape[2] != 1:
         return dense(module, query, key, value, attention_mask, **kwargs)
     if layer.captured_lengths is not None:
@@ -129,8 +152,7 @@ def _attend(
     # Nothing padded: every sequence is past the budget. Otherwise the device knows, and is not asked.
     read = batch * layer.config.page_budget if attention_mask is None else step.selected.counts.sum()
     layer.counter.count_sparse(read, batch * layer.num_pages)
-    if layer.on_select is not None:
-        layer.on_select(layer.counter.layer, step.selected, layer.num_pages)
+    layer.report(step.selected, query, key, **kwargs)
     return step.output[:, None], None
 
 

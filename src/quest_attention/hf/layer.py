@@ -16,7 +16,7 @@ from quest_attention.hf.counters import LayerCounter
 from quest_attention.ops import Selection, Workspace, append_token, make_workspace, update_page_metadata
 from quest_attention.pages import FP8_METADATA, PagedKV, num_pages
 
-__all__ = ["GROWTH", "LAYER_ATTRIBUTE", "OnSelect", "QuestLayer", "Workspaces"]
+__all__ = ["GROWTH", "LAYER_ATTRIBUTE", "OnRead", "OnSelect", "QuestLayer", "Workspaces"]
 
 LAYER_ATTRIBUTE = "_quest_layer"
 """Attribute of the key view that `update` returns, by which the attention function finds the layer.
@@ -31,6 +31,9 @@ GROWTH = 2
 
 OnSelect = Callable[[int, Selection, int], None]
 """Called after each sparse decode step of a layer with its index, the selection and the number of pages it held."""
+OnRead = Callable[..., None]
+"""Called after it as `on_read(layer, selection, query, keys, **kwargs)`, for those who compare with what was not read:
+`query` `[B, HQ, 1, D]`, `keys` `[B, HKV, T, D]` and what else the model gives to its attention."""
 
 
 class Workspaces:
@@ -68,6 +71,7 @@ class QuestLayer(DynamicLayer):
 
     Attributes:
         was_attended: Whether Quest's attention function has seen the keys of the last decode step.
+        on_read: Like `on_select`, with the query and the keys.
         captured_lengths: While a decode step is captured as a CUDA graph, `[B]` int32, tokens per sequence with the
             step's own; else None.
     """
@@ -93,6 +97,7 @@ class QuestLayer(DynamicLayer):
         self.workspaces = workspaces
         self.max_length = max_length
         self.on_select = on_select
+        self.on_read: OnRead | None = None
         self.was_attended = True
         self.captured_lengths: Tensor | None = None
         self._length = 0
@@ -253,6 +258,13 @@ class QuestLayer(DynamicLayer):
         everything = self._keys[:, :, :]
         setattr(everything, LAYER_ATTRIBUTE, self)
         return everything, self._values
+
+    def report(self, selected: Selection, query: Tensor, keys: Tensor, **kwargs: Any) -> None:
+        """Tell those who asked which pages a sparse step read."""
+        if self.on_select is not None:
+            self.on_select(self.counter.layer, selected, self.num_pages)
+        if self.on_read is not None:
+            self.on_read(self.counter.layer, selected, query, keys, **kwargs)
 
     def count_captured_step(self, batch: int) -> None:
         """A captured step of `batch` sequences ran: the length and the counters follow."""

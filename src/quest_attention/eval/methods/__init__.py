@@ -1,0 +1,87 @@
+"""Methods under comparison: how decode steps read the KV cache. Each runs the code that serves.
+
+    with make_method("quest", token_budget=64, num_dense_layers=2).session(model) as session:
+        session.load(context)              # or prefill with session.cache
+        model.generate(ids, past_key_values=session.cache)
+        session.reads()
+
+All methods leave the same leading layers dense and read at most the same number of tokens in the others, so that a
+table compares what they read, not how much.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quest_attention.config import QuestConfig
+from quest_attention.errors import QuestValueError
+from quest_attention.eval.methods.full import Full
+from quest_attention.eval.methods.h2o import H2O
+from quest_attention.eval.methods.method import LayerReads, Method, Session
+from quest_attention.eval.methods.oracle import Oracle
+from quest_attention.eval.methods.quest import Quest
+from quest_attention.eval.methods.snapkv import SnapKV
+from quest_attention.eval.methods.streaming_llm import SlidingWindow, StreamingLLM
+from quest_attention.eval.methods.tova import TOVA
+
+__all__ = [
+    "H2O",
+    "METHODS",
+    "TOVA",
+    "Full",
+    "LayerReads",
+    "Method",
+    "Oracle",
+    "Quest",
+    "Session",
+    "SlidingWindow",
+    "SnapKV",
+    "StreamingLLM",
+    "make_method",
+]
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Full, Quest, Oracle, StreamingLLM, H2O, TOVA, SnapKV)
+}
+"""Every method of a table by name."""
+
+
+def make_method(
+    spec: str, *, token_budget: int, num_dense_layers: int, page_size: int = 16, backend: str = "auto"
+) -> Method:
+    """A method from its name, with options of `QuestConfig` behind a colon for those that take pages.
+
+    Args:
+        spec: `"quest"`, `"h2o"`, ..., `"quest:page_size=32,num_sink_pages=1"`.
+        token_budget: Most tokens a step reads in a layer that may choose [tokens].
+        num_dense_layers: Leading attention layers that read everything [layers].
+        page_size: Tokens per page, where the spec says nothing else [tokens].
+        backend: Of Quest's verbs, likewise.
+
+    Raises:
+        QuestValueError: The method or an option is unknown, or a value is out of range.
+
+    >>> make_method("quest:num_dense_layers=0", token_budget=64, num_dense_layers=2).config.num_dense_layers
+    0
+    """
+    name, colon, given = spec.partition(":")
+    if name not in METHODS:
+        raise QuestValueError("method", name, f"one of {', '.join(METHODS)}")
+    kind = METHODS[name]
+    if issubclass(kind, Quest):
+        options: dict[str, Any] = {"num_dense_layers": num_dense_layers, "page_size": page_size, "backend": backend}
+        return kind(QuestConfig.from_dict({**options, **_parse(given), "token_budget": token_budget}))
+    if colon:
+        raise QuestValueError("method", spec, f"{name} without options: quest and oracle alone take them")
+    return kind() if kind is Full else kind(token_budget, num_dense_layers)  # type: ignore[call-arg]
+
+
+def _parse(given: str) -> dict[str, Any]:
+    """Options written as `name=value`, parted by commas."""
+    options: dict[str, Any] = {}
+    for part in filter(None, given.split(",")):
+        name, equals, value = part.partition("=")
+        if not equals or name == "token_budget":
+            raise QuestValueError("method", part, "option=value; the budget has an option of its own")
+        options[name] = int(value) if value.isdecimal() else value
+    return options

@@ -1,0 +1,80 @@
+"""`Method` and `Session`: a way to read the KV cache, and one sequence under it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from quest_attention.eval.context import Context
+
+__all__ = ["LayerReads", "Method", "Session"]
+
+
+@dataclass(frozen=True)
+class LayerReads:
+    """What the decode steps of one layer read since the counts were reset, per KV head and sequence.
+
+    Attributes:
+        layer: Index in the model.
+        is_sparse: Whether the method read less than everything here.
+        steps: Decode steps counted [steps].
+        tokens_read: Summed over the steps [tokens].
+        tokens_held: What reading everything would have read [tokens].
+    """
+
+    layer: int
+    is_sparse: bool
+    steps: int
+    tokens_read: int
+    tokens_held: int
+
+
+class Session(ABC):
+    """Sequences of one length under one method: their cache, and what has been read of it.
+
+    Attributes:
+        cache: Pass it to the model or to `generate()` as `past_key_values`.
+    """
+
+    cache: Cache
+
+    @abstractmethod
+    def load(self, context: Context) -> None:
+        """Take over a context that was read once for all methods, as if this session had read it.
+
+        Raises:
+            UnsupportedModelError: The context has layers that do not hold all keys.
+            QuestValueError: The method needs to know what the context attended to, and nobody looked.
+        """
+
+    @abstractmethod
+    def reset_counts(self) -> None:
+        """Count reads from here on."""
+
+    @abstractmethod
+    def reads(self) -> list[LayerReads]:
+        """What decode steps have read since `reset_counts`, layer by layer."""
+
+
+class Method(ABC):
+    """A way to read the KV cache.
+
+    Attributes:
+        name: As tables show it.
+        summary: One line that says what it reads, for people.
+        token_budget: Most tokens a step reads in a layer that may choose; None reads everything [tokens].
+        observes: Whether it has to know what the tokens of the context attended to.
+    """
+
+    name: str
+    summary: str
+    token_budget: int | None = None
+    observes: bool = False
+
+    @abstractmethod
+    def session(self, model: PreTrainedModel) -> AbstractContextManager[Session]:
+        """A context manager that gives a `Session`; the model is as it was when it ends."""

@@ -1,0 +1,100 @@
+"""`Oracle`: the pages that hold the largest logits, found by looking at every key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quest_attention.eval.methods.quest import Quest, QuestSession
+from quest_attention.hf import QuestHandle, QuestLayer
+from quest_attention.hf.attention import AttentionForward
+from quest_attention.ops import select_pages, sparse_decode_attention
+from quest_attention.pages import num_pages
+
+__all__ = ["Oracle", "true_scores"]
+
+
+class Oracle(Quest):
+    """Quest with the true largest logit of each page in place of its bound: the ceiling for any way to score pages.
+
+    It reads every key to choose, so it is no method to serve with; forced pages, budget and attention are Quest's.
+    """
+
+    name = "oracle"
+    summary = "reads the pages that hold the largest logits"
+
+    def open(self, handle: QuestHandle) -> QuestSession:
+        """See `Quest.open`."""
+        session = QuestSession(handle)
+        for index, layer in enumerate(session.cache.layers):
+            if isinstance(layer, QuestLayer) and not layer.is_dense:
+                session.cache.layers[index] = _OracleLayer(
+                    layer.config,
+                    layer.counter,
+                    is_dense=False,
+                    workspaces=layer.workspaces,
+                    on_select=layer.on_select,
+                )
+        return session
+
+
+def true_scores(query: Tensor, keys: Tensor, page_size: int) -> Tensor:
+    """The largest logit of each page over its tokens and the query heads of the group, unscaled.
+
+    Args:
+        query: `[B, HQ, D]`.
+        keys: `[B, HKV, T, D]`.
+        page_size: Tokens per page [tokens].
+
+    Returns:
+        `[B, HKV, P]` float32.
+    """
+    batch, heads, length, dim = keys.shape
+    logits = query.float().view(batch, heads, -1, dim) @ keys.float().transpose(-1, -2)  # [B, HKV, G, T]
+    pages = num_pages(length, page_size)
+    padded = torch.nn.functional.pad(logits.amax(2), (0, pages * page_size - length), value=float("-inf"))
+    return padded.view(batch, heads, pages, page_size).amax(-1)
+
+
+class _OracleLayer(QuestLayer):
+    def attend(
+        self,
+        dense: AttentionForward,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `hf.attention.Reader`."""
+        batch, length, config = query.shape[0], key.shape[2], self.config
+        if query.shape[2] != 1:
+            return dense(query, key, value, attention_mask, **kwargs)
+        self.was_attended = True
+        if length <= config.token_budget:
+            self.counter.count_dense("within budget", batch * self.num_pages)
+            return dense(query, key, value, attention_mask, **kwargs)
+        assert attention_mask is None, "evaluation does not pad"
+        selected = select_pages(
+            true_scores(query[:, :, 0], key, config.page_size),
+            length,
+            page_size=config.page_size,
+            token_budget=config.token_budget,
+            num_sink_pages=config.num_sink_pages,
+            num_recent_pages=config.num_recent_pages,
+        )
+        output, _ = sparse_decode_attention(
+            query[:, :, 0],
+            self.paged,
+            length,
+            selected,
+            sm_scale=kwargs.get("scaling"),
+            softcap=kwargs.get("softcap"),
+            sinks=kwargs.get("s_aux"),
+            backend=config.backend,
+        )
+        self.counter.count_sparse(batch * config.page_budget, batch * self.num_pages)
+        self.report(selected, query, key, **kwargs)
+        return output[:, None], None

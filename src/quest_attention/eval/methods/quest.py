@@ -1,0 +1,78 @@
+"""`Quest`: this library, as it serves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import PreTrainedModel
+
+from quest_attention.config import QuestConfig
+from quest_attention.eval.context import Context, copy_cache
+from quest_attention.eval.methods.method import LayerReads, Method, Session
+from quest_attention.hf import OnSelect, QuestHandle, enable_quest
+
+__all__ = ["Quest", "QuestSession"]
+
+
+class Quest(Method):
+    """The pages whose bounds promise the largest logits.
+
+    Args:
+        config: What a step reads.
+        on_select: Called after each sparse step of a layer.
+        cuda_graphs: See `enable_quest`. Off by default: a graph is captured anew for each session, which takes longer
+            than the steps of a short answer.
+    """
+
+    name = "quest"
+    summary = "reads the pages that matter to the query"
+
+    def __init__(
+        self, config: QuestConfig, on_select: OnSelect | None = None, *, cuda_graphs: bool | None = False
+    ) -> None:
+        self.config = config
+        self.cuda_graphs = cuda_graphs
+        self.token_budget = config.token_budget
+        self.on_select = on_select
+
+    @contextmanager
+    def session(self, model: PreTrainedModel) -> Iterator[Session]:
+        """See `Method.session`. Raises what `enable_quest` raises."""
+        with enable_quest(model, self.config, on_select=self.on_select, cuda_graphs=self.cuda_graphs) as handle:
+            yield self.open(handle)
+
+    def open(self, handle: QuestHandle) -> QuestSession:
+        """The session on a model that Quest is enabled on."""
+        return QuestSession(handle)
+
+
+class QuestSession(Session):
+    """A session whose counts are Quest's own counters: whole pages, the one being written included."""
+
+    def __init__(self, handle: QuestHandle) -> None:
+        self._handle = handle
+        self.cache = handle.make_cache()
+
+    def load(self, context: Context) -> None:
+        """See `Session.load`."""
+        copy_cache(context.cache, self.cache)
+        self.reset_counts()
+
+    def reset_counts(self) -> None:
+        """See `Session.reset_counts`."""
+        self._handle.counters.reset()
+
+    def reads(self) -> list[LayerReads]:
+        """See `Session.reads`."""
+        size = self._handle.config.page_size
+        return [
+            LayerReads(
+                counter.layer,
+                counter.sparse_steps > 0,
+                counter.sparse_steps + counter.dense_steps,
+                counter.pages_read * size,
+                counter.pages_held * size,
+            )
+            for counter in self._handle.counters.layers
+        ]

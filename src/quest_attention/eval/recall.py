@@ -1,0 +1,99 @@
+"""Recall: how much of the true attention the selected pages hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from quest_attention.errors import QuestStateError, QuestValueError
+from quest_attention.eval.context import Context
+from quest_attention.eval.methods import Method, Quest
+from quest_attention.eval.observation import attention_weights
+from quest_attention.hf import QuestLayer
+from quest_attention.ops import Selection
+
+__all__ = ["TOP_TOKENS", "Recall", "measure_recall"]
+
+TOP_TOKENS = 10
+"""Tokens with the largest weights that are looked for, as in Figure 4 of the Quest paper [tokens]."""
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Means over decode steps, and over the query heads of a group.
+
+    Attributes:
+        layers: Layers that took sparse steps.
+        mass: Share of the attention mass on selected pages, 0 to 1, for each layer and KV head.
+        top: Share of the tokens with the largest weights, likewise.
+        steps: Decode steps they are means of [steps].
+    """
+
+    layers: list[int]
+    mass: list[list[float]]
+    top: list[list[float]]
+    steps: int
+
+
+class _Sums:
+    """Sums over the steps of each layer."""
+
+    def __init__(self, page_size: int) -> None:
+        self._page_size = page_size
+        self.mass: dict[int, Tensor] = {}
+        self.top: dict[int, Tensor] = {}
+        self.steps: dict[int, int] = {}
+
+    def add(self, layer: int, selected: Selection, query: Tensor, keys: Tensor, **kwargs: Any) -> None:
+        """An `on_read` of a `QuestLayer`."""
+        weights = attention_weights(query, keys, **kwargs)[:, :, :, 0]  # [B, HKV, G, T]
+        page = torch.arange(keys.shape[2], device=keys.device) // self._page_size
+        pages = selected.pages.long()
+        is_read = torch.zeros(*pages.shape[:2], int(page[-1]) + 2, dtype=torch.bool, device=keys.device)
+        is_read.scatter_(2, pages.masked_fill(pages < 0, is_read.shape[2] - 1), value=True)  # unused slots hold -1
+        read = is_read[:, :, page][:, :, None].expand_as(weights)
+        top = weights.topk(TOP_TOKENS, -1).indices
+        mass = (weights * read).sum(-1).mean((0, 2))  # [HKV]
+        hits = read.gather(-1, top).float().mean((0, 2, 3))
+        self.mass[layer] = self.mass.get(layer, torch.zeros_like(mass)) + mass
+        self.top[layer] = self.top.get(layer, torch.zeros_like(hits)) + hits
+        self.steps[layer] = self.steps.get(layer, 0) + 1
+
+
+def measure_recall(model: PreTrainedModel, method: Method, context: Context, following: Sequence[int]) -> Recall:
+    """Decode the tokens that follow a context, and compare what each step read with what full attention would weigh.
+
+    Args:
+        model: In evaluation mode.
+        method: Quest or the oracle; the true weights are those of the queries that it makes.
+        context: From `read_context`, longer than the budget.
+        following: Token ids fed one by one.
+
+    Raises:
+        QuestValueError: The method selects no pages.
+        QuestStateError: It took no sparse step.
+    """
+    if not isinstance(method, Quest):
+        raise QuestValueError("method", method.name, "quest or oracle: recall is of selected pages")
+    sums = _Sums(method.config.page_size)
+    with torch.inference_mode(), method.session(model) as session:
+        for layer in session.cache.layers:
+            if isinstance(layer, QuestLayer):
+                layer.on_read = sums.add
+        session.load(context)
+        for token in following:
+            model(torch.tensor([[token]], device=model.device), past_key_values=session.cache, use_cache=True)
+    layers = sorted(sums.steps)
+    if not layers:
+        raise QuestStateError(f"{method.name} took no sparse step: the context is within the budget")
+    return Recall(
+        layers,
+        [(sums.mass[layer] / sums.steps[layer]).tolist() for layer in layers],
+        [(sums.top[layer] / sums.steps[layer]).tolist() for layer in layers],
+        sums.steps[layers[0]],
+    )
