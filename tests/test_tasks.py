@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import random
 from pathlib import Path
@@ -112,3 +113,17 @@ def test_the_model_card_is_what_its_measurements_make_of_it() -> None:
     make_card = namespace["make_card"]
     assert callable(make_card)
     assert make_card() == (bundled_model_path() / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("task", "count", "repeats"), [("common_words", 10, 10), ("frequent_words", 3, 30)])
+def test_word_lists_hold_their_answers_most_often(task: str, count: int, repeats: int) -> None:
+    made = sample(task)
+    said = collections.Counter(tokenizer().decode(made.context_ids).split())
+    others = max(said[word] for word in key_words("eval") if word not in made.answers)
+    assert len(made.answers) == count
+    assert min(said[word] for word in made.answers) > max(0.8 * repeats * 1, 2 * others)
+
+
+def test_word_lists_need_room() -> None:
+    with pytest.raises(QuestValueError, match="most are to be others"):
+        make_sample("common_words", encode, haystack(), 256, 0)

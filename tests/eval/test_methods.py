@@ -180,7 +180,7 @@ def test_a_context_read_by_the_session_itself(model: LlamaForCausalLM, name: str
         assert decode_answer(model, session.cache, tokens(QUESTION, 2), NEW).tokens == expected
 
 
-def test_observing_in_pieces(model: LlamaForCausalLM) -> None:
+def test_observing_in_pieces() -> None:
     generator = torch.Generator().manual_seed(3)
     query, key = torch.randn(2, HEADS, 70, DIM, generator=generator), torch.randn(2, 2, 70, DIM, generator=generator)
     whole, pieces = Observation(), Observation()

@@ -9,6 +9,7 @@ feed it as decode steps: a method that compresses the prompt would otherwise kno
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 import uuid
@@ -16,7 +17,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from itertools import pairwise
 from typing import Literal
 
 from quest_attention.errors import QuestValueError
@@ -29,6 +29,7 @@ __all__ = [
     "Split",
     "Task",
     "Value",
+    "frequent_words",
     "identifier",
     "is_correct",
     "key_words",
@@ -62,6 +63,9 @@ _PASSKEY_PREAMBLE = (
 _NEEDLE_PREAMBLE = (
     "Some special magic values are hidden within the following text. Make sure to memorize them. "
     "I will quiz you about the values afterwards.\n"
+)
+_WORDS_PREAMBLE = (
+    "Below is a list of words. Some of them come up far more often than the others. Memorize which ones.\n"
 )
 _CHAIN_PREAMBLE = "Memorize and track the chains of variable assignment hidden in the following text.\n"
 _NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
@@ -118,12 +122,15 @@ class Task:
     Attributes:
         make: Makes the fact asked about and the facts that distract, from a source of randomness and the key words.
         preamble: What a context begins with.
-        haystack: `"book"`, `"noise"`, or `"needles"`: nothing but distracting facts.
+        haystack: `"book"`, `"noise"`, `"needles"`: nothing but distracting facts, or `"words"`: a list that holds each
+            answer `repeats` times as often as any other word.
+        repeats: See there.
     """
 
     make: Callable[[random.Random, Sequence[str]], tuple[Fact, list[Fact]]]
     preamble: str
-    haystack: Literal["book", "noise", "needles"] = "book"
+    haystack: Literal["book", "noise", "needles", "words"] = "book"
+    repeats: int = 0
 
 
 @cache
@@ -211,9 +218,16 @@ def variable_chain(rng: random.Random, words: Sequence[str], hops: int = 4) -> F
             names.append(name)
     value = str(rng.randrange(10_000, 100_000))
     texts = [f"\nVAR {names[0]} = {value}\n"]
-    texts += [f"\nVAR {new} = VAR {old}\n" for old, new in pairwise(names)]
+    texts += [f"\nVAR {new} = VAR {old}\n" for old, new in itertools.pairwise(names)]
     question = f"\nFind all variables that are assigned the value {value} in the text above. They are:"
     return Fact(tuple(texts), question, tuple(names), " " + ", ".join(names) + ".")
+
+
+def frequent_words(rng: random.Random, words: Sequence[str], count: int) -> Fact:
+    """RULER's word counting: the words that a list holds most often; the list itself is the haystack."""
+    answers = tuple(rng.sample(list(words), count))
+    question = f"\nWhat are the {count} most frequent words in the list above? The most frequent words are"
+    return Fact((), question, answers, " " + ", ".join(answers) + ".")
 
 
 def _single(keys: Value, values: Value, distractors: int = 0, **shape: int) -> Callable[..., tuple[Fact, list[Fact]]]:
@@ -247,8 +261,11 @@ TASKS: dict[str, Task] = {
     "niah_multivalue": Task(_single(word, number, per_key=4), _NEEDLE_PREAMBLE),
     "niah_multiquery": Task(_single(word, number, queries=4), _NEEDLE_PREAMBLE),
     "variable_tracking": Task(lambda rng, words: (variable_chain(rng, words), []), _CHAIN_PREAMBLE, "noise"),
+    "common_words": Task(lambda rng, words: (frequent_words(rng, words, 10), []), _WORDS_PREAMBLE, "words", 10),
+    "frequent_words": Task(lambda rng, words: (frequent_words(rng, words, 3), []), _WORDS_PREAMBLE, "words", 30),
 }
-"""Every task by name. The `niah_*` names and what they hide are RULER's; the wording is not."""
+"""Every task by name. The `niah_*` names and what they hide are RULER's; the wording is not. So are the two that count
+words, but for their lists: RULER numbers its common words, and draws frequent ones, of letters, from a zeta law."""
 
 
 def make_facts(rng: random.Random, split: Split, task: str) -> tuple[Fact, list[Fact]]:
@@ -301,6 +318,8 @@ def make_sample(
         raise QuestValueError("length", length, f"at least {length - room} tokens for {task}")
     if kind.haystack == "needles":
         filler = _needle_haystack(rng, words, encode, kind, fact, room)
+    elif kind.haystack == "words":
+        filler = _word_haystack(rng, words, encode, fact, kind.repeats, room)
     elif kind.haystack == "noise":
         filler = noise(encode, room)
     else:
@@ -308,7 +327,7 @@ def make_sample(
     if len(filler) < room:
         raise QuestValueError("haystack", f"{len(filler)} tokens", f"at least {room}")
     places = sorted(rng.randint(0, room) for _ in hidden)
-    if depth is not None:
+    if depth is not None and places:
         places[0] = min(round(depth * room), *places[1:], room)
     pieces = [(place, True, ids) for place, ids in zip(places, hidden, strict=True)]
     pieces += [(rng.randint(0, room), False, ids) for ids in others]
@@ -343,6 +362,31 @@ def _needle_haystack(
         if not _same_key(fact, other):
             filler += encode(other.texts[0])
     return filler[:room]
+
+
+def _word_haystack(
+    rng: random.Random, words: Sequence[str], encode: Encode, fact: Fact, repeats: int, room: int
+) -> list[int]:
+    """`room` tokens of words in random order: each answer about `repeats` times as often as any other.
+
+    Raises:
+        QuestValueError: There is too little room for the answers.
+    """
+    others = [other for other in words if other not in fact.answers]
+    rng.shuffle(others)
+    sizes = {one: len(encode(f" {one}")) for one in (*others, *fact.answers)}
+    answers = repeats * sum(sizes[one] for one in fact.answers)  # tokens they take for each round of others
+    if answers > room // 2:
+        raise QuestValueError("length", f"{room} tokens for words", f"at least {2 * answers}: most are to be others")
+    rounds = max(1, room // (answers + sum(sizes[one] for one in others)))
+    chosen, size = list(fact.answers) * (repeats * rounds), rounds * answers
+    for number in itertools.count():
+        if size >= room:
+            break
+        chosen.append(others[number % len(others)])
+        size += sizes[chosen[-1]]
+    rng.shuffle(chosen)
+    return [token for one in chosen for token in encode(f" {one}")][:room]
 
 
 def is_correct(sample: Sample, generated: str) -> bool:
