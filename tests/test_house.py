@@ -31,6 +31,8 @@ def module_names() -> list[str]:
     names += [found.name for found in pkgutil.walk_packages(quest_attention.__path__, "quest_attention.")]
     if importlib.util.find_spec("triton") is None:
         names = [name for name in names if not name.startswith(GPU_ONLY)]
+    if importlib.util.find_spec("lm_eval") is None:
+        names = [name for name in names if name != "quest_attention.eval.lm_eval"]
     if importlib.util.find_spec("vllm") is None:
         names = [name for name in names if not name.startswith("quest_attention.vllm")]
     return names

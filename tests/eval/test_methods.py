@@ -17,7 +17,7 @@ from quest_attention.eval.methods import METHODS, Full, Method, Oracle, Quest, S
 from quest_attention.eval.methods.evicting import Policy
 from quest_attention.eval.methods.h2o import H2O
 from quest_attention.eval.methods.oracle import true_scores
-from quest_attention.eval.methods.snapkv import KERNEL, SnapKV
+from quest_attention.eval.methods.snapkv import _KERNEL, SnapKV
 from quest_attention.eval.methods.streaming_llm import StreamingLLM
 from quest_attention.eval.methods.tova import TOVA
 from quest_attention.eval.observation import WINDOW, Observation, attention_weights
@@ -147,7 +147,7 @@ def expected_positions(name: str, weights: Tensor, budget: int) -> list[int]:
         return [*largest(last[:-1], room - 1), length - 1]
     window = min(WINDOW, budget // 2)
     votes = [float(weights[:, -window:, t].mean(0).sum()) for t in range(length)]
-    half = KERNEL // 2
+    half = _KERNEL // 2
     pooled = []
     for t in range(length):
         near = votes[max(0, t - half) : t + half + 1]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -34,6 +36,25 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[
     str, typer.Option(help="auto (as saved; the bundled model on a CPU: float32), float32, bfloat16, float16.")
 ]
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    """Parts of a comma-separated list; commas between the options of a method, `quest:a=1,b=2`, part nothing."""
+    return tuple(part.strip() for part in re.split(r",(?!\w+=)", text) if part.strip())
+
+
+def integers(option: str, text: str) -> list[int]:
+    """Numbers of a comma-separated list.
+
+    Raises:
+        QuestValueError: One is no positive integer.
+    """
+    from quest_attention.errors import QuestValueError
+
+    for part in split_list(text):
+        if not part.isdecimal() or not int(part):
+            raise QuestValueError(option, part, "positive integers, parted by commas")
+    return [int(part) for part in split_list(text)]
 
 
 def _show_version(wanted: bool) -> None:
@@ -155,6 +176,72 @@ def generate(
         threads=threads,
         as_json=as_json,
     )
+
+
+@app.command(name="eval")
+@reports_failures
+def evaluate(
+    tasks: Annotated[list[str], typer.Argument(help="passkey, niah_single_1, ..., perplexity, recall, needle_grid.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; it goes on if it was begun.")],
+    model: Model = None,
+    methods: Annotated[str, typer.Option("--method", help="full, quest, oracle, streaming_llm, h2o, tova, snapkv.")] = (
+        "full,quest,streaming_llm"
+    ),
+    token_budgets: Annotated[
+        str, typer.Option("--token-budget", "-b", help="Tokens a step may read, or shares of the length as 1/16.")
+    ] = "64,128,256",  # noqa: S107 (tokens of a model, no secret)
+    lengths: Annotated[str, typer.Option("--length", "-l", help="Tokens of context, question and answer.")] = "8192",
+    num_samples: Annotated[int, typer.Option("--num-samples", "-n", help="For each task and length.")] = 200,
+    num_dense_layers: DenseLayers = 2,
+    page_size: PageSize = 16,
+    question: Annotated[str, typer.Option(help="Whether the question is decoded or prefilled: decode, prefill.")] = (
+        "decode"
+    ),
+    seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
+    backend: Annotated[str, typer.Option(help="auto, torch, triton or reference; `quest env` explains.")] = "auto",
+    books: Annotated[
+        Path | None, typer.Option(help="Folder of *.txt to hide facts in; an excerpt by default.", show_default=False)
+    ] = None,
+    longbench: Annotated[Path | None, typer.Option(help="Folder with LongBench's *.jsonl.", show_default=False)] = None,
+    workers: Annotated[int, typer.Option(help="Processes, each with a model of its own on the device.")] = 1,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+) -> None:
+    """Measure methods that read less of the KV cache on retrieval, perplexity and recall.
+
+    Every method runs through generate() with the same budget and the same dense layers, and the run fails where one
+    did not take its sparse path. An interrupted run goes on with the same command. `quest report` draws the figures.
+    """
+    from quest_attention.cli.eval import evaluate as run_evaluation
+    from quest_attention.eval.plan import Plan
+
+    plan = Plan(
+        tasks=tuple(dict.fromkeys(tasks)),
+        methods=split_list(methods),
+        token_budgets=split_list(token_budgets),
+        lengths=tuple(integers("length", lengths)),
+        num_samples=num_samples,
+        num_dense_layers=num_dense_layers,
+        page_size=page_size,
+        question=question,  # type: ignore[arg-type]  # the plan checks it
+        seed=seed,
+        backend=backend,
+        books=books,
+        longbench=longbench,
+    )
+    run_evaluation(plan, output, model_name=model, device=device, dtype=dtype, threads=threads, workers=workers)
+
+
+@app.command()
+@reports_failures
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run of `quest eval`.")],
+) -> None:
+    """Draw a run of `quest eval`: one HTML page that needs nothing else, PNG figures, and a summary as JSON."""
+    from quest_attention.cli.eval import report as show_report
+
+    show_report(folder)
 
 
 @app.command()

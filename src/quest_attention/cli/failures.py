@@ -9,9 +9,10 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import ParamSpec
+from typing import ParamSpec, get_type_hints
 
 import typer
+from typer.models import OptionInfo
 
 from quest_attention.cli.console import say
 from quest_attention.errors import QuestError, QuestValueError, QuestWarning
@@ -50,7 +51,7 @@ def reports_failures(command: Callable[P, None]) -> Callable[P, None]:
             _discard_output()
             raise typer.Exit(PIPE_CLOSED) from None
         except QuestValueError as error:
-            _fail(_as_option(error, list(kwargs)))
+            _fail(_as_option(error, command))
         except (QuestError, OSError) as error:
             _fail(str(error))
         except Exception as error:  # the last resort: what is left is a bug, ours or a library's
@@ -101,12 +102,17 @@ def _fail(message: str) -> None:
     raise typer.Exit(USAGE) from None
 
 
-def _as_option(error: QuestValueError, parameters: list[str]) -> str:
-    """The message with the argument as it is spelt on the command line, where it is one of the command's."""
-    if error.argument not in parameters:
-        return str(error)
-    option = error.argument.removeprefix("num_").replace("_", "-")  # --dense-layers sets num_dense_layers
-    return f"--{option}: got {error.got!r}, expected {error.expected}"
+def _as_option(error: QuestValueError, command: Callable[..., None]) -> str:
+    """The message with the argument as it is spelt on the command line, where it is an option of the command."""
+    hints = get_type_hints(command, include_extras=True)
+    for name in (error.argument, f"{error.argument}s"):  # a list is of many, and one of them is wrong
+        about = getattr(hints.get(name), "__metadata__", (None,))[0]
+        if isinstance(about, OptionInfo):
+            given = (about.default, *(about.param_decls or ()))  # typer holds the first of the names as a default
+            names = (one for one in given if isinstance(one, str) and one.startswith("--"))
+            spelt = next(names, f"--{name.replace('_', '-')}")
+            return f"{spelt}: got {error.got!r}, expected {error.expected}"
+    return str(error)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from quest_attention.eval.observation import WINDOW, Observation
 
 __all__ = ["SnapKV"]
 
-KERNEL = 5
+_KERNEL = 5
 """Neighbouring tokens over which votes are averaged, so that what is kept is not cut into pieces [tokens]."""
 
 
@@ -42,7 +42,7 @@ class _Votes(Policy):
     def start(self, observation: Observation) -> Tensor:
         assert observation.window is not None, "a context was read"
         votes = observation.window[:, :, -self._window :].sum(2)  # [B, HKV, n]
-        return F.avg_pool1d(votes, KERNEL, stride=1, padding=KERNEL // 2, count_include_pad=False)
+        return F.avg_pool1d(votes, _KERNEL, stride=1, padding=_KERNEL // 2, count_include_pad=False)
 
     def step(self, scores: Tensor, weights: Tensor) -> Tensor:  # noqa: ARG002
         return scores  # decode steps have no vote

@@ -11,7 +11,7 @@ from quest_attention.eval.methods.evicting import Evicting, Policy, last_indices
 
 __all__ = ["SlidingWindow", "StreamingLLM"]
 
-NUM_SINKS = 4
+_NUM_SINKS = 4
 """First tokens that stay, as in the paper [tokens]."""
 
 
@@ -25,8 +25,8 @@ class StreamingLLM(Evicting):
 
     name = "streaming_llm"
     summary = "reads the first and the last tokens"
-    num_sinks: ClassVar[int] = NUM_SINKS
-    least_budget = NUM_SINKS + 2
+    num_sinks: ClassVar[int] = _NUM_SINKS
+    least_budget = _NUM_SINKS + 2
 
     def policy(self) -> Policy:
         """See `Evicting.policy`."""

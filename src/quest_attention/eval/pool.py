@@ -1,0 +1,79 @@
+"""Run the jobs of a plan, in this process or in several: a small model waits for launches, not for the device."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from typing import Any
+
+import torch
+
+from quest_attention.errors import QuestValueError
+from quest_attention.eval.plan import Arm, Job
+from quest_attention.eval.runner import Runner
+
+__all__ = ["MakeRunner", "run_jobs"]
+
+MakeRunner = Callable[[], Runner]
+"""Loads the model; it is called in each process, so it can be pickled."""
+_AHEAD = 2
+"""Jobs given out for each process before one comes back."""
+_runner: Runner | None = None
+"""Of a worker process."""
+
+
+def run_jobs(
+    runner: Runner,
+    jobs: Iterable[tuple[Job, list[Arm]]],
+    *,
+    workers: int = 1,
+    make_runner: MakeRunner | None = None,
+    on_progress: Callable[[str], None] = lambda _: None,
+) -> Iterator[tuple[Job, list[dict[str, Any]]]]:
+    """Measure jobs, and give each with its rows when it is done, in any order.
+
+    Args:
+        runner: Measures them, where there is one process.
+        jobs: Samples with the arms that are to answer them.
+        workers: Processes, each with a model of its own on the same device.
+        make_runner: Makes the runner of a process; needed for more than one.
+        on_progress: Called with what one process does.
+
+    Raises:
+        QuestValueError: `workers` is not positive.
+    """
+    if workers < 1:
+        raise QuestValueError("workers", workers, "a positive integer")
+    if workers == 1 or make_runner is None:
+        for job, arms in jobs:
+            yield job, list(runner.measure(job, arms, on_progress))
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would share the GPU's state
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(make_runner,))
+    waiting: dict[Future[list[dict[str, Any]]], Job] = {}
+    source = iter(jobs)
+    try:
+        while True:
+            for job, arms in source:
+                waiting[pool.submit(_measure, job, arms)] = job
+                if len(waiting) >= _AHEAD * workers:
+                    break
+            if not waiting:
+                return
+            done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield waiting.pop(future), future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start(make_runner: MakeRunner) -> None:
+    global _runner  # noqa: PLW0603 - a process of a pool has nowhere else to keep its model
+    torch.set_num_threads(1)  # the processes share the cores
+    _runner = make_runner()
+
+
+def _measure(job: Job, arms: list[Arm]) -> list[dict[str, Any]]:
+    assert _runner is not None, "the process was started"
+    return list(_runner.measure(job, arms))

@@ -1,0 +1,58 @@
+"""The report of an evaluation run: its numbers, figures and one page to read them on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from quest_attention.errors import QuestStateError
+from quest_attention.eval.report.results import (
+    Results,
+    accuracy_rows,
+    perplexity_rows,
+    read_results,
+    recall_rows,
+)
+
+__all__ = ["Results", "accuracy_rows", "perplexity_rows", "read_results", "recall_rows", "write_report"]
+
+_SUMMARY = "summary.json"
+_FIGURES = "figures"
+_PAGE = "report.html"
+
+
+def write_report(folder: Path) -> Path:
+    """Write `summary.json`, `figures/*.png` and `report.html` into the folder of a run.
+
+    The same run gives the same files. Figures of a report before, of tasks that are no longer there, are taken away.
+
+    Args:
+        folder: With the run's `settings.json` and `samples.jsonl`.
+
+    Returns:
+        The page.
+
+    Raises:
+        QuestValueError: The folder or a file of it is missing, or a line of it is broken; the message names the line.
+        QuestStateError: matplotlib or jinja2 is not installed.
+    """
+    results = read_results(folder)
+    try:  # heavy, and needed for this alone
+        from quest_attention.eval.report.figures import draw_pictures  # noqa: PLC0415
+        from quest_attention.eval.report.page import make_page  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise QuestStateError(
+            f"a report needs {error.name}, which is not installed: pip install 'quest-attention[report]'"
+        ) from error
+    pictures = draw_pictures(results)
+    text = json.dumps(results.summary(), indent=1, ensure_ascii=False)
+    (folder / _SUMMARY).write_text(text + "\n", encoding="utf-8")
+    figures = folder / _FIGURES
+    figures.mkdir(exist_ok=True)
+    for old in figures.glob("*.png"):
+        old.unlink()
+    for picture in pictures:
+        (figures / f"{picture.name}.png").write_bytes(picture.png)
+    page = folder / _PAGE
+    page.write_text(make_page(results, pictures), encoding="utf-8")
+    return page

@@ -1,0 +1,227 @@
+"""`Results`: a run as it lies in its folder, summed up in cells, and the rows of its tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from quest_attention.errors import QuestValueError
+from quest_attention.eval.report.cells import (
+    AccuracyCell,
+    NeedleCell,
+    PerplexityCell,
+    RecallCell,
+    accuracy_cells,
+    needle_cells,
+    perplexity_cells,
+    recall_cells,
+)
+from quest_attention.eval.report.samples import Answer, Prediction, Recollection, read_samples
+
+__all__ = [
+    "GRID",
+    "METHOD_ORDER",
+    "Results",
+    "accuracy_row",
+    "accuracy_rows",
+    "method_rank",
+    "perplexity_rows",
+    "read_results",
+    "recall_rows",
+]
+
+GRID = "needle_grid"
+"""The retrieval task whose needles lie at fixed depths."""
+METHOD_ORDER = ("full", "quest", "oracle", "streaming_llm", "h2o", "tova", "snapkv")
+"""Of tables and legends; what is not named here comes last, by name."""
+_SETTINGS = "settings.json"
+_SAMPLES = "samples.jsonl"
+_NEEDED = ("model", "description", "seed", "num_samples", "command", "machine")
+"""Settings without which a report cannot say what was measured."""
+_DECIMALS = 4
+"""Of numbers in a summary: far finer than any interval here."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a run found.
+
+    Attributes:
+        settings: As they lie in the folder.
+        num_lines: Samples times the arms that took them.
+        accuracy: Cells of retrieval tasks, by task, length, method and budget.
+        needle: Cells of `GRID` by depth.
+        perplexity: Cells by length, method and budget.
+        recall: Likewise.
+    """
+
+    settings: dict[str, Any]
+    num_lines: int
+    accuracy: tuple[AccuracyCell, ...]
+    needle: tuple[NeedleCell, ...]
+    perplexity: tuple[PerplexityCell, ...]
+    recall: tuple[RecallCell, ...]
+
+    @property
+    def tasks(self) -> list[str]:
+        """Retrieval tasks, in the order of the tables."""
+        return list(dict.fromkeys(cell.task for cell in self.accuracy))
+
+    @property
+    def is_uneven(self) -> bool:
+        """Whether some method has taken fewer samples than another: a run that was interrupted."""
+        counts: dict[tuple[object, ...], set[int]] = {}
+        for name, cells in (("", self.accuracy), ("perplexity", self.perplexity), ("recall", self.recall)):
+            for cell in cells:
+                counts.setdefault((getattr(cell, "task", name), cell.length), set()).add(cell.n)
+        return any(len(found) > 1 for found in counts.values())
+
+    def summary(self) -> dict[str, Any]:
+        """Settings and cells, rounded, ready for JSON."""
+        kinds: dict[str, tuple[Any, ...]] = {
+            "accuracy": self.accuracy,
+            "needle": self.needle,
+            "perplexity": self.perplexity,
+            "recall": self.recall,
+        }
+        cells = {name: [_rounded(asdict(cell)) for cell in found] for name, found in kinds.items()}
+        return {"settings": self.settings, **cells}
+
+
+def read_results(folder: Path) -> Results:
+    """Read a run and sum it up.
+
+    Args:
+        folder: With `settings.json` and `samples.jsonl`.
+
+    Raises:
+        QuestValueError: The folder or a file of it is missing, or a line of it is broken; the message names the line.
+    """
+    if not folder.is_dir():
+        raise QuestValueError("folder", str(folder), "the folder of a run")
+    for name in (_SETTINGS, _SAMPLES):
+        if not (folder / name).is_file():
+            raise QuestValueError("folder", str(folder), f"the folder of a run, with {name} in it")
+    settings = _read_settings(folder / _SETTINGS)
+    samples = read_samples(folder / _SAMPLES)
+    if not samples:
+        raise QuestValueError(_SAMPLES, "an empty file", "at least one line")
+    asked = settings.get("tasks")
+    tasks = [str(task) for task in asked] if isinstance(asked, list) else []
+    answers = [each for each in samples if isinstance(each, Answer)]
+
+    def place(cell: AccuracyCell | NeedleCell | PerplexityCell | RecallCell) -> tuple[object, ...]:
+        task = cell.task if isinstance(cell, AccuracyCell | NeedleCell) else ""
+        rank = tasks.index(task) if task in tasks else len(tasks)
+        depth = cell.depth if isinstance(cell, NeedleCell) else 0
+        return (rank, task, cell.length, method_rank(cell.method), cell.token_budget or 0, depth)
+
+    return Results(
+        settings=settings,
+        num_lines=len(samples),
+        accuracy=tuple(sorted(accuracy_cells(answers), key=place)),
+        needle=tuple(sorted(needle_cells(each for each in answers if each.task == GRID), key=place)),
+        perplexity=tuple(sorted(perplexity_cells(each for each in samples if isinstance(each, Prediction)), key=place)),
+        recall=tuple(sorted(recall_cells(each for each in samples if isinstance(each, Recollection)), key=place)),
+    )
+
+
+def method_rank(method: str) -> tuple[int, str]:
+    """Sorts methods: those of `METHOD_ORDER` first, each with its options behind it.
+
+    >>> sorted(["h2o", "quest:page_size=32", "new", "quest", "full"], key=method_rank)
+    ['full', 'quest', 'quest:page_size=32', 'h2o', 'new']
+    """
+    name = method.partition(":")[0]
+    return (METHOD_ORDER.index(name) if name in METHOD_ORDER else len(METHOD_ORDER), method)
+
+
+def accuracy_rows(results: Results) -> list[tuple[str, ...]]:
+    """The retrieval tasks as a table of plain strings: headings first, then a row for each method and budget.
+
+    Task and length stand in the first row of their block alone. Without such tasks there are no rows, nor headings.
+    """
+    rows = []
+    block: tuple[str, int] | None = None
+    for cell in results.accuracy:
+        is_first, block = block != (cell.task, cell.length), (cell.task, cell.length)
+        rows.append((cell.task if is_first else "", f"{cell.length}" if is_first else "", *accuracy_row(cell)))
+    return _headed(("task", "length", "method", "budget", "score", "n", "share read"), rows)
+
+
+def accuracy_row(cell: AccuracyCell | NeedleCell) -> tuple[str, ...]:
+    """Method, budget, score with its interval, n and, for a cell that knows it, the share read."""
+    start = (cell.method, _budget(cell.token_budget), _with_interval(cell.score, cell.low, cell.high), str(cell.n))
+    return (*start, _share(cell.share_read)) if isinstance(cell, AccuracyCell) else start
+
+
+def perplexity_rows(results: Results) -> list[tuple[str, ...]]:
+    """Perplexity as a table of plain strings, headings first; the change is against full attention on as many books."""
+    full = {cell.length: cell for cell in results.perplexity if cell.token_budget is None}
+    rows = []
+    for cell in results.perplexity:
+        base = full.get(cell.length)
+        is_known = base is not None and base is not cell and base.n == cell.n
+        change = f"{100 * (cell.perplexity / base.perplexity - 1):+.2f} %" if is_known and base is not None else ""
+        names = (str(cell.length), cell.method, _budget(cell.token_budget))
+        rows.append((*names, f"{cell.perplexity:.4g}", change, str(cell.n), _share(cell.share_read)))
+    return _headed(("length", "method", "budget", "perplexity", "against full", "books", "share read"), rows)
+
+
+def recall_rows(results: Results) -> list[tuple[str, ...]]:
+    """Recall as a table of plain strings, headings first."""
+    rows = [
+        (
+            str(cell.length),
+            cell.method,
+            _budget(cell.token_budget),
+            _with_interval(cell.mass, cell.mass_low, cell.mass_high),
+            _with_interval(cell.top10, cell.top10_low, cell.top10_high),
+            str(cell.n),
+        )
+        for cell in results.recall
+    ]
+    return _headed(("length", "method", "budget", "attention mass", "top 10 tokens", "n"), rows)
+
+
+def _headed(headings: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    found = list(rows)
+    return [headings, *found] if found else []
+
+
+def _with_interval(mean: float, low: float | None, high: float | None) -> str:
+    return f"{mean:.1f} %" if low is None or high is None else f"{mean:.1f} % ({low:.1f} to {high:.1f})"
+
+
+def _budget(token_budget: int | None) -> str:
+    return "all" if token_budget is None else str(token_budget)
+
+
+def _share(share: float | None) -> str:
+    return "not counted" if share is None else f"{100 * share:.1f} %"
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise QuestValueError(path.name, "something else", "the settings of a run as a JSON object")
+    for name in _NEEDED:
+        if name not in settings:
+            raise QuestValueError(f"{path.name}, {name}", "nothing", "a setting of that name")
+    return settings
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, _DECIMALS)
+    if isinstance(value, dict):
+        return {name: _rounded(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(each) for each in value]
+    return value

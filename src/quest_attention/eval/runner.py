@@ -1,0 +1,235 @@
+"""Measure one sample of a plan with every arm: `measure` gives a row for each, ready for JSON."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from quest_attention.errors import QuestStateError, QuestValueError
+from quest_attention.eval.context import PREFILL_CHUNK, Context, read_context
+from quest_attention.eval.decode import decode_answer
+from quest_attention.eval.longbench import LONGBENCH, Document, load_documents, score
+from quest_attention.eval.methods import LayerReads, Method, Quest
+from quest_attention.eval.perplexity import BUCKET, predict_tokens
+from quest_attention.eval.plan import GRID, GRID_DEPTHS, PERPLEXITY, RECALL, Arm, Job, Plan
+from quest_attention.eval.recall import measure_recall
+from quest_attention.eval.tasks import Sample, is_correct, make_sample
+from quest_attention.eval.texts import Texts, load_texts
+
+__all__ = ["RECALL_STEPS", "Runner"]
+
+RECALL_STEPS = 32
+"""Tokens of a text that are decoded to measure recall [steps]."""
+_GPU_CHUNK = 4096
+"""Tokens per forward pass of a prefill on a GPU, where launches cost more than memory."""
+_SPARE = 64
+"""Tokens more of a book than a sample has, so that none is too short after a start token."""
+
+
+@dataclass
+class Runner:
+    """A model with what its samples are made from.
+
+    Attributes:
+        model: In evaluation mode.
+        tokenizer: Its tokenizer.
+        plan: What is measured.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    plan: Plan
+
+    def encode(self, text: str) -> list[int]:
+        """Text to token ids, without special tokens."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return ids
+
+    @cached_property
+    def texts(self) -> Texts:
+        """The books."""
+        return load_texts(self.plan.books, self.encode)
+
+    @cached_property
+    def jobs(self) -> list[Job]:
+        """Every sample of the plan that there is text for.
+
+        Raises:
+            QuestValueError: A length is more than the model's positions, or than every text.
+        """
+        text = self.model.config.get_text_config(decoder=True)
+        positions = getattr(text, "max_position_embeddings", None)
+        for length in self.plan.lengths:
+            if positions is not None and length > positions:
+                raise QuestValueError("length", length, f"at most {positions}, the model's positions")
+        if PERPLEXITY in self.plan.tasks or RECALL in self.plan.tasks:
+            self.texts.at_least(max(self.plan.lengths))
+        jobs = []
+        for job in self.plan.jobs(len(self.texts.names)):
+            if job.task in LONGBENCH and job.index >= len(self._documents(job.task, job.length)):
+                continue
+            if job.task == PERPLEXITY and job.index >= len(self.texts.at_least(job.length).names):
+                continue
+            jobs.append(job)
+        return jobs
+
+    def measure(
+        self, job: Job, arms: Sequence[Arm], on_progress: Callable[[str], None] = lambda _: None
+    ) -> Iterator[dict[str, Any]]:
+        """A row for each arm.
+
+        Args:
+            job: The sample.
+            arms: What answers it.
+            on_progress: Called with the name of the method that begins.
+
+        Raises:
+            QuestStateError: A method did not take its sparse path, or read more than its budget.
+        """
+        if job.task == PERPLEXITY:
+            rows = self._perplexity(job, arms, on_progress)
+        elif job.task == RECALL:
+            rows = self._recall(job, arms, on_progress)
+        else:
+            rows = self._retrieval(job, arms, on_progress)
+        yield from rows
+
+    def _retrieval(self, job: Job, arms: Sequence[Arm], on_progress: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+        sample = self._sample(job)
+        start = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        ids = [*start, *sample.context_ids]
+        question = list(sample.question_ids)
+        if self.plan.question == "prefill":
+            ids, question = [*ids, *question[:-1]], question[-1:]
+        methods = [self.plan.method(arm) for arm in arms]
+        on_progress("reading the context")
+        context = self._read(ids, methods)
+        stop = () if self.tokenizer.eos_token_id is None else (self.tokenizer.eos_token_id,)
+        for arm, method in zip(arms, methods, strict=True):
+            on_progress(method.name)
+            started = time.perf_counter()
+            with method.session(self.model) as session:
+                session.load(context)
+                decoded = decode_answer(
+                    self.model, session.cache, question, sample.max_new_tokens, context=ids, stop_tokens=stop
+                )
+                reads = self._check(session.reads(), method)
+            text = str(self.tokenizer.decode(decoded.tokens, skip_special_tokens=True))
+            yield {
+                **asdict(job),
+                **asdict(arm),
+                "score": _score(job, sample, text),
+                "answer": text,
+                "depth": sample.depths[0] if isinstance(sample, Sample) and sample.depths else None,
+                **_totals(reads),
+                "seconds": round(time.perf_counter() - started, 4),
+            }
+
+    def _perplexity(
+        self, job: Job, arms: Sequence[Arm], on_progress: Callable[[str], None]
+    ) -> Iterator[dict[str, Any]]:
+        books = self.texts.at_least(job.length)
+        tokens = torch.tensor([books.tokens[job.index][: job.length]])
+        for arm in arms:
+            method = self.plan.method(arm)
+            on_progress(method.name)
+            found = predict_tokens(self.model, method, tokens)
+            yield {
+                **asdict(job),
+                **asdict(arm),
+                "book": books.names[job.index],
+                "bucket": BUCKET,
+                "nll": [round(value, 4) for value in found.nll[0].tolist()],
+                "count": found.count,
+                **_totals(self._check(found.reads, method)),
+            }
+
+    def _recall(self, job: Job, arms: Sequence[Arm], on_progress: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+        tokens = self.texts.at_least(job.length).stretch(job.index, job.length, self._random(job))
+        head, tail = tokens[:-RECALL_STEPS], tokens[-RECALL_STEPS:]
+        methods = [self.plan.method(arm) for arm in arms]
+        context = self._read(head, methods)
+        for arm, method in zip(arms, methods, strict=True):
+            on_progress(method.name)
+            found = measure_recall(self.model, method, context, tail)
+            yield {
+                **asdict(job),
+                **asdict(arm),
+                "layers": found.layers,
+                "mass": [[round(share, 5) for share in heads] for heads in found.mass],
+                "top10": [[round(share, 5) for share in heads] for heads in found.top],
+            }
+
+    def _read(self, ids: Sequence[int], methods: Sequence[Method]) -> Context:
+        return read_context(
+            self.model,
+            ids,
+            observe=any(method.observes for method in methods),
+            num_dense_layers=self.plan.num_dense_layers,
+            chunk_size=_GPU_CHUNK if self.model.device.type == "cuda" else PREFILL_CHUNK,
+        )
+
+    def _random(self, job: Job) -> random.Random:
+        return random.Random(f"{self.plan.seed}/{job.task}/{job.length}/{job.index}")
+
+    def _sample(self, job: Job) -> Sample | Document:
+        if job.task in LONGBENCH:
+            return self._documents(job.task, job.length)[job.index]
+        length = job.length - (self.tokenizer.bos_token_id is not None)
+        rng = self._random(job)
+        haystack = self.texts.stretch(job.index, length + _SPARE, rng)
+        task, depth = ("needle", GRID_DEPTHS[job.index % len(GRID_DEPTHS)]) if job.task == GRID else (job.task, None)
+        return make_sample(task, self.encode, haystack, length, rng.getrandbits(32), depth=depth)
+
+    def _documents(self, task: str, length: int) -> list[Document]:
+        key = (task, length)
+        if key not in self._loaded:  # read once for all samples
+            assert self.plan.longbench is not None, "the plan was checked"
+            self._loaded[key] = load_documents(task, self.plan.longbench, self.encode, length - 1)
+        return self._loaded[key]
+
+    @cached_property
+    def _loaded(self) -> dict[tuple[str, int], list[Document]]:
+        return {}
+
+    def _check(self, reads: list[LayerReads], method: Method) -> list[LayerReads]:
+        """The layers that may choose, after seeing that they did and that they read no more than the budget.
+
+        Raises:
+            QuestStateError: They did not.
+        """
+        dense = method.config.num_dense_layers if isinstance(method, Quest) else self.plan.num_dense_layers
+        choosing = reads[dense:]
+        if method.token_budget is None:
+            return choosing
+        for layer in choosing:
+            if not layer.is_sparse:
+                raise QuestStateError(f"{method.name} took no sparse step in layer {layer.layer}")
+            if layer.tokens_read > method.token_budget * layer.steps:
+                raise QuestStateError(
+                    f"{method.name} read {layer.tokens_read} tokens in {layer.steps} steps of layer {layer.layer}, "
+                    f"more than its budget of {method.token_budget} a step"
+                )
+        return choosing
+
+
+def _score(job: Job, sample: Sample | Document, text: str) -> float:
+    if isinstance(sample, Sample):
+        return float(is_correct(sample, text))
+    return round(score(job.task, text, sample.answers), 6)
+
+
+def _totals(reads: Sequence[LayerReads]) -> dict[str, int]:
+    """Tokens read and held by the layers that may choose, and the steps in which they did, summed."""
+    return {
+        "tokens_read": sum(layer.tokens_read for layer in reads),
+        "tokens_held": sum(layer.tokens_held for layer in reads),
+        "sparse_steps": sum(layer.steps for layer in reads if layer.is_sparse),
+    }

@@ -1,0 +1,185 @@
+"""`quest report`: cells by hand, a page that needs nothing else, figures with something on them."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+
+from quest_attention import QuestValueError
+from quest_attention.cli.app import run
+from quest_attention.eval.report import read_results, write_report
+from quest_attention.eval.report.figures import draw_pictures
+from quest_attention.eval.report.results import accuracy_rows, perplexity_rows, recall_rows
+from quest_attention.eval.wilson import wilson_interval
+
+METHODS = ("full", "quest", "oracle", "streaming_llm", "h2o", "tova", "snapkv", "quest:page_size=32")
+TASKS = ("passkey", *(f"niah_{kind}" for kind in ("single_1", "single_2", "multikey_1", "multiquery")))
+SETTINGS = {
+    "model": "the bundled model",
+    "description": "the bundled model, 11.0M parameters, float32, cpu, 2 threads",
+    "page_size": 16,
+    "num_dense_layers": 2,
+    "question": "decode",
+    "seed": 0,
+    "num_samples": 20,
+    "command": "quest eval passkey",
+    "machine": {"cpu": "a processor", "gpu": None, "torch": "2.13.0"},
+}
+
+
+def answer(task: str, method: str, budget: int | None, score: float, **more: Any) -> dict[str, Any]:
+    row = {"task": task, "length": 8192, "index": 0, "method": method, "token_budget": budget, "score": score}
+    return {**row, "answer": "", "depth": None, "tokens_read": 10, "tokens_held": 100, "sparse_steps": 4, **more}
+
+
+def write(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "settings.json").write_text(json.dumps(SETTINGS))
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def made_up(tasks: tuple[str, ...] = TASKS, lengths: tuple[int, ...] = (4096, 8192, 32768), n: int = 20) -> list[Any]:
+    """A run as it might be: methods that differ, budgets that help."""
+    rng = random.Random(0)
+    strength = {
+        "full": 9.0,
+        "quest": 3.0,
+        "oracle": 4.0,
+        "streaming_llm": -3.0,
+        "h2o": -2.0,
+        "tova": -1.5,
+        "snapkv": -0.5,
+    }
+    rows = []
+
+    def chance(method: str, budget: int | None) -> float:
+        power = strength[method.partition(":")[0]] + (0 if budget is None else math.log2(budget / 256))
+        return 1 / (1 + math.exp(-power))
+
+    arms = [("full", None), *((method, budget) for method in METHODS[1:] for budget in (64, 128, 256, 512, 1024))]
+    for length in lengths:
+        for method, budget in arms:
+            for index in range(n):
+                for task in tasks:
+                    right = float(rng.random() < chance(method, budget))
+                    rows.append(answer(task, method, budget, right, length=length, index=index, depth=rng.random()))
+                depth = {"depth": index % 11 / 10, "length": length, "index": index}
+                rows.append(
+                    answer("needle_grid", method, budget, float(rng.random() < chance(method, budget)), **depth)
+                )
+    for index in range(3):
+        for method, budget in [("full", None), ("quest", 512), ("quest", 4096), ("streaming_llm", 512)]:
+            worse = 0 if budget is None else 30 / budget * (5 if method == "streaming_llm" else 1)
+            row = answer("perplexity", method, budget, 0, length=8192, index=index, book="a book", bucket=1024)
+            count = [1023, *[1024] * 7]
+            nll = [size * (3.3 - 0.04 * part + worse * part / 7) for part, size in enumerate(count)]
+            rows.append({**row, "nll": nll, "count": count})
+        for method in ("quest", "oracle"):
+            for budget in (64, 256, 1024):
+                share = 0.4 + 0.05 * math.log2(budget) + (0.05 if method == "oracle" else 0)
+                heads = [[min(1.0, share + 0.01 * layer + 0.01 * index)] * 2 for layer in range(4)]
+                base = {"task": "recall", "length": 8192, "index": index, "method": method, "token_budget": budget}
+                rows.append({**base, "layers": [2, 3, 4, 5], "mass": heads, "top10": heads})
+    return rows
+
+
+def test_cells_by_hand(tmp_path: Path) -> None:
+    rows = [answer("passkey", "quest", 64, float(index != 2), index=index) for index in range(4)]
+    rows += [answer("longbench_qasper", "full", None, score, index=index) for index, score in enumerate((0.2, 0.4))]
+    predicted = answer("perplexity", "full", None, 0, bucket=2, length=4, book="a")
+    rows += [
+        {**predicted, "nll": [1.0, 4.0], "count": [1, 2]},
+        {**predicted, "index": 1, "nll": [2.0, 2.0], "count": [1, 2]},
+    ]
+    base = {"task": "recall", "length": 64, "index": 0, "method": "oracle", "token_budget": 16}
+    rows.append({**base, "layers": [2, 3], "mass": [[0.5, 0.7], [0.8, 1.0]], "top10": [[1.0, 1.0], [0.0, 0.4]]})
+    results = read_results(write(tmp_path, rows))
+    key = {cell.task: cell for cell in results.accuracy}
+    low, high = wilson_interval(3, 4)
+    assert (key["passkey"].score, key["passkey"].n, key["passkey"].share_read) == (75, 4, 0.1)
+    assert (key["passkey"].low, key["passkey"].high) == pytest.approx((low, high))
+    graded = key["longbench_qasper"]
+    assert (graded.score, graded.low) == pytest.approx((30, 30 - 1.96 * 10), abs=0.01)
+    (cell,) = results.perplexity
+    assert cell.perplexity == pytest.approx(math.exp(9 / 6))
+    assert cell.so_far == pytest.approx((math.exp(3 / 2), math.exp(9 / 6)))
+    (recall,) = results.recall
+    assert recall.mass == pytest.approx(75)
+    assert recall.top10_by_layer == pytest.approx((100, 20))
+    assert accuracy_rows(results)[0][-1] == "share read"
+    assert ("passkey", "8192", "quest", "64", f"75.0 % ({low:.1f} to {high:.1f})", "4", "10.0 %") in accuracy_rows(
+        results
+    )
+    assert perplexity_rows(results)[1][3] == "4.482"
+    assert recall_rows(results)[1][3] == "75.0 %"
+
+
+def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
+    folder = write(tmp_path, made_up(n=4))
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert not re.search(r"""(src|href)\s*=(?!"data:image/png;base64,|"#)""", page)
+    figures = sorted(file.stem for file in (folder / "figures").iterdir())
+    recall = [f"recall_{name}{by}" for name in ("mass", "top10") for by in ("", "_by_layer")]
+    assert figures == sorted([*(f"accuracy_{task}" for task in TASKS), "needle_grid", "perplexity", *recall])
+    assert page.count("data:image/png;base64,") == len(figures)
+    for words in ("quest eval passkey", "quest:page_size=32", "Perplexity", "a processor"):
+        assert words in page
+    first = (folder / "summary.json").read_text()
+    write_report(folder)
+    assert (folder / "summary.json").read_text() == first
+    assert json.loads(first)["settings"] == SETTINGS
+
+
+def test_figures_are_not_blank(tmp_path: Path) -> None:
+    results = read_results(write(tmp_path, made_up(("passkey",), (8192,), n=5)))
+    for picture in draw_pictures(results):
+        image = matplotlib.image.imread(io.BytesIO(picture.png))
+        assert (image[..., :3] < 0.9).mean() > 0.005, picture.name
+
+
+def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
+    rows = [answer("passkey", "full", None, 1.0, index=index) for index in range(3)]
+    page = write_report(write(tmp_path, [*rows, answer("passkey", "quest", 64, 1.0)])).read_text(encoding="utf-8")
+    assert "the run is not finished" in page
+    assert "the run is not finished" not in write_report(write(tmp_path, rows)).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"score": 0.5}, "0 or 1: passkey is matched exactly"),
+        ({"score": None}, "score"),
+        ({"tokens_read": 101}, "at most tokens_held, 100"),
+        ({"length": "long"}, "length"),
+    ],
+)
+def test_broken_lines(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    good = answer("passkey", "quest", 64, 1.0)
+    with pytest.raises(QuestValueError, match=rf"line 2.*{message}"):
+        read_results(write(tmp_path, [good, {**good, "index": 1, **change}]))
+
+
+def test_folders_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["report", str(tmp_path / "nowhere")]) == 2
+    assert "expected the folder of a run" in capsys.readouterr().err
+    with pytest.raises(QuestValueError, match=r"with settings\.json in it"):
+        read_results(tmp_path)
+    with pytest.raises(QuestValueError, match="at least one line"):
+        read_results(write(tmp_path, []))
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write(tmp_path, [answer("passkey", "full", None, 1.0), answer("passkey", "quest", 64, 0.0)])
+    assert run(["report", str(folder)]) == 0
+    shown = capsys.readouterr()
+    assert "passkey" in shown.out
+    assert "report.html" in shown.err

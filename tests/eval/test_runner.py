@@ -1,0 +1,316 @@
+"""`quest eval`: the plan, the folder that goes on where a run stopped, and what is measured, on the bundled model."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from quest_attention import QuestConfig, QuestStateError, QuestValueError
+from quest_attention.cli.app import integers, run, split_list
+from quest_attention.eval.context import read_context
+from quest_attention.eval.journal import SAMPLES, SETTINGS, Journal
+from quest_attention.eval.methods import Full, Quest
+from quest_attention.eval.perplexity import BUCKET, predict_tokens
+from quest_attention.eval.plan import GRID, PERPLEXITY, RECALL, Arm, Job, Plan
+from quest_attention.eval.pool import run_jobs
+from quest_attention.eval.recall import TOP_TOKENS, measure_recall
+from quest_attention.eval.runner import RECALL_STEPS, Runner
+from quest_attention.models import bundled_model_path
+
+LENGTH = 1024
+Row = dict[str, Any]
+
+
+def make_plan(**options: Any) -> Plan:
+    given = {"tasks": ("passkey",), "methods": ("full", "quest"), "token_budgets": ("64",), "lengths": (LENGTH,)}
+    return Plan(**{**given, "num_samples": 2, **options})
+
+
+def make_runner(plan: Plan) -> Runner:
+    path = bundled_model_path()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").eval()
+    return Runner(model, AutoTokenizer.from_pretrained(path), plan)
+
+
+@functools.cache
+def loaded() -> Runner:
+    return make_runner(make_plan())
+
+
+def runner(**options: Any) -> Runner:
+    return Runner(loaded().model, loaded().tokenizer, make_plan(**options))
+
+
+def rows(used: Runner) -> list[Row]:
+    jobs = [(job, used.plan.arms(job.task, job.length)) for job in used.jobs]
+    return [row for _, found in run_jobs(used, jobs) for row in found]
+
+
+def without_time(found: list[Row]) -> list[Row]:
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in found]
+
+
+def test_arms_and_budgets() -> None:
+    plan = make_plan(methods=("full", "quest", "h2o"), token_budgets=("64", "1/8", "128"), tasks=("passkey", RECALL))
+    budgets = [64, LENGTH // 8]
+    expected = [Arm("full", None), *(Arm(name, budget) for name in ("quest", "h2o") for budget in budgets)]
+    assert plan.arms("passkey", LENGTH) == expected
+    assert plan.arms(RECALL, LENGTH) == [Arm("quest", budget) for budget in budgets]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": ("paskey",)}, "task: got 'paskey', expected one of passkey"),
+        ({"tasks": ()}, "task: got 'nothing', expected at least one"),
+        ({"tasks": ("longbench_qasper",)}, "longbench: got None, expected the folder"),
+        ({"tasks": (RECALL,), "methods": ("full", "h2o")}, "expected one that selects pages, for recall"),
+        ({"methods": ("quest", "oracel")}, "method: got 'oracel'"),
+        ({"token_budgets": ()}, "token_budget: got 'nothing', expected at least one, for quest"),
+        ({"token_budgets": ("1/0",)}, "a number of tokens, or a share"),
+        ({"token_budgets": ("many",)}, "a number of tokens, or a share"),
+        ({"token_budgets": ("1024",)}, "less than the length, 1024"),
+        ({"token_budgets": ("1/128",)}, "token_budget: got '1/128', expected at least a page"),
+        ({"num_samples": 0}, "num_samples: got 0"),
+        ({"question": "skip"}, "question: got 'skip', expected one of decode, prefill"),
+    ],
+)
+def test_plans_that_are_refused(options: Row, message: str) -> None:
+    with pytest.raises(QuestValueError, match=message):
+        make_plan(**options)
+
+
+def test_lists_on_the_command_line() -> None:
+    assert split_list("full, quest:page_size=32,num_sink_pages=1,h2o") == (
+        "full",
+        "quest:page_size=32,num_sink_pages=1",
+        "h2o",
+    )
+    assert integers("length", "10,20") == [10, 20]
+    with pytest.raises(QuestValueError, match="length: got 'ten'"):
+        integers("length", "10,ten")
+
+
+def test_lengths_that_the_model_or_the_texts_lack(tmp_path: Path) -> None:
+    with pytest.raises(QuestValueError, match="at most 32768, the model's positions"):
+        _ = runner(lengths=(40000,)).jobs
+    (tmp_path / "short.txt").write_text("A short text.")
+    with pytest.raises(QuestValueError, match="the tokens of the longest text"):
+        _ = runner(tasks=(PERPLEXITY,), books=tmp_path).jobs
+    with pytest.raises(QuestValueError, match=r"books: .* expected a folder with \*\.txt files"):
+        _ = runner(books=tmp_path / "nowhere").jobs
+
+
+def test_every_method_answers_and_reads_its_budget() -> None:
+    methods = ("full", "quest", "oracle", "streaming_llm", "h2o", "tova", "snapkv")
+    found = rows(runner(methods=methods, num_samples=1))
+    assert [row["method"] for row in found] == list(methods)
+    layers = loaded().model.config.num_hidden_layers - 2
+    full, *others = found
+    assert full["score"] == 1.0
+    assert full["tokens_read"] == full["tokens_held"]
+    assert full["sparse_steps"] == 0
+    for row in others:
+        assert row["tokens_read"] == 64 * row["sparse_steps"]
+        assert row["sparse_steps"] % layers == 0
+    assert {row["method"]: row["score"] for row in others} | {"quest": 1.0, "streaming_llm": 0.0} == {
+        row["method"]: row["score"] for row in others
+    }
+
+
+def test_a_sample_is_the_same_whoever_answers_it() -> None:
+    both = rows(runner())
+    alone = rows(runner(methods=("quest",)))
+    assert without_time(alone) == [row for row in without_time(both) if row["method"] == "quest"]
+
+
+def test_a_prefilled_question() -> None:
+    """The last token of the question is decoded, and the answer; the others came with the context."""
+    used = runner(num_samples=1)
+    question = len(used._sample(used.jobs[0]).question_ids)
+    decoded, prefilled = (rows(runner(num_samples=1, question=how))[1]["sparse_steps"] for how in ("decode", "prefill"))
+    assert decoded - prefilled == 4 * (question - 1)
+
+
+def test_the_needle_grid_has_fixed_depths() -> None:
+    found = rows(runner(tasks=(GRID,), methods=("full",), num_samples=11))
+    assert [round(row["depth"], 1) for row in found] == [index / 10 for index in range(11)]
+
+
+def test_budgets_that_are_not_kept_are_noticed() -> None:
+    class Greedy(Quest):
+        name = "greedy"
+
+    used = runner()
+    method = Greedy(QuestConfig(64, num_dense_layers=2))
+    context = read_context(used.model, list(range(200)))
+    with torch.inference_mode(), method.session(used.model) as session:
+        session.load(context)
+        used.model(torch.tensor([[5]]), past_key_values=session.cache)
+        reads = session.reads()
+    assert used._check(reads, method) == reads[2:]
+    method.token_budget = 48
+    with pytest.raises(QuestStateError, match="more than its budget of 48 a step"):
+        used._check(reads, method)
+    with pytest.raises(QuestStateError, match="took no sparse step in layer 1"):
+        used._check(reads[:2] * 2, Quest(QuestConfig(64, num_dense_layers=1)))
+
+
+def model_loss(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        logits = model(tokens).logits
+    return torch.nn.functional.cross_entropy(logits[0, :-1].float(), tokens[0, 1:], reduction="none")
+
+
+def test_perplexity_by_position() -> None:
+    used = runner()
+    tokens = torch.tensor([used.texts.tokens[0][: BUCKET + 300]])
+    truth = model_loss(used.model, tokens)
+    full = predict_tokens(used.model, Full(), tokens)
+    assert full.count == [BUCKET - 1, 300]
+    expected = torch.tensor([[truth[: BUCKET - 1].sum(), truth[BUCKET - 1 :].sum()]], dtype=torch.float64)
+    torch.testing.assert_close(full.nll, expected, rtol=1e-4, atol=0)
+    wide = predict_tokens(used.model, Quest(QuestConfig(BUCKET + 240, num_dense_layers=0)), tokens)
+    torch.testing.assert_close(wide.nll[0, 0], full.nll[0, 0], rtol=1e-4, atol=0)
+    assert 0 < abs(float(wide.nll[0, 1] - full.nll[0, 1])) < 0.05 * float(full.nll[0, 1])
+    assert all(layer.steps == 60 and layer.is_sparse for layer in wide.reads)
+
+
+def test_perplexity_rows() -> None:
+    (row,) = rows(runner(tasks=(PERPLEXITY,), methods=("quest",), num_samples=3))
+    assert row["count"] == [LENGTH - 1]
+    assert row["sparse_steps"] == (LENGTH - 64) * 4
+    assert row["book"].startswith("South")
+
+
+def test_recall_against_loops() -> None:
+    used = runner()
+    tokens = used.texts.tokens[0][:400]
+    context = read_context(used.model, tokens[:-1])
+    seen: dict[int, torch.Tensor] = {}
+    method = Quest(QuestConfig(64, num_dense_layers=2), lambda layer, selected, _: seen.update({layer: selected.pages}))
+    found = measure_recall(used.model, method, context, tokens[-1:])
+    eager = AutoModelForCausalLM.from_pretrained(bundled_model_path(), dtype=torch.float32, attn_implementation="eager")
+    with torch.inference_mode():
+        weights = eager.eval()(torch.tensor([tokens]), output_attentions=True).attentions
+    first = found.layers[0]  # later layers have inputs of their own, since those before read less
+    truth = weights[first][0, :, -1]  # [HQ, T]
+    for head, (mass, top) in enumerate(zip(found.mass[0], found.top[0], strict=True)):
+        group = truth.shape[0] // 2
+        read = {int(page) for page in seen[first][0, head]}
+        masses, tops = [], []
+        for one in truth[head * group : (head + 1) * group]:
+            masses.append(sum(float(one[t]) for t in range(400) if t // 16 in read))
+            best = sorted(range(400), key=lambda t: -float(one[t]))[:TOP_TOKENS]
+            tops.append(sum(t // 16 in read for t in best) / TOP_TOKENS)
+        assert mass == pytest.approx(sum(masses) / group, abs=1e-4)
+        assert top == pytest.approx(sum(tops) / group, abs=1e-4)
+    with pytest.raises(QuestValueError, match="quest or oracle"):
+        measure_recall(used.model, Full(), context, tokens[-1:])
+    with pytest.raises(QuestStateError, match="within the budget"):
+        measure_recall(used.model, Quest(QuestConfig(512)), context, tokens[-1:])
+
+
+def test_the_oracle_recalls_more_than_quest() -> None:
+    found = rows(runner(tasks=(RECALL,), methods=("quest", "oracle"), num_samples=2))
+    shares = {
+        name: [sum(map(sum, row["top10"])) for row in found if row["method"] == name] for name in ("quest", "oracle")
+    }
+    assert all(oracle > quest for oracle, quest in zip(shares["oracle"], shares["quest"], strict=True))
+    assert RECALL_STEPS < LENGTH
+
+
+SETTINGS_OF = {"model": "m", "dtype": "float32", "page_size": 16, "seed": 0}
+ROW = {"task": "passkey", "length": LENGTH, "index": 0, "method": "quest", "token_budget": 64, "score": 1.0}
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "run", SETTINGS_OF)
+    arms = [Arm("full", None), Arm("quest", 64)]
+    assert journal.missing(Job("passkey", LENGTH, 0), arms) == arms
+    journal.add([ROW])
+    assert journal.missing(Job("passkey", LENGTH, 0), arms) == arms[:1]
+    file = tmp_path / "run" / SAMPLES
+    whole = file.read_text()
+    file.write_text(whole + '{"task": "passkey", "len')  # interrupted while it wrote
+    again = Journal(tmp_path / "run", {**SETTINGS_OF, "num_samples": 9})
+    assert again.missing(Job("passkey", LENGTH, 0), arms) == arms[:1]
+    assert again.missing(Job("passkey", LENGTH, 1), arms) == arms
+    assert file.read_text() == whole
+
+
+def test_folders_that_are_refused(tmp_path: Path) -> None:
+    Journal(tmp_path / "run", SETTINGS_OF).add([ROW])
+    before = (tmp_path / "run" / SETTINGS).read_text()
+    with pytest.raises(QuestValueError, match="a folder of a run with seed=1: this has 0"):
+        Journal(tmp_path / "run", {**SETTINGS_OF, "seed": 1})
+    assert (tmp_path / "run" / SETTINGS).read_text() == before
+    with pytest.raises(QuestValueError, match="a new or empty folder"):
+        Journal(tmp_path, SETTINGS_OF)
+    with pytest.raises(QuestValueError, match="a folder, not a file"):
+        Journal(tmp_path / "run" / SETTINGS, SETTINGS_OF)
+    with (tmp_path / "run" / SAMPLES).open("a") as file:
+        file.write("nothing\n")
+    with pytest.raises(QuestValueError, match=r"samples\.jsonl, line 2"):
+        Journal(tmp_path / "run", SETTINGS_OF)
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    given = ["eval", "passkey", "-o", str(folder), "--method", "full,quest", "-b", "64", "-l", str(LENGTH)]
+    return [*given, "--threads", "1", *more]
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command(tmp_path / "run", "-n", "1")) == 0
+    assert run(command(tmp_path / "run", "-n", "2")) == 0
+    shown = capsys.readouterr()
+    assert "2 of 4 answers are in" in shown.err
+    assert "100.0 %" in shown.out
+    resumed = [json.loads(line) for line in (tmp_path / "run" / SAMPLES).read_text().splitlines()]
+    assert run(command(tmp_path / "whole", "-n", "2")) == 0
+    whole = [json.loads(line) for line in (tmp_path / "whole" / SAMPLES).read_text().splitlines()]
+    assert without_time(resumed) == without_time(whole)
+    settings = json.loads((tmp_path / "whole" / SETTINGS).read_text())
+    assert str(tmp_path) not in json.dumps(settings)
+    assert settings["command"].startswith("quest ")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--method", "qest"), "--method: got 'qest'"),
+        (("--token-budget", "2048"), "--token-budget: got '2048', expected less than the length"),
+        (("--length", "x"), "--length: got 'x'"),
+        (("--page-size", "0"), "--page-size: got 0"),
+        (("--num-samples", "0"), "--num-samples: got 0"),
+        (("--books", "nowhere"), "--books: got 'nowhere'"),
+        (("--workers", "0"), "--workers: got 0"),
+    ],
+)
+def test_what_the_command_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], message: str
+) -> None:
+    assert run(command(tmp_path / "run", *more)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / SAMPLES).exists()
+
+
+@pytest.mark.slow
+def test_several_processes_find_the_same() -> None:
+    plan = make_plan(num_samples=3)
+    alone = rows(Runner(loaded().model, loaded().tokenizer, plan))
+    jobs = [(job, plan.arms(job.task, job.length)) for job in loaded().jobs if job.index < 3]
+    jobs += [(Job("passkey", LENGTH, 2), plan.arms("passkey", LENGTH))]
+    found = [
+        row
+        for _, some in run_jobs(loaded(), jobs, workers=2, make_runner=functools.partial(make_runner, plan))
+        for row in some
+    ]
+    key = lambda row: (row["index"], row["method"])  # noqa: E731
+    assert sorted(without_time(found), key=key) == sorted(without_time(alone), key=key)
