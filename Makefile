@@ -55,6 +55,8 @@ clean: ## Remove the environments and everything that was built
 	rm -rf $(NEWEST) $(OLDEST) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests training benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
+EXTRAS = dev
+$(NEWEST)/.installed: EXTRAS = dev,lm-eval
 $(NEWEST)/.installed: constraints/newest.txt
 $(OLDEST)/.installed: constraints/oldest.txt
 
@@ -64,5 +66,5 @@ $(OLDEST)/.installed: constraints/oldest.txt
 	test -x $*/bin/python || $(PYTHON) -m venv $*
 	$*/bin/python $(PIP) install --quiet --quiet "$$(grep '^torch==' constraints/common.txt)"
 	$*/bin/python $(PIP) install --quiet --quiet --constraint $(filter %est.txt,$^) hatchling editables
-	$*/bin/python $(PIP) install --quiet --quiet --constraint $(filter %est.txt,$^) --no-build-isolation --editable '.[dev]'
+	$*/bin/python $(PIP) install --quiet --quiet --constraint $(filter %est.txt,$^) --no-build-isolation --editable '.[$(EXTRAS)]'
 	touch $@

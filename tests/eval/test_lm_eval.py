@@ -172,7 +172,7 @@ def test_a_long_prompt_without_a_sparse_step_is_an_error(model: Any, tokenizer: 
         ({"tail_tokens": "64"}, "tail_tokens", "a positive integer"),
         ({"tail_tokens": True}, "tail_tokens", "a positive integer"),
         ({"token_budgt": 64}, "token_budgt", "did you mean token_budget"),
-        ({"backend": "seq2seq"}, "backend", "a known option"),
+        ({"backend": "seq2seq"}, "backend", "one of auto"),
         ({"max_batch_size": 8}, "max_batch_size", "a known option"),
         ({"token_budget": 8}, "token_budget", "at least 16"),
         ({"page_size": 16}, "page_size", "token_budget beside it"),

@@ -63,9 +63,35 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
         load_documents("longbench_qasper", tmp_path, encode, 4096)
     with pytest.raises(QuestValueError, match="length: got 100, expected more than"):
         load_documents("longbench_qasper", tmp_path, encode, 100)
+    for answers in ([], [1]):
+        write(tmp_path, "qasper", row(answers=answers))
+        with pytest.raises(QuestValueError, match="at least one answer"):
+            load_documents("longbench_qasper", tmp_path, encode, 4096)
+    (tmp_path / "qasper.jsonl").write_bytes(b'{"input": "\xff"}\n')
+    with pytest.raises(QuestValueError, match="line 1', expected a JSON object in UTF-8"):
+        load_documents("longbench_qasper", tmp_path, encode, 4096)
+    (tmp_path / "qasper.jsonl").write_text("\n")
+    with pytest.raises(QuestValueError, match="at least one line"):
+        load_documents("longbench_qasper", tmp_path, encode, 4096)
     (tmp_path / "qasper.jsonl").write_text("{\n")
     with pytest.raises(QuestValueError, match="line 1', expected a JSON object"):
         load_documents("longbench_qasper", tmp_path, encode, 4096)
+
+
+def test_line_separators_within_a_text(tmp_path: Path) -> None:
+    text = "one\u2028two\u2029three\u0085four"
+    line = json.dumps(row(context=text), ensure_ascii=False)
+    (tmp_path / "hotpotqa.jsonl").write_text(line + "\r\n", encoding="utf-8", newline="")
+    (document,) = load_documents("longbench_hotpotqa", tmp_path, encode, 4096)
+    assert "".join(map(chr, document.context_ids)).endswith(text)
+
+
+def test_a_passage_before_the_question_is_context(tmp_path: Path) -> None:
+    asked = "Passage:\nA long one.\nQuestion:\nWho?\nAnswer:"
+    write(tmp_path, "triviaqa", row(input=asked))
+    (document,) = load_documents("longbench_triviaqa", tmp_path, encode, 4096)
+    assert "".join(map(chr, document.question_ids)) == "\nQuestion:\nWho?\nAnswer:"
+    assert "".join(map(chr, document.context_ids)).endswith("A long text.\n\nPassage:\nA long one.\n")
 
 
 def test_scores_by_hand() -> None:

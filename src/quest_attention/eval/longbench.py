@@ -3,7 +3,10 @@
 Source: Bai et al., "LongBench: A Bilingual, Multitask Benchmark for Long Context Understanding", ACL 2024,
 arXiv:2308.14508. Files, lengths of answers, cutting in the middle and metrics are LongBench's; the wording of the
 prompts is our own, so figures compare methods with each other, not with published ones. The question is kept apart
-from the context, since an evaluation feeds it as decode steps.
+from the context, since an evaluation feeds it as decode steps; so that it stays short, the passage that a question of
+TriviaQA brings along goes to the end of the context. Further deviations: only the context is cut, never the
+instruction; no chat template is put around a prompt; ROUGE-L is one longest common subsequence over lowercased words,
+without a union over sentences.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ class LongBenchTask:
         max_new_tokens: Of the answer, as in LongBench [tokens].
         metric: F1 over words, or ROUGE-L.
         is_first_line: Whether the answer ends at the first line break.
+        asks_last: Whether `input` holds a passage of its own before its last "Question:".
     """
 
     head: str
@@ -42,6 +46,7 @@ class LongBenchTask:
     max_new_tokens: int
     metric: Literal["f1", "rouge_l"] = "f1"
     is_first_line: bool = False
+    asks_last: bool = False
 
 
 _SHORT = "\n\nAnswer the question from the text above, in a few words.\nQuestion: {input}\nAnswer:"
@@ -62,7 +67,7 @@ LONGBENCH: dict[str, LongBenchTask] = {
         "rouge_l",
     ),
     f"{_PREFIX}triviaqa": LongBenchTask(
-        "Passages with questions and their answers follow.\n\n", "\n\n{input}", 32, is_first_line=True
+        "Passages with questions and their answers follow.\n\n", "\n{input}", 32, is_first_line=True, asks_last=True
     ),
 }
 """The tasks by name; the file of a task is its name without the prefix, with `.jsonl`."""
@@ -104,19 +109,25 @@ def load_documents(task: str, folder: Path, encode: Encode, length: int) -> list
     if not file.is_file():
         raise QuestValueError("longbench", str(folder), f"a folder with {file.name}")
     documents = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    # Bytes, since text would also break at the line separators that JSON allows within a string.
+    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         row = _parse(line, f"{file.name}, line {number}")
-        question = encode(kind.question.format(input=row["input"]))
+        passage, asked, question_text = (
+            row["input"].rpartition("Question:") if kind.asks_last else ("", "", row["input"])
+        )
+        question = encode(kind.question.format(input=asked + question_text))
         head = encode(kind.head)
         room = length - len(question) - len(head) - kind.max_new_tokens
         if room < 1:
             raise QuestValueError("length", length, f"more than {length - room}, for {file.name}, line {number}")
-        context = encode(row["context"])
+        context = encode(f"{row['context']}\n\n{passage}" if passage.strip() else row["context"])
         if len(context) > room:
             context = [*context[: room - room // 2], *context[len(context) - room // 2 :]]
         documents.append(Document(task, (*head, *context), tuple(question), tuple(row["answers"]), kind.max_new_tokens))
+    if not documents:
+        raise QuestValueError("longbench", file.name, "a file with at least one line")
     return documents
 
 
@@ -166,14 +177,16 @@ def _balance(common: int, found: int, expected: int) -> float:
     return 2 * common / (found + expected) if common else 0.0
 
 
-def _parse(line: str, place: str) -> dict[str, Any]:
+def _parse(line: bytes, place: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8"))
     except ValueError:
-        raise QuestValueError("longbench", place, "a JSON object") from None
+        raise QuestValueError("longbench", place, "a JSON object in UTF-8") from None
     for name, kind in (("input", str), ("context", str), ("answers", list)):
         if not isinstance(row, dict) or not isinstance(row.get(name), kind):
             raise QuestValueError("longbench", place, f"a JSON object with {name!r}, a {kind.__name__}")
+    if not row["answers"] or not all(isinstance(answer, str) for answer in row["answers"]):
+        raise QuestValueError("longbench", place, "at least one answer, each of them text")
     return dict(row)
 
 
