@@ -43,6 +43,7 @@ _FONT, _SMALL, _TINY = 9, 8, 6
 """Sizes of titles and axes, of ticks and legends, and of numbers in a heat map [points]."""
 _PANEL = (3.1, 2.35)
 _MOST_COLUMNS = 4
+_MOST_MAPS = 6
 _DODGE = 0.07
 """How far the points of neighbouring methods stand apart [octaves], so that their bars do not hide each other."""
 _LOG_FROM = 4.0
@@ -314,7 +315,7 @@ def _heat_maps(cells: Sequence[NeedleCell]) -> Figure | None:
     for method in _methods(cells):
         budgets = _sorted(cell.token_budget or 0 for cell in cells if cell.method == method)
         arms = [(method, budget or None) for budget in budgets]
-        rows += [arms[start : start + _MOST_COLUMNS] for start in range(0, len(arms), _MOST_COLUMNS)]
+        rows += [arms[start : start + _MOST_MAPS] for start in range(0, len(arms), _MOST_MAPS)]
     columns = max(map(len, rows))
     width = max(2.0, 0.42 * len(lengths) + 0.9)
     figure = Figure(figsize=(width * columns + 1.1, 2.3 * len(rows) + 0.4), dpi=_DPI, layout="constrained")
@@ -354,7 +355,7 @@ def _heat_map(
 
 
 def _panels(count: int, columns: int, *, num_labels: int) -> tuple[Figure, list[Axes]]:
-    """A figure with panels row by row, and with room for a legend below them."""
+    """A figure with panels row by row, and with room for a legend above them."""
     rows = math.ceil(count / columns)
     width = max(_PANEL[0] * columns, 4.2) + 0.3
     legend = 0.25 * math.ceil(num_labels / _legend_columns(width)) + 0.2
@@ -385,7 +386,7 @@ def _legend_columns(width: float) -> int:
 
 
 def _legend(figure: Figure, methods: Sequence[str], styles: dict[str, _Style]) -> None:
-    """Below the panels, where it covers nothing."""
+    """Above the panels, where it covers nothing, the label of their common axis either."""
     handles: list[Line2D | Patch] = [
         Line2D(
             [],
@@ -401,7 +402,7 @@ def _legend(figure: Figure, methods: Sequence[str], styles: dict[str, _Style]) -
     ]
     figure.legend(
         handles=handles,
-        loc="outside lower center",
+        loc="outside upper center",
         ncols=min(len(methods), _legend_columns(figure.get_figwidth())),
         fontsize=_SMALL,
         frameon=False,
