@@ -123,10 +123,11 @@ def tune(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Tuning | Non
     shape = _shape(group, rows, max_pages, sections > 1 and kv.metadata.element_size() == 1)
     busy = 2 * _PROGRAMS * (2 if rows <= _FEW and sections > 1 else 1)
     tiles = triton.cdiv(min(max_pages, section_pages), shape.block_p)
+    wanted = _PROGRAMS * (1 if group == 1 else 2)
     shape = shape._replace(
         section_pages=section_pages,
         score_splits=min(tiles, max(_LEAST_SHARES, busy // (rows * sections))),
-        splits=max(1, min(slots * kv.page_size // _LEAST_TOKENS, max(_LEAST_SHARES, 2 * _PROGRAMS // rows))),
+        splits=max(1, min(slots * kv.page_size // _LEAST_TOKENS, max(_LEAST_SHARES, wanted // rows))),
     )
     widening = triton.next_power_of_2(kv.head_dim * kv.keys.element_size()) // _TUNED_BYTES
     if widening > 1:  # larger heads fill the registers with fewer tokens
