@@ -5,6 +5,7 @@ It lies at the root so that the examples in the docstrings of `src` get the same
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 # Read by libraries when they are first imported, and by the commands that tests start.
@@ -28,6 +29,8 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 torch.set_num_threads(1)  # workers share the cores
+
+collect_ignore = [] if importlib.util.find_spec("lm_eval") else ["src/quest_attention/eval/lm_eval.py"]  # an extra
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

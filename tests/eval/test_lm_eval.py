@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,20 +14,23 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quest_attention import QuestConfig
-from quest_attention.errors import QuestStateError, QuestValueError
+from quest_attention.errors import QuestStateError, QuestValueError, QuestWarning
 from quest_attention.models import bundled_model_path
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'lm-eval[hf]'")
 pytest.importorskip("accelerate", reason="lm_eval's adapter for transformers needs it")
 
+import lm_eval.tasks
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 from quest_attention.eval.lm_eval import QuestLM, ReadTotals
 
 LENGTH = 4096  # the shortest that RULER has a metric for [tokens]
+RULER = Path(lm_eval.tasks.__file__).parent / "ruler"  # alone: reading the names of all tasks takes seconds
 SAMPLES = 2
 BUDGET = 256  # [tokens]
 SPARSE_LAYERS = 4  # of the six of the bundled model, the first two are dense
@@ -45,7 +49,7 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(scope="module")
-def sentences(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def no_download(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """RULER's module downloads nltk's sentence splitter unless its folder is there; this task never uses it."""
     nltk = pytest.importorskip("nltk", reason="lm_eval's RULER tasks need it")
     pytest.importorskip("wonderwords", reason="lm_eval's RULER tasks need it")
@@ -58,10 +62,12 @@ def sentences(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def answers(lm: HFLM) -> tuple[list[str], float]:
     """What a model answers to `niah_single_1`, and the share of right ones."""
+    metadata = {"tokenizer": str(bundled_model_path()), "max_seq_lengths": [LENGTH]}
     results = simple_evaluate(
         model=lm,
         tasks=["niah_single_1"],
-        metadata={"tokenizer": str(bundled_model_path()), "max_seq_lengths": [LENGTH]},
+        task_manager=TaskManager(include_path=str(RULER), include_defaults=False, metadata=metadata),
+        metadata=metadata,
         limit=SAMPLES,
         gen_kwargs={"max_gen_toks": ANSWER_TOKENS},
         bootstrap_iters=0,
@@ -76,6 +82,8 @@ def scoring(context: str, continuation: str) -> Instance:
     return Instance("loglikelihood", {}, (context, continuation), 0)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_download")
 def test_a_ruler_task_is_sparse_and_with_a_budget_of_everything_the_same_as_hflm(model: Any, tokenizer: Any) -> None:
     plain, plain_right = answers(HFLM(pretrained=model, tokenizer=tokenizer))
     whole = QuestLM(model, tokenizer, config=QuestConfig(token_budget=LENGTH))
@@ -121,7 +129,8 @@ def test_likelihoods_are_those_of_hflm_when_everything_is_read_and_sparse_when_n
     model: Any, tokenizer: Any, tail_tokens: int
 ) -> None:
     # Likely, unlikely, without a context (no decode step of it is past the budget), and one token.
-    pairs = [(STORY, " The sky is blue."), (STORY, " Purple!"), ("", "The sky"), (STORY, " The")]
+    story = STORY[:500]
+    pairs = [(story, " The sky is blue."), (story, " Purple!"), ("", "The sky"), (story, " The")]
     requests = [scoring(*pair) for pair in pairs]
     expected = HFLM(pretrained=model, tokenizer=tokenizer).loglikelihood(requests, disable_tqdm=True)
     for config in (None, QuestConfig(token_budget=4096)):
@@ -153,13 +162,13 @@ def test_it_leaves_the_model_as_it_was(model: Any, tokenizer: Any) -> None:
     assert (set(vars(model)), model.config) == before
 
 
-@pytest.mark.filterwarnings("ignore::quest_attention.errors.QuestWarning")  # it says so before the error does
 @pytest.mark.parametrize("call", ["loglikelihood", "generate_until"])
 def test_a_long_prompt_without_a_sparse_step_is_an_error(model: Any, tokenizer: Any, call: str) -> None:
     lm = QuestLM(model, tokenizer, config=QuestConfig(token_budget=64, num_dense_layers=6))
     arguments: tuple[str, Any] = (STORY, " The") if call == "loglikelihood" else (STORY, {"max_gen_toks": 2})
     request = Instance(call, {}, arguments, 0)  # type: ignore[arg-type]
-    with pytest.raises(QuestStateError, match=f"{call}: 1 prompts .* longer than the budget of 64"):
+    error = pytest.raises(QuestStateError, match=f"{call}: 1 prompts .* longer than the budget of 64")
+    with pytest.warns(QuestWarning, match="num_dense_layers=6 leaves no layer"), error:
         getattr(lm, call)([request], disable_tqdm=True)
 
 

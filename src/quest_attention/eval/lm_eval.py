@@ -4,8 +4,10 @@ The harness's own adapter prefills whole prompts. Quest reads less in decode ste
 and a method that drops keys would see the question while it chooses what to keep. Here the end of a prompt is decoded,
 token by token, by Quest and by the dense baseline alike.
 
-In Python, pass a `QuestLM` to `lm_eval.simple_evaluate`. On the command line, this module is lm_eval's own, in which
-`quest` is a model: `python -m quest_attention.eval.lm_eval run --model quest --model_args pretrained=...`.
+In Python, pass a `QuestLM` to `lm_eval.simple_evaluate`. On the command line, run this module in place of `lm_eval`;
+in it `quest` is a model:
+
+    python -m quest_attention.eval.lm_eval run --model quest --model_args pretrained=...,token_budget=1024 --tasks ...
 
 It needs lm-evaluation-harness; importing `quest_attention` or `quest_attention.eval` does not.
 """
@@ -98,7 +100,7 @@ class QuestLM(HFLM):
         tail_tokens: Last prompt tokens that are fed as decode steps [tokens].
         batch_size: Sequences at a time; 1.
         **options: Fields of `QuestConfig` (`token_budget=1024`) in place of `config`, and arguments of lm_eval's `HFLM`
-            (`max_length`, `dtype`, `device`, ...).
+            (`max_length`, `dtype`, `device`, ...). `backend` is the one of `QuestConfig`.
 
     Attributes:
         counters: What decode steps have read, over all requests.
@@ -119,7 +121,7 @@ class QuestLM(HFLM):
     ) -> None:
         if str(batch_size) != "1":  # a command line gives text
             raise QuestValueError("batch_size", batch_size, "1: decode steps take one sequence at a time")
-        if not isinstance(tail_tokens, int) or isinstance(tail_tokens, bool) or tail_tokens < 1:
+        if type(tail_tokens) is not int or tail_tokens < 1:  # True is an int
             raise QuestValueError("tail_tokens", tail_tokens, "a positive integer")
         if config is not None and not isinstance(config, QuestConfig):
             raise QuestValueError("config", config, "a QuestConfig, or None for the dense baseline")
@@ -319,7 +321,7 @@ class QuestLM(HFLM):
         if self._dense_prompts:
             raise QuestStateError(
                 f"{call}: {len(self._dense_prompts)} prompts of up to {max(self._dense_prompts)} tokens were longer "
-                f"than the budget of {budget}, but no decode step of theirs was sparse: {handle.counters.summary()}"
+                f"than the budget of {budget}, but no decode step of theirs was sparse:\n{handle.counters.summary()}"
             )
         if handle.counters.bypassed_steps:
             raise QuestStateError(
