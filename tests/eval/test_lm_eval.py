@@ -166,7 +166,7 @@ def test_it_leaves_the_model_as_it_was(model: Any, tokenizer: Any) -> None:
 def test_a_long_prompt_without_a_sparse_step_is_an_error(model: Any, tokenizer: Any, call: str) -> None:
     lm = QuestLM(model, tokenizer, config=QuestConfig(token_budget=64, num_dense_layers=6))
     arguments: tuple[str, Any] = (STORY, " The") if call == "loglikelihood" else (STORY, {"max_gen_toks": 2})
-    request = Instance(call, {}, arguments, 0)  # type: ignore[arg-type]
+    request = Instance(call, {}, arguments, 0)
     error = pytest.raises(QuestStateError, match=f"{call}: 1 prompts .* longer than the budget of 64")
     with pytest.warns(QuestWarning, match="num_dense_layers=6 leaves no layer"), error:
         getattr(lm, call)([request], disable_tqdm=True)

@@ -17,10 +17,11 @@ from quest_attention.eval.context import read_context
 from quest_attention.eval.journal import SAMPLES, SETTINGS, Journal
 from quest_attention.eval.methods import Full, Quest
 from quest_attention.eval.perplexity import BUCKET, predict_tokens
-from quest_attention.eval.plan import GRID, PERPLEXITY, RECALL, Arm, Job, Plan
+from quest_attention.eval.plan import Arm, Job, Plan
 from quest_attention.eval.pool import run_jobs
 from quest_attention.eval.recall import TOP_TOKENS, measure_recall
 from quest_attention.eval.runner import RECALL_STEPS, Runner
+from quest_attention.eval.tasks import GRID, PERPLEXITY, RECALL
 from quest_attention.models import bundled_model_path
 
 LENGTH = 1024
@@ -49,7 +50,7 @@ def runner(**options: Any) -> Runner:
 
 def rows(used: Runner) -> list[Row]:
     jobs = [(job, used.plan.arms(job.task, job.length)) for job in used.jobs]
-    return [row for _, found in run_jobs(used, jobs) for row in found]
+    return [row for found in run_jobs(used, jobs) for row in found]
 
 
 def without_time(found: list[Row]) -> list[Row]:
@@ -309,7 +310,7 @@ def test_several_processes_find_the_same() -> None:
     jobs += [(Job("passkey", LENGTH, 2), plan.arms("passkey", LENGTH))]
     found = [
         row
-        for _, some in run_jobs(loaded(), jobs, workers=2, make_runner=functools.partial(make_runner, plan))
+        for some in run_jobs(loaded(), jobs, workers=2, make_runner=functools.partial(make_runner, plan))
         for row in some
     ]
     key = lambda row: (row["index"], row["method"])  # noqa: E731

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -214,7 +214,7 @@ def evaluate(
     did not take its sparse path. An interrupted run goes on with the same command. `quest report` draws the figures.
     """
     from quest_attention.cli.eval import evaluate as run_evaluation
-    from quest_attention.eval.plan import Plan
+    from quest_attention.eval.plan import Plan, Question
 
     plan = Plan(
         tasks=tuple(dict.fromkeys(tasks)),
@@ -224,7 +224,7 @@ def evaluate(
         num_samples=num_samples,
         num_dense_layers=num_dense_layers,
         page_size=page_size,
-        question=question,  # type: ignore[arg-type]  # the plan checks it
+        question=cast("Question", question),  # the plan checks it
         seed=seed,
         backend=backend,
         books=books,

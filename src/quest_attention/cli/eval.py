@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shlex
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +62,12 @@ def evaluate(
         if done:
             say(f"quest: {done} of {total} answers are in {output} already")
         make = functools.partial(_make_runner, plan, model_name, device, dtype)
-        counts = Counter(job.task for job in jobs)
-        on_progress(_describe(counts), done, total)
-        for _, rows in run_jobs(runner, open_jobs, workers=workers, make_runner=make):
+        what = plan.tasks[0] if len(plan.tasks) == 1 else f"{len(plan.tasks)} tasks"
+        on_progress(what, done, total)
+        for rows in run_jobs(runner, open_jobs, workers=workers, make_runner=make):
             journal.add(rows)
             done += len(rows)
-            on_progress(_describe(counts), done, total)
+            on_progress(what, done, total)
     _show(output)
 
 
@@ -81,10 +80,6 @@ def report(folder: Path) -> None:
     page = write_report(folder)
     _show(folder)
     say(f"quest: the report is {page}")
-
-
-def _describe(counts: Counter[str]) -> str:
-    return next(iter(counts)) if len(counts) == 1 else f"{len(counts)} tasks"
 
 
 def _make_runner(plan: Plan, model_name: str | None, device: str, dtype: str) -> Runner:

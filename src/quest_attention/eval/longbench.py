@@ -23,9 +23,10 @@ from typing import Any, Literal
 from quest_attention.errors import QuestValueError
 from quest_attention.eval.tasks import Encode
 
-__all__ = ["LONGBENCH", "Document", "LongBenchTask", "load_documents", "score"]
+__all__ = ["LONGBENCH", "LONGBENCH_PREFIX", "Document", "LongBenchTask", "load_documents", "score"]
 
-_PREFIX = "longbench_"
+LONGBENCH_PREFIX = "longbench_"
+"""Of the names of its tasks."""
 
 
 @dataclass(frozen=True)
@@ -51,22 +52,22 @@ class LongBenchTask:
 
 _SHORT = "\n\nAnswer the question from the text above, in a few words.\nQuestion: {input}\nAnswer:"
 LONGBENCH: dict[str, LongBenchTask] = {
-    f"{_PREFIX}narrativeqa": LongBenchTask("A story follows, and a question about it.\n\n", _SHORT, 128),
-    f"{_PREFIX}qasper": LongBenchTask(
+    f"{LONGBENCH_PREFIX}narrativeqa": LongBenchTask("A story follows, and a question about it.\n\n", _SHORT, 128),
+    f"{LONGBENCH_PREFIX}qasper": LongBenchTask(
         "A scientific article follows, and a question about it.\n\n",
         "\n\nAnswer the question from the article above, in a few words, with yes or no where that is asked, or with "
         '"unanswerable" where the article does not say.\nQuestion: {input}\nAnswer:',
         128,
     ),
-    f"{_PREFIX}multifieldqa_en": LongBenchTask("A text follows, and a question about it.\n\n", _SHORT, 64),
-    f"{_PREFIX}hotpotqa": LongBenchTask("Some passages follow, and a question about them.\n\n", _SHORT, 32),
-    f"{_PREFIX}gov_report": LongBenchTask(
+    f"{LONGBENCH_PREFIX}multifieldqa_en": LongBenchTask("A text follows, and a question about it.\n\n", _SHORT, 64),
+    f"{LONGBENCH_PREFIX}hotpotqa": LongBenchTask("Some passages follow, and a question about them.\n\n", _SHORT, 32),
+    f"{LONGBENCH_PREFIX}gov_report": LongBenchTask(
         "A report of a government agency follows.\n\n",
         "\n\nSummarize the report on one page.\nSummary:",
         512,
         "rouge_l",
     ),
-    f"{_PREFIX}triviaqa": LongBenchTask(
+    f"{LONGBENCH_PREFIX}triviaqa": LongBenchTask(
         "Passages with questions and their answers follow.\n\n", "\n{input}", 32, is_first_line=True, asks_last=True
     ),
 }
@@ -105,7 +106,7 @@ def load_documents(task: str, folder: Path, encode: Encode, length: int) -> list
         QuestValueError: The task is unknown, its file is missing or broken, or a question leaves no room.
     """
     kind = _task(task)
-    file = folder / f"{task.removeprefix(_PREFIX)}.jsonl"
+    file = folder / f"{task.removeprefix(LONGBENCH_PREFIX)}.jsonl"
     if not file.is_file():
         raise QuestValueError("longbench", str(folder), f"a folder with {file.name}")
     documents = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,13 +33,7 @@ class Predictions:
     reads: list[LayerReads]
 
 
-def predict_tokens(
-    model: PreTrainedModel,
-    method: Method,
-    tokens: Tensor,
-    *,
-    on_progress: Callable[[int], None] = lambda _: None,
-) -> Predictions:
+def predict_tokens(model: PreTrainedModel, method: Method, tokens: Tensor) -> Predictions:
     """Feed texts to a method token by token, and see how likely it finds each next token.
 
     Up to the method's budget a step reads everything, whoever reads, so those tokens go through the model in one pass;
@@ -50,7 +43,6 @@ def predict_tokens(
         model: In evaluation mode.
         method: What reads.
         tokens: `[B, T]` int64, texts of one length.
-        on_progress: Called with the tokens done.
     """
     if type(method) is Quest:
         method.cuda_graphs = None  # thousands of steps are worth a capture
@@ -63,12 +55,10 @@ def predict_tokens(
             stop = min(start + PREFILL_CHUNK, at_once)
             logits = model(tokens[:, start:stop], past_key_values=session.cache, use_cache=True).logits
             _note(losses, tokens, start, logits)
-            on_progress(stop)
         session.reset_counts()
         for start in range(at_once, length):
             logits = model(tokens[:, start : start + 1], past_key_values=session.cache, use_cache=True).logits
             _note(losses, tokens, start, logits)
-            on_progress(start + 1)
         reads = [] if isinstance(method, Full) else session.reads()
     padded = F.pad(losses, (0, -length % BUCKET)).unflatten(1, (-1, BUCKET)).sum(2)
     count = [min(length, start + BUCKET) - max(1, start) for start in range(0, length, BUCKET)]  # none for token 0

@@ -10,15 +10,11 @@ from typing import Literal, get_args
 from quest_attention.errors import QuestValueError
 from quest_attention.eval.longbench import LONGBENCH
 from quest_attention.eval.methods import Full, Method, Quest, make_method
-from quest_attention.eval.tasks import TASKS
+from quest_attention.eval.tasks import GRID, PERPLEXITY, RECALL, TASKS
 
-__all__ = ["GRID", "GRID_DEPTHS", "PERPLEXITY", "RECALL", "Arm", "Job", "Plan", "Question", "task_names"]
+__all__ = ["GRID_DEPTHS", "Arm", "Job", "Plan", "Question", "task_names"]
 
 Question = Literal["decode", "prefill"]
-PERPLEXITY = "perplexity"
-RECALL = "recall"
-GRID = "needle_grid"
-"""One needle at fixed depths, for a picture of depth by length."""
 GRID_DEPTHS = tuple(depth / 10 for depth in range(11))
 
 

@@ -29,16 +29,14 @@ def run_jobs(
     *,
     workers: int = 1,
     make_runner: MakeRunner | None = None,
-    on_progress: Callable[[str], None] = lambda _: None,
-) -> Iterator[tuple[Job, list[dict[str, Any]]]]:
-    """Measure jobs, and give each with its rows when it is done, in any order.
+) -> Iterator[list[dict[str, Any]]]:
+    """Measure jobs, and give the rows of each when it is done, in any order.
 
     Args:
         runner: Measures them, where there is one process.
         jobs: Samples with the arms that are to answer them.
         workers: Processes, each with a model of its own on the same device.
         make_runner: Makes the runner of a process; needed for more than one.
-        on_progress: Called with what one process does.
 
     Raises:
         QuestValueError: `workers` is not positive.
@@ -47,23 +45,23 @@ def run_jobs(
         raise QuestValueError("workers", workers, "a positive integer")
     if workers == 1 or make_runner is None:
         for job, arms in jobs:
-            yield job, list(runner.measure(job, arms, on_progress))
+            yield list(runner.measure(job, arms))
         return
     context = multiprocessing.get_context("spawn")  # a fork would share the GPU's state
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(make_runner,))
-    waiting: dict[Future[list[dict[str, Any]]], Job] = {}
+    waiting: set[Future[list[dict[str, Any]]]] = set()
     source = iter(jobs)
     try:
         while True:
             for job, arms in source:
-                waiting[pool.submit(_measure, job, arms)] = job
+                waiting.add(pool.submit(_measure, job, arms))
                 if len(waiting) >= _AHEAD * workers:
                     break
             if not waiting:
                 return
-            done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
             for future in done:
-                yield waiting.pop(future), future.result()
+                yield future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -18,9 +18,9 @@ from quest_attention.eval.decode import decode_answer
 from quest_attention.eval.longbench import LONGBENCH, Document, load_documents, score
 from quest_attention.eval.methods import LayerReads, Method, Quest
 from quest_attention.eval.perplexity import BUCKET, predict_tokens
-from quest_attention.eval.plan import GRID, GRID_DEPTHS, PERPLEXITY, RECALL, Arm, Job, Plan
+from quest_attention.eval.plan import GRID_DEPTHS, Arm, Job, Plan
 from quest_attention.eval.recall import measure_recall
-from quest_attention.eval.tasks import Sample, is_correct, make_sample
+from quest_attention.eval.tasks import GRID, PERPLEXITY, RECALL, Sample, is_correct, make_sample
 from quest_attention.eval.texts import Texts, load_texts
 
 __all__ = ["RECALL_STEPS", "Runner"]
@@ -46,6 +46,7 @@ class Runner:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     plan: Plan
+    _loaded: dict[tuple[str, int], list[Document]] = field(default_factory=dict, init=False, repr=False)
 
     def encode(self, text: str) -> list[int]:
         """Text to token ids, without special tokens."""
@@ -80,28 +81,25 @@ class Runner:
             jobs.append(job)
         return jobs
 
-    def measure(
-        self, job: Job, arms: Sequence[Arm], on_progress: Callable[[str], None] = lambda _: None
-    ) -> Iterator[dict[str, Any]]:
+    def measure(self, job: Job, arms: Sequence[Arm]) -> Iterator[dict[str, Any]]:
         """A row for each arm.
 
         Args:
             job: The sample.
             arms: What answers it.
-            on_progress: Called with the name of the method that begins.
 
         Raises:
             QuestStateError: A method did not take its sparse path, or read more than its budget.
         """
         if job.task == PERPLEXITY:
-            rows = self._perplexity(job, arms, on_progress)
+            rows = self._perplexity(job, arms)
         elif job.task == RECALL:
-            rows = self._recall(job, arms, on_progress)
+            rows = self._recall(job, arms)
         else:
-            rows = self._retrieval(job, arms, on_progress)
+            rows = self._retrieval(job, arms)
         yield from rows
 
-    def _retrieval(self, job: Job, arms: Sequence[Arm], on_progress: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    def _retrieval(self, job: Job, arms: Sequence[Arm]) -> Iterator[dict[str, Any]]:
         sample = self._sample(job)
         start = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
         ids = [*start, *sample.context_ids]
@@ -109,11 +107,9 @@ class Runner:
         if self.plan.question == "prefill":
             ids, question = [*ids, *question[:-1]], question[-1:]
         methods = [self.plan.method(arm) for arm in arms]
-        on_progress("reading the context")
         context = self._read(ids, methods)
         stop = () if self.tokenizer.eos_token_id is None else (self.tokenizer.eos_token_id,)
         for arm, method in zip(arms, methods, strict=True):
-            on_progress(method.name)
             started = time.perf_counter()
             with method.session(self.model) as session:
                 session.load(context)
@@ -132,14 +128,11 @@ class Runner:
                 "seconds": round(time.perf_counter() - started, 4),
             }
 
-    def _perplexity(
-        self, job: Job, arms: Sequence[Arm], on_progress: Callable[[str], None]
-    ) -> Iterator[dict[str, Any]]:
+    def _perplexity(self, job: Job, arms: Sequence[Arm]) -> Iterator[dict[str, Any]]:
         books = self.texts.at_least(job.length)
         tokens = torch.tensor([books.tokens[job.index][: job.length]])
         for arm in arms:
             method = self.plan.method(arm)
-            on_progress(method.name)
             found = predict_tokens(self.model, method, tokens)
             yield {
                 **asdict(job),
@@ -151,13 +144,12 @@ class Runner:
                 **_totals(self._check(found.reads, method)),
             }
 
-    def _recall(self, job: Job, arms: Sequence[Arm], on_progress: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    def _recall(self, job: Job, arms: Sequence[Arm]) -> Iterator[dict[str, Any]]:
         tokens = self.texts.at_least(job.length).stretch(job.index, job.length, self._random(job))
         head, tail = tokens[:-RECALL_STEPS], tokens[-RECALL_STEPS:]
         methods = [self.plan.method(arm) for arm in arms]
         context = self._read(head, methods)
         for arm, method in zip(arms, methods, strict=True):
-            on_progress(method.name)
             found = measure_recall(self.model, method, context, tail)
             yield {
                 **asdict(job),
@@ -194,10 +186,6 @@ class Runner:
             assert self.plan.longbench is not None, "the plan was checked"
             self._loaded[key] = load_documents(task, self.plan.longbench, self.encode, length - 1)
         return self._loaded[key]
-
-    @cached_property
-    def _loaded(self) -> dict[tuple[str, int], list[Document]]:
-        return {}
 
     def _check(self, reads: list[LayerReads], method: Method) -> list[LayerReads]:
         """The layers that may choose, after seeing that they did and that they read no more than the budget.

@@ -22,6 +22,9 @@ from typing import Literal
 from quest_attention.errors import QuestValueError
 
 __all__ = [
+    "GRID",
+    "PERPLEXITY",
+    "RECALL",
     "TASKS",
     "Encode",
     "Fact",
@@ -47,6 +50,12 @@ __all__ = [
 Split = Literal["train", "eval"]
 Encode = Callable[[str], list[int]]
 """Text to token ids, without special tokens."""
+
+PERPLEXITY = "perplexity"
+RECALL = "recall"
+"""What is measured beside the tasks made here."""
+GRID = "needle_grid"
+"""One needle at fixed depths, for a picture of depth by length."""
 
 _HELD_OUT_STRIDE = 5
 """Every fifth key word is kept from training."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestValueError
+from quest_attention.eval.methods.evicting import Evicting
 from quest_attention.eval.methods.full import Full
 from quest_attention.eval.methods.h2o import H2O
 from quest_attention.eval.methods.method import LayerReads, Method, Session
@@ -73,7 +74,7 @@ def make_method(
         return kind(QuestConfig.from_dict({**options, **_parse(given), "token_budget": token_budget}))
     if colon:
         raise QuestValueError("method", spec, f"{name} without options: quest and oracle alone take them")
-    return kind() if kind is Full else kind(token_budget, num_dense_layers)  # type: ignore[call-arg]
+    return kind(token_budget, num_dense_layers) if issubclass(kind, Evicting) else kind()
 
 
 def _parse(given: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quest_attention.errors import UnsupportedModelError
 from quest_attention.eval.methods.quest import Quest, QuestSession
 from quest_attention.hf import QuestHandle, QuestLayer
 from quest_attention.hf.attention import AttentionForward
@@ -68,7 +69,11 @@ class _OracleLayer(QuestLayer):
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """See `hf.attention.Reader`."""
+        """See `hf.attention.Reader`.
+
+        Raises:
+            UnsupportedModelError: A decode step has a mask: its sequences are padded.
+        """
         batch, length, config = query.shape[0], key.shape[2], self.config
         if query.shape[2] != 1:
             return dense(query, key, value, attention_mask, **kwargs)
@@ -76,7 +81,10 @@ class _OracleLayer(QuestLayer):
         if length <= config.token_budget:
             self.counter.count_dense("within budget", batch * self.num_pages)
             return dense(query, key, value, attention_mask, **kwargs)
-        assert attention_mask is None, "evaluation does not pad"
+        if attention_mask is not None:
+            raise UnsupportedModelError(
+                "attention_mask: got a tensor, expected None: sequences of one length, unpadded"
+            )
         selected = select_pages(
             true_scores(query[:, :, 0], key, config.page_size),
             length,

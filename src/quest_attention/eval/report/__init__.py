@@ -24,7 +24,7 @@ _PAGE = "report.html"
 def write_report(folder: Path) -> Path:
     """Write `summary.json`, `figures/*.png` and `report.html` into the folder of a run.
 
-    The same run gives the same files. Figures of a report before, of tasks that are no longer there, are taken away.
+    The same run gives the same files.
 
     Args:
         folder: With the run's `settings.json` and `samples.jsonl`.
@@ -49,8 +49,6 @@ def write_report(folder: Path) -> Path:
     (folder / _SUMMARY).write_text(text + "\n", encoding="utf-8")
     figures = folder / _FIGURES
     figures.mkdir(exist_ok=True)
-    for old in figures.glob("*.png"):
-        old.unlink()
     for picture in pictures:
         (figures / f"{picture.name}.png").write_bytes(picture.png)
     page = folder / _PAGE

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from quest_attention.errors import QuestValueError
-from quest_attention.eval.report.samples import LONGBENCH_PREFIX, Answer, Prediction, Recollection
+from quest_attention.eval.longbench import LONGBENCH_PREFIX
+from quest_attention.eval.report.samples import Answer, Prediction, Recollection
 from quest_attention.eval.wilson import wilson_interval
 
 __all__ = [

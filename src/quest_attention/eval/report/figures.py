@@ -19,8 +19,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from quest_attention.eval.report.cells import AccuracyCell, NeedleCell, PerplexityCell, RecallCell
-from quest_attention.eval.report.results import GRID, Results, method_rank
-from quest_attention.eval.report.samples import PERPLEXITY, RECALL
+from quest_attention.eval.report.results import Results, method_rank
+from quest_attention.eval.tasks import GRID, PERPLEXITY, RECALL
 
 __all__ = ["Picture", "draw_pictures"]
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import jinja2
 
+from quest_attention.eval.longbench import LONGBENCH_PREFIX
 from quest_attention.eval.report.figures import Picture
-from quest_attention.eval.report.results import GRID, Results, accuracy_row, accuracy_rows, perplexity_rows, recall_rows
-from quest_attention.eval.report.samples import LONGBENCH_PREFIX, PERPLEXITY, RECALL
+from quest_attention.eval.report.results import Results, accuracy_row, accuracy_rows, perplexity_rows, recall_rows
+from quest_attention.eval.tasks import GRID, PERPLEXITY, RECALL
 
 __all__ = ["Section", "Table", "make_page"]
 

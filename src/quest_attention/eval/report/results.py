@@ -20,9 +20,9 @@ from quest_attention.eval.report.cells import (
     recall_cells,
 )
 from quest_attention.eval.report.samples import Answer, Prediction, Recollection, read_samples
+from quest_attention.eval.tasks import GRID
 
 __all__ = [
-    "GRID",
     "METHOD_ORDER",
     "Results",
     "accuracy_row",
@@ -33,8 +33,6 @@ __all__ = [
     "recall_rows",
 ]
 
-GRID = "needle_grid"
-"""The retrieval task whose needles lie at fixed depths."""
 METHOD_ORDER = ("full", "quest", "oracle", "streaming_llm", "h2o", "tova", "snapkv")
 """Of tables and legends; what is not named here comes last, by name."""
 _SETTINGS = "settings.json"

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from quest_attention.errors import QuestValueError
+from quest_attention.eval.longbench import LONGBENCH_PREFIX
+from quest_attention.eval.tasks import PERPLEXITY, RECALL
 
-__all__ = ["LONGBENCH_PREFIX", "PERPLEXITY", "RECALL", "Answer", "Prediction", "Recollection", "read_samples"]
+__all__ = ["Answer", "Prediction", "Recollection", "read_samples"]
 
-PERPLEXITY = "perplexity"
-RECALL = "recall"
-LONGBENCH_PREFIX = "longbench_"
 """Tasks that are scored from 0 to 1; every other answer is right or wrong."""
 _MOST_NATS = 700.0
 """More than this per token, and the perplexity is no float any more [nats]."""
