@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from quest_attention import QuestStateError, QuestValueError
@@ -21,29 +21,16 @@ from quest_attention.eval.methods.snapkv import _KERNEL, SnapKV
 from quest_attention.eval.methods.streaming_llm import StreamingLLM
 from quest_attention.eval.methods.tova import TOVA
 from quest_attention.eval.observation import WINDOW, Observation, attention_weights
+from tiny import VOCABULARY, make_llama
 
-LAYERS, DENSE, HEADS, KV_HEADS, DIM, VOCABULARY = 3, 1, 4, 2, 8, 97
+LAYERS, DENSE, HEADS, KV_HEADS, DIM = 3, 1, 4, 2, 8
 EVICTING = ("streaming_llm", "h2o", "tova", "snapkv")
 CONTEXT, QUESTION, NEW = 90, 5, 6
 
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=HEADS * DIM,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=DIM,
-        intermediate_size=48,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
+    return make_llama(heads=HEADS, kv_heads=KV_HEADS, dim=DIM, layers=LAYERS)
 
 
 def tokens(count: int, seed: int = 1) -> list[int]:

@@ -146,6 +146,14 @@ def test_figures_are_not_blank(tmp_path: Path) -> None:
         assert (image[..., :3] < 0.9).mean() > 0.005, picture.name
 
 
+def test_a_report_leaves_other_files_alone(tmp_path: Path) -> None:
+    folder = write(tmp_path, [answer("passkey", "full", None, 1.0), answer("passkey", "quest", 64, 1.0)])
+    (folder / "figures").mkdir()
+    (folder / "figures" / "mine.png").write_bytes(b"mine")
+    write_report(folder)
+    assert (folder / "figures" / "mine.png").read_bytes() == b"mine"
+
+
 def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     rows = [answer("passkey", "full", None, 1.0, index=index) for index in range(3)]
     page = write_report(write(tmp_path, [*rows, answer("passkey", "quest", 64, 1.0)])).read_text(encoding="utf-8")
@@ -158,6 +166,7 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     [
         ({"score": 0.5}, "0 or 1: passkey is matched exactly"),
         ({"score": None}, "score"),
+        ({"task": "../x"}, "task: got '../x', expected letters"),
         ({"tokens_read": 101}, "at most tokens_held, 100"),
         ({"length": "long"}, "length"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def read_samples(path: Path) -> list[Answer | Prediction | Recollection]:
         place = f"{path.name}, line {number}"
         fields = _Fields(place, _parse(place, line))
         key = _Key(
-            fields.text("task"),
+            fields.file_name("task"),
             fields.whole("length", 1),
             fields.whole("index"),
             fields.text("method"),
@@ -178,6 +179,13 @@ class _Fields:
         value = self.get(name)
         if not isinstance(value, str) or not value:
             raise self.error(name, value, "a name")
+        return value
+
+    def file_name(self, name: str) -> str:
+        """A name that a figure's file can have."""
+        value = self.text(name)
+        if not re.fullmatch(r"\w+", value):
+            raise self.error(name, value, "letters, digits and underscores")
         return value
 
     def whole(self, name: str, least: int = 0) -> int:
