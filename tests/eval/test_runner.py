@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from quest_attention import QuestConfig, QuestStateError, QuestValueError
 from quest_attention.cli.app import integers, run, split_list
 from quest_attention.eval.context import read_context
+from quest_attention.eval.excerpt import SOUTH
 from quest_attention.eval.journal import SAMPLES, SETTINGS, Journal
 from quest_attention.eval.methods import Full, Quest
 from quest_attention.eval.perplexity import BUCKET, predict_tokens
-from quest_attention.eval.plan import Arm, Job, Plan
+from quest_attention.eval.plan import Arm, Job, Plan, divide
 from quest_attention.eval.pool import run_jobs
 from quest_attention.eval.recall import TOP_TOKENS, measure_recall
 from quest_attention.eval.runner import RECALL_STEPS, Runner
@@ -188,6 +189,31 @@ def test_perplexity_rows() -> None:
     assert row["count"] == [LENGTH - 1]
     assert row["sparse_steps"] == (LENGTH - 64) * 4
     assert row["book"].startswith("South")
+
+
+@pytest.mark.parametrize("method", ["full", "quest", "oracle", "tova", "snapkv"])
+def test_perplexity_of_books_side_by_side_is_that_of_each(tmp_path: Path, method: str) -> None:
+    words = SOUTH.text().split()
+    for start in (0, 900):
+        (tmp_path / f"{start}.txt").write_text(" ".join(words[start : start + 900]))
+    used = runner(tasks=(PERPLEXITY,), methods=(method,), token_budgets=("224",), lengths=(256,), books=tmp_path)
+    (arm,) = used.plan.arms(PERPLEXITY, 256)
+    works = divide([(job, [arm]) for job in used.jobs], books_at_once=2)
+    assert [len(work.jobs) for work in works] == [2]
+    together, alone = list(used.measure(works[0])), rows(used)
+    for both, one in zip(together, alone, strict=True):
+        assert both["nll"] == pytest.approx(one["nll"], rel=1e-4)
+        assert {**both, "nll": None} == {**one, "nll": None}
+
+
+def test_work_is_divided_by_sample_and_perplexity_by_arm_longest_first() -> None:
+    arms = [Arm("full", None), Arm("quest", 64), Arm("quest", 32)]
+    jobs = [(Job(task, LENGTH, index), arms) for index in range(3) for task in ("passkey", PERPLEXITY)]
+    works = divide(jobs, books_at_once=2)
+    assert [(work.jobs[0].task, len(work.jobs), [arm.token_budget for arm in work.arms]) for work in works] == [
+        *((PERPLEXITY, size, [budget]) for budget in (32, 64, None) for size in (2, 1)),
+        *(("passkey", 1, [None, 64, 32]) for _ in range(3)),
+    ]
 
 
 def test_recall_against_loops() -> None:

@@ -203,7 +203,7 @@ def evaluate(
         Path | None, typer.Option(help="Folder of *.txt to hide facts in; an excerpt by default.", show_default=False)
     ] = None,
     longbench: Annotated[Path | None, typer.Option(help="Folder with LongBench's *.jsonl.", show_default=False)] = None,
-    workers: Annotated[int, typer.Option(help="Processes, each with a model of its own on the device.")] = 1,
+    workers: Annotated[int, typer.Option(help="Processes, each with a model of its own, spread over the GPUs.")] = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
     threads: Threads = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -12,7 +12,7 @@ from quest_attention.eval.longbench import LONGBENCH
 from quest_attention.eval.methods import Full, Method, Quest, make_method
 from quest_attention.eval.tasks import GRID, PERPLEXITY, RECALL, TASKS
 
-__all__ = ["GRID_DEPTHS", "Arm", "Job", "Plan", "Question", "task_names"]
+__all__ = ["GRID_DEPTHS", "Arm", "Job", "Plan", "Question", "Work", "divide", "task_names"]
 
 Question = Literal["decode", "prefill"]
 GRID_DEPTHS = tuple(depth / 10 for depth in range(11))
@@ -49,6 +49,47 @@ class Job:
     task: str
     length: int
     index: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one process measures in one go.
+
+    Attributes:
+        jobs: Samples of one task and length: several books side by side for perplexity, else one sample.
+        arms: Methods that answer each of them.
+    """
+
+    jobs: tuple[Job, ...]
+    arms: tuple[Arm, ...]
+
+
+def divide(jobs: Iterable[tuple[Job, Sequence[Arm]]], *, books_at_once: int) -> list[Work]:
+    """Put samples and the arms that are to answer them together as they are best measured.
+
+    The arms of a sample share its context, so they stay together. Those of perplexity share nothing and take thousands
+    of steps each: every arm is work of its own, for several books at once. That comes first, so that no process
+    starts with it when the others are done.
+
+    Args:
+        jobs: Samples, each with its arms.
+        books_at_once: Sequences in a batch of perplexity [sequences].
+    """
+    works: list[Work] = []
+    books: dict[tuple[int, Arm], list[Job]] = {}
+    for job, arms in jobs:
+        if job.task != PERPLEXITY:
+            works.append(Work((job,), tuple(arms)))
+            continue
+        for arm in arms:
+            books.setdefault((job.length, arm), []).append(job)
+    steps = sorted(books.items(), key=lambda item: item[0][0] - (item[0][1].token_budget or item[0][0]), reverse=True)
+    batches = [
+        Work(tuple(some[start : start + books_at_once]), (arm,))
+        for (_, arm), some in steps
+        for start in range(0, len(some), books_at_once)
+    ]
+    return batches + works
 
 
 @dataclass(frozen=True)

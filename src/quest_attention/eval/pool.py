@@ -5,12 +5,13 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing.sharedctypes import Synchronized
 from typing import Any
 
 import torch
 
 from quest_attention.errors import QuestValueError
-from quest_attention.eval.plan import Arm, Job
+from quest_attention.eval.plan import Arm, Job, Work
 from quest_attention.eval.runner import Runner
 
 __all__ = ["MakeRunner", "run_jobs"]
@@ -33,9 +34,9 @@ def run_jobs(
     """Measure jobs, and give the rows of each when it is done, in any order.
 
     Args:
-        runner: Measures them, where there is one process.
+        runner: Divides the work, and does it where there is one process.
         jobs: Samples with the arms that are to answer them.
-        workers: Processes, each with a model of its own on the same device.
+        workers: Processes, each with a model of its own; where the device is `cuda` they share all GPUs.
         make_runner: Makes the runner of a process; needed for more than one.
 
     Raises:
@@ -43,18 +44,20 @@ def run_jobs(
     """
     if workers < 1:
         raise QuestValueError("workers", workers, "a positive integer")
+    works = runner.divide(jobs)
     if workers == 1 or make_runner is None:
-        for job, arms in jobs:
-            yield list(runner.measure(job, arms))
+        for work in works:
+            yield list(runner.measure(work))
         return
     context = multiprocessing.get_context("spawn")  # a fork would share the GPU's state
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(make_runner,))
+    started = context.Value("i", 0)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(make_runner, started))
     waiting: set[Future[list[dict[str, Any]]]] = set()
-    source = iter(jobs)
+    source = iter(works)
     try:
         while True:
-            for job, arms in source:
-                waiting.add(pool.submit(_measure, job, arms))
+            for work in source:
+                waiting.add(pool.submit(_measure, work))
                 if len(waiting) >= _AHEAD * workers:
                     break
             if not waiting:
@@ -66,12 +69,17 @@ def run_jobs(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start(make_runner: MakeRunner) -> None:
+def _start(make_runner: MakeRunner, started: Synchronized[int]) -> None:
     global _runner  # noqa: PLW0603 - a process of a pool has nowhere else to keep its model
     torch.set_num_threads(1)  # the processes share the cores
+    with started.get_lock():
+        number = started.value
+        started.value += 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())  # what a device named `cuda` is
     _runner = make_runner()
 
 
-def _measure(job: Job, arms: list[Arm]) -> list[dict[str, Any]]:
+def _measure(work: Work) -> list[dict[str, Any]]:
     assert _runner is not None, "the process was started"
-    return list(_runner.measure(job, arms))
+    return list(_runner.measure(work))

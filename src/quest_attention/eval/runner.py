@@ -1,10 +1,10 @@
-"""Measure one sample of a plan with every arm: `measure` gives a row for each, ready for JSON."""
+"""Measure samples of a plan with every arm: `measure` gives a row for each, ready for JSON."""
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ from quest_attention.eval.decode import decode_answer
 from quest_attention.eval.longbench import LONGBENCH, Document, load_documents, score
 from quest_attention.eval.methods import LayerReads, Method, Quest
 from quest_attention.eval.perplexity import BUCKET, predict_tokens
-from quest_attention.eval.plan import GRID_DEPTHS, Arm, Job, Plan
+from quest_attention.eval.plan import GRID_DEPTHS, Arm, Job, Plan, Work, divide
 from quest_attention.eval.recall import measure_recall
 from quest_attention.eval.tasks import GRID, PERPLEXITY, RECALL, Sample, is_correct, make_sample
 from quest_attention.eval.texts import Texts, load_texts
@@ -29,6 +29,8 @@ RECALL_STEPS = 32
 """Tokens of a text that are decoded to measure recall [steps]."""
 _GPU_CHUNK = 4096
 """Tokens per forward pass of a prefill on a GPU, where launches cost more than memory."""
+_GPU_BOOKS = 32
+"""Books that perplexity is measured on side by side on a GPU, where a step of many takes as long as one of one."""
 _SPARE = 64
 """Tokens more of a book than a sample has, so that none is too short after a start token."""
 
@@ -81,23 +83,21 @@ class Runner:
             jobs.append(job)
         return jobs
 
-    def measure(self, job: Job, arms: Sequence[Arm]) -> Iterator[dict[str, Any]]:
-        """A row for each arm.
+    def divide(self, jobs: Iterable[tuple[Job, Sequence[Arm]]]) -> list[Work]:
+        """Samples and their arms in the portions that suit the device."""
+        return divide(jobs, books_at_once=_GPU_BOOKS if self.model.device.type == "cuda" else 1)
 
-        Args:
-            job: The sample.
-            arms: What answers it.
+    def measure(self, work: Work) -> Iterator[dict[str, Any]]:
+        """A row for each sample and arm.
 
         Raises:
             QuestStateError: A method did not take its sparse path, or read more than its budget.
         """
-        if job.task == PERPLEXITY:
-            rows = self._perplexity(job, arms)
-        elif job.task == RECALL:
-            rows = self._recall(job, arms)
-        else:
-            rows = self._retrieval(job, arms)
-        yield from rows
+        if work.jobs[0].task == PERPLEXITY:
+            yield from self._perplexity(work)
+            return
+        for job in work.jobs:
+            yield from self._recall(job, work.arms) if job.task == RECALL else self._retrieval(job, work.arms)
 
     def _retrieval(self, job: Job, arms: Sequence[Arm]) -> Iterator[dict[str, Any]]:
         sample = self._sample(job)
@@ -128,21 +128,24 @@ class Runner:
                 "seconds": round(time.perf_counter() - started, 4),
             }
 
-    def _perplexity(self, job: Job, arms: Sequence[Arm]) -> Iterator[dict[str, Any]]:
-        books = self.texts.at_least(job.length)
-        tokens = torch.tensor([books.tokens[job.index][: job.length]])
-        for arm in arms:
+    def _perplexity(self, work: Work) -> Iterator[dict[str, Any]]:
+        length = work.jobs[0].length
+        books = self.texts.at_least(length)
+        tokens = torch.tensor([books.tokens[job.index][:length] for job in work.jobs])
+        for arm in work.arms:
             method = self.plan.method(arm)
             found = predict_tokens(self.model, method, tokens)
-            yield {
-                **asdict(job),
-                **asdict(arm),
-                "book": books.names[job.index],
-                "bucket": BUCKET,
-                "nll": [round(value, 4) for value in found.nll[0].tolist()],
-                "count": found.count,
-                **_totals(self._check(found.reads, method)),
-            }
+            totals = _totals(self._check(found.reads, method))
+            for job, nll in zip(work.jobs, found.nll.tolist(), strict=True):
+                yield {
+                    **asdict(job),
+                    **asdict(arm),
+                    "book": books.names[job.index],
+                    "bucket": BUCKET,
+                    "nll": [round(value, 4) for value in nll],
+                    "count": found.count,
+                    **totals,
+                }
 
     def _recall(self, job: Job, arms: Sequence[Arm]) -> Iterator[dict[str, Any]]:
         tokens = self.texts.at_least(job.length).stretch(job.index, job.length, self._random(job))

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from quest_attention.config import QuestConfig
 from quest_attention.eval.context import Context, copy_cache
 from quest_attention.eval.methods.method import LayerReads, Method, Session
-from quest_attention.hf import OnSelect, QuestHandle, enable_quest
+from quest_attention.hf import OnSelect, QuestHandle, QuestLayer, enable_quest
 
 __all__ = ["Quest", "QuestSession"]
 
@@ -66,13 +66,15 @@ class QuestSession(Session):
     def reads(self) -> list[LayerReads]:
         """See `Session.reads`."""
         size = self._handle.config.page_size
+        keys = [layer.keys for layer in self.cache.layers if isinstance(layer, QuestLayer) and layer.keys is not None]
+        sequences = keys[0].shape[0] if keys else 1  # counters sum over sequences, which read alike: all are as long
         return [
             LayerReads(
                 counter.layer,
                 counter.sparse_steps > 0,
                 counter.sparse_steps + counter.dense_steps,
-                counter.pages_read * size,
-                counter.pages_held * size,
+                counter.pages_read // sequences * size,
+                counter.pages_held // sequences * size,
             )
             for counter in self._handle.counters.layers
         ]
