@@ -142,7 +142,7 @@ def test_two_caches_in_turn_and_a_cache_that_is_dropped(device: str) -> None:
         last = [first[:, -1:], second[:, -1:]]
         for _ in range(10):
             for i, cache in enumerate(caches):
-                last[i] = model(input_ids=last[i], past_key_values=cache).logits[:, -1:].argmax(-1)
+                last[i] = model(last[i], past_key_values=cache).logits[:, -1:].argmax(-1)
                 tokens[i].append(int(last[i]))
         assert quest.graphs.captures == 2
         alone = quest.make_cache(200)

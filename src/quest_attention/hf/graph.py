@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import threading
 import warnings
 import weakref
@@ -52,6 +53,7 @@ class DecodeGraphs:
         self.captures = 0
         self.eager_steps: dict[str, int] = {}
         self._forward: Callable[..., Any] = model.forward
+        self._names = tuple(inspect.signature(model.forward).parameters)
         self._devices = {parameter.device for parameter in model.parameters()}
         self._graphs: weakref.WeakKeyDictionary[QuestCache, _CapturedStep] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
@@ -61,18 +63,19 @@ class DecodeGraphs:
 
         @functools.wraps(self._forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
-            if args or not isinstance(cache, QuestCache) or not isinstance(ids, Tensor) or ids.shape[1] != 1:
+            given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+            cache, ids = given.get("past_key_values"), given.get("input_ids")
+            if not isinstance(cache, QuestCache) or not isinstance(ids, Tensor) or ids.shape[1] != 1:
                 return self._forward(*args, **kwargs)
             length = cache.get_seq_length()
             if length + 1 <= cache.quest.token_budget:
-                return self._forward(**kwargs)
+                return self._forward(*args, **kwargs)
             with self._lock:
-                reason = self._why_not(cache, length, kwargs)
+                reason = self._why_not(cache, length, given)
                 if reason is None:
-                    return self._replay(cache, length, kwargs)
+                    return self._replay(cache, length, given)
                 self.eager_steps[reason] = self.eager_steps.get(reason, 0) + 1
-            return self._forward(**kwargs)
+            return self._forward(*args, **kwargs)
 
         return forward
 
