@@ -191,29 +191,50 @@ def test_perplexity_rows() -> None:
     assert row["book"].startswith("South")
 
 
+def side_by_side(used: Runner) -> list[Row]:
+    """Rows of a plan whose samples are all measured in as few batches as there can be."""
+    jobs = [(job, used.plan.arms(job.task, job.length)) for job in used.jobs]
+    works = divide(jobs, lambda _: 99, [used.shape(job) for job, _ in jobs])
+    assert max(len(work.jobs) for work in works) > 1
+    return [row for work in works for row in used.measure(work)]
+
+
+def in_order(found: list[Row]) -> list[Row]:
+    return sorted(found, key=lambda row: (row["index"], row["method"]))
+
+
 @pytest.mark.parametrize("method", ["full", "quest", "oracle", "tova", "snapkv"])
 def test_perplexity_of_books_side_by_side_is_that_of_each(tmp_path: Path, method: str) -> None:
     words = SOUTH.text().split()
     for start in (0, 900):
         (tmp_path / f"{start}.txt").write_text(" ".join(words[start : start + 900]))
     used = runner(tasks=(PERPLEXITY,), methods=(method,), token_budgets=("224",), lengths=(256,), books=tmp_path)
-    (arm,) = used.plan.arms(PERPLEXITY, 256)
-    works = divide([(job, [arm]) for job in used.jobs], books_at_once=2)
-    assert [len(work.jobs) for work in works] == [2]
-    together, alone = list(used.measure(works[0])), rows(used)
-    for both, one in zip(together, alone, strict=True):
+    for both, one in zip(in_order(side_by_side(used)), in_order(rows(used)), strict=True):
         assert both["nll"] == pytest.approx(one["nll"], rel=1e-4)
         assert {**both, "nll": None} == {**one, "nll": None}
 
 
-def test_work_is_divided_by_sample_and_perplexity_by_arm_longest_first() -> None:
+@pytest.mark.parametrize("question", ["decode", "prefill"])
+def test_samples_side_by_side_are_answered_as_each(question: str) -> None:
+    methods = ("full", "quest", "oracle", "streaming_llm", "h2o", "tova", "snapkv")
+    used = runner(tasks=("niah_multivalue",), methods=methods, lengths=(512,), num_samples=6, question=question)
+    ends = {"tokens_read": None, "tokens_held": None, "sparse_steps": None}  # a batch goes on until its last has ended
+    for both, one in zip(in_order(side_by_side(used)), in_order(rows(used)), strict=True):
+        assert {**both, "seconds": 0, **ends} == {**one, "seconds": 0, **ends}
+        assert both["tokens_read"] >= one["tokens_read"]
+
+
+def test_work_is_divided_by_shape_and_perplexity_by_arm_longest_first() -> None:
     arms = [Arm("full", None), Arm("quest", 64), Arm("quest", 32)]
-    jobs = [(Job(task, LENGTH, index), arms) for index in range(3) for task in ("passkey", PERPLEXITY)]
-    works = divide(jobs, books_at_once=2)
-    assert [(work.jobs[0].task, len(work.jobs), [arm.token_budget for arm in work.arms]) for work in works] == [
-        *((PERPLEXITY, size, [budget]) for budget in (32, 64, None) for size in (2, 1)),
-        *(("passkey", 1, [None, 64, 32]) for _ in range(3)),
+    jobs = [(Job(task, LENGTH, index), arms) for index in range(4) for task in ("passkey", PERPLEXITY)]
+    shapes = [None if job.task == PERPLEXITY else job.index % 2 for job, _ in jobs]
+    works = divide(jobs, lambda _: 3, shapes)
+    assert [([job.index for job in work.jobs], [arm.token_budget for arm in work.arms]) for work in works] == [
+        *((indices, [budget]) for budget in (32, 64, None) for indices in ([0, 1, 2], [3])),
+        ([0, 2], [None, 64, 32]),
+        ([1, 3], [None, 64, 32]),
     ]
+    assert [len(work.jobs) for work in divide(jobs, lambda _: 3)] == [1] * 16
 
 
 def test_recall_against_loops() -> None:

@@ -6,6 +6,7 @@ to keep.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -16,22 +17,27 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-__all__ = ["Decoded", "decode_answer"]
+__all__ = ["Decoded", "decode_answer", "decode_answers"]
 
 
 @dataclass
 class Decoded:
-    """What `decode_answer` did.
+    """What `decode_answers` did.
 
     Attributes:
-        tokens: The answer, stop token excluded.
+        answers: Of each sequence, up to its first stop token.
         step_seconds: Time of every decode step, question and answer [s].
         num_question_steps: How many of them fed a question token whose prediction was not used [steps].
     """
 
-    tokens: list[int] = field(default_factory=list)
+    answers: list[list[int]] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     num_question_steps: int = 0
+
+    @property
+    def tokens(self) -> list[int]:
+        """The answer of the first sequence."""
+        return self.answers[0]
 
 
 class _Clock:
@@ -60,25 +66,49 @@ def decode_answer(
     stop_tokens: Collection[int] = (),
     on_answer: Callable[[], None] | None = None,
 ) -> Decoded:
-    """Feed a question token by token and answer greedily with `generate()`, one forward pass of one token a step.
+    """`decode_answers` for one sequence, given as token ids."""
+    ids = None if context is None else torch.tensor([list(context)])
+    return decode_answers(
+        model,
+        cache,
+        torch.tensor([list(question)]),
+        max_new_tokens,
+        context=ids,
+        stop_tokens=stop_tokens,
+        on_answer=on_answer,
+    )
+
+
+def decode_answers(
+    model: PreTrainedModel,
+    cache: Cache,
+    questions: Tensor,
+    max_new_tokens: int,
+    *,
+    context: Tensor | None = None,
+    stop_tokens: Collection[int] = (),
+    on_answer: Callable[[], None] | None = None,
+) -> Decoded:
+    """Feed questions token by token and answer greedily with `generate()`, one forward pass of one token a step.
 
     Args:
         model: In evaluation mode.
-        cache: Holds the context; grows in place.
-        question: Token ids, at least one.
-        max_new_tokens: Tokens of the answer at most.
-        context: Token ids of what the cache holds, for a `generate()` that looks at them; zeros by default, which
+        cache: Holds the contexts; grows in place, until the last sequence has answered.
+        questions: `[B, q]` int64, at least one token each.
+        max_new_tokens: Tokens of an answer at most.
+        context: `[B, T]` int64, what the cache holds, for a `generate()` that looks at it; zeros by default, which
             nothing here reads.
-        stop_tokens: Token ids that end the answer.
-        on_answer: Called once, before the step that predicts the first token of the answer.
+        stop_tokens: Token ids that end an answer.
+        on_answer: Called once, before the step that predicts the first token of the answers.
 
     Returns:
-        The answer and the time of every step.
+        The answers and the time of every step.
     """
-    done = Decoded(num_question_steps=len(question) - 1)
+    batch, count = questions.shape
+    done = Decoded(num_question_steps=count - 1)
     length = cache.get_seq_length()
-    before = [0] * length if context is None else list(context)
-    ids = torch.tensor([[*before, *question]], device=model.device)  # [1, length + question]
+    before = torch.zeros(batch, length, dtype=torch.int64) if context is None else context
+    ids = torch.cat((before, questions), 1).to(model.device)  # [B, T + q]
     runner: Any = model  # its generate() side, which a type checker does not see
     with torch.inference_mode():
         for index in range(length, ids.shape[1] - 1):
@@ -102,5 +132,6 @@ def decode_answer(
             pad_token_id=0,
             logits_processor=[_Clock(done.step_seconds, time.perf_counter())],
         )
-    done.tokens = [token for token in made[0, ids.shape[1] :].tolist() if token not in stop_tokens]
+    answers = made[:, ids.shape[1] :].tolist()
+    done.answers = [list(itertools.takewhile(lambda token: token not in stop_tokens, answer)) for answer in answers]
     return done

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -12,9 +12,10 @@ from quest_attention.eval.longbench import LONGBENCH
 from quest_attention.eval.methods import Full, Method, Quest, make_method
 from quest_attention.eval.tasks import GRID, PERPLEXITY, RECALL, TASKS
 
-__all__ = ["GRID_DEPTHS", "Arm", "Job", "Plan", "Question", "Work", "divide", "task_names"]
+__all__ = ["GRID_DEPTHS", "Arm", "Job", "Plan", "Question", "Shapes", "Work", "divide", "task_names"]
 
 Question = Literal["decode", "prefill"]
+Shapes = Sequence[Hashable] | None
 GRID_DEPTHS = tuple(depth / 10 for depth in range(11))
 
 
@@ -56,7 +57,7 @@ class Work:
     """What one process measures in one go.
 
     Attributes:
-        jobs: Samples of one task and length: several books side by side for perplexity, else one sample.
+        jobs: Samples of one task and length, as one batch.
         arms: Methods that answer each of them.
     """
 
@@ -64,32 +65,35 @@ class Work:
     arms: tuple[Arm, ...]
 
 
-def divide(jobs: Iterable[tuple[Job, Sequence[Arm]]], *, books_at_once: int) -> list[Work]:
+def divide(
+    jobs: Iterable[tuple[Job, Sequence[Arm]]], size_of: Callable[[Job], int], shapes: Shapes = None
+) -> list[Work]:
     """Put samples and the arms that are to answer them together as they are best measured.
 
     The arms of a sample share its context, so they stay together. Those of perplexity share nothing and take thousands
-    of steps each: every arm is work of its own, for several books at once. That comes first, so that no process
-    starts with it when the others are done.
+    of steps each: every arm is work of its own. That comes first, so that no process starts with it when the others
+    are done.
 
     Args:
         jobs: Samples, each with its arms.
-        books_at_once: Sequences in a batch of perplexity [sequences].
+        size_of: Most samples in a batch with this one [sequences].
+        shapes: Of each sample, in order: those alike can be one batch. None: each is one of its own.
     """
-    works: list[Work] = []
-    books: dict[tuple[int, Arm], list[Job]] = {}
-    for job, arms in jobs:
-        if job.task != PERPLEXITY:
-            works.append(Work((job,), tuple(arms)))
-            continue
-        for arm in arms:
-            books.setdefault((job.length, arm), []).append(job)
-    steps = sorted(books.items(), key=lambda item: item[0][0] - (item[0][1].token_budget or item[0][0]), reverse=True)
-    batches = [
-        Work(tuple(some[start : start + books_at_once]), (arm,))
-        for (_, arm), some in steps
-        for start in range(0, len(some), books_at_once)
+    alike: dict[Hashable, list[tuple[Job, tuple[Arm, ...]]]] = {}
+    for index, (job, arms) in enumerate(jobs):
+        shape = index if shapes is None else shapes[index]
+        for some in [(arm,) for arm in arms] if job.task == PERPLEXITY else [tuple(arms)]:
+            alike.setdefault((job.task, job.length, shape, some), []).append((job, some))
+    works = [
+        Work(tuple(job for job, _ in group[start : start + size]), group[0][1])
+        for group in alike.values()
+        for size in [size_of(group[0][0])]
+        for start in range(0, len(group), size)
     ]
-    return batches + works
+    long = [work for work in works if work.jobs[0].task == PERPLEXITY]
+    long.sort(key=lambda work: work.jobs[0].length - (work.arms[0].token_budget or work.jobs[0].length), reverse=True)
+    others = [work for work in works if work.jobs[0].task != PERPLEXITY]
+    return long + sorted(others, key=lambda work: work.jobs[0].index)  # interrupted, a run has as many of each
 
 
 @dataclass(frozen=True)

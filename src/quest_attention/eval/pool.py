@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing.sharedctypes import Synchronized
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from quest_attention.errors import QuestValueError
-from quest_attention.eval.plan import Arm, Job, Work
+from quest_attention.eval.plan import Arm, Job, Shapes, Work, divide
 from quest_attention.eval.runner import Runner
 
 __all__ = ["MakeRunner", "run_jobs"]
@@ -20,6 +20,7 @@ MakeRunner = Callable[[], Runner]
 """Loads the model; it is called in each process, so it can be pickled."""
 _AHEAD = 2
 """Jobs given out for each process before one comes back."""
+_SHAPES_AT_ONCE = 16
 _runner: Runner | None = None
 """Of a worker process."""
 
@@ -44,17 +45,22 @@ def run_jobs(
     """
     if workers < 1:
         raise QuestValueError("workers", workers, "a positive integer")
-    works = runner.divide(jobs)
+    asked = list(jobs)
+    shapes: Shapes = None
     if workers == 1 or make_runner is None:
-        for work in works:
+        if runner.is_batched:
+            shapes = [runner.shape(job) for job, _ in asked]
+        for work in divide(asked, runner.batch_size, shapes):
             yield list(runner.measure(work))
         return
     context = multiprocessing.get_context("spawn")  # a fork would share the GPU's state
     started = context.Value("i", 0)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(make_runner, started))
     waiting: set[Future[list[dict[str, Any]]]] = set()
-    source = iter(works)
     try:
+        if runner.is_batched:
+            shapes = list(pool.map(_shape, [job for job, _ in asked], chunksize=_SHAPES_AT_ONCE))
+        source = iter(divide(asked, runner.batch_size, shapes))
         while True:
             for work in source:
                 waiting.add(pool.submit(_measure, work))
@@ -78,6 +84,11 @@ def _start(make_runner: MakeRunner, started: Synchronized[int]) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(number % torch.cuda.device_count())  # what a device named `cuda` is
     _runner = make_runner()
+
+
+def _shape(job: Job) -> Hashable:
+    assert _runner is not None, "the process was started"
+    return _runner.shape(job)
 
 
 def _measure(work: Work) -> list[dict[str, Any]]:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quest_attention.errors import QuestStateError, QuestValueError
 from quest_attention.eval.context import PREFILL_CHUNK, Context, read_context
-from quest_attention.eval.decode import decode_answer
+from quest_attention.eval.decode import decode_answers
 from quest_attention.eval.longbench import LONGBENCH, Document, load_documents, score
 from quest_attention.eval.methods import LayerReads, Method, Quest
 from quest_attention.eval.perplexity import BUCKET, predict_tokens
-from quest_attention.eval.plan import GRID_DEPTHS, Arm, Job, Plan, Work, divide
+from quest_attention.eval.plan import GRID_DEPTHS, Job, Plan, Work
 from quest_attention.eval.recall import measure_recall
 from quest_attention.eval.tasks import GRID, PERPLEXITY, RECALL, Sample, is_correct, make_sample
 from quest_attention.eval.texts import Texts, load_texts
@@ -29,8 +30,10 @@ RECALL_STEPS = 32
 """Tokens of a text that are decoded to measure recall [steps]."""
 _GPU_CHUNK = 4096
 """Tokens per forward pass of a prefill on a GPU, where launches cost more than memory."""
-_GPU_BOOKS = 32
-"""Books that perplexity is measured on side by side on a GPU, where a step of many takes as long as one of one."""
+_GPU_BATCH = 32
+"""Samples measured as one batch on a GPU, where a step of many takes as long as a step of one [sequences]."""
+_GPU_TOKENS = 1 << 19
+"""Tokens of their contexts together, which are in memory once for all methods and once for the one at work [tokens]."""
 _SPARE = 64
 """Tokens more of a book than a sample has, so that none is too short after a start token."""
 
@@ -83,9 +86,25 @@ class Runner:
             jobs.append(job)
         return jobs
 
-    def divide(self, jobs: Iterable[tuple[Job, Sequence[Arm]]]) -> list[Work]:
-        """Samples and their arms in the portions that suit the device."""
-        return divide(jobs, books_at_once=_GPU_BOOKS if self.model.device.type == "cuda" else 1)
+    @property
+    def is_batched(self) -> bool:
+        """Whether samples are measured in batches."""
+        return self.model.device.type == "cuda"
+
+    def batch_size(self, job: Job) -> int:
+        """Most samples in a batch with this one [sequences]."""
+        if not self.is_batched:
+            return 1
+        return _GPU_BATCH if job.task == PERPLEXITY else max(1, min(_GPU_BATCH, _GPU_TOKENS // job.length))
+
+    def shape(self, job: Job) -> Hashable:
+        """What samples of a task and length must have in common to be one batch: methods take no padding."""
+        if job.task == PERPLEXITY:
+            return None  # as many tokens as the length says
+        if job.task in LONGBENCH or job.task == RECALL:
+            return job.index
+        sample = self._sample(job)
+        return len(sample.context_ids), len(sample.question_ids)
 
     def measure(self, work: Work) -> Iterator[dict[str, Any]]:
         """A row for each sample and arm.
@@ -93,40 +112,38 @@ class Runner:
         Raises:
             QuestStateError: A method did not take its sparse path, or read more than its budget.
         """
-        if work.jobs[0].task == PERPLEXITY:
-            yield from self._perplexity(work)
-            return
-        for job in work.jobs:
-            yield from self._recall(job, work.arms) if job.task == RECALL else self._retrieval(job, work.arms)
+        measure = {PERPLEXITY: self._perplexity, RECALL: self._recall}.get(work.jobs[0].task, self._retrieval)
+        yield from measure(work)
 
-    def _retrieval(self, job: Job, arms: Sequence[Arm]) -> Iterator[dict[str, Any]]:
-        sample = self._sample(job)
+    def _retrieval(self, work: Work) -> Iterator[dict[str, Any]]:
+        samples = [self._sample(job) for job in work.jobs]
         start = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        ids = [*start, *sample.context_ids]
-        question = list(sample.question_ids)
+        ids = torch.tensor([[*start, *sample.context_ids] for sample in samples])
+        questions = torch.tensor([list(sample.question_ids) for sample in samples])
         if self.plan.question == "prefill":
-            ids, question = [*ids, *question[:-1]], question[-1:]
-        methods = [self.plan.method(arm) for arm in arms]
+            ids, questions = torch.cat((ids, questions[:, :-1]), 1), questions[:, -1:]
+        methods = [self.plan.method(arm) for arm in work.arms]
         context = self._read(ids, methods)
         stop = () if self.tokenizer.eos_token_id is None else (self.tokenizer.eos_token_id,)
-        for arm, method in zip(arms, methods, strict=True):
+        most = max(sample.max_new_tokens for sample in samples)
+        for arm, method in zip(work.arms, methods, strict=True):
             started = time.perf_counter()
             with method.session(self.model) as session:
                 session.load(context)
-                decoded = decode_answer(
-                    self.model, session.cache, question, sample.max_new_tokens, context=ids, stop_tokens=stop
-                )
-                reads = self._check(session.reads(), method)
-            text = str(self.tokenizer.decode(decoded.tokens, skip_special_tokens=True))
-            yield {
-                **asdict(job),
-                **asdict(arm),
-                "score": _score(job, sample, text),
-                "answer": text,
-                "depth": sample.depths[0] if isinstance(sample, Sample) and sample.depths else None,
-                **_totals(reads),
-                "seconds": round(time.perf_counter() - started, 4),
-            }
+                decoded = decode_answers(self.model, session.cache, questions, most, context=ids, stop_tokens=stop)
+                totals = _totals(self._check(session.reads(), method))
+            seconds = round((time.perf_counter() - started) / len(samples), 4)
+            for job, sample, tokens in zip(work.jobs, samples, decoded.answers, strict=True):
+                text = str(self.tokenizer.decode(tokens[: sample.max_new_tokens], skip_special_tokens=True))
+                yield {
+                    **asdict(job),
+                    **asdict(arm),
+                    "score": _score(job, sample, text),
+                    "answer": text,
+                    "depth": sample.depths[0] if isinstance(sample, Sample) and sample.depths else None,
+                    **totals,
+                    "seconds": seconds,
+                }
 
     def _perplexity(self, work: Work) -> Iterator[dict[str, Any]]:
         length = work.jobs[0].length
@@ -147,22 +164,23 @@ class Runner:
                     **totals,
                 }
 
-    def _recall(self, job: Job, arms: Sequence[Arm]) -> Iterator[dict[str, Any]]:
-        tokens = self.texts.at_least(job.length).stretch(job.index, job.length, self._random(job))
-        head, tail = tokens[:-RECALL_STEPS], tokens[-RECALL_STEPS:]
-        methods = [self.plan.method(arm) for arm in arms]
-        context = self._read(head, methods)
-        for arm, method in zip(arms, methods, strict=True):
-            found = measure_recall(self.model, method, context, tail)
-            yield {
-                **asdict(job),
-                **asdict(arm),
-                "layers": found.layers,
-                "mass": [[round(share, 5) for share in heads] for heads in found.mass],
-                "top10": [[round(share, 5) for share in heads] for heads in found.top],
-            }
+    def _recall(self, work: Work) -> Iterator[dict[str, Any]]:
+        for job in work.jobs:
+            tokens = self.texts.at_least(job.length).stretch(job.index, job.length, self._random(job))
+            head, tail = tokens[:-RECALL_STEPS], tokens[-RECALL_STEPS:]
+            methods = [self.plan.method(arm) for arm in work.arms]
+            context = self._read(torch.tensor([head]), methods)
+            for arm, method in zip(work.arms, methods, strict=True):
+                found = measure_recall(self.model, method, context, tail)
+                yield {
+                    **asdict(job),
+                    **asdict(arm),
+                    "layers": found.layers,
+                    "mass": [[round(share, 5) for share in heads] for heads in found.mass],
+                    "top10": [[round(share, 5) for share in heads] for heads in found.top],
+                }
 
-    def _read(self, ids: Sequence[int], methods: Sequence[Method]) -> Context:
+    def _read(self, ids: Tensor, methods: Sequence[Method]) -> Context:
         return read_context(
             self.model,
             ids,
