@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import operator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from quest_attention.eval.excerpt import SOUTH
 from quest_attention.eval.journal import SAMPLES, SETTINGS, Journal
 from quest_attention.eval.methods import Full, Quest
 from quest_attention.eval.perplexity import BUCKET, predict_tokens
-from quest_attention.eval.plan import Arm, Job, Plan, divide
+from quest_attention.eval.plan import Arm, Job, Plan, Work, divide
 from quest_attention.eval.pool import run_jobs
 from quest_attention.eval.recall import TOP_TOKENS, measure_recall
 from quest_attention.eval.runner import RECALL_STEPS, Runner
@@ -56,6 +58,27 @@ def rows(used: Runner) -> list[Row]:
 
 def without_time(found: list[Row]) -> list[Row]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in found]
+
+
+def test_batch_that_finds_too_little_memory_is_measured_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = runner(num_samples=5)
+    arms = tuple(used.plan.arms("passkey", LENGTH))
+    whole, sizes = Runner._retrieval, []
+
+    def short_of_memory(self: Runner, work: Work) -> Iterator[Row]:
+        sizes.append(len(work.jobs))
+        if len(work.jobs) > 2:
+            raise torch.OutOfMemoryError("no more")
+        yield from whole(self, work)
+
+    expected = without_time(list(used.measure(Work(tuple(used.jobs), arms))))
+    monkeypatch.setattr(Runner, "_retrieval", short_of_memory)
+    found = without_time(list(used.measure(Work(tuple(used.jobs), arms))))
+    key = operator.itemgetter("index", "method")
+    assert sorted(found, key=key) == sorted(expected, key=key) and sizes == [5, 2, 3, 1, 2]
+    monkeypatch.setattr(Runner, "_retrieval", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")))
+    with pytest.raises(torch.OutOfMemoryError, match="none at all"):
+        list(used.measure(Work(tuple(used.jobs), arms)))
 
 
 def test_arms_and_budgets() -> None:

@@ -39,14 +39,15 @@ def attention_weights(
         `[B, HKV, G, t, T]`.
     """
     batch, count, dim = query.shape[0], query.shape[2], query.shape[3]
-    rows = query.float().view(batch, key.shape[1], -1, count, dim)
-    logits = rows @ key.float().transpose(-1, -2)[:, :, None] * (dim**-0.5 if scaling is None else scaling)
+    scale = dim**-0.5 if scaling is None else scaling
+    rows = query.float().reshape(batch, key.shape[1], -1, dim) * scale  # the heads of a group as rows of one product
+    logits = (rows @ key.float().transpose(-1, -2)).view(batch, key.shape[1], -1, count, key.shape[2])
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if first_position is not None:
         own = first_position + torch.arange(count, device=query.device)
         later = torch.arange(key.shape[2], device=query.device) > own[:, None]
-        logits = logits.masked_fill(later, float("-inf"))
+        logits.masked_fill_(later, float("-inf"))
     if s_aux is None:
         return logits.softmax(-1)
     sinks = s_aux.float().view(1, key.shape[1], -1, 1, 1).expand(*logits.shape[:-1], 1)
@@ -71,12 +72,11 @@ class Observation:
 
         Further arguments are those of `attention_weights`, and whatever else a model gives to its attention.
         """
-        count, length = query.shape[2], key.shape[2]
-        block = max(1, _BLOCK_BYTES // (4 * query.shape[0] * query.shape[1] * length))
-        for start in range(0, count, block):
-            some = query[:, :, start : start + block]
-            weights = attention_weights(some, key, first_position=length - count + start, **kwargs)
-            self._add(weights.sum((2, 3)), weights[..., -WINDOW:, :].mean(2))
+        each = [
+            _observe_sequence(query[b : b + 1], key[b : b + 1], **kwargs) for b in range(query.shape[0])
+        ]  # one by one, so that a block holds many queries and the keys are read few times
+        received, rows = (torch.cat(parts) for parts in zip(*each, strict=True))
+        self._add(received, rows)
 
     def _add(self, received: Tensor, rows: Tensor) -> None:
         if self.received is not None and self.window is not None:
@@ -84,3 +84,17 @@ class Observation:
             received[:, :, : self.received.shape[2]] += self.received
             rows = torch.cat((torch.nn.functional.pad(self.window, (0, new)), rows), 2)[:, :, -WINDOW:]
         self.received, self.window = received, rows
+
+
+def _observe_sequence(query: Tensor, key: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """What `received` `[1, HKV, T]` and `window` `[1, HKV, w, T]` would be after this pass alone."""
+    count, length = query.shape[2], key.shape[2]
+    block = max(1, _BLOCK_BYTES // (4 * query.shape[1] * length))
+    received = torch.zeros(1, key.shape[1], length, device=key.device)
+    window = received.new_empty(1, key.shape[1], 0, length)
+    for start in range(0, count, block):
+        some = query[:, :, start : start + block]
+        weights = attention_weights(some, key, first_position=length - count + start, **kwargs)
+        received += weights.sum((2, 3))
+        window = torch.cat((window, weights[..., -WINDOW:, :].mean(2)), 2)[:, :, -WINDOW:]
+    return received, window

@@ -28,11 +28,12 @@ __all__ = ["RECALL_STEPS", "Runner"]
 
 RECALL_STEPS = 32
 """Tokens of a text that are decoded to measure recall [steps]."""
-_GPU_CHUNK = 4096
-"""Tokens per forward pass of a prefill on a GPU, where launches cost more than memory."""
+_GPU_PASS = 1 << 13
+"""Tokens of all sequences per forward pass of a prefill on a GPU, where launches cost more than memory. The mask of a
+pass has a row for each of them, as wide as the context."""
 _GPU_BATCH = 32
 """Samples measured as one batch on a GPU, where a step of many takes as long as a step of one [sequences]."""
-_GPU_TOKENS = 1 << 19
+_GPU_TOKENS = 1 << 18
 """Tokens of their contexts together, which are in memory once for all methods and once for the one at work [tokens]."""
 _SPARE = 64
 """Tokens more of a book than a sample has, so that none is too short after a start token."""
@@ -107,13 +108,27 @@ class Runner:
         return len(sample.context_ids), len(sample.question_ids)
 
     def measure(self, work: Work) -> Iterator[dict[str, Any]]:
-        """A row for each sample and arm.
+        """A row for each sample and arm. A batch that finds too little memory is measured in halves.
 
         Raises:
             QuestStateError: A method did not take its sparse path, or read more than its budget.
+            torch.OutOfMemoryError: There is too little memory for a single sample.
         """
         measure = {PERPLEXITY: self._perplexity, RECALL: self._recall}.get(work.jobs[0].task, self._retrieval)
-        yield from measure(work)
+        try:
+            rows = list(measure(work))
+        except torch.OutOfMemoryError:
+            if len(work.jobs) == 1:
+                raise
+            rows = None  # what the failed batch held is free again when this block is left
+        if rows is not None:
+            yield from rows
+            return
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        half = len(work.jobs) // 2
+        yield from self.measure(Work(work.jobs[:half], work.arms))
+        yield from self.measure(Work(work.jobs[half:], work.arms))
 
     def _retrieval(self, work: Work) -> Iterator[dict[str, Any]]:
         samples = [self._sample(job) for job in work.jobs]
@@ -186,7 +201,7 @@ class Runner:
             ids,
             observe=any(method.observes for method in methods),
             num_dense_layers=self.plan.num_dense_layers,
-            chunk_size=_GPU_CHUNK if self.model.device.type == "cuda" else PREFILL_CHUNK,
+            chunk_size=_GPU_PASS // ids.shape[0] if self.is_batched else PREFILL_CHUNK,
         )
 
     def _random(self, job: Job) -> random.Random:
