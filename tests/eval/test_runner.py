@@ -61,9 +61,9 @@ def without_time(found: list[Row]) -> list[Row]:
 
 
 def test_batch_that_finds_too_little_memory_is_measured_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
-    used = runner(num_samples=5)
-    arms = tuple(used.plan.arms("passkey", LENGTH))
-    whole, sizes = Runner._retrieval, []
+    used = runner(tasks=(RECALL,), methods=("quest", "oracle"), num_samples=5)  # of any shape
+    arms = tuple(used.plan.arms(RECALL, LENGTH))
+    whole, sizes = Runner._recall, []
 
     def short_of_memory(self: Runner, work: Work) -> Iterator[Row]:
         sizes.append(len(work.jobs))
@@ -72,11 +72,11 @@ def test_batch_that_finds_too_little_memory_is_measured_in_halves(monkeypatch: p
         yield from whole(self, work)
 
     expected = without_time(list(used.measure(Work(tuple(used.jobs), arms))))
-    monkeypatch.setattr(Runner, "_retrieval", short_of_memory)
+    monkeypatch.setattr(Runner, "_recall", short_of_memory)
     found = without_time(list(used.measure(Work(tuple(used.jobs), arms))))
     key = operator.itemgetter("index", "method")
     assert sorted(found, key=key) == sorted(expected, key=key) and sizes == [5, 2, 3, 1, 2]
-    monkeypatch.setattr(Runner, "_retrieval", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")))
+    monkeypatch.setattr(Runner, "_recall", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")))
     with pytest.raises(torch.OutOfMemoryError, match="none at all"):
         list(used.measure(Work(tuple(used.jobs), arms)))
 
