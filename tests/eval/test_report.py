@@ -16,7 +16,7 @@ import pytest
 from quest_attention import QuestValueError
 from quest_attention.cli.app import run
 from quest_attention.eval.report import read_results, write_report
-from quest_attention.eval.report.figures import draw_pictures
+from quest_attention.eval.report.figures import _grid, _styles, draw_pictures
 from quest_attention.eval.report.results import accuracy_rows, perplexity_rows, recall_rows
 from quest_attention.eval.wilson import wilson_interval
 
@@ -137,6 +137,43 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
     write_report(folder)
     assert (folder / "summary.json").read_text() == first
     assert json.loads(first)["settings"] == SETTINGS
+
+
+def test_a_summary_is_enough_for_a_report(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", made_up(n=4))
+    write_report(folder)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "summary.json").write_bytes((folder / "summary.json").read_bytes())
+    write_report(alone)
+    for name in ("summary.json", "figures/perplexity.png", "figures/needle_grid.png"):
+        assert (alone / name).read_bytes() == (folder / name).read_bytes(), name
+    assert accuracy_rows(read_results(alone)) == accuracy_rows(read_results(folder))
+    (alone / "summary.json").write_text(json.dumps({"settings": SETTINGS, "accuracy": [{"task": "passkey"}]}))
+    with pytest.raises(QuestValueError, match=r"summary\.json, accuracy: .*cells as quest report writes them"):
+        read_results(alone)
+    (alone / "summary.json").write_text("[]")
+    with pytest.raises(QuestValueError, match="the summary of a run as a JSON object"):
+        read_results(alone)
+
+
+@pytest.mark.parametrize(
+    ("keys", "columns", "places"),
+    [
+        ([(4, 1), (8, 1), (16, 1)], 3, [0, 1, 2]),  # one budget each: side by side
+        ([(4, 1), (4, 2), (8, 1), (8, 2), (8, 3)], 3, [0, 1, 3, 4, 5]),  # a row for each length
+        ([(4, budget) for budget in range(7)], 3, list(range(7))),
+        ([(4, budget) for budget in range(4)], 2, list(range(4))),  # even rows
+        ([*((4, budget) for budget in range(5)), (8, 1)], 3, [0, 1, 2, 3, 4, 6]),
+    ],
+)
+def test_panels_of_a_length_start_a_row(keys: list[tuple[int, int]], columns: int, places: list[int]) -> None:
+    assert _grid(keys) == (columns, places)
+
+
+def test_no_two_methods_look_alike() -> None:
+    styles = _styles(["full", "quest", "oracle", *(f"quest:page_size={size}" for size in range(1, 13))])
+    assert len({(style.colour, style.marker) for style in styles.values()}) == len(styles)
 
 
 def test_figures_are_not_blank(tmp_path: Path) -> None:

@@ -316,6 +316,21 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert file.read_text() == whole
 
 
+def test_a_folder_remembers_the_runs_that_filled_it(tmp_path: Path) -> None:
+    def settings() -> Row:
+        return json.loads((tmp_path / "run" / SETTINGS).read_text())
+
+    first = {**SETTINGS_OF, "command": "quest eval passkey", "machine": {"cpu": "one"}}
+    second = {**first, "command": "quest eval passkey --method h2o"}
+    for given in (first, first):
+        Journal(tmp_path / "run", given)
+        assert settings().get("earlier", []) == []
+    for _ in range(2):
+        Journal(tmp_path / "run", second)
+        assert settings()["command"] == second["command"]
+        assert settings()["earlier"] == [{"command": first["command"], "machine": first["machine"]}]
+
+
 def test_folders_that_are_refused(tmp_path: Path) -> None:
     Journal(tmp_path / "run", SETTINGS_OF).add([ROW])
     before = (tmp_path / "run" / SETTINGS).read_text()

@@ -16,6 +16,8 @@ SETTINGS = "settings.json"
 SAMPLES = "samples.jsonl"
 _FIXED = ("model", "dtype", "page_size", "num_dense_layers", "question", "seed", "books")
 """Settings that every line of a folder shares: a run with others goes elsewhere."""
+_MAKING = ("command", "machine")
+"""Settings that say how lines were made."""
 
 
 class Journal:
@@ -24,7 +26,7 @@ class Journal:
     Args:
         folder: Made where it is missing.
         settings: Of this run, ready for JSON. Tasks, methods, budgets, lengths and the number of samples may differ
-            from those of the run before: what is there stays.
+            from those of the run before: what is there stays, and so do its command and machine, as `earlier`.
 
     Raises:
         QuestValueError: The folder is of a run with another model, seed or the like, or holds something else.
@@ -44,6 +46,7 @@ class Journal:
                     raise QuestValueError(
                         "output", str(folder), f"a folder of a run with {found}: this has {before.get(name)!r}"
                     )
+            settings = {**settings, "earlier": _earlier(before, settings)}
         elif folder.exists() and any(folder.iterdir()):
             raise QuestValueError("output", str(folder), "a new or empty folder, or one of a run before")
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,6 +84,13 @@ def _read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise QuestValueError("output", str(path), "the settings of a run as JSON")
     return settings
+
+
+def _earlier(before: Mapping[str, Any], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Commands and machines of the runs that filled the folder so far, other than this one's."""
+    runs = [*before.get("earlier", []), {name: before.get(name) for name in _MAKING}]
+    this = {name: settings.get(name) for name in _MAKING}
+    return [run for index, run in enumerate(runs) if run != this and run not in runs[:index]]
 
 
 def _read_key(line: str, place: str) -> tuple[object, ...]:

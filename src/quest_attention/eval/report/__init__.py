@@ -7,8 +7,10 @@ from pathlib import Path
 
 from quest_attention.errors import QuestStateError
 from quest_attention.eval.report.results import (
+    SUMMARY,
     Results,
     accuracy_rows,
+    from_summary,
     perplexity_rows,
     read_results,
     recall_rows,
@@ -16,7 +18,6 @@ from quest_attention.eval.report.results import (
 
 __all__ = ["Results", "accuracy_rows", "perplexity_rows", "read_results", "recall_rows", "write_report"]
 
-_SUMMARY = "summary.json"
 _FIGURES = "figures"
 _PAGE = "report.html"
 
@@ -24,10 +25,10 @@ _PAGE = "report.html"
 def write_report(folder: Path) -> Path:
     """Write `summary.json`, `figures/*.png` and `report.html` into the folder of a run.
 
-    The same run gives the same files.
+    The same run gives the same files, and so does its summary alone.
 
     Args:
-        folder: With the run's `settings.json` and `samples.jsonl`.
+        folder: As `read_results` takes it.
 
     Returns:
         The page.
@@ -44,9 +45,11 @@ def write_report(folder: Path) -> Path:
         raise QuestStateError(
             f"a report needs {error.name}, which is not installed: pip install 'quest-attention[report]'"
         ) from error
+    summary = results.summary()
+    text = json.dumps(summary, indent=1, ensure_ascii=False)
+    (folder / SUMMARY).write_text(text + "\n", encoding="utf-8")
+    results = from_summary(summary, folder / SUMMARY)
     pictures = draw_pictures(results)
-    text = json.dumps(results.summary(), indent=1, ensure_ascii=False)
-    (folder / _SUMMARY).write_text(text + "\n", encoding="utf-8")
     figures = folder / _FIGURES
     figures.mkdir(exist_ok=True)
     for picture in pictures:

@@ -42,7 +42,10 @@ _VARIANT_MARKERS = ("P", "*", "h", "X", "<")
 _FONT, _SMALL, _TINY = 9, 8, 6
 """Sizes of titles and axes, of ticks and legends, and of numbers in a heat map [points]."""
 _PANEL = (3.1, 2.35)
-_MOST_COLUMNS = 4
+_MOST_COLUMNS = 3
+"""Of panels, so that their labels can be read where a page is about 900 pixels wide."""
+_MOST_ALIGNED = 4
+"""Likewise, where each length has a row of its own."""
 _MOST_MAPS = 6
 _DODGE = 0.07
 """How far the points of neighbouring methods stand apart [octaves], so that their bars do not hide each other."""
@@ -124,8 +127,9 @@ def _styles(methods: Iterable[str]) -> dict[str, _Style]:
         else:
             place = others.index(name)
             line = "--" if name.startswith("oracle") else "-."
-            colour, marker = _VARIANTS[place % len(_VARIANTS)], _VARIANT_MARKERS[place % len(_VARIANT_MARKERS)]
-            styles[name] = _Style(colour, marker, line, 1.5, 4)
+            turn, colour = divmod(place, len(_VARIANTS))
+            marker = _VARIANT_MARKERS[(colour + turn) % len(_VARIANT_MARKERS)]  # no two methods look alike
+            styles[name] = _Style(_VARIANTS[colour], marker, line, 1.5, 4)
     return styles
 
 
@@ -168,7 +172,7 @@ def _by_budget(title: str, label: str, points: Sequence[_Point], styles: dict[st
         return None
     methods = sorted({point.method for point in points}, key=method_rank)
     choosing = [name for name in methods if any(p.method == name and p.token_budget is not None for p in points)]
-    figure, panels = _panels(len(lengths), min(len(lengths), _MOST_COLUMNS), num_labels=len(methods))
+    figure, panels = _panels(len(lengths), _columns(len(lengths)), num_labels=len(methods))
     for panel, length in zip(panels, lengths, strict=True):
         here = [point for point in points if point.length == length]
         for point in here:
@@ -246,13 +250,12 @@ def _perplexity(cells: Sequence[PerplexityCell], styles: dict[str, _Style]) -> F
     values = [value for cell in cells for value in cell.so_far]
     is_log = max(values) > _LOG_FROM * min(values)
     for panel in panels:
+        panel.set_ylim(min(values) * 0.97, max(values) * 1.03)
         if is_log:
             panel.set_yscale("log")
             panel.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
             panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             panel.yaxis.set_minor_locator(NullLocator())
-        else:
-            panel.set_ylim(min(values) * 0.97, max(values) * 1.03)
     _label(figure, panels, "position [tokens]", "perplexity so far" + (", log axis" if is_log else ""))
     _legend(figure, _methods(cells), styles)
     return figure
@@ -279,10 +282,11 @@ def _length_by_budget(cells: Sequence[_C], draw: Callable[[Axes, _C], None]) -> 
     keys = keys or sorted({(c.length, 0) for c in cells})
     if not keys:
         return None, []
-    per_length = [len(list(group)) for _, group in itertools.groupby(keys, key=lambda key: key[0])]
-    columns = per_length[0] if len(set(per_length)) == 1 else max(per_length)
-    columns = columns if 1 < columns <= _MOST_COLUMNS + 1 else min(len(keys), _MOST_COLUMNS)
-    figure, panels = _panels(len(keys), columns, num_labels=len(_methods(cells)))
+    columns, places = _grid(keys)
+    figure, grid = _panels(max(places) + 1, columns, num_labels=len(_methods(cells)))
+    panels = [grid[place] for place in places]
+    for panel in set(grid) - set(panels):
+        panel.remove()
     for panel, (length, budget) in zip(panels, keys, strict=True):
         for cell in cells:
             if cell.length == length and cell.token_budget in {None, budget}:
@@ -290,6 +294,26 @@ def _length_by_budget(cells: Sequence[_C], draw: Callable[[Axes, _C], None]) -> 
         suffix = f", budget {_tokens(budget)}" if budget else ""
         panel.set_title(f"{_tokens(length)} tokens{suffix}", fontsize=_FONT)
     return figure, panels
+
+
+def _grid(keys: Sequence[tuple[int, int]]) -> tuple[int, list[int]]:
+    """Columns, and the place of each panel counted row by row: a length starts a row, unless it has a single budget."""
+    groups = [len(list(group)) for _, group in itertools.groupby(keys, key=lambda key: key[0])]
+    most = max(groups)
+    if most == 1:
+        return _columns(len(keys)), list(range(len(keys)))
+    columns = most if len(groups) > 1 and most <= _MOST_ALIGNED else _columns(most)
+    places: list[int] = []
+    start = 0
+    for count in groups:
+        places += range(start, start + count)
+        start += math.ceil(count / columns) * columns
+    return columns, places
+
+
+def _columns(count: int) -> int:
+    """As few rows as there may be, and as even."""
+    return math.ceil(count / math.ceil(count / _MOST_COLUMNS))
 
 
 def _plain_line(panel: Axes, x: Sequence[float], y: Sequence[float], style: _Style) -> None:

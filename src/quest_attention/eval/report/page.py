@@ -125,6 +125,8 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
     for name, value in settings.items():
         if isinstance(value, Mapping):
             rows += _flat(value, f"{prefix}{name}: ")
+        elif isinstance(value, list) and any(isinstance(each, Mapping) for each in value):
+            rows += _flat({str(number): each for number, each in enumerate(value, 1)}, f"{prefix}{name} ")
         else:
             shown = ", ".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
             rows.append((prefix + name, shown))

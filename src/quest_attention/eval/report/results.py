@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from quest_attention.errors import QuestValueError
 from quest_attention.eval.report.cells import (
@@ -24,9 +24,11 @@ from quest_attention.eval.tasks import GRID
 
 __all__ = [
     "METHOD_ORDER",
+    "SUMMARY",
     "Results",
     "accuracy_row",
     "accuracy_rows",
+    "from_summary",
     "method_rank",
     "perplexity_rows",
     "read_results",
@@ -35,12 +37,15 @@ __all__ = [
 
 METHOD_ORDER = ("full", "quest", "oracle", "streaming_llm", "h2o", "tova", "snapkv")
 """Of tables and legends; what is not named here comes last, by name."""
+SUMMARY = "summary.json"
+"""Cells and settings, without the samples."""
 _SETTINGS = "settings.json"
 _SAMPLES = "samples.jsonl"
 _NEEDED = ("model", "description", "seed", "num_samples", "command", "machine")
 """Settings without which a report cannot say what was measured."""
 _DECIMALS = 4
 """Of numbers in a summary: far finer than any interval here."""
+_C = TypeVar("_C", AccuracyCell, NeedleCell, PerplexityCell, RecallCell)
 
 
 @dataclass(frozen=True)
@@ -93,13 +98,15 @@ def read_results(folder: Path) -> Results:
     """Read a run and sum it up.
 
     Args:
-        folder: With `settings.json` and `samples.jsonl`.
+        folder: With `settings.json` and `samples.jsonl`; or with `summary.json` alone, where the samples were left out.
 
     Raises:
         QuestValueError: The folder or a file of it is missing, or a line of it is broken; the message names the line.
     """
     if not folder.is_dir():
         raise QuestValueError("folder", str(folder), "the folder of a run")
+    if (folder / SUMMARY).is_file() and not (folder / _SAMPLES).exists():
+        return _read_summary(folder / SUMMARY)
     for name in (_SETTINGS, _SAMPLES):
         if not (folder / name).is_file():
             raise QuestValueError("folder", str(folder), f"the folder of a run, with {name} in it")
@@ -202,13 +209,56 @@ def _share(share: float | None) -> str:
     return "not counted" if share is None else f"{100 * share:.1f} %"
 
 
+def _read_summary(path: Path) -> Results:
+    return from_summary(_read_object(path, "the summary of a run"), path)
+
+
+def from_summary(found: Mapping[str, Any], path: Path) -> Results:
+    """Results with the numbers of a summary, rounded as they are there.
+
+    Args:
+        found: What `Results.summary` gave.
+        path: Its file, for messages.
+
+    Raises:
+        QuestValueError: It is something else.
+    """
+    settings = _checked(path, found.get("settings"))
+
+    def cells(name: str, kind: Callable[..., _C]) -> tuple[_C, ...]:
+        try:
+            return tuple(
+                kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in cell.items()})
+                for cell in found[name]
+            )
+        except (KeyError, TypeError, AttributeError):
+            raise QuestValueError(
+                f"{path.name}, {name}", "something else", "cells as quest report writes them"
+            ) from None
+
+    accuracy, needle = cells("accuracy", AccuracyCell), cells("needle", NeedleCell)
+    perplexity, recall = cells("perplexity", PerplexityCell), cells("recall", RecallCell)
+    lines = sum(cell.n for kind in (accuracy, perplexity, recall) for cell in kind)
+    return Results(settings, lines, accuracy, needle, perplexity, recall)
+
+
 def _read_settings(path: Path) -> dict[str, Any]:
+    return _checked(path, _read_object(path, "the settings of a run"))
+
+
+def _read_object(path: Path, what: str) -> dict[str, Any]:
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        settings = None
+        found = None
+    if not isinstance(found, dict):
+        raise QuestValueError(path.name, "something else", f"{what} as a JSON object")
+    return found
+
+
+def _checked(path: Path, settings: Any) -> dict[str, Any]:
     if not isinstance(settings, dict):
-        raise QuestValueError(path.name, "something else", "the settings of a run as a JSON object")
+        raise QuestValueError(f"{path.name}, settings", settings, "the settings of a run as a JSON object")
     for name in _NEEDED:
         if name not in settings:
             raise QuestValueError(f"{path.name}, {name}", "nothing", "a setting of that name")
