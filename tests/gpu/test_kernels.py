@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quest_attention import QuestConfig, score_pages, select_pages, sparse_decode_attention, update_page_metadata
-from quest_attention.ops import Selection, append_token, make_workspace, quest_decode, resolve_backend
+from quest_attention.ops import (
+    Selection,
+    append_slots,
+    append_token,
+    make_workspace,
+    quest_decode,
+    resolve_backend,
+    update_slot_metadata,
+)
 from quest_attention.pages import FP8_METADATA, PagedKV, num_pages
 
 pytestmark = pytest.mark.gpu
@@ -134,6 +142,27 @@ def test_small_shapes(group: int, narrow: bool) -> None:
     assert_step(kv, seq_lens, 2 * group, QuestConfig(48))
     fresh = torch.randn(2, 3, 2, 64, dtype=torch.bfloat16, device="cuda")
     append_token(kv, fresh[0], fresh[1], seq_lens + 1)
+    append_slots(kv, fresh[0], fresh[1], torch.tensor([14, 15, -1], device="cuda"))
+
+
+@pytest.mark.parametrize("layout", ["nhd", "hnd"])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_slots_of_prompts_and_single_tokens(layout: str, narrow: bool) -> None:
+    """Prompts in pieces, single tokens and padding in one batch, as PyTorch writes them."""
+    caches = [make_cache([1000], heads=8, layout=layout, narrow=narrow)[0] for _ in range(2)]
+    slots = torch.tensor([*range(16, 500), -1, 7, 8, 9, *range(700, 705), 640, -1], device="cuda")
+    keys, values = torch.randn(2, len(slots), 8, 128, dtype=torch.bfloat16, device="cuda")
+    for kv, backend in zip(caches, ("triton", "torch"), strict=True):
+        kv.metadata.copy_(caches[0].metadata)
+        kv.keys.copy_(caches[0].keys)
+        kv.values.copy_(caches[0].values)
+        append_slots(kv, keys, values, slots, backend=backend)
+    for part in ("keys", "values", "metadata"):
+        ours, theirs = (getattr(kv, part).float() for kv in caches)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+    before = caches[0].metadata.clone()
+    update_slot_metadata(caches[0].metadata, keys, slots, page_size=16)  # the same tokens widen nothing
+    assert torch.equal(before.view(torch.uint8), caches[0].metadata.view(torch.uint8))
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 7, 8, 16])

@@ -12,6 +12,7 @@ from caches import LAYOUTS, make_cache
 from likeness import as_lists, assert_like_oracle, query_for
 from quest_attention import (
     QuestConfig,
+    QuestValueError,
     quest_decode,
     score_pages,
     select_pages,
@@ -328,6 +329,24 @@ def test_the_whole_step_of_the_oracle(dtype: torch.dtype) -> None:
     assert as_lists(step.selected.pages) == selected
     assert output.dtype == dtype
     torch.testing.assert_close(step.output.double(), output.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_output_goes_where_it_is_asked_to(backend: str) -> None:
+    cache = make_cache([100, 37], dtype=torch.bfloat16)
+    config, query = QuestConfig(token_budget=32, page_size=8, backend=backend), query_for(cache, 2)
+    update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens)
+    expected = quest_decode(query, cache.kv, cache.seq_lens, config).output
+    out = torch.full_like(query, float("nan"))
+    assert quest_decode(query, cache.kv, cache.seq_lens, config, out=out).output is out
+    assert torch.equal(out, expected)
+    for match, wrong in [
+        ("out.shape", out[:1]),
+        ("out.dtype", out.float()),
+        ("out.stride", torch.empty(2, 16, 4, dtype=out.dtype).transpose(1, 2)),
+    ]:
+        with pytest.raises(QuestValueError, match=match):
+            quest_decode(query, cache.kv, cache.seq_lens, config, out=wrong)
 
 
 def test_reference_is_a_backend() -> None:

@@ -52,6 +52,16 @@ def test_the_whole_step(layout: str, dtype: torch.dtype, group: int) -> None:
     assert_like_oracle(cache, group, config(32))
 
 
+@pytest.mark.parametrize("group", [1, 2])
+def test_output_goes_where_it_is_asked_to(group: int) -> None:
+    cache, query = make_cache([100, 37]), query_for(make_cache([100, 37]), group)
+    update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens)
+    expected = quest_decode(query, cache.kv, cache.seq_lens, config(32)).output
+    out = torch.full_like(query, float("nan"))
+    assert quest_decode(query, cache.kv, cache.seq_lens, config(32), out=out).output is out
+    assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize("group", [2, 4, 7, 8, 16])
 def test_group_sizes(group: int) -> None:
     assert_like_oracle(make_cache([100, 40], heads=1), group, config(32))
@@ -293,6 +303,7 @@ def test_every_kernel_compiles_for_a_hopper_gpu() -> None:
         "_merge_sections_kernel",
         "_score_kernel",
         "_select_kernel",
+        "_slot_kernel",
         "_update_kernel",
         "merge_kernel",
     }

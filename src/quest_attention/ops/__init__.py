@@ -2,6 +2,8 @@
 
     update_page_metadata     take new tokens into the bounds of their pages
     append_token             write one token of each sequence, and take it into the bounds
+    append_slots             write tokens to the slots of a server's cache, and take them into the bounds
+    update_slot_metadata     the bounds alone, where somebody else writes the keys
     score_pages              bound the largest logit each page can give to the query
     select_pages             choose the pages to read
     sparse_decode_attention  attend to the tokens of the chosen pages
@@ -26,9 +28,12 @@ from quest_attention.errors import QuestValueError
 from quest_attention.ops.checks import (
     check_attention,
     check_lengths,
+    check_output,
     check_query,
     check_scores,
     check_selected,
+    check_slot_metadata,
+    check_slots,
     check_token,
     check_token_mask,
 )
@@ -42,6 +47,7 @@ __all__ = [
     "ResolvedBackend",
     "Selection",
     "Workspace",
+    "append_slots",
     "append_token",
     "make_workspace",
     "quest_decode",
@@ -50,6 +56,7 @@ __all__ = [
     "select_pages",
     "sparse_decode_attention",
     "update_page_metadata",
+    "update_slot_metadata",
 ]
 
 
@@ -125,6 +132,59 @@ def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: Tensor, ba
     check_token("values", values, kv.values, kv.batch_size)
     check_lengths("seq_lens", seq_lens, kv.batch_size, kv.max_pages * kv.page_size, kv.keys.device)
     resolve_backend(backend, kv.keys.device).verbs.append_token(kv, keys, values, seq_lens)
+
+
+def append_slots(kv: PagedKV, keys: Tensor, values: Tensor, slots: Tensor, backend: Backend = "auto") -> None:
+    """Write tokens to their slots, and take them into the bounds of their pages, in place.
+
+    For a server, whose batch holds prompts and single tokens of many sequences: the slot says where a token goes,
+    whoever it belongs to, so the page table is not read. The tokens of a sequence stand next to each other, in order.
+    A page whose first token is among them starts anew; any other page's bounds only widen, as they do when
+    speculated tokens were rolled back. Source: section 3.2 of the paper; `slot_mapping` in vLLM.
+
+    Args:
+        kv: The cache.
+        keys: `[T, HKV, D]`, dtype of the cache, channels side by side.
+        values: `[T, HKV, DV]`, likewise.
+        slots: `[T]` int32 or int64, page id times page size plus the offset in the page; a negative one is skipped.
+        backend: Which implementation runs.
+
+    Raises:
+        QuestValueError: A shape, dtype, device or slot is wrong.
+        BackendError: The backend cannot run here.
+
+    >>> import torch
+    >>> pages = torch.zeros(3, 2, 1, 1)  # three pages of two tokens
+    >>> kv = PagedKV.from_nhd(pages, pages.clone(), torch.zeros(3, 1, 2, 1), torch.zeros(0, 3, dtype=torch.int32))
+    >>> append_slots(kv, torch.tensor([5.0, -1.0]).view(2, 1, 1), torch.ones(2, 1, 1), torch.tensor([2, 3]))
+    >>> kv.keys.flatten().tolist(), kv.metadata[1].flatten().tolist()
+    ([0.0, 0.0, 5.0, -1.0, 0.0, 0.0], [5.0, -1.0])
+    """
+    check_slots(slots, keys.shape[0], kv.keys.shape[0] * kv.page_size, kv.keys.device)
+    check_token("keys", keys, kv.keys, slots.shape[0])
+    check_token("values", values, kv.values, slots.shape[0])
+    resolve_backend(backend, kv.keys.device).verbs.append_slots(kv, keys, values, slots)
+
+
+def update_slot_metadata(
+    metadata: Tensor, keys: Tensor, slots: Tensor, *, page_size: int, backend: Backend = "auto"
+) -> None:
+    """`append_slots` for the bounds alone: where the cache is in a format of its own and somebody else writes it.
+
+    Args:
+        metadata: `[N, HKV, 2, D]`, as in `PagedKV`.
+        keys: `[T, HKV, D]`, channels side by side; their dtype is the metadata's, unless that is float8_e4m3fn.
+        slots: See `append_slots`.
+        page_size: Tokens per page [tokens].
+        backend: Which implementation runs.
+
+    Raises:
+        QuestValueError: A shape, dtype, device or slot is wrong.
+        BackendError: The backend cannot run here.
+    """
+    check_slot_metadata(metadata, keys)
+    check_slots(slots, keys.shape[0], metadata.shape[0] * page_size, metadata.device)
+    resolve_backend(backend, metadata.device).verbs.update_slot_metadata(metadata, keys, slots, page_size)
 
 
 def score_pages(
@@ -275,6 +335,7 @@ def quest_decode(
     sinks: Tensor | None = None,
     token_mask: Tensor | None = None,
     workspace: Workspace | None = None,
+    out: Tensor | None = None,
 ) -> QuestOutput:
     """One decode step of one layer: score the pages, select, attend. Figure 5 of the paper.
 
@@ -288,6 +349,7 @@ def quest_decode(
         sinks: See `sparse_decode_attention`.
         token_mask: `[B, T]` bool, True where a token may be attended to.
         workspace: Memory to reuse, from `make_workspace`; without one the step allocates it.
+        out: `[B, HQ, DV]` contiguous, dtype of the query, to write the output to.
 
     Returns:
         The output and the pages that were read.
@@ -311,17 +373,19 @@ def quest_decode(
     check_attention(scale, softcap, sinks, query)
     if config.page_size != kv.page_size:
         raise QuestValueError("config.page_size", config.page_size, f"{kv.page_size}, as the cache")
+    if out is not None:
+        check_output(out, query, kv)
     if workspace is not None and not workspace.fits(kv, query.shape[1], config):
         raise QuestValueError("workspace", list(workspace.scores.shape), "one that make_workspace gave for this shape")
     backend = resolve_backend(config.backend, query.device)
     if backend.fused is not None and token_mask is None:
-        step = backend.fused(query, kv, seq_lens, config, scale, softcap, sinks, workspace)
+        step = backend.fused(query, kv, seq_lens, config, scale, softcap, sinks, workspace, out)
         if step is not None:
             return QuestOutput(*step)
     verbs = backend.verbs
     shape = (kv.batch_size, kv.num_kv_heads, kv.max_pages)
-    out = None if workspace is None else workspace.scores.view(shape)
-    scores = verbs.score_pages(query, kv, seq_lens, token_mask, config.group_reduction, out)
+    scratch = None if workspace is None else workspace.scores.view(shape)
+    scores = verbs.score_pages(query, kv, seq_lens, token_mask, config.group_reduction, scratch)
     selected = verbs.select_pages(
         scores,
         seq_lens,
@@ -333,7 +397,7 @@ def quest_decode(
         workspace,
     )
     output, _ = verbs.sparse_decode_attention(query, kv, seq_lens, selected, scale, softcap, sinks, token_mask)
-    return QuestOutput(output, selected)
+    return QuestOutput(output if out is None else out.copy_(output), selected)
 
 
 def make_workspace(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Workspace | None:

@@ -9,14 +9,17 @@ from torch import Tensor
 
 from quest_attention.errors import QuestValueError
 from quest_attention.ops.selection import Selection
-from quest_attention.pages import PagedKV
+from quest_attention.pages import FP8_METADATA, PagedKV
 
 __all__ = [
     "check_attention",
     "check_lengths",
+    "check_output",
     "check_query",
     "check_scores",
     "check_selected",
+    "check_slot_metadata",
+    "check_slots",
     "check_token",
     "check_token_mask",
 ]
@@ -64,6 +67,45 @@ def check_token(name: str, token: Tensor, stored: Tensor, batch: int) -> None:
         raise QuestValueError(f"{name}.device", str(token.device), f"{stored.device}, as the cache")
     if token.stride(-1) != 1 and token.shape[-1] > 1:
         raise QuestValueError(f"{name}.stride(-1)", token.stride(-1), "1: the channels of a token lie side by side")
+
+
+def check_output(out: Tensor, query: Tensor, kv: PagedKV) -> None:
+    """Room for the output of a decode step, `[B, HQ, DV]` contiguous, in the dtype of the query."""
+    shape = (*query.shape[:2], kv.values.shape[-1])
+    if tuple(out.shape) != shape:
+        raise QuestValueError("out.shape", list(out.shape), str(list(shape)))
+    if out.dtype != query.dtype:
+        raise QuestValueError("out.dtype", out.dtype, f"{query.dtype}, as the query")
+    if out.device != query.device:
+        raise QuestValueError("out.device", str(out.device), f"{query.device}, as the query")
+    if not out.is_contiguous():
+        raise QuestValueError("out.stride()", out.stride(), "a contiguous tensor")
+
+
+def check_slots(slots: Tensor, count: int, capacity: int, device: torch.device) -> None:
+    """A slot for each of `count` tokens, `[T]` int32/int64 on the device (whose values are not read)."""
+    if slots.dim() != 1 or slots.shape[0] != count:
+        raise QuestValueError("slots.shape", list(slots.shape), f"[{count}]: one for each key")
+    if slots.dtype not in (torch.int32, torch.int64):
+        raise QuestValueError("slots.dtype", slots.dtype, "torch.int32 or torch.int64")
+    if slots.device != device:
+        raise QuestValueError("slots.device", str(slots.device), f"{device}, as the cache")
+    if device.type == "cpu" and count and int(slots.max()) >= capacity:
+        raise QuestValueError("slots", int(slots.max()), f"less than {capacity}: the cache holds no more tokens")
+
+
+def check_slot_metadata(metadata: Tensor, keys: Tensor) -> None:
+    """Page metadata `[N, HKV, 2, D]` for keys `[T, HKV, D]`."""
+    if metadata.dim() != 4 or metadata.shape[2] != 2 or metadata.stride(-1) != 1:
+        raise QuestValueError("metadata.shape", list(metadata.shape), "[N, HKV, 2, D], channels side by side")
+    if keys.dim() != 3 or tuple(keys.shape[1:]) != (metadata.shape[1], metadata.shape[3]):
+        raise QuestValueError("keys.shape", list(keys.shape), f"[T, {metadata.shape[1]}, {metadata.shape[3]}]")
+    if metadata.dtype not in (keys.dtype, FP8_METADATA):
+        raise QuestValueError("metadata.dtype", metadata.dtype, f"{keys.dtype}, as keys, or {FP8_METADATA}")
+    if keys.device != metadata.device:
+        raise QuestValueError("keys.device", str(keys.device), f"{metadata.device}, as metadata")
+    if keys.stride(-1) != 1 and keys.shape[-1] > 1:
+        raise QuestValueError("keys.stride(-1)", keys.stride(-1), "1: the channels of a token lie side by side")
 
 
 def check_token_mask(token_mask: Tensor | None, batch: int, device: torch.device) -> None:

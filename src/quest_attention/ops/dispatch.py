@@ -26,6 +26,10 @@ class Verbs(Protocol):
 
     def append_token(self, kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: Tensor) -> None: ...
 
+    def append_slots(self, kv: PagedKV, keys: Tensor, values: Tensor, slots: Tensor) -> None: ...
+
+    def update_slot_metadata(self, metadata: Tensor, keys: Tensor, slots: Tensor, page_size: int) -> None: ...
+
     def score_pages(
         self,
         query: Tensor,
@@ -75,6 +79,7 @@ class FusedVerb(Protocol):
         softcap: float | None,
         sinks: Tensor | None,
         workspace: Workspace | None,
+        out: Tensor | None,
     ) -> tuple[Tensor, Selection] | None: ...
 
 

@@ -17,12 +17,14 @@ from quest_attention.config import GroupReduction, QuestConfig
 from quest_attention.pages import KEY_MAX, KEY_MIN, PagedKV, num_pages
 
 __all__ = [
+    "append_slots",
     "append_token",
     "quest_decode",
     "score_pages",
     "select_pages",
     "sparse_decode_attention",
     "update_page_metadata",
+    "update_slot_metadata",
 ]
 
 
@@ -32,13 +34,7 @@ def update_page_metadata(kv: PagedKV, seq_lens: list[int], num_new_tokens: list[
         for token in range(length - num_new_tokens[b], length):
             page, offset = divmod(token, kv.page_size)
             physical = int(kv.page_table[b, page])
-            for h in range(kv.num_kv_heads):
-                key = key_max = key_min = kv.keys[physical, offset, h]
-                if offset > 0:  # a page starts anew at its first token, whoever used it before
-                    key_max = torch.maximum(kv.metadata[physical, h, KEY_MAX].to(key.dtype), key)
-                    key_min = torch.minimum(kv.metadata[physical, h, KEY_MIN].to(key.dtype), key)
-                kv.metadata[physical, h, KEY_MAX] = _outward(key_max, kv.metadata.dtype, upward=True)
-                kv.metadata[physical, h, KEY_MIN] = _outward(key_min, kv.metadata.dtype, upward=False)
+            _take_token(kv.metadata[physical], kv.keys[physical, offset], offset)
 
 
 def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: list[int]) -> None:
@@ -50,6 +46,35 @@ def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: list[int])
             kv.keys[physical, offset] = keys[b]
             kv.values[physical, offset] = values[b]
     update_page_metadata(kv, seq_lens, [min(1, length) for length in seq_lens])
+
+
+def append_slots(kv: PagedKV, keys: Tensor, values: Tensor, slots: list[int]) -> None:
+    """Write tokens to their slots, and take them into the bounds of their pages."""
+    for token, slot in enumerate(slots):
+        if slot >= 0:
+            page, offset = divmod(slot, kv.page_size)
+            kv.keys[page, offset] = keys[token]
+            kv.values[page, offset] = values[token]
+    update_slot_metadata(kv.metadata, keys, slots, kv.page_size)
+
+
+def update_slot_metadata(metadata: Tensor, keys: Tensor, slots: list[int], page_size: int) -> None:
+    """Take tokens into the bounds of the pages that their slots lie in, one at a time."""
+    for token, slot in enumerate(slots):
+        if slot >= 0:
+            page, offset = divmod(slot, page_size)
+            _take_token(metadata[page], keys[token], offset)
+
+
+def _take_token(bounds: Tensor, keys: Tensor, offset: int) -> None:
+    """Widen the bounds of a page, `[HKV, 2, D]`, by one token's keys, `[HKV, D]`, in place."""
+    for head, key in enumerate(keys):
+        key_max = key_min = key
+        if offset > 0:  # a page starts anew at its first token, whoever used it before
+            key_max = torch.maximum(bounds[head, KEY_MAX].to(key.dtype), key)
+            key_min = torch.minimum(bounds[head, KEY_MIN].to(key.dtype), key)
+        bounds[head, KEY_MAX] = _outward(key_max, bounds.dtype, upward=True)
+        bounds[head, KEY_MIN] = _outward(key_min, bounds.dtype, upward=False)
 
 
 def score_pages(

@@ -10,7 +10,15 @@ from quest_attention.ops import reference
 from quest_attention.ops.selection import Selection, Workspace
 from quest_attention.pages import PagedKV
 
-__all__ = ["append_token", "score_pages", "select_pages", "sparse_decode_attention", "update_page_metadata"]
+__all__ = [
+    "append_slots",
+    "append_token",
+    "score_pages",
+    "select_pages",
+    "sparse_decode_attention",
+    "update_page_metadata",
+    "update_slot_metadata",
+]
 
 
 def update_page_metadata(kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Tensor | int) -> None:
@@ -21,6 +29,16 @@ def update_page_metadata(kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Te
 def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: Tensor) -> None:
     """See `ops.append_token`."""
     reference.append_token(kv, keys, values, _per_row(seq_lens, kv.batch_size))
+
+
+def append_slots(kv: PagedKV, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    """See `ops.append_slots`."""
+    reference.append_slots(kv, keys, values, slots.tolist())
+
+
+def update_slot_metadata(metadata: Tensor, keys: Tensor, slots: Tensor, page_size: int) -> None:
+    """See `ops.update_slot_metadata`."""
+    reference.update_slot_metadata(metadata, keys, slots.tolist(), page_size)
 
 
 def score_pages(

@@ -19,7 +19,15 @@ from quest_attention.ops.rounding import round_down, round_up
 from quest_attention.ops.selection import DecodeWorkspace, Selection, Workspace
 from quest_attention.pages import KEY_MAX, KEY_MIN, ContiguousKV, PagedKV, num_pages
 
-__all__ = ["append_token", "score_pages", "select_pages", "sparse_decode_attention", "update_page_metadata"]
+__all__ = [
+    "append_slots",
+    "append_token",
+    "score_pages",
+    "select_pages",
+    "sparse_decode_attention",
+    "update_page_metadata",
+    "update_slot_metadata",
+]
 
 _CHUNK_BYTES = 1 << 21
 """Float32 metadata scored at a time on a CPU [bytes]: a bound on scratch memory."""
@@ -50,12 +58,15 @@ def update_page_metadata(kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Te
     outside = ~written[:, :, None, None]
     key_max = keys.masked_fill(outside, -math.inf).amax(1)
     key_min = keys.masked_fill(outside, math.inf).amin(1)
-    goes_on = ~written[:, 0, None, None]  # the page's first token was there before
-    old = kv.metadata[physical].to(keys.dtype)
-    key_max = torch.where(goes_on, torch.maximum(key_max, old[:, :, KEY_MAX]), key_max)
-    key_min = torch.where(goes_on, torch.minimum(key_min, old[:, :, KEY_MIN]), key_min)
-    dtype = kv.metadata.dtype
-    kv.metadata[physical] = torch.stack([round_up(key_max, dtype), round_down(key_min, dtype)], dim=2)
+    _widen(kv.metadata, physical, key_max, key_min, goes_on=~written[:, 0])
+
+
+def _widen(metadata: Tensor, pages: Tensor, key_max: Tensor, key_min: Tensor, goes_on: Tensor) -> None:
+    """Take bounds of new keys `[M, HKV, D]` into those of pages `[M]`; a page that does not go on starts anew."""
+    old, before = metadata[pages].to(key_max.dtype), goes_on[:, None, None]
+    key_max = torch.where(before, torch.maximum(key_max, old[:, :, KEY_MAX]), key_max)
+    key_min = torch.where(before, torch.minimum(key_min, old[:, :, KEY_MIN]), key_min)
+    metadata[pages] = torch.stack([round_up(key_max, metadata.dtype), round_down(key_min, metadata.dtype)], dim=2)
 
 
 def _update_contiguous(cache: ContiguousKV, page_size: int, start: int, end: int) -> None:
@@ -98,6 +109,29 @@ def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: Tensor) ->
     kv.keys[physical, position % kv.page_size] = keys[rows]
     kv.values[physical, position % kv.page_size] = values[rows]
     update_page_metadata(kv, seq_lens, seq_lens.clamp(max=1))
+
+
+def append_slots(kv: PagedKV, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    """See `ops.append_slots`."""
+    used = slots >= 0
+    keys, values, slots = keys[used], values[used], slots[used].long()
+    page, offset = slots // kv.page_size, slots % kv.page_size
+    kv.keys[page, offset] = keys
+    kv.values[page, offset] = values
+    update_slot_metadata(kv.metadata, keys, slots, kv.page_size)
+
+
+def update_slot_metadata(metadata: Tensor, keys: Tensor, slots: Tensor, page_size: int) -> None:
+    """See `ops.update_slot_metadata`."""
+    used = slots >= 0
+    keys, slots = keys[used], slots[used].long()
+    pages, where = torch.unique_consecutive(slots // page_size, return_inverse=True)  # [M], [T]
+    shape = (pages.shape[0], *keys.shape[1:])
+    index = where[:, None, None].expand_as(keys)
+    key_max = keys.new_full(shape, -math.inf).scatter_reduce_(0, index, keys, "amax")
+    key_min = keys.new_full(shape, math.inf).scatter_reduce_(0, index, keys, "amin")
+    first = slots.new_full(pages.shape, page_size).scatter_reduce_(0, where, slots % page_size, "amin")
+    _widen(metadata, pages, key_max, key_min, goes_on=first > 0)
 
 
 def score_pages(

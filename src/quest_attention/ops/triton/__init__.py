@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from quest_attention.ops.triton.attention import sparse_decode_attention
 from quest_attention.ops.triton.decode import quest_decode
-from quest_attention.ops.triton.metadata import append_token, update_page_metadata
+from quest_attention.ops.triton.metadata import (
+    append_slots,
+    append_token,
+    update_page_metadata,
+    update_slot_metadata,
+)
 from quest_attention.ops.triton.scores import score_pages
 from quest_attention.ops.triton.selection import select_pages
 from quest_attention.ops.triton.workspace import make_workspace
 
 __all__ = [
+    "append_slots",
     "append_token",
     "make_workspace",
     "quest_decode",
@@ -17,4 +23,5 @@ __all__ = [
     "select_pages",
     "sparse_decode_attention",
     "update_page_metadata",
+    "update_slot_metadata",
 ]

@@ -38,6 +38,7 @@ def quest_decode(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     workspace: Workspace | None = None,
+    out: Tensor | None = None,
     tuning: Tuning | None = None,
 ) -> tuple[Tensor, Selection] | None:
     """See `ops.quest_decode`. None where the fused kernel cannot hold the problem; the single verbs can."""
@@ -52,7 +53,9 @@ def quest_decode(
         workspace = make_workspace(kv, query.shape[1], config, tuning)
     if not isinstance(workspace, FusedWorkspace):
         raise QuestValueError("workspace", type(workspace).__name__, "what make_workspace gives for this backend")
-    output = torch.empty(batch, query.shape[1], width, dtype=query.dtype, device=device)
+    output = out
+    if output is None:
+        output = torch.empty(batch, query.shape[1], width, dtype=query.dtype, device=device)
     pages = torch.empty(batch, heads, slots, dtype=torch.int32, device=device)
     counts = torch.empty(batch, dtype=torch.int32, device=device)
     lengths, length = lengths_argument(seq_lens, kv)

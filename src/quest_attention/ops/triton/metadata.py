@@ -9,7 +9,7 @@ from torch import Tensor
 from quest_attention.ops.triton.launch import launch, lengths_argument
 from quest_attention.pages import FP8_METADATA, PagedKV, num_pages
 
-__all__ = ["append_token", "update_page_metadata"]
+__all__ = ["append_slots", "append_token", "update_page_metadata", "update_slot_metadata"]
 
 _PAGES_PER_PROGRAM = 4
 """Pages one program takes after a prefill: enough bytes in flight per program, and a grid that still fills the GPU."""
@@ -79,6 +79,57 @@ def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: Tensor) ->
         VALUE_DIM=kv.values.shape[-1],
         BLOCK_DV=triton.next_power_of_2(kv.values.shape[-1]),
         NARROW=kv.metadata.dtype == FP8_METADATA,
+        num_warps=1,
+    )
+
+
+def append_slots(kv: PagedKV, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    """See `ops.append_slots`. One launch."""
+    _launch_slots(kv.metadata, keys, slots, kv.page_size, kv, values)
+
+
+def update_slot_metadata(metadata: Tensor, keys: Tensor, slots: Tensor, page_size: int) -> None:
+    """See `ops.update_slot_metadata`. One launch."""
+    _launch_slots(metadata, keys, slots, page_size)
+
+
+def _launch_slots(
+    metadata: Tensor,
+    keys: Tensor,
+    slots: Tensor,
+    page_size: int,
+    kv: PagedKV | None = None,
+    values: Tensor | None = None,
+) -> None:
+    """One program for each token and KV head; K and V are written where a cache is given."""
+    heads, dim = keys.shape[1:]
+    # What is not written needs a pointer of some kind.
+    stored_keys, stored_values = (keys[:, None], keys[:, None]) if kv is None else (kv.keys, kv.values)
+    values = keys if values is None else values
+    launch(
+        _slot_kernel,
+        (slots.shape[0] * heads,),
+        keys,
+        values,
+        stored_keys,
+        stored_values,
+        metadata,
+        slots,
+        slots.shape[0],
+        *keys.stride()[:2],
+        *values.stride()[:2],
+        *stored_keys.stride()[:3],
+        *stored_values.stride()[:3],
+        *metadata.stride()[:3],
+        heads,
+        WRITES=kv is not None,
+        PAGE_SIZE=page_size,
+        BLOCK_T=triton.next_power_of_2(page_size),
+        HEAD_DIM=dim,
+        BLOCK_D=triton.next_power_of_2(dim),
+        VALUE_DIM=values.shape[-1],
+        BLOCK_DV=triton.next_power_of_2(values.shape[-1]),
+        NARROW=metadata.dtype == FP8_METADATA,
         num_warps=1,
     )
 
@@ -175,6 +226,78 @@ def _append_kernel(
         key_max = tl.where(goes_on, _larger(key, old_max), key)
         key_min = tl.where(goes_on, _smaller(key, old_min), key)
         _store_bounds(bounds, meta_side_stride, key_max, key_min, inside, NARROW)
+
+
+@triton.jit
+def _copy_row(source, target, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Copy the channels of one token and head."""
+    channel = tl.arange(0, BLOCK)
+    tl.store(target + channel, tl.load(source + channel, mask=channel < DIM, other=0.0), mask=channel < DIM)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_kv_heads"])
+def _slot_kernel(
+    new_keys,
+    new_values,
+    keys,
+    values,
+    metadata,
+    slots,
+    num_tokens,
+    new_key_token_stride,
+    new_key_head_stride,
+    new_value_token_stride,
+    new_value_head_stride,
+    key_page_stride,
+    key_token_stride,
+    key_head_stride,
+    value_page_stride,
+    value_token_stride,
+    value_head_stride,
+    meta_page_stride,
+    meta_head_stride,
+    meta_side_stride,
+    num_kv_heads,
+    WRITES: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    NARROW: tl.constexpr,
+):
+    token = tl.program_id(0) // num_kv_heads
+    h = (tl.program_id(0) % num_kv_heads).to(tl.int64)
+    slot = tl.load(slots + token).to(tl.int64)
+    if slot >= 0:
+        page, offset = slot // PAGE_SIZE, slot % PAGE_SIZE
+        from_keys = new_keys + h * new_key_head_stride
+        if WRITES:
+            row = token.to(tl.int64)
+            to = keys + page * key_page_stride + offset * key_token_stride + h * key_head_stride
+            _copy_row(from_keys + row * new_key_token_stride, to, HEAD_DIM, BLOCK_D)
+            to = values + page * value_page_stride + offset * value_token_stride + h * value_head_stride
+            source = new_values + row * new_value_token_stride + h * new_value_head_stride
+            _copy_row(source, to, VALUE_DIM, BLOCK_DV)
+        following = tl.load(slots + token + 1, mask=token + 1 < num_tokens, other=-1).to(tl.int64)
+        if (following < 0) | (following // PAGE_SIZE != page):  # the last token of its page answers for all of them
+            back = tl.arange(0, BLOCK_T)
+            at = token - back
+            is_known = (at >= 0) & (back <= offset)
+            is_here = is_known & (tl.load(slots + at, mask=is_known, other=-1).to(tl.int64) == slot - back)
+            channel = tl.arange(0, BLOCK_D)
+            inside = channel < HEAD_DIM
+            fresh = from_keys + at[:, None].to(tl.int64) * new_key_token_stride + channel[None, :]
+            key = tl.load(fresh, mask=is_here[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            key_max = tl.reduce(tl.where(is_here[:, None], key, float("-inf")), 0, _larger)
+            key_min = tl.reduce(tl.where(is_here[:, None], key, float("inf")), 0, _smaller)
+            bounds = metadata + page * meta_page_stride + h * meta_head_stride + channel
+            starts_anew = tl.max((is_here & (back == offset)).to(tl.int32), 0) > 0  # whoever used the page before
+            if not starts_anew:
+                key_max = _larger(key_max, tl.load(bounds, mask=inside, other=0.0).to(tl.float32))
+                key_min = _smaller(key_min, tl.load(bounds + meta_side_stride, mask=inside, other=0.0).to(tl.float32))
+            _store_bounds(bounds, meta_side_stride, key_max, key_min, inside, NARROW)
 
 
 @triton.jit(do_not_specialize=["length", "num_fresh", "max_pages", "programs_per_head"])
