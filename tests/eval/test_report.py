@@ -149,12 +149,34 @@ def test_a_summary_is_enough_for_a_report(tmp_path: Path) -> None:
     for name in ("summary.json", "figures/perplexity.png", "figures/needle_grid.png"):
         assert (alone / name).read_bytes() == (folder / name).read_bytes(), name
     assert accuracy_rows(read_results(alone)) == accuracy_rows(read_results(folder))
-    (alone / "summary.json").write_text(json.dumps({"settings": SETTINGS, "accuracy": [{"task": "passkey"}]}))
-    with pytest.raises(QuestValueError, match=r"summary\.json, accuracy: .*cells as quest report writes them"):
-        read_results(alone)
-    (alone / "summary.json").write_text("[]")
-    with pytest.raises(QuestValueError, match="the summary of a run as a JSON object"):
-        read_results(alone)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"accuracy": [{"task": "passkey"}]}, r"summary\.json, accuracy: .*cells as quest report writes them"),
+        ({"accuracy": [3]}, r"summary\.json, accuracy: got 3"),
+        ({"accuracy": {}}, r"summary\.json, accuracy"),
+        ({"score": "much"}, r"summary\.json, accuracy: .*'much'"),
+        ({"n": 2.5}, r"summary\.json, accuracy"),
+        ({"settings": None}, r"summary\.json, settings"),
+        ({"settings": {**SETTINGS, "num_samples": "many"}}, "num_samples: got 'many'"),
+    ],
+)
+def test_broken_summaries(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    summary = read_results(write(tmp_path / "run", [answer("passkey", "quest", 64, 1.0)])).summary()
+    of_cell = change.keys() & summary["accuracy"][0].keys()
+    summary = {**summary, "accuracy": [{**summary["accuracy"][0], **change}]} if of_cell else {**summary, **change}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(QuestValueError, match=message):
+        read_results(tmp_path)
+
+
+def test_a_summary_that_is_none(tmp_path: Path) -> None:
+    for text in ("[]", "{"):
+        (tmp_path / "summary.json").write_text(text)
+        with pytest.raises(QuestValueError, match="the summary of a run as a JSON object"):
+            read_results(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +217,11 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     rows = [answer("passkey", "full", None, 1.0, index=index) for index in range(3)]
     page = write_report(write(tmp_path, [*rows, answer("passkey", "quest", 64, 1.0)])).read_text(encoding="utf-8")
     assert "the run is not finished" in page
-    assert "the run is not finished" not in write_report(write(tmp_path, rows)).read_text(encoding="utf-8")
+    even = write_report(write(tmp_path, rows)).read_text(encoding="utf-8")
+    assert "the run is not finished" not in even
+    assert "fewer samples than the 20 that were asked for" in even
+    rows = [answer("passkey", "full", None, 1.0, index=index) for index in range(20)]
+    assert "asked for" not in write_report(write(tmp_path, rows)).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -359,12 +359,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "2 of 4 answers are in" in shown.err
     assert "100.0 %" in shown.out
     resumed = [json.loads(line) for line in (tmp_path / "run" / SAMPLES).read_text().splitlines()]
-    assert run(command(tmp_path / "whole", "-n", "2")) == 0
+    assert run(command(tmp_path / "whole", "-n", "2", "--dtype", "float32")) == 0
     whole = [json.loads(line) for line in (tmp_path / "whole" / SAMPLES).read_text().splitlines()]
     assert without_time(resumed) == without_time(whole)
     settings = json.loads((tmp_path / "whole" / SETTINGS).read_text())
     assert str(tmp_path) not in json.dumps(settings)
     assert settings["command"].startswith("quest ")
+    assert settings["command"].endswith(" --dtype float32")  # it was asked for, so it is part of the command
 
 
 @pytest.mark.parametrize(

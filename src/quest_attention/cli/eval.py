@@ -27,6 +27,8 @@ from quest_attention.eval.runner import Runner
 
 __all__ = ["evaluate", "report"]
 
+_OWN_DTYPE = "auto"
+"""Of `--dtype`: what the model and the device call for."""
 _FILE_WIDTH = 120
 """Width of tables in a file or a pipe, which have none of their own [characters]."""
 
@@ -55,7 +57,7 @@ def evaluate(
         runner = Runner(loaded.model, loaded.tokenizer, plan)
         on_progress("reading the texts", 0, 0)
         jobs = runner.jobs
-        journal = Journal(output, _settings(plan, loaded, output, model_name))
+        journal = Journal(output, _settings(plan, loaded, output, model_name, dtype))
         open_jobs = [(job, arms) for job in jobs if (arms := journal.missing(job, plan.arms(job.task, job.length)))]
         total = sum(len(plan.arms(job.task, job.length)) for job in jobs)
         done = total - sum(len(arms) for _, arms in open_jobs)
@@ -87,7 +89,7 @@ def _make_runner(plan: Plan, model_name: str | None, device: str, dtype: str) ->
     return Runner(loaded.model, loaded.tokenizer, plan)
 
 
-def _settings(plan: Plan, loaded: LoadedModel, output: Path, model_name: str | None) -> dict[str, Any]:
+def _settings(plan: Plan, loaded: LoadedModel, output: Path, model_name: str | None, dtype: str) -> dict[str, Any]:
     """What a run shares, ready for JSON: enough to make it again."""
     options = dataclasses.asdict(plan)
     options["books"] = None if plan.books is None else plan.books.name  # a name, not a place on one machine
@@ -97,12 +99,12 @@ def _settings(plan: Plan, loaded: LoadedModel, output: Path, model_name: str | N
         "description": loaded.description,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         **options,
-        "command": _command(plan, output, model_name),
+        "command": _command(plan, output, model_name, dtype),
         "machine": describe_machine(),
     }
 
 
-def _command(plan: Plan, output: Path, model_name: str | None) -> str:
+def _command(plan: Plan, output: Path, model_name: str | None, dtype: str) -> str:
     """The command that makes the run again, with names where it has places on one machine."""
     options: dict[str, object] = {
         "--output": output.name,
@@ -118,6 +120,7 @@ def _command(plan: Plan, output: Path, model_name: str | None) -> str:
         "--backend": plan.backend,
         "--books": plan.books and plan.books.name,
         "--longbench": plan.longbench and plan.longbench.name,
+        "--dtype": None if dtype == _OWN_DTYPE else dtype,
     }
     given = [part for name, value in options.items() if value is not None for part in (name, str(value))]
     return shlex.join(["quest", "eval", *plan.tasks, *given])

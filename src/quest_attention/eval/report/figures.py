@@ -111,7 +111,7 @@ _BARS = "Bars are 95 % intervals over samples; points of one budget stand a litt
 _NEEDLE_CAPTION = (
     "Needle in a haystack: share found by depth (0 % is the start of the context) and length. Grey was not measured."
 )
-_PERPLEXITY_CAPTION = "Perplexity of all tokens up to a position; lower is better. Every method is read token by token."
+_PERPLEXITY_CAPTION = "Perplexity of all tokens up to a position; lower is better."
 
 
 def _styles(methods: Iterable[str]) -> dict[str, _Style]:

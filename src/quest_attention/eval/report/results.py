@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from quest_attention.errors import QuestValueError
+from quest_attention.eval.longbench import LONGBENCH_PREFIX
 from quest_attention.eval.report.cells import (
     AccuracyCell,
     NeedleCell,
@@ -82,6 +83,13 @@ class Results:
                 counts.setdefault((getattr(cell, "task", name), cell.length), set()).add(cell.n)
         return any(len(found) > 1 for found in counts.values())
 
+    @property
+    def is_short(self) -> bool:
+        """Whether some cell has fewer samples than were asked for, where tasks can make as many as are asked."""
+        counts = [cell.n for cell in self.accuracy if not cell.task.startswith(LONGBENCH_PREFIX)]
+        counts += [cell.n for cell in self.recall]
+        return any(count < self.settings["num_samples"] for count in counts)
+
     def summary(self) -> dict[str, Any]:
         """Settings and cells, rounded, ready for JSON."""
         kinds: dict[str, tuple[Any, ...]] = {
@@ -109,7 +117,7 @@ def read_results(folder: Path) -> Results:
         return _read_summary(folder / SUMMARY)
     for name in (_SETTINGS, _SAMPLES):
         if not (folder / name).is_file():
-            raise QuestValueError("folder", str(folder), f"the folder of a run, with {name} in it")
+            raise QuestValueError("folder", str(folder), f"the folder of a run, with {name} in it, or {SUMMARY}")
     settings = _read_settings(folder / _SETTINGS)
     samples = read_samples(folder / _SAMPLES)
     if not samples:
@@ -225,16 +233,16 @@ def from_summary(found: Mapping[str, Any], path: Path) -> Results:
     """
     settings = _checked(path, found.get("settings"))
 
-    def cells(name: str, kind: Callable[..., _C]) -> tuple[_C, ...]:
-        try:
-            return tuple(
-                kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in cell.items()})
-                for cell in found[name]
-            )
-        except (KeyError, TypeError, AttributeError):
-            raise QuestValueError(
-                f"{path.name}, {name}", "something else", "cells as quest report writes them"
-            ) from None
+    def cells(name: str, kind: type[_C]) -> tuple[_C, ...]:
+        hints = get_type_hints(kind)
+        made = []
+        for cell in found[name] if isinstance(found.get(name), list) else [None]:
+            values = cell if isinstance(cell, dict) else {}
+            values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+            if values.keys() != hints.keys() or not all(_is_a(hint, values[key]) for key, hint in hints.items()):
+                raise QuestValueError(f"{path.name}, {name}", cell, "cells as quest report writes them")
+            made.append(kind(**values))
+        return tuple(made)
 
     accuracy, needle = cells("accuracy", AccuracyCell), cells("needle", NeedleCell)
     perplexity, recall = cells("perplexity", PerplexityCell), cells("recall", RecallCell)
@@ -262,7 +270,18 @@ def _checked(path: Path, settings: Any) -> dict[str, Any]:
     for name in _NEEDED:
         if name not in settings:
             raise QuestValueError(f"{path.name}, {name}", "nothing", "a setting of that name")
+    if not isinstance(settings["num_samples"], int):
+        raise QuestValueError(f"{path.name}, num_samples", settings["num_samples"], "a number of samples")
     return settings
+
+
+def _is_a(hint: Any, value: object) -> bool:
+    """Whether a value has the type of a field."""
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_is_a(get_args(hint)[0], each) for each in value)
+    if kinds := get_args(hint):
+        return any(_is_a(kind, value) for kind in kinds)
+    return isinstance(value, int | float if hint is float else hint) and not isinstance(value, bool)
 
 
 def _rounded(value: Any) -> Any:
