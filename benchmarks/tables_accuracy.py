@@ -14,16 +14,21 @@ from typing import Annotated, TypeVar
 import typer
 
 from quest_attention.eval.report import Results, read_results
+from quest_attention.eval.report.cells import AccuracyCell, RecallCell
 from quest_attention.eval.report.figures import draw_pictures
 
 RESULTS = Path(__file__).parent / "results" / "accuracy"
 FIGURES = {
     "passkey": ("accuracy_passkey",),
-    "ruler": ("accuracy_niah_multikey_1", "accuracy_niah_multikey_2"),
+    "ruler": ("accuracy_niah_multikey_2",),
     "perplexity": ("perplexity",),
-    "recall": ("recall_mass", "recall_top10_by_layer"),
+    "recall": ("recall_mass_by_layer",),
 }
 """Of each run, those that the page shows."""
+ENOUGH = 95.0
+"""A task says something about methods where full attention is right in at least this share of the answers [%]."""
+ONE_EIGHTH = 8
+"""The share of the context that recall is shown by layer for."""
 Table = list[list[str]]
 K = TypeVar("K")
 
@@ -49,6 +54,27 @@ def by_method_and_budget(methods: list[str], budgets: list[int], show: Callable[
     return [[name, *(show(name, None if name == "full" else budget) for budget in budgets)] for name in methods]
 
 
+def origin(results: Results) -> str:
+    """How a run was made: its commands, then model, device, versions and seed."""
+    settings = results.settings
+    commands = [run["command"] for run in (*settings.get("earlier", []), settings)]
+    machine = settings["machine"]
+    device = ", ".join(machine["gpu"] or [machine["cpu"]])
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "transformers", "triton"))
+    where = f"{settings['description']}; {device}; {machine['python']}, {versions}"
+    return "\n".join(("```sh", *commands, "```", f"{where}; commit {machine['commit'][:7]}; seed {settings['seed']}."))
+
+
+def counts(cells: Sequence[AccuracyCell]) -> str:
+    """Samples of a cell, and how wide an interval may be."""
+    least, most = min(cell.n for cell in cells), max(cell.n for cell in cells)
+    span = {cell: cell.high - cell.low for cell in cells if cell.low is not None and cell.high is not None}
+    widest = max(span, key=lambda cell: span[cell])
+    how_many = f"{least}" if least == most else f"{least} to {most}"
+    interval = f"{widest.low:.1f} to {widest.high:.1f} for {widest.score:.1f}"
+    return f"n = {how_many} a cell; the widest 95 % interval (Wilson) is {interval}."
+
+
 def passkey_tables(results: Results) -> list[str]:
     """Share of right answers [%], a table for each length."""
     found = {(c.length, c.method, c.token_budget): c for c in results.accuracy}
@@ -63,7 +89,10 @@ def passkey_tables(results: Results) -> list[str]:
 
 
 def ruler_tables(results: Results) -> list[str]:
-    """Share of right answers [%], a table for each length: full attention, then each method by share of the length."""
+    """Share of right answers [%], a table for each length: full attention, then each method by share of the length.
+
+    Tasks in which full attention falls short of `ENOUGH` are in italics.
+    """
     found = {(c.task, c.length, c.method, c.token_budget): c for c in results.accuracy}
     arms = in_order((c.method, c.length // c.token_budget if c.token_budget else None) for c in results.accuracy)
 
@@ -73,8 +102,12 @@ def ruler_tables(results: Results) -> list[str]:
 
     def table(length: int) -> str:
         head = [name if share is None else f"{name}, 1/{share}" for name, share in arms]
-        rows = [[task, *(show(task, length, *arm) for arm in arms)] for task in results.tasks]
-        return as_markdown((f"{tokens(length)} tokens", *head), rows)
+        rows = []
+        for task in results.tasks:
+            full = found[task, length, "full", None]
+            name = task if full.score >= ENOUGH else f"*{task}*"
+            rows.append([name, *(show(task, length, *arm) for arm in arms), str(full.n)])
+        return as_markdown((f"{tokens(length)} tokens", *head, "n"), rows)
 
     return [table(length) for length in sorted({c.length for c in results.accuracy})]
 
@@ -106,14 +139,38 @@ def recall_table(results: Results) -> str:
     return as_markdown((f"{tokens(results.recall[0].length)} tokens, budget", *map(str, budgets)), rows)
 
 
+def layer_table(results: Results, wanted: Callable[[RecallCell], bool]) -> str:
+    """Shares of attention mass on the pages read, by layer [%]."""
+    cells = [cell for cell in results.recall if wanted(cell)]
+    layers = in_order(layer for cell in cells for layer in cell.layers)
+    rows = []
+    for cell in cells:
+        shares = dict(zip(cell.layers, cell.mass_by_layer, strict=True))
+        rows.append([cell.method, *(f"{shares[layer]:.1f}" if layer in shares else "" for layer in sorted(layers))])
+    head = f"{tokens(cells[0].length)} tokens, budget {cells[0].token_budget}"
+    return as_markdown((head, *map("layer {}".format, sorted(layers))), rows)
+
+
+def is_one_eighth(cell: RecallCell) -> bool:
+    """Whether a cell read one eighth of its context."""
+    return cell.token_budget == cell.length // ONE_EIGHTH
+
+
 def tables() -> list[str]:
-    """All tables of docs/results.md, in order."""
-    read = {name: read_results(RESULTS / name) for name in FIGURES}
+    """All tables of docs/results.md, in order, and how each run was made."""
+    read = {path.name: read_results(path) for path in sorted(RESULTS.iterdir()) if path.is_dir()}
     return [
         *passkey_tables(read["passkey"]),
+        counts(read["passkey"].accuracy),
+        origin(read["passkey"]),
         *ruler_tables(read["ruler"]),
+        counts(read["ruler"].accuracy),
+        origin(read["ruler"]),
         perplexity_table(read["perplexity"]),
+        origin(read["perplexity"]),
         recall_table(read["recall"]),
+        layer_table(read["recall"], is_one_eighth),
+        origin(read["recall"]),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 from quest_attention.eval.excerpt import SOUTH
 from quest_attention.models import bundled_model_path
 
+FIXED = {"0.3", "0.5"}
+"""Numbers of docs/results.md that nothing printed: a bound on intervals, and what was expected."""
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -98,6 +101,34 @@ def test_the_tables_of_the_gpu_page_are_those_of_the_results() -> None:
             row = next(one for one in lines if one.startswith(f"| {shape}, 2048 |"))
             for number in " ".join(numbers).replace("(", "").replace(")", "").split():
                 assert f" {number} " in row
+
+
+def test_the_page_of_results_is_that_of_the_summaries() -> None:
+    printed = run("benchmarks/tables_accuracy.py")
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    lines = [line for line in printed.splitlines() if line]
+    assert len(lines) > 50
+    place = 0
+    for line in lines:  # all of them, in order
+        place = page.index(line, place)
+    for line in page.splitlines():
+        assert line in lines or not line.startswith(("quest eval", "| quest", "| oracle", "| full", "| niah")), line
+    decimals = re.compile(r"(?<![\w.:])\d+\.\d+(?![\w.])")  # not of versions or of arXiv
+    text = [line for line in page.splitlines() if line not in lines]
+    assert {number for line in text for number in decimals.findall(line)} <= set(decimals.findall(printed)) | FIXED
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    start = lines.index(next(line for line in lines if line.startswith("| 32K tokens, budget | 32 |")))
+    assert "\n".join(lines[start : start + 9]) in readme
+
+
+def test_the_figures_of_the_page_of_results(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="an extra of its own")
+    run("benchmarks/tables_accuracy.py", "--figures", str(tmp_path))
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    shown = re.findall(r"\(figures/accuracy/(\w+\.png)\)", page)
+    assert shown
+    made = {path.name for path in tmp_path.iterdir()}
+    assert set(shown) == made == {path.name for path in (ROOT / "docs" / "figures" / "accuracy").iterdir()}
 
 
 def test_decode_gpu_on_a_cpu(tmp_path: Path) -> None:

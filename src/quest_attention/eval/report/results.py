@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -142,14 +143,15 @@ def read_results(folder: Path) -> Results:
     )
 
 
-def method_rank(method: str) -> tuple[int, str]:
-    """Sorts methods: those of `METHOD_ORDER` first, each with its options behind it.
+def method_rank(method: str) -> tuple[int, tuple[int | str, ...]]:
+    """Sorts methods: those of `METHOD_ORDER` first, each with its options behind it, numbers by size.
 
-    >>> sorted(["h2o", "quest:page_size=32", "new", "quest", "full"], key=method_rank)
-    ['full', 'quest', 'quest:page_size=32', 'h2o', 'new']
+    >>> sorted(["h2o", "quest:page_size=32", "quest:page_size=8", "new", "quest", "full"], key=method_rank)
+    ['full', 'quest', 'quest:page_size=8', 'quest:page_size=32', 'h2o', 'new']
     """
     name = method.partition(":")[0]
-    return (METHOD_ORDER.index(name) if name in METHOD_ORDER else len(METHOD_ORDER), method)
+    parts = tuple(int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", method))
+    return (METHOD_ORDER.index(name) if name in METHOD_ORDER else len(METHOD_ORDER), parts)
 
 
 def accuracy_rows(results: Results) -> list[tuple[str, ...]]:
