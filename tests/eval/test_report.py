@@ -16,7 +16,7 @@ import pytest
 from quest_attention import QuestValueError
 from quest_attention.cli.app import run
 from quest_attention.eval.report import read_results, write_report
-from quest_attention.eval.report.figures import _grid, _styles, draw_pictures
+from quest_attention.eval.report.figures import _accuracy, _grid, _styles, draw_pictures
 from quest_attention.eval.report.results import accuracy_rows, perplexity_rows, recall_rows
 from quest_attention.eval.wilson import wilson_interval
 
@@ -196,6 +196,18 @@ def test_panels_of_a_length_start_a_row(keys: list[tuple[int, int]], columns: in
 def test_no_two_methods_look_alike() -> None:
     styles = _styles(["full", "quest", "oracle", *(f"quest:page_size={size}" for size in range(1, 13))])
     assert len({(style.colour, style.marker) for style in styles.values()}) == len(styles)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_legend_of_long_names_fits(tmp_path: Path, count: int) -> None:
+    names = [f"quest:num_recent_pages={size}" for size in range(12)]
+    rows = [answer("passkey", name, 64, 1.0, length=1024 * size) for name in names for size in range(1, count + 1)]
+    figure = _accuracy("passkey", read_results(write(tmp_path, rows)), _styles(names))
+    assert figure is not None
+    figure.canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+    assert box.y0 > max(axes.get_window_extent().y1 for axes in figure.axes)
 
 
 def test_figures_are_not_blank(tmp_path: Path) -> None:

@@ -49,6 +49,10 @@ _MOST_ALIGNED = 4
 _MOST_MAPS = 6
 _DODGE = 0.07
 """How far the points of neighbouring methods stand apart [octaves], so that their bars do not hide each other."""
+_MOST_SPREAD = 0.5
+"""How far those of one budget may stand apart altogether [octaves]."""
+_NAME, _HANDLE, _LETTER = 1.6, 0.55, 0.065
+"""Width of a short name in a legend, and of what stands before a long one and of each of its letters [inches]."""
 _LOG_FROM = 4.0
 """Perplexities that differ by more than this factor are drawn on a logarithmic axis."""
 _MISSING = "#dddddd"
@@ -172,7 +176,7 @@ def _by_budget(title: str, label: str, points: Sequence[_Point], styles: dict[st
         return None
     methods = sorted({point.method for point in points}, key=method_rank)
     choosing = [name for name in methods if any(p.method == name and p.token_budget is not None for p in points)]
-    figure, panels = _panels(len(lengths), _columns(len(lengths)), num_labels=len(methods))
+    figure, panels = _panels(len(lengths), _columns(len(lengths)), methods)
     for panel, length in zip(panels, lengths, strict=True):
         here = [point for point in points if point.length == length]
         for point in here:
@@ -183,8 +187,9 @@ def _by_budget(title: str, label: str, points: Sequence[_Point], styles: dict[st
                 panel.axhline(
                     point.value, color=style.colour, linestyle=style.line, linewidth=style.width, zorder=style.layer
                 )
+        dodge = min(_DODGE, _MOST_SPREAD / len(choosing))
         for place, name in enumerate(choosing):
-            shift = 2 ** (_DODGE * (place - (len(choosing) - 1) / 2))
+            shift = 2 ** (dodge * (place - (len(choosing) - 1) / 2))
             _draw_line(panel, [p for p in here if p.method == name and p.token_budget is not None], styles[name], shift)
         _budget_axis(panel, budgets)
         panel.set_ylim(-4, 104)
@@ -283,7 +288,7 @@ def _length_by_budget(cells: Sequence[_C], draw: Callable[[Axes, _C], None]) -> 
     if not keys:
         return None, []
     columns, places = _grid(keys)
-    figure, grid = _panels(max(places) + 1, columns, num_labels=len(_methods(cells)))
+    figure, grid = _panels(max(places) + 1, columns, _methods(cells))
     panels = [grid[place] for place in places]
     for panel in set(grid) - set(panels):
         panel.remove()
@@ -378,11 +383,11 @@ def _heat_map(
     panel.tick_params(length=2)
 
 
-def _panels(count: int, columns: int, *, num_labels: int) -> tuple[Figure, list[Axes]]:
+def _panels(count: int, columns: int, methods: Sequence[str]) -> tuple[Figure, list[Axes]]:
     """A figure with panels row by row, and with room for a legend above them."""
     rows = math.ceil(count / columns)
     width = max(_PANEL[0] * columns, 4.2) + 0.3
-    legend = 0.25 * math.ceil(num_labels / _legend_columns(width)) + 0.2
+    legend = 0.25 * math.ceil(len(methods) / _legend_columns(width, methods)) + 0.2
     figure = Figure(figsize=(width, _PANEL[1] * rows + 0.3 + legend), dpi=_DPI, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     for panel in grid[count:]:
@@ -405,8 +410,8 @@ def _label(figure: Figure, panels: Sequence[Axes], x: str, y: str) -> None:
         figure.supylabel(y, fontsize=_FONT)
 
 
-def _legend_columns(width: float) -> int:
-    return max(2, int(width // 1.6))  # inches that a name takes
+def _legend_columns(width: float, methods: Sequence[str]) -> int:
+    return max(1, int(width // max(_NAME, _HANDLE + _LETTER * max(map(len, methods)))))
 
 
 def _legend(figure: Figure, methods: Sequence[str], styles: dict[str, _Style]) -> None:
@@ -427,7 +432,7 @@ def _legend(figure: Figure, methods: Sequence[str], styles: dict[str, _Style]) -
     figure.legend(
         handles=handles,
         loc="outside upper center",
-        ncols=min(len(methods), _legend_columns(figure.get_figwidth())),
+        ncols=min(len(methods), _legend_columns(figure.get_figwidth(), methods)),
         fontsize=_SMALL,
         frameon=False,
         handlelength=3,
