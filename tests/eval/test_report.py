@@ -204,7 +204,7 @@ def test_a_legend_of_long_names_fits(tmp_path: Path, count: int) -> None:
     rows = [answer("passkey", name, 64, 1.0, length=1024 * size) for name in names for size in range(1, count + 1)]
     figure = _accuracy("passkey", read_results(write(tmp_path, rows)), _styles(names))
     assert figure is not None
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     box = figure.legends[0].get_window_extent()
     assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
     assert box.y0 > max(axes.get_window_extent().y1 for axes in figure.axes)
