@@ -6,6 +6,7 @@ PYTEST_ARGS ?=
 
 NEWEST := .venv
 OLDEST := .venv-oldest
+VLLM := .venv-vllm
 PIP := -m pip --disable-pip-version-check
 
 # One thread per test process: the workers share the cores.
@@ -18,7 +19,7 @@ SANITIZE = PYTHONPATH=src PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --e
 SMALL_GPU_TESTS = $(PYTHON) -m pytest -m gpu tests/gpu -k test_small_shapes $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-oldest test-gpu sanitize-gpu lint format clean
+.PHONY: help venv demo test test-oldest test-vllm test-gpu sanitize-gpu lint format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -33,6 +34,9 @@ test: $(NEWEST)/.installed ## Run the tests and the examples in docstrings, with
 
 test-oldest: $(OLDEST)/.installed ## The same with the oldest supported transformers
 	$(call PYTEST,$(OLDEST))
+
+test-vllm: $(VLLM)/.installed ## The plugin inside vLLM on a CPU: engine, OpenAI server, two ranks (about ten minutes)
+	$(VLLM)/bin/python -m pytest tests/serving $(PYTEST_ARGS)
 
 test-gpu: ## Run the tests that need an NVIDIA GPU, with the python3 and PyTorch of the machine
 	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests/gpu tests/hf/test_graph.py $(PYTEST_ARGS)
@@ -52,8 +56,15 @@ format: $(NEWEST)/.installed ## Format the code and apply the lint fixes that ar
 	$(NEWEST)/bin/ruff format .
 
 clean: ## Remove the environments and everything that was built
-	rm -rf $(NEWEST) $(OLDEST) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(NEWEST) $(OLDEST) $(VLLM) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests training benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VLLM)/.installed: pyproject.toml constraints/common.txt constraints/vllm.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python $(PIP) install --quiet --quiet "$$(grep '^torch==' constraints/common.txt)"
+	$(VLLM)/bin/python $(PIP) install --quiet --quiet --no-deps --requirement constraints/vllm.txt
+	$(VLLM)/bin/python $(PIP) install --quiet --quiet --no-deps --no-build-isolation --editable .
+	touch $@
 
 EXTRAS = dev
 $(NEWEST)/.installed: EXTRAS = dev,lm-eval

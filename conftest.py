@@ -30,7 +30,17 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 torch.set_num_threads(1)  # workers share the cores
 
-collect_ignore = [] if importlib.util.find_spec("lm_eval") else ["src/quest_attention/eval/lm_eval.py"]  # an extra
+# What extras bring is imported by some modules, which environments without them leave out of the doctests.
+_NEEDS = {
+    "lm_eval": ["eval/lm_eval.py"],
+    "vllm": ["vllm/cpu.py", "vllm/gpu.py", "vllm/layer.py", "vllm/planning.py"],
+}
+collect_ignore = [
+    f"src/quest_attention/{module}"
+    for extra, modules in _NEEDS.items()
+    if importlib.util.find_spec(extra) is None
+    for module in modules
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

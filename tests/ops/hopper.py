@@ -17,7 +17,7 @@ from triton.runtime import driver
 
 from quest_attention import QuestConfig
 from quest_attention.ops import triton as backend
-from quest_attention.ops.triton import attention, decode, metadata, scores, selection
+from quest_attention.ops.triton import attention, counts, decode, metadata, scores, selection
 from quest_attention.ops.triton.launch import FUSED_ARITHMETIC
 from quest_attention.pages import FP8_METADATA, PagedKV
 
@@ -59,6 +59,8 @@ def run_all(dtype: torch.dtype, group: int, *, narrow: bool, host: bool, pages: 
     backend.update_page_metadata(kv, seq_lens, length if host else 1)
     found = backend.score_pages(query, kv, seq_lens, mask, "mean" if narrow else "max")
     selected = backend.select_pages(found, seq_lens, page_size, budget, token_mask=mask)
+    if not host:
+        backend.count_reads(selected, seq_lens, torch.zeros(4, dtype=torch.int64), page_size, budget)
     sinks = torch.empty(heads * group) if narrow else None
     backend.sparse_decode_attention(query, kv, seq_lens, selected, 0.1, 20.0 if narrow else None, sinks, mask, host)
     backend.quest_decode(query, kv, seq_lens, QuestConfig(budget), 0.1, 20.0 if narrow else None, sinks)
@@ -67,7 +69,7 @@ def run_all(dtype: torch.dtype, group: int, *, narrow: bool, host: bool, pages: 
 def main() -> None:
     """Compile what differs in kind: dtypes, one head and several, both bounds, lengths on host and device, sections."""
     driver.set_active(NoGpu())
-    for module in (attention, decode, metadata, scores, selection):
+    for module in (attention, counts, decode, metadata, scores, selection):
         module.launch = compile_only  # type: ignore[attr-defined]
     run_all(torch.bfloat16, 1, narrow=False, host=False, pages=256, budget=512)
     run_all(torch.bfloat16, 4, narrow=True, host=True, pages=256, budget=512)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from caches import LAYOUTS, make_cache
 from quest_attention import QuestValueError
-from quest_attention.ops import append_slots, reference, resolve_backend, update_slot_metadata
+from quest_attention.ops import Selection, append_slots, count_reads, reference, resolve_backend, update_slot_metadata
 from quest_attention.ops.dispatch import Backend
 from quest_attention.pages import KEY_MAX, KEY_MIN, PagedKV
 
@@ -131,3 +131,26 @@ def test_mistakes_are_named_and_nothing_is_written(layout: str) -> None:
         with pytest.raises(QuestValueError, match=match):
             update_slot_metadata(metadata, keys, slots, page_size=kv.page_size)
     torch.testing.assert_close(kv.metadata, before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("rows", [0, 5, 300])
+def test_reads_are_counted(backend: Backend, rows: int) -> None:
+    rng = random.Random(rows)
+    lengths = [rng.choice([0, 1, 31, 32, 33, 1000]) for _ in range(rows)]
+    counts = [min(4, -(-length // 8)) for length in lengths]
+    counters, expected = torch.tensor([1, 2, 3, 4]), [1, 2, 3, 4]
+    selected = Selection(torch.zeros(rows, 2, 4, dtype=torch.int32), torch.tensor(counts, dtype=torch.int32))
+    for _ in range(2):
+        where = torch.tensor(lengths, dtype=torch.int32)
+        count_reads(selected, where, counters, page_size=8, token_budget=32, backend=available(backend))
+        more = reference.count_reads(counts, lengths, 8, 32)
+        expected = [old + new for old, new in zip(expected, more, strict=True)]
+    assert counters.tolist() == expected
+
+
+def test_counters_of_another_shape_are_refused() -> None:
+    selected = Selection(torch.zeros(1, 1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32))
+    for counters in (torch.zeros(3, dtype=torch.int64), torch.zeros(4)):
+        with pytest.raises(QuestValueError, match="counters"):
+            count_reads(selected, torch.ones(1, dtype=torch.int32), counters, page_size=8, token_budget=32)

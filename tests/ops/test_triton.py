@@ -24,7 +24,7 @@ from quest_attention import (
     sparse_decode_attention,
     update_page_metadata,
 )
-from quest_attention.ops import DecodeWorkspace, append_token, reference, resolve_backend, torch_backend
+from quest_attention.ops import DecodeWorkspace, append_token, make_workspace, reference, resolve_backend, torch_backend
 from quest_attention.pages import PagedKV
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux")
@@ -267,6 +267,20 @@ def test_a_workspace_is_left_as_it_was_found() -> None:
     assert torch.equal(first[0], again[0])
 
 
+def test_one_workspace_serves_batches_of_several_sizes() -> None:
+    caches = {size: make_cache([150, 37, 90, 12, 61][:size]) for size in (1, 2, 5)}
+    settings = config(32)
+    memory = make_workspace(caches[1].kv, 4, settings, batch_sizes=range(1, 6))
+    assert memory is not None
+    for cache in (caches[5], caches[1], caches[2]):
+        update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens)
+        expected = quest_decode(query_for(cache, 2), cache.kv, cache.seq_lens, settings)
+        shared = quest_decode(query_for(cache, 2), cache.kv, cache.seq_lens, settings, workspace=memory)
+        assert torch.equal(shared.output, expected.output)
+        assert torch.equal(shared.selected.pages, expected.selected.pages)
+    assert not memory.fits(make_cache([150] * 6).kv, 4, settings)
+
+
 def test_a_workspace_of_another_backend_is_refused() -> None:
     cache = make_cache([100])
     other = DecodeWorkspace.for_cache(cache.kv, 4, config(32))
@@ -299,6 +313,7 @@ def test_every_kernel_compiles_for_a_hopper_gpu() -> None:
     assert compiled == {
         "_append_kernel",
         "_attend_kernel",
+        "_count_kernel",
         "_decode_kernel",
         "_merge_sections_kernel",
         "_score_kernel",

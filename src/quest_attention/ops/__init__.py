@@ -8,6 +8,7 @@
     select_pages             choose the pages to read
     sparse_decode_attention  attend to the tokens of the chosen pages
     quest_decode             score, select and attend: one decode step of one layer
+    count_reads              add what a step read to counters on the device
 
 Each verb checks its arguments, then runs the backend that `dispatch` resolves. Shapes use the letters of `pages.py`.
 Wherever `seq_lens` is taken it is either `[B]` int32/int64 on the device of the cache, or an int: the length of every
@@ -19,6 +20,7 @@ the output as it would in dense attention; nothing else is promised.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -27,6 +29,7 @@ from quest_attention.config import Backend, GroupReduction, QuestConfig
 from quest_attention.errors import QuestValueError
 from quest_attention.ops.checks import (
     check_attention,
+    check_counters,
     check_lengths,
     check_output,
     check_query,
@@ -49,6 +52,7 @@ __all__ = [
     "Workspace",
     "append_slots",
     "append_token",
+    "count_reads",
     "make_workspace",
     "quest_decode",
     "resolve_backend",
@@ -400,13 +404,52 @@ def quest_decode(
     return QuestOutput(output if out is None else out.copy_(output), selected)
 
 
-def make_workspace(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Workspace | None:
+def count_reads(
+    selected: Selection,
+    seq_lens: Tensor,
+    counters: Tensor,
+    *,
+    page_size: int,
+    token_budget: int,
+    backend: Backend = "auto",
+) -> None:
+    """Add what a step read to counters on the device, in place, where a CUDA graph can replay it.
+
+    Args:
+        selected: The pages that were read.
+        seq_lens: `[B]`, tokens per sequence; a sequence of none counts nowhere [tokens].
+        counters: `[4]` int64: rows past the budget, rows within it, pages read and pages held per KV head.
+        page_size: Tokens per page [tokens].
+        token_budget: See `select_pages` [tokens].
+        backend: Which implementation runs.
+
+    Raises:
+        QuestValueError: A shape or dtype is wrong.
+        BackendError: The backend cannot run here.
+
+    >>> import torch
+    >>> counters = torch.zeros(4, dtype=torch.int64)
+    >>> selected = Selection(torch.zeros(2, 1, 2, dtype=torch.int32), torch.tensor([2, 1], dtype=torch.int32))
+    >>> count_reads(selected, torch.tensor([90, 12]), counters, page_size=16, token_budget=32)
+    >>> counters.tolist()
+    [1, 1, 3, 7]
+    """
+    check_counters(counters, selected, seq_lens)
+    verbs = resolve_backend(backend, counters.device).verbs
+    verbs.count_reads(selected, seq_lens, counters, page_size, token_budget)
+
+
+def make_workspace(
+    kv: PagedKV, num_query_heads: int, config: QuestConfig, batch_sizes: Iterable[int] | None = None
+) -> Workspace | None:
     """Allocate what `quest_decode` needs for steps over a cache, so that a step allocates nothing that grows.
 
     Args:
         kv: The cache.
         num_query_heads: Query heads, HQ.
         config: What to read.
+        batch_sizes: Of steps over the same pages that may use the memory, whatever the page table; None is the batch of
+            the cache [sequences]. The PyTorch backend serves that one only.
 
     Returns:
         Memory for one step at a time: layers that run one after the other can share it. None where the backend needs
@@ -415,4 +458,4 @@ def make_workspace(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Wo
     Raises:
         BackendError: The backend cannot run here.
     """
-    return resolve_backend(config.backend, kv.keys.device).make_workspace(kv, num_query_heads, config)
+    return resolve_backend(config.backend, kv.keys.device).make_workspace(kv, num_query_heads, config, batch_sizes)

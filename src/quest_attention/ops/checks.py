@@ -13,6 +13,7 @@ from quest_attention.pages import FP8_METADATA, PagedKV
 
 __all__ = [
     "check_attention",
+    "check_counters",
     "check_lengths",
     "check_output",
     "check_query",
@@ -136,6 +137,14 @@ def check_selected(selected: Selection, kv: PagedKV) -> None:
         raise QuestValueError("selected.pages.shape", list(pages.shape), expected)
     if pages.dtype != torch.int32:
         raise QuestValueError("selected.pages.dtype", pages.dtype, "torch.int32")
+
+
+def check_counters(counters: Tensor, selected: Selection, seq_lens: Tensor) -> None:
+    """`[4]` int64, and a length for each sequence of the selection."""
+    if tuple(counters.shape) != (4,) or counters.dtype != torch.int64:
+        raise QuestValueError("counters", f"{list(counters.shape)} {counters.dtype}", "[4] torch.int64")
+    batch = selected.counts.shape[0]
+    check_lengths("seq_lens", seq_lens, batch, torch.iinfo(torch.int32).max, counters.device)
 
 
 def check_attention(sm_scale: float, softcap: float | None, sinks: Tensor | None, query: Tensor) -> None:

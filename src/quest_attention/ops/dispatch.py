@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple, Protocol, get_args
@@ -65,6 +65,10 @@ class Verbs(Protocol):
         return_lse: bool = False,
     ) -> tuple[Tensor, Tensor | None]: ...
 
+    def count_reads(
+        self, selected: Selection, seq_lens: Tensor, counters: Tensor, page_size: int, token_budget: int
+    ) -> None: ...
+
 
 class FusedVerb(Protocol):
     """A backend's own form of a whole decode step, for what it can hold; `ops.quest_decode` documents it."""
@@ -98,7 +102,7 @@ class ResolvedBackend(NamedTuple):
     reason: str
     verbs: Verbs
     fused: FusedVerb | None
-    make_workspace: Callable[[PagedKV, int, QuestConfig], Workspace | None]
+    make_workspace: Callable[[PagedKV, int, QuestConfig, Iterable[int] | None], Workspace | None]
 
 
 def resolve_backend(name: Backend, device: torch.device | str) -> ResolvedBackend:

@@ -19,6 +19,7 @@ from quest_attention.pages import KEY_MAX, KEY_MIN, PagedKV, num_pages
 __all__ = [
     "append_slots",
     "append_token",
+    "count_reads",
     "quest_decode",
     "score_pages",
     "select_pages",
@@ -198,6 +199,13 @@ def quest_decode(
     )
     output, _ = sparse_decode_attention(query, kv, seq_lens, selected, sm_scale, softcap, sinks, token_mask, dtype)
     return output, selected
+
+
+def count_reads(counts: list[int], seq_lens: list[int], page_size: int, token_budget: int) -> list[int]:
+    """Rows past the budget, rows within it, pages read and pages held."""
+    sparse = sum(length > token_budget for length in seq_lens)
+    dense = sum(0 < length <= token_budget for length in seq_lens)
+    return [sparse, dense, sum(counts), sum(num_pages(length, page_size) for length in seq_lens)]
 
 
 def _outward(bounds: Tensor, dtype: torch.dtype, *, upward: bool) -> Tensor:

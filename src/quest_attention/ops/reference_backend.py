@@ -13,6 +13,7 @@ from quest_attention.pages import PagedKV
 __all__ = [
     "append_slots",
     "append_token",
+    "count_reads",
     "score_pages",
     "select_pages",
     "sparse_decode_attention",
@@ -96,6 +97,12 @@ def sparse_decode_attention(
         query, kv, lengths, lists, sm_scale, softcap=softcap, sinks=sinks, token_mask=token_mask
     )
     return output.to(query.device, query.dtype), lse.to(query.device, torch.float32) if return_lse else None
+
+
+def count_reads(selected: Selection, seq_lens: Tensor, counters: Tensor, page_size: int, token_budget: int) -> None:
+    """See `ops.count_reads`."""
+    counted = reference.count_reads(selected.counts.tolist(), seq_lens.tolist(), page_size, token_budget)
+    counters += torch.tensor(counted, device=counters.device)
 
 
 def _per_row(value: Tensor | int, batch: int) -> list[int]:

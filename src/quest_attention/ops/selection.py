@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -67,9 +68,11 @@ class DecodeWorkspace(NamedTuple):
         )
 
     @classmethod
-    def for_cache(cls, kv: PagedKV, num_query_heads: int, config: QuestConfig) -> DecodeWorkspace:
-        """Memory for steps over a cache, whatever the query heads and the budget."""
-        del num_query_heads, config
+    def for_cache(
+        cls, kv: PagedKV, num_query_heads: int, config: QuestConfig, batch_sizes: Iterable[int] | None = None
+    ) -> DecodeWorkspace:
+        """Memory for steps over a cache, whatever the query heads and the budget; for its own batch alone."""
+        del num_query_heads, config, batch_sizes
         return cls.allocate(kv.batch_size, kv.num_kv_heads, kv.max_pages, kv.keys.device)
 
     def fits(self, kv: PagedKV, num_query_heads: int, config: QuestConfig) -> bool:

@@ -22,6 +22,7 @@ from quest_attention.pages import KEY_MAX, KEY_MIN, ContiguousKV, PagedKV, num_p
 __all__ = [
     "append_slots",
     "append_token",
+    "count_reads",
     "score_pages",
     "select_pages",
     "sparse_decode_attention",
@@ -145,7 +146,7 @@ def score_pages(
     """See `ops.score_pages`. All pages in one product: `U = relu(q) . max + min(q, 0) . min`."""
     batch, heads, dim = kv.batch_size, kv.num_kv_heads, kv.head_dim
     scores = out if out is not None else query.new_empty(batch, heads, kv.max_pages, dtype=torch.float32)
-    grouped = query.float().view(batch * heads, -1, dim)
+    grouped = query.float().reshape(batch * heads, -1, dim)  # a slice, perhaps, of all that a layer projects
     split = torch.cat([grouped.clamp(min=0), grouped.clamp(max=0)], dim=-1)  # [B * HKV, G, 2D], max first as metadata
     live = num_pages(seq_lens, kv.page_size) if isinstance(seq_lens, int) else kv.max_pages
     chunk = max(1, live)
@@ -274,6 +275,14 @@ def sparse_decode_attention(
             output = output.masked_fill(~mask.any(-1, keepdim=True), 0)
         return output.flatten(1, 2), None
     return _attend_by_hand(query, grouped, keys, values, mask, sm_scale, softcap, sinks, return_lse)
+
+
+def count_reads(selected: Selection, seq_lens: Tensor, counters: Tensor, page_size: int, token_budget: int) -> None:
+    """See `ops.count_reads`."""
+    past = seq_lens > token_budget
+    within = (seq_lens > 0) & ~past
+    held = _num_pages(seq_lens, page_size)
+    counters += torch.stack([past.sum(), within.sum(), selected.counts.sum(), held.sum()])
 
 
 def _attend_by_hand(

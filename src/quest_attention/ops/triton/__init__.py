@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from quest_attention.ops.triton.attention import sparse_decode_attention
+from quest_attention.ops.triton.counts import count_reads
 from quest_attention.ops.triton.decode import quest_decode
 from quest_attention.ops.triton.metadata import (
     append_slots,
@@ -17,6 +18,7 @@ from quest_attention.ops.triton.workspace import make_workspace
 __all__ = [
     "append_slots",
     "append_token",
+    "count_reads",
     "make_workspace",
     "quest_decode",
     "score_pages",

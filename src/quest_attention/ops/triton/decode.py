@@ -50,7 +50,7 @@ def quest_decode(
     group, width, rows = query.shape[1] // heads, kv.values.shape[-1], batch * heads
     slots = min(kv.max_pages, config.page_slots)
     if workspace is None:
-        workspace = make_workspace(kv, query.shape[1], config, tuning)
+        workspace = make_workspace(kv, query.shape[1], config, tuning=tuning)
     if not isinstance(workspace, FusedWorkspace):
         raise QuestValueError("workspace", type(workspace).__name__, "what make_workspace gives for this backend")
     output = out

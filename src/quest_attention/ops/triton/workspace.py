@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -28,6 +31,8 @@ SCORED = tl.constexpr(32)
 class FusedWorkspace(NamedTuple):
     """Scratch memory of `quest_decode`; a launch leaves the counters at zero, as it found them.
 
+    Kernels count rows from the beginning of each tensor, so that memory for many rows serves fewer as well.
+
     Attributes:
         scores: `[B * HKV, P]` float32.
         best_ranks: `[B * HKV, sections * K]` float32.
@@ -48,37 +53,59 @@ class FusedWorkspace(NamedTuple):
 
     def fits(self, kv: PagedKV, num_query_heads: int, config: QuestConfig) -> bool:
         """Whether a step of this shape can use the workspace."""
-        tuning, rows = tune(kv, num_query_heads, config), kv.batch_size * kv.num_kv_heads
-        return (
-            tuning is not None
-            and self.scores.shape == (rows, kv.max_pages)
-            and self.physical.shape == (rows, min(kv.max_pages, config.page_slots))
-            and self.partial.shape[1:3] == (tuning.splits, num_query_heads // kv.num_kv_heads)
-            and self.partial.shape[3] == kv.values.shape[-1]
-            and self.scores.device == kv.keys.device
-        )
+        tuning = tune(kv, num_query_heads, config)
+        if tuning is None or self.scores.device != kv.keys.device:
+            return False
+        needed = _shapes(kv, num_query_heads, config, tuning)
+        return all(tensor.numel() >= math.prod(shape) for tensor, shape in zip(self, needed, strict=True))
 
 
 def make_workspace(
-    kv: PagedKV, num_query_heads: int, config: QuestConfig, tuning: Tuning | None = None
+    kv: PagedKV,
+    num_query_heads: int,
+    config: QuestConfig,
+    batch_sizes: Iterable[int] | None = None,
+    tuning: Tuning | None = None,
 ) -> FusedWorkspace | None:
-    """Memory for steps of this shape; None where the fused kernel cannot hold it."""
-    tuning = tuning or tune(kv, num_query_heads, config)
-    if tuning is None:
+    """Memory for steps of this shape; None where the fused kernel cannot hold one."""
+    kvs = [kv] if batch_sizes is None else [_with_batch(kv, size) for size in batch_sizes]
+    tunings = [tuning or tune(one, num_query_heads, config) for one in kvs]
+    needed = [
+        _shapes(one, num_query_heads, config, shape)
+        for one, shape in zip(kvs, tunings, strict=True)
+        if shape is not None
+    ]
+    if len(needed) < len(kvs) or not needed:
         return None
-    rows, device = kv.batch_size * kv.num_kv_heads, kv.keys.device
-    group, slots = num_query_heads // kv.num_kv_heads, min(kv.max_pages, config.page_slots)
-    sections = triton.cdiv(kv.max_pages, tuning.section_pages)
-
-    def integers(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=device)
-
-    return FusedWorkspace(
-        torch.empty(rows, kv.max_pages, dtype=torch.float32, device=device),
-        torch.empty(rows, sections * slots, dtype=torch.float32, device=device),
-        integers(rows, sections * slots),
-        integers(rows, slots),
-        torch.empty(rows, tuning.splits, group, kv.values.shape[-1], dtype=torch.float32, device=device),
-        torch.empty(rows, tuning.splits, group, dtype=torch.float32, device=device),
-        integers(rows, SCORED.value + sections).zero_(),
+    largest = [max(shapes, key=math.prod) for shapes in zip(*needed, strict=True)]
+    floats = {0, 1, 4, 5}
+    workspace = FusedWorkspace(
+        *(
+            torch.empty(shape, dtype=torch.float32 if index in floats else torch.int32, device=kv.keys.device)
+            for index, shape in enumerate(largest)
+        )
     )
+    workspace.counters.zero_()
+    return workspace
+
+
+def _shapes(kv: PagedKV, num_query_heads: int, config: QuestConfig, tuning: Tuning) -> tuple[tuple[int, ...], ...]:
+    """Of the tensors of a workspace, in order."""
+    rows, group = kv.batch_size * kv.num_kv_heads, num_query_heads // kv.num_kv_heads
+    slots = min(kv.max_pages, config.page_slots)
+    sections = triton.cdiv(kv.max_pages, min(tuning.section_pages, kv.max_pages))
+    return (
+        (rows, kv.max_pages),
+        (rows, sections * slots),
+        (rows, sections * slots),
+        (rows, slots),
+        (rows, tuning.splits, group, kv.values.shape[-1]),
+        (rows, tuning.splits, group),
+        (rows, SCORED.value + sections),
+    )
+
+
+def _with_batch(kv: PagedKV, batch_size: int) -> PagedKV:
+    """The cache with a page table of so many rows, whatever they hold."""
+    table = kv.page_table.new_zeros(1, kv.max_pages).expand(batch_size, -1)
+    return replace(kv, page_table=table, contiguous=None)

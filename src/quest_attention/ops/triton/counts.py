@@ -1,0 +1,50 @@
+"""Kernel: add what a step read to counters on the device, where a graph can replay it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quest_attention.ops.selection import Selection
+from quest_attention.ops.triton.launch import launch
+
+__all__ = ["count_reads"]
+
+_BLOCK = 256
+"""Rows counted at a time."""
+
+
+def count_reads(selected: Selection, seq_lens: Tensor, counters: Tensor, page_size: int, token_budget: int) -> None:
+    """See `ops.count_reads`. One launch of one program: a batch has few rows."""
+    launch(
+        _count_kernel,
+        (1,),
+        selected.counts,
+        seq_lens,
+        counters,
+        seq_lens.shape[0],
+        page_size,
+        token_budget,
+        BLOCK=_BLOCK,
+        num_warps=1,
+    )
+
+
+@triton.jit(do_not_specialize=["num_rows", "page_size", "token_budget"])
+def _count_kernel(counts, seq_lens, counters, num_rows, page_size, token_budget, BLOCK: tl.constexpr):
+    sparse = tl.zeros([BLOCK], tl.int64)
+    dense = tl.zeros([BLOCK], tl.int64)
+    read = tl.zeros([BLOCK], tl.int64)
+    held = tl.zeros([BLOCK], tl.int64)
+    for start in range(0, num_rows, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        length = tl.load(seq_lens + row, mask=row < num_rows, other=0).to(tl.int64)
+        sparse += (length > token_budget).to(tl.int64)
+        dense += ((length > 0) & (length <= token_budget)).to(tl.int64)
+        read += tl.load(counts + row, mask=row < num_rows, other=0).to(tl.int64)
+        held += (length + page_size - 1) // page_size
+    tl.store(counters, tl.load(counters) + tl.sum(sparse))
+    tl.store(counters + 1, tl.load(counters + 1) + tl.sum(dense))
+    tl.store(counters + 2, tl.load(counters + 2) + tl.sum(read))
+    tl.store(counters + 3, tl.load(counters + 3) + tl.sum(held))

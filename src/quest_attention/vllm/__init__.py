@@ -1,0 +1,15 @@
+"""Quest inside vLLM: a plugin that is off unless a server asks for it.
+
+    vllm serve MODEL --attention-backend CUSTOM --additional-config '{"quest": {"token_budget": 2048}}'
+
+    plugin.py    the entry point: makes Quest known to vLLM, in every process
+    options.py   what stands under "quest" in --additional-config
+    refusals.py  what Quest cannot serve, said before a model is loaded
+    layout.py    where the bounds lie: inside vLLM's own pages, so that they travel and are paid for with them
+    step.py      which rows of a batch run Quest
+    counters.py  what was read, counted where it was read
+    cpu.py, gpu.py  the attention backends: the stock one, with Quest for decode rows past the budget
+    worker.py    the counters over vLLM's `collective_rpc`
+
+docs/vllm.md says how to install, serve and tune. Nothing here imports vLLM before vLLM imports it.
+"""

@@ -1,0 +1,100 @@
+"""`StepCounters`: what a worker's decode rows read, counted where it was read, under graph replay too."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quest_attention.config import QuestConfig
+from quest_attention.ops import Selection, count_reads
+from quest_attention.pages import num_pages
+
+__all__ = ["StepCounters"]
+
+_NAMES = ("sparse_rows", "dense_rows", "pages_read", "pages_held")
+_EAGER = "eager_steps"
+
+
+class StepCounters:
+    """Decode rows and pages of one worker, counted in the first layer that is not dense and true for all of those.
+
+    A row is one sequence in one engine step. Pages are counted per KV head. Rows of a batch that ran Quest are counted
+    by the device from the selection it read; those of a batch that the stock backend read whole, by the host. Steps
+    that replay a graph run nothing on the host, so `eager_steps` does not count them.
+
+    Args:
+        config: The config of the server.
+        device: Of the cache.
+        label: Names the worker in the log.
+        log_interval: Seconds between lines; 0 for none [s].
+        log: Takes a line.
+    """
+
+    def __init__(
+        self, config: QuestConfig, device: torch.device, label: str, log_interval: float, log: Callable[[str], Any]
+    ) -> None:
+        self._config = config
+        self._label, self._interval, self._log = label, log_interval, log
+        self._on_device = torch.zeros(len(_NAMES), dtype=torch.int64, device=device)
+        self._on_host = dict.fromkeys((*_NAMES, _EAGER), 0)
+        self._next = time.monotonic() + log_interval
+        self._logged = self.snapshot()
+
+    def count_quest(self, selected: Selection, seq_lens: Tensor) -> None:
+        """Rows that ran Quest; on a GPU one small launch, which a graph can hold.
+
+        Args:
+            selected: Pages that were read.
+            seq_lens: `[R]`, 0 in rows that only pad [tokens].
+        """
+        count_reads(
+            selected,
+            seq_lens,
+            self._on_device,
+            page_size=self._config.page_size,
+            token_budget=self._config.token_budget,
+            backend=self._config.backend,
+        )
+        if not (seq_lens.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._on_host[_EAGER] += 1
+
+    def count_stock(self, lengths: Iterable[int]) -> None:
+        """Decode rows that the stock backend read whole, by their lengths [tokens]."""
+        pages = [num_pages(length, self._config.page_size) for length in lengths if length]
+        for name, number in (("dense_rows", len(pages)), ("pages_read", sum(pages)), ("pages_held", sum(pages))):
+            self._on_host[name] += number
+        self._on_host[_EAGER] += 1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._on_device.zero_()
+        self._on_host = dict.fromkeys(self._on_host, 0)
+        self._logged = self.snapshot()
+
+    def snapshot(self) -> dict[str, int]:
+        """Everything counted so far. Waits for the device."""
+        counted = dict(zip(_NAMES, self._on_device.tolist(), strict=True))
+        return {name: number + counted.get(name, 0) for name, number in self._on_host.items()}
+
+    def log_when_due(self) -> None:
+        """A line, where the interval is over and something was counted in it. Waits for the device that seldom."""
+        now = time.monotonic()
+        if not self._interval or now < self._next:
+            return
+        self._next = now + self._interval
+        counted = self.snapshot()
+        new = {name: counted[name] - self._logged[name] for name in _NAMES}
+        self._logged = counted
+        rows = new["sparse_rows"] + new["dense_rows"]
+        if rows == 0:
+            return
+        share = 100 * new["pages_read"] / max(1, new["pages_held"])
+        self._log(
+            f"Quest, {self._label}: {new['sparse_rows']} of {rows} decode rows sparse, {new['pages_read']} of "
+            f"{new['pages_held']} pages read ({share:.1f} %); since the start {counted['sparse_rows']} rows sparse, "
+            f"{counted['dense_rows']} dense"
+        )

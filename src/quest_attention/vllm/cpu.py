@@ -1,0 +1,124 @@
+"""vLLM's CPU backend, with Quest for decode rows past the budget.
+
+Scores and selection are this library's. Attention over the selected pages is the stock kernel's, given a block table of
+the selected pages with KV heads folded into the batch, because vLLM keeps keys on a CPU in formats of its own. For the
+same reason bounds are taken from keys as they come, never from the cache.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+)
+
+from quest_attention.ops import Selection, score_pages, select_pages, update_slot_metadata
+from quest_attention.pages import num_pages
+from quest_attention.vllm.folding import Fold
+from quest_attention.vllm.layer import OpenCache, QuestLayer
+from quest_attention.vllm.layout import layout_of
+from quest_attention.vllm.planning import QuestPlanner
+from quest_attention.vllm.plugin import vllm_version
+from quest_attention.vllm.step import QuestStep, read_lengths
+
+__all__ = ["QuestCPUBackend", "QuestCPUImpl", "QuestCPUMetadataBuilder"]
+
+
+class QuestCPUBackend(CPUAttentionBackend):
+    """What `--attention-backend CUSTOM` means on a CPU."""
+
+    @staticmethod
+    def get_name() -> str:
+        """The name by which vLLM looks it up."""
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[QuestCPUImpl]:
+        """Attention of a layer."""
+        return QuestCPUImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[QuestCPUMetadataBuilder]:
+        """Metadata of a batch."""
+        return QuestCPUMetadataBuilder
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        """Room for the bounds, in releases of vLLM that ask the backend."""
+        return layout_of(vllm_version()).customize(spec)
+
+
+class QuestCPUMetadataBuilder(QuestPlanner, CPUAttentionMetadataBuilder):
+    """Metadata of a batch; that of folded rows is made once for all layers."""
+
+    def _plan(self, batch: Any) -> QuestStep | None:
+        step = super()._plan(batch)
+        if step is not None and step.num_rows:
+            longest = num_pages(max(step.lengths), step.config.page_size)
+            step.block_table = step.block_table[:, :longest]  # here the host knows
+            step.folded = self._fold(batch, step)
+        return step
+
+    def _fold(self, batch: Any, step: QuestStep) -> Any:
+        """Stock metadata of one row for each decode row and KV head, the group's queries its heads."""
+        folded = copy.copy(self)
+        folded.num_heads, folded.num_kv_heads = self.num_heads // self.num_kv_heads, 1
+        lengths = read_lengths(step.seq_lens, step.config).repeat_interleave(self.num_kv_heads)
+        rows = lengths.shape[0]
+        starts = torch.arange(rows + 1, dtype=torch.int32)
+        rows_batch = batch.replace(
+            query_start_loc=starts,
+            query_start_loc_cpu=starts,
+            seq_lens=lengths,
+            seq_lens_cpu_upper_bound=lengths,
+            num_reqs=rows,
+            num_actual_tokens=rows,
+            max_query_len=1,
+            max_seq_len=int(lengths.max()),
+            block_table_tensor=step.block_table,  # each layer puts its own in this place
+            slot_mapping=batch.slot_mapping[:0],
+            positions=None,
+            is_prefilling=None,
+        )
+        return CPUAttentionMetadataBuilder.build(folded, 0, rows_batch)
+
+
+class QuestCPUImpl(QuestLayer, CPUAttentionBackendImpl):
+    """Attention of a layer."""
+
+    backend_class = QuestCPUBackend
+    _folded: tuple[int, Fold] | None = None
+
+    def _attend(self, layer: Any, query: Tensor, opened: OpenCache, step: QuestStep, output: Tensor) -> Selection:
+        config = step.config
+        kv = opened.with_table(step.block_table)
+        scores = score_pages(query, kv, step.seq_lens, group_reduction=config.group_reduction, backend=config.backend)
+        selected = select_pages(
+            scores,
+            step.seq_lens,
+            page_size=config.page_size,
+            token_budget=config.token_budget,
+            num_sink_pages=config.num_sink_pages,
+            num_recent_pages=config.num_recent_pages,
+            backend=config.backend,
+        )
+        if self._folded is None or self._folded[0] != opened.address:
+            self._folded = opened.address, Fold(opened.parts.stock)
+        fold = self._folded[1]
+        metadata = replace(step.folded, block_table=fold.table(step.block_table, selected.pages))
+        group = query.shape[1] // self.num_kv_heads
+        rows = query.reshape(-1, group, self.head_size)
+        self._forward_stock(layer, rows, None, None, fold.cache, metadata, output.view(rows.shape), None, None)
+        return selected
+
+    def _write(self, layer: Any, key: Tensor, value: Tensor, opened: OpenCache, slots: Tensor) -> None:
+        CPUAttentionBackendImpl.do_kv_cache_update(self, layer, key, value, opened.parts.stock, slots)
+        page_size = opened.parts.keys.shape[1]
+        update_slot_metadata(opened.parts.metadata, key, slots, page_size=page_size, backend=self._options.backend)

@@ -1,0 +1,174 @@
+"""`QuestLayer`: what Quest adds to the stock attention of a layer, on any device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.models.utils import extract_layer_index
+
+from quest_attention.errors import QuestValueError
+from quest_attention.ops import Selection
+from quest_attention.pages import PagedKV
+from quest_attention.vllm.layout import BlockParts, layout_of
+from quest_attention.vllm.options import KEY, read_options
+from quest_attention.vllm.plugin import vllm_version
+from quest_attention.vllm.refusals import check_layer
+from quest_attention.vllm.step import QuestStep
+
+__all__ = ["OpenCache", "QuestLayer"]
+
+
+class QuestLayer:
+    """Stands before a stock implementation among the bases of a class.
+
+    Names of arguments are vLLM's, shapes too: queries `[T, HQ, D]`, keys and values `[T, HKV, D]`, T the tokens of all
+    rows.
+
+    Attributes:
+        num_kv_heads: Of this rank; the stock class sets it, as it does `head_size` and `scale`.
+    """
+
+    backend_class: type
+    """Quest's backend for this device."""
+    num_kv_heads: int
+    head_size: int
+    scale: float
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:
+        check_layer(
+            alibi_slopes=alibi_slopes,
+            sliding_window=sliding_window,
+            kv_cache_dtype=kv_cache_dtype,
+            attn_type=attn_type,
+            kv_sharing_target_layer_name=kv_sharing_target_layer_name,
+            sinks=sinks,
+        )
+        options = read_options(get_current_vllm_config())
+        if options is None:
+            raise QuestValueError("additional_config", "nothing", f'{{"{KEY}": {{"token_budget": 2048}}}} or the like')
+        super().__init__(  # type: ignore[call-arg]
+            num_heads,
+            head_size,
+            scale,
+            num_kv_heads,
+            alibi_slopes,
+            sliding_window,
+            kv_cache_dtype,
+            logits_soft_cap,
+            attn_type,
+            kv_sharing_target_layer_name,
+            sinks,
+        )
+        self._softcap = logits_soft_cap or None
+        self._options = options
+        self._layout = layout_of(vllm_version())
+        self._prepare_layout()
+        self._opened: OpenCache | None = None
+
+    def _prepare_layout(self) -> None:
+        from vllm.model_executor.layers.attention import Attention
+
+        self._layout.prepare(Attention, self.backend_class)
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of a batch: rows past the budget by Quest, in layers that are not dense; all else as stock."""
+        scales = (output_scale, output_block_scale)
+        if attn_metadata is None:  # vLLM measures memory
+            return self._forward_stock(layer, query, key, value, kv_cache, None, output, *scales)
+        opened = self._open(kv_cache)
+        step: QuestStep | None = attn_metadata.quest
+        if step is not None and extract_layer_index(layer.layer_name) >= self._options.num_dense_layers:
+            is_counted = layer.layer_name == step.counted_layer
+            if step.num_rows:
+                return self._forward_quest(layer, query, opened, step, output, is_counted=is_counted)
+            if is_counted:
+                step.counters.count_stock(step.lengths)
+        # Keys and values are in the cache already; stock backends need them for nothing else.
+        return self._forward_stock(layer, query, None, None, opened.parts.stock, attn_metadata, output, *scales)
+
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Write tokens to their slots, and take them into the bounds; `key` and `value` may be padded."""
+        count = slot_mapping.shape[0]
+        self._write(layer, key[:count], value[:count], self._open(kv_cache), slot_mapping)
+
+    def _forward_stock(self, *arguments: Any) -> Tensor:
+        output: Tensor = super().forward(*arguments)  # type: ignore[misc]
+        return output
+
+    def _forward_quest(
+        self, layer: Any, query: Tensor, opened: OpenCache, step: QuestStep, output: Tensor, *, is_counted: bool
+    ) -> Tensor:
+        rows = step.num_rows
+        if step.rest is not None:
+            stock = opened.parts.stock
+            self._forward_stock(layer, query[rows:], None, None, stock, step.rest, output[rows:], None, None)
+        selected = self._attend(layer, query[:rows], opened, step, output[:rows])
+        if is_counted:
+            step.counters.count_quest(selected, step.seq_lens)
+        return output
+
+    def _attend(self, layer: Any, query: Tensor, opened: OpenCache, step: QuestStep, output: Tensor) -> Selection:
+        """Run the rows of a step, `[R, HQ, D]`, and write their output `[R, HQ, D]`; gives the pages that were read."""
+        raise NotImplementedError
+
+    def _write(self, layer: Any, key: Tensor, value: Tensor, opened: OpenCache, slots: Tensor) -> None:
+        """Write tokens, `[T, HKV, D]`, to their slots `[T]`, and take them into the bounds."""
+        raise NotImplementedError
+
+    def _open(self, kv_cache: Tensor) -> OpenCache:
+        """Views of a layer's cache, made once: vLLM gives the same tensor each time."""
+        if self._opened is None or self._opened.address != kv_cache.data_ptr():
+            narrow = self._options.is_narrow
+            parts = self._layout.split(kv_cache, self.num_kv_heads, self.head_size, narrow=narrow)
+            nobody = torch.zeros(0, 1, dtype=torch.int32, device=kv_cache.device)
+            paged = PagedKV(parts.keys, parts.values, parts.metadata, nobody)
+            self._opened = OpenCache(kv_cache.data_ptr(), parts, paged)
+        return self._opened
+
+
+class OpenCache(NamedTuple):
+    """A layer's cache, seen as it is used.
+
+    Attributes:
+        address: Of the tensor that was opened.
+        parts: Views of it.
+        paged: For the verbs; its page table has no rows.
+    """
+
+    address: int
+    parts: BlockParts
+    paged: PagedKV
+
+    def with_table(self, block_table: Tensor) -> PagedKV:
+        """The cache of some sequences."""
+        return replace(self.paged, page_table=block_table)

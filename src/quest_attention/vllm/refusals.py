@@ -1,0 +1,129 @@
+"""What Quest cannot serve, refused with the reason and what to change before anything runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quest_attention.errors import QuestValueError, UnsupportedModelError
+from quest_attention.vllm.options import KEY, QuestOptions, read_options
+
+__all__ = ["BACKEND_NAME", "check_layer", "check_vllm_config"]
+
+BACKEND_NAME = "CUSTOM"
+"""vLLM's name for an attention backend from outside: of `--attention-backend`."""
+_PLAIN_CACHE = "auto"
+_FULL = "full_attention"
+"""transformers' name in `layer_types`."""
+_DRAFT_FREE = ("ngram", "ngram_gpu", "suffix")
+"""Ways to speculate without a model whose attention would be Quest's too."""
+
+
+def check_vllm_config(vllm_config: Any) -> None:
+    """Look at a server's whole configuration, in the process that the user started.
+
+    Raises:
+        QuestValueError: Something under "quest" is wrong, or another setting does not go with Quest.
+        UnsupportedModelError: The model has an attention that Quest cannot serve.
+    """
+    backend = getattr(vllm_config.attention_config.backend, "name", None)
+    options = read_options(vllm_config)
+    if options is None:
+        return
+    if backend != BACKEND_NAME:
+        found = "vLLM's own choice" if backend is None else backend
+        raise QuestValueError("attention_backend", found, f"{BACKEND_NAME}, by which Quest runs where {KEY!r} is given")
+    _check_settings(vllm_config)
+    model = vllm_config.model_config
+    if model is not None:
+        _check_model(model)
+    _check_budget(options, vllm_config.cache_config)
+
+
+def check_layer(
+    *,
+    alibi_slopes: Any,
+    sliding_window: int | None,
+    kv_cache_dtype: str,
+    attn_type: str,
+    kv_sharing_target_layer_name: str | None,
+    sinks: Any,
+) -> None:
+    """Look at an attention layer as it is made; arguments are vLLM's.
+
+    Raises:
+        UnsupportedModelError: The layer's attention is not plain full attention of a decoder.
+        QuestValueError: Its cache is quantized.
+    """
+    if alibi_slopes is not None:
+        raise UnsupportedModelError("alibi_slopes: got slopes, expected none: a bound on keys does not see a position")
+    if sliding_window is not None:
+        raise UnsupportedModelError(
+            f"sliding_window: got {sliding_window}, expected none: such a layer reads a bounded part already. "
+            f"Take {KEY!r} out of --additional-config for this model"
+        )
+    if sinks is not None:
+        raise UnsupportedModelError("sinks: got attention sinks, expected none: not tested inside vLLM")
+    if str(getattr(attn_type, "value", attn_type)) != "decoder":
+        raise UnsupportedModelError(f"attn_type: got {attn_type}, expected a decoder: encoders do not decode")
+    if kv_sharing_target_layer_name is not None:
+        raise UnsupportedModelError(
+            f"kv_sharing_target_layer_name: got {kv_sharing_target_layer_name}, expected none: layers that share keys "
+            "and values would share bounds, which is not tested inside vLLM"
+        )
+    _check_cache_dtype(kv_cache_dtype)
+
+
+def _check_cache_dtype(kv_cache_dtype: str) -> None:
+    if kv_cache_dtype != _PLAIN_CACHE:
+        reason = "a cache in the dtype of the model: Quest does not read quantized keys"
+        raise QuestValueError("kv_cache_dtype", kv_cache_dtype, f"{_PLAIN_CACHE!r}, {reason}")
+
+
+def _check_settings(vllm_config: Any) -> None:
+    cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
+    if cache is not None:
+        _check_cache_dtype(cache.cache_dtype)
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        size = getattr(parallel, name, 1)
+        if size > 1:
+            raise QuestValueError(name, size, "1: with a context cut over ranks no rank sees all pages of a sequence")
+    if getattr(parallel, "enable_dbo", False):
+        raise QuestValueError("enable_dbo", True, "False: two batches at once would share scratch memory")
+    if vllm_config.kv_transfer_config is not None:
+        connector = vllm_config.kv_transfer_config.kv_connector
+        raise QuestValueError(
+            "kv_transfer_config", connector, "none: a connector moves keys and values, and bounds would stay behind"
+        )
+    speculation = vllm_config.speculative_config
+    if speculation is not None and speculation.method not in _DRAFT_FREE:
+        names = ", ".join(_DRAFT_FREE)
+        raise QuestValueError(
+            "speculative_config.method", speculation.method, f"one of {names}: a draft model's attention is not tested"
+        )
+
+
+def _check_model(model: Any) -> None:
+    name = model.model
+    if model.use_mla:
+        raise UnsupportedModelError(f"model: got {name} with MLA, expected keys and values in the cache, head by head")
+    if model.is_encoder_decoder:
+        raise UnsupportedModelError(f"model: got {name}, an encoder and decoder, expected a decoder")
+    if model.is_hybrid or model.is_attention_free:
+        raise UnsupportedModelError(f"model: got {name} with states, expected full attention in every layer")
+    if model.runner_type != "generate":
+        raise UnsupportedModelError(f"model: got {name} to run as {model.runner_type}, expected one that generates")
+    window = model.get_sliding_window()
+    kinds = sorted(set(getattr(model.hf_text_config, "layer_types", None) or ()) - {_FULL})
+    if window is not None or kinds:
+        found = f"a sliding window of {window}" if not kinds else f"layers of {', '.join(kinds)}"
+        raise UnsupportedModelError(
+            f"model: got {name} with {found}, expected full attention in every layer. "
+            f"Take {KEY!r} out of --additional-config for this model"
+        )
+
+
+def _check_budget(options: QuestOptions, cache: Any) -> None:
+    """As far as the block size is known already; the worker sees the final one."""
+    block_size = getattr(cache, "block_size", None)
+    if isinstance(block_size, int) and block_size > 0:
+        options.config(block_size)

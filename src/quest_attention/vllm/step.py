@@ -1,0 +1,55 @@
+"""`QuestStep`: the rows of a batch that run Quest, the same for all layers of an engine step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quest_attention.config import QuestConfig
+from quest_attention.vllm.counters import StepCounters
+from quest_attention.vllm.workspaces import Workspaces
+
+__all__ = ["QuestStep", "read_lengths"]
+
+
+@dataclass
+class QuestStep:
+    """What an engine step asks of Quest.
+
+    Attributes:
+        config: With vLLM's block size as page size.
+        counters: Where this worker counts.
+        counted_layer: Name of the layer that counts for all.
+        lengths: Of decode rows, as the host knows them; an upper bound while tokens are speculated [tokens].
+        num_rows: Decode rows that run Quest, R: all of them as soon as one is past the budget, else none. They come
+            first in the batch, one token each.
+        seq_lens: `[R]` int32, the token of this step included; 0 in rows that only pad a captured batch [tokens].
+        block_table: `[R, P]` int32, vLLM's name for a page table.
+        workspaces: Scratch memory of the worker.
+        rest: Stock metadata of the rows behind, or None.
+        folded: On a CPU, stock metadata of the rows folded over KV heads, all but the table.
+    """
+
+    config: QuestConfig
+    counters: StepCounters
+    counted_layer: str
+    lengths: list[int]
+    num_rows: int
+    seq_lens: Tensor
+    block_table: Tensor
+    workspaces: Workspaces
+    rest: Any = None
+    folded: Any = None
+
+
+def read_lengths(seq_lens: Tensor, config: QuestConfig) -> Tensor:
+    """Tokens that each row reads, `[R]` [tokens]: those of the chosen pages, of which the last is the part-filled one.
+
+    >>> read_lengths(torch.tensor([5, 32, 37, 48]), QuestConfig(token_budget=32)).tolist()
+    [5, 32, 21, 32]
+    """
+    partial = (config.page_budget - 1) * config.page_size + (seq_lens - 1) % config.page_size + 1
+    return torch.where(seq_lens > config.token_budget, partial, seq_lens)

@@ -1,0 +1,182 @@
+"""Scenarios with a vLLM engine, one a process: `python scenario.py NAME` prints what happened as JSON, last.
+
+A process of its own, because an engine keeps threads and memory, and warns in ways that are not ours to mend.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import quest_attention
+from quest_attention.models import bundled_model_path
+
+MAX_MODEL_LEN = 2048
+BLOCK = 32
+"""Smallest block that every release of vLLM takes on a CPU [tokens]."""
+BUDGET = 4 * BLOCK
+ANSWER = 10
+"""Tokens of an answer."""
+ORACLE = {"worker_extension_cls": "vllm_oracle.OracleExtension"}
+
+
+def prompts(count: int, words: int) -> list[str]:
+    """Different passages of the book in the package, each with a pass key in it and a question behind."""
+    book = (Path(quest_attention.__file__).parent / "eval" / "books" / "south.txt").read_text(encoding="utf-8").split()
+    made = []
+    for index in range(count):
+        passage = book[index * 531 : index * 531 + words]
+        passage.insert(words // 3, f"The pass key is {48213 + index}. Remember it.")
+        made.append(" ".join(passage) + " What is the pass key? The pass key is")
+    return made
+
+
+def make_llm(quest: dict[str, Any] | None, **options: Any) -> Any:
+    """An engine with the bundled model; stock without options of Quest."""
+    from vllm import LLM
+
+    settings = {
+        "model": str(bundled_model_path()),
+        "dtype": "float32",
+        "max_model_len": MAX_MODEL_LEN,
+        "block_size": BLOCK,
+        "enforce_eager": True,
+        "max_num_seqs": 8,
+        "disable_log_stats": False,
+        "seed": 0,
+    }
+    if quest is not None:
+        settings |= {"attention_backend": "CUSTOM", "additional_config": {"quest": quest}}
+    return LLM(**(settings | options))
+
+
+def answers(llm: Any, texts: list[str], tokens: int = ANSWER, temperature: float = 0) -> list[list[int]]:
+    """Of so many tokens each, greedy or sampled."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=temperature, max_tokens=tokens, ignore_eos=True, seed=1)
+    return [list(one.outputs[0].token_ids) for one in llm.generate(texts, params, use_tqdm=False)]
+
+
+def metrics(llm: Any) -> dict[str, float]:
+    """vLLM's own counters."""
+    return {metric.name.removeprefix("vllm:"): metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+
+
+def checked(llm: Any, batches: list[list[str]], tokens: int = ANSWER, temperature: float = 0) -> dict[str, Any]:
+    """Answers to batches with the oracle on, what it saw, and vLLM's and Quest's counters."""
+    llm.collective_rpc("install_oracle")
+    llm.collective_rpc("quest_reset")
+    given = [answers(llm, batch, tokens, temperature) for batch in batches]
+    return {
+        "answers": given,
+        "oracle": llm.collective_rpc("oracle_report"),
+        "counters": llm.collective_rpc("quest_counters"),
+        "metrics": metrics(llm),
+    }
+
+
+def stock() -> dict[str, Any]:
+    """Without Quest: long and short rows, alone and together."""
+    return {"answers": answers(make_llm(None), prompts(3, 600) + prompts(2, 40))}
+
+
+def budget_of_the_context() -> dict[str, Any]:
+    """With Quest and budgets that every row fits: one that covers the model, and one that covers these rows."""
+    found = {}
+    for budget in (MAX_MODEL_LEN, MAX_MODEL_LEN - BLOCK):
+        llm = make_llm(
+            {"token_budget": budget}, worker_extension_cls="quest_attention.vllm.worker.QuestWorkerExtension"
+        )
+        found[str(budget)] = {
+            "answers": answers(llm, prompts(3, 600) + prompts(2, 40)),
+            "counters": llm.collective_rpc("quest_counters"),
+        }
+        del llm
+    return found
+
+
+def off() -> dict[str, Any]:
+    """Installed and not asked for: the stock classes, and pages of the stock size."""
+    llm = make_llm(None)
+    layer = next(iter(llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()))
+    return {"backend": layer.attn_backend.__name__, "impl": type(layer.impl).__name__}
+
+
+def prefix_and_chunks() -> dict[str, Any]:
+    """Prompts in chunks beside rows that decode, then the same prompts out of the prefix cache."""
+    llm = make_llm({"token_budget": BUDGET}, max_num_batched_tokens=192, **ORACLE)
+    texts = prompts(3, 600) + prompts(1, 40)
+    return checked(llm, [texts, texts])
+
+
+def bfloat16() -> dict[str, Any]:
+    """bf16, forced pages, a mean over the group, no dense layer, bounds in 8 bits."""
+    quest = {
+        "token_budget": BUDGET,
+        "num_dense_layers": 0,
+        "num_sink_pages": 1,
+        "num_recent_pages": 2,
+        "group_reduction": "mean",
+        "metadata_dtype": "fp8",
+    }
+    return checked(make_llm(quest, dtype="bfloat16", **ORACLE), [prompts(2, 500)])
+
+
+def preemption() -> dict[str, Any]:
+    """A pool too small for all rows: some are preempted, lose their blocks and are computed anew."""
+    llm = make_llm(
+        {"token_budget": BUDGET},
+        num_gpu_blocks_override=28,  # 27 to use: two rows of 13 blocks fit, two of 14 do not
+        max_model_len=448,
+        enable_prefix_caching=False,
+        **ORACLE,
+    )
+    return checked(llm, [prompts(4, 230)], tokens=40)
+
+
+def speculation() -> dict[str, Any]:
+    """n-gram speculation: rows of several tokens, some of which are taken back."""
+    from_prompt = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 2}
+    llm = make_llm({"token_budget": BUDGET}, speculative_config=from_prompt, **ORACLE)
+    return checked(llm, [prompts(3, 500)], tokens=40, temperature=0.7)
+
+
+def tensor_parallel() -> dict[str, Any]:
+    """Two ranks, a KV head each."""
+    llm = make_llm({"token_budget": BUDGET}, tensor_parallel_size=2, **ORACLE)
+    return checked(llm, [prompts(2, 400)], tokens=10)
+
+
+def one_rank() -> dict[str, Any]:
+    """What two ranks are compared with."""
+    llm = make_llm({"token_budget": BUDGET}, **ORACLE)
+    return checked(llm, [prompts(2, 400)], tokens=10)
+
+
+SCENARIOS = [
+    stock,
+    off,
+    budget_of_the_context,
+    prefix_and_chunks,
+    bfloat16,
+    preemption,
+    speculation,
+    tensor_parallel,
+    one_rank,
+]
+
+if __name__ == "__main__":
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    (run,) = [scenario for scenario in SCENARIOS if scenario.__name__ == sys.argv[1]]
+    os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for one another are slow where others use the machine
+    one, another = (sorted(os.sched_getaffinity(0)) * 2)[:2]
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"{one}|{another}" if run is tensor_parallel else str(one)
+    if run is not tensor_parallel:  # in this process: it starts sooner
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    print("\n" + json.dumps(run()), flush=True)

@@ -1,0 +1,96 @@
+"""Quest inside vLLM's engine on a CPU: each test runs scenarios of `scenario.py`, each in a process of its own.
+
+For the environment that has vLLM: `make test-vllm`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="runs with make test-vllm, which installs vLLM")
+
+HERE = Path(__file__).parent
+NUM_SPARSE_LAYERS = 4  # of the bundled model's six
+MINUTES = 15
+"""Of a scenario at most; it takes one or two alone on two cores."""
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60 * MINUTES)]
+
+
+@functools.cache
+def scenario(name: str) -> Any:
+    """What a scenario printed last."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "scenario.py"), name], capture_output=True, text=True, check=False, cwd=HERE
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert done.returncode == 0 and lines, done.stdout[-3000:] + done.stderr[-6000:]
+    return json.loads(lines[-1])
+
+
+def assert_checked(found: dict[str, Any], *, ranks: int = 1, layers: int = NUM_SPARSE_LAYERS) -> None:
+    """Every sparse row of every layer that chooses went through the oracle, on every rank, and nothing was wrong."""
+    assert len(found["oracle"]) == len(found["counters"]) == ranks
+    for oracle, counters in zip(found["oracle"], found["counters"], strict=True):
+        assert oracle["failures"] == []
+        assert 0 < oracle["worst"] <= 1
+        assert counters["sparse_rows"] > 0
+        assert oracle["seen"]["rows past the budget"] == layers * counters["sparse_rows"]
+        assert counters["pages_read"] < counters["pages_held"]
+
+
+def test_nothing_changes_where_nobody_asks() -> None:
+    assert scenario("off") == {"backend": "CPUAttentionBackend", "impl": "CPUAttentionBackendImpl"}
+
+
+def test_a_budget_of_the_context_gives_the_stock_backends_tokens() -> None:
+    found = scenario("budget_of_the_context")
+    assert len(found) == 2
+    for one in found.values():
+        assert one["answers"] == scenario("stock")["answers"]
+    inactive, active = (one["counters"][0] for one in found.values())
+    assert inactive == {}
+    assert active["sparse_rows"] == 0 < active["dense_rows"]  # Quest was there, and no row was past the budget
+
+
+def test_prefix_cache_chunked_prefill_and_mixed_batches() -> None:
+    found = scenario("prefix_and_chunks")
+    assert_checked(found)
+    first, again = found["answers"]
+    assert first == again
+    assert found["metrics"]["prefix_cache_hits"] > 1000
+    (seen,) = (oracle["seen"] for oracle in found["oracle"])
+    assert seen["rows within it"] > 0  # short rows in the same batches
+    assert seen["pages with exact bounds"] == seen["pages"]
+
+
+def test_preempted_rows_and_blocks_used_again() -> None:
+    found = scenario("preemption")
+    assert_checked(found)
+    assert found["metrics"]["num_preemptions"] > 0
+    assert all(oracle["seen"]["pages with exact bounds"] == oracle["seen"]["pages"] for oracle in found["oracle"])
+
+
+def test_speculated_tokens_that_are_taken_back_leave_bounds_that_bound() -> None:
+    found = scenario("speculation")
+    assert_checked(found)
+    drafted, accepted = (found["metrics"][f"spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted"))
+    assert accepted < drafted
+    (seen,) = (oracle["seen"] for oracle in found["oracle"])
+    assert seen["pages with exact bounds"] < seen["pages"]  # wider ones were there, and held
+
+
+def test_bfloat16_forced_pages_and_bounds_in_8_bits() -> None:
+    assert_checked(scenario("bfloat16"), layers=6)
+
+
+def test_two_ranks_each_with_its_own_heads() -> None:
+    found = scenario("tensor_parallel")
+    assert_checked(found, ranks=2)
+    assert found["answers"] == scenario("one_rank")["answers"]

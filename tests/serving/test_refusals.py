@@ -1,0 +1,167 @@
+"""What is refused before a model is loaded, with vLLM's own configurations of models that exist."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="runs with make test-vllm, which installs vLLM")
+
+from quest_attention.models import bundled_model_path
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
+QUEST = {"quest": {"token_budget": 256}}
+
+
+def configure(**options: Any) -> Any:
+    """The configuration that `vllm serve` makes of its options, checks included."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    settings = {"model": str(bundled_model_path()), "attention_backend": "CUSTOM", "additional_config": QUEST}
+    return EngineArgs(**(settings | options)).create_engine_config()
+
+
+@pytest.fixture
+def other_model(tmp_path: Path) -> Callable[[dict[str, Any]], str]:
+    """A folder with a config.json, as far as configuring goes."""
+
+    def make(config: dict[str, Any]) -> str:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return str(tmp_path)
+
+    return make
+
+
+def test_what_is_right_is_taken() -> None:
+    assert configure().additional_config == QUEST
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention_backend": None}, "attention_backend: got .vLLM's own choice., expected CUSTOM"),
+        ({"additional_config": {}}, "additional_config: got {}, expected one with 'quest'"),
+        ({"additional_config": {"quest": {"token_buget": 256}}}, "did you mean token_budget"),
+        ({"additional_config": {"quest": {"page_size": 16}}}, "quest.page_size: .*--block-size"),
+        ({"additional_config": {"quest": {"token_budget": 16}}}, "token_budget: got 16, expected at least 128"),
+        ({"additional_config": {"quest": {"token_budget": "2048"}}}, "token_budget: got '2048', expected a positive"),
+        ({"additional_config": {"quest": {"backend": "cuda"}}}, "backend: got 'cuda', expected one of"),
+        ({"additional_config": {"quest": {"log_interval": -1}}}, "quest.log_interval: got -1"),
+        ({"additional_config": {"quest": 2048}}, "quest: got 2048, expected an object"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype: got 'fp8', expected 'auto'"),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "kv_transfer_config: got 'ExampleConnector', expected none",
+        ),
+        (
+            {"tensor_parallel_size": 6, "decode_context_parallel_size": 3},
+            "decode_context_parallel_size: got 3, expected 1",
+        ),
+    ],
+)
+def test_settings(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        configure(**options)
+
+
+LLAMA = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 128,
+    "max_position_embeddings": 4096,
+    "torch_dtype": "float32",
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 1024, **LLAMA},
+            "a sliding window of 1024",
+        ),
+        (
+            {
+                "model_type": "deepseek_v2",
+                "architectures": ["DeepseekV2ForCausalLM"],
+                "kv_lora_rank": 32,
+                "q_lora_rank": None,
+                "qk_nope_head_dim": 32,
+                "qk_rope_head_dim": 16,
+                "v_head_dim": 32,
+                **LLAMA,
+            },
+            "with MLA",
+        ),
+        (
+            {
+                "model_type": "gemma3_text",
+                "architectures": ["Gemma3ForCausalLM"],
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+                "sliding_window": 64,
+                **LLAMA,
+            },
+            "sliding",
+        ),
+        (
+            {
+                "model_type": "qwen3_next",
+                "architectures": ["Qwen3NextForCausalLM"],
+                "layer_types": ["linear_attention", "full_attention"] * 2,
+                "num_experts": 0,
+                **LLAMA,
+            },
+            "expected full attention in every layer",
+        ),
+    ],
+    ids=lambda value: value.get("model_type") if isinstance(value, dict) else "",
+)
+def test_models(config: dict[str, Any], message: str, other_model: Callable[[dict[str, Any]], str]) -> None:
+    with pytest.raises(Exception, match=message):
+        configure(model=other_model(config), skip_tokenizer_init=True, load_format="dummy")
+
+
+def test_a_release_that_was_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    from quest_attention.vllm import plugin
+
+    configure()  # the plugin is there
+    monkeypatch.setattr(plugin, "vllm_version", lambda: (0, 29))
+    with pytest.raises(Exception, match=r"vllm: got 0\.29, expected 0\.25 and 0\.32, on which Quest was tested"):
+        configure()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alibi_slopes": [0.5]}, "alibi_slopes: got slopes"),
+        ({"sliding_window": 128}, "sliding_window: got 128"),
+        ({"sinks": [0.0]}, "sinks: got attention sinks"),
+        ({"attn_type": "encoder_only"}, "attn_type: got encoder_only"),
+        ({"kv_sharing_target_layer_name": "layers.3"}, "kv_sharing_target_layer_name: got layers.3"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype: got 'fp8'"),
+    ],
+)
+def test_layers(options: dict[str, Any], message: str) -> None:
+    from quest_attention.vllm.refusals import check_layer
+
+    plain = {
+        "alibi_slopes": None,
+        "sliding_window": None,
+        "kv_cache_dtype": "auto",
+        "attn_type": "decoder",
+        "kv_sharing_target_layer_name": None,
+        "sinks": None,
+    }
+    check_layer(**plain)
+    with pytest.raises(Exception, match=message):
+        check_layer(**(plain | options))

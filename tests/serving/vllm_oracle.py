@@ -1,0 +1,189 @@
+"""The oracle inside a vLLM worker: every Quest call of every layer and step is checked where it happens.
+
+A server's keys and values are kept a second time, by slot, as they come: vLLM's CPU cache has formats of its own. Each
+call's bounds, selection and output are then held to `ops.reference` over that copy. Workers get this over vLLM's
+`collective_rpc`, so that it is there in other processes too.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quest_attention.ops import Selection, reference
+from quest_attention.pages import KEY_MAX, KEY_MIN, PagedKV
+from quest_attention.vllm.step import QuestStep
+from quest_attention.vllm.worker import QuestWorkerExtension
+
+_FLOAT32_SUM = 1e-4
+"""How far two float32 sums of 128 products of unit size lie apart at most: scores closer than this may swap places."""
+
+
+class Oracle:
+    """Keeps a copy of what is written, and checks what is read.
+
+    Attributes:
+        seen: Calls, rows and so on that were checked.
+        worst: Largest error of an output, in units of what it may be.
+        failures: What was wrong, in words; empty when nothing was.
+    """
+
+    def __init__(self) -> None:
+        self.seen: Counter[str] = Counter()
+        self.failures: list[str] = []
+        self.worst = 0.0
+        self._copies: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def write(self, layer: str, like: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None:
+        """Tokens go to their slots; what was never written is NaN."""
+        if layer not in self._copies:
+            empty = torch.full(like.shape, float("nan"), dtype=like.dtype)
+            self._copies[layer] = (empty, empty.clone())
+        used = slots >= 0
+        page, offset = slots[used] // like.shape[1], slots[used] % like.shape[1]
+        for copy, fresh in zip(self._copies[layer], (key, value), strict=True):
+            copy[page, offset] = fresh[used]
+
+    def check(
+        self,
+        layer: str,
+        metadata: Tensor,
+        query: Tensor,
+        step: QuestStep,
+        selected: Selection,
+        output: Tensor,
+        yardstick: Tensor,
+        scale: float,
+    ) -> None:
+        """One call: bounds of every page, the pages that were chosen, the output.
+
+        That may be twice as far from float64 as PyTorch's attention in the same dtype, or as `yardstick`: vLLM's kernel
+        over the same tokens in a cache of their own, which on a CPU is less exact than PyTorch's.
+        """
+        kv = PagedKV(*self._copies[layer], metadata, step.block_table)
+        lengths, config = step.seq_lens.tolist(), step.config
+        self.seen["calls"] += 1
+        self._check_bounds(layer, kv, lengths)
+        scores = reference.score_pages(query, kv, lengths, group_reduction=config.group_reduction)
+        chosen = [[[page for page in head if page >= 0] for head in row] for row in selected.pages.tolist()]
+        expected = reference.select_pages(
+            scores, lengths, config.page_size, config.token_budget, config.num_sink_pages, config.num_recent_pages
+        )
+        for b, length in enumerate(lengths):
+            self.seen["rows past the budget" if length > config.token_budget else "rows within it"] += 1
+            for h, pages in enumerate(chosen[b]):
+                self.seen["selections"] += 1
+                if pages == expected[b][h]:
+                    continue
+                swapped = set(pages) ^ set(expected[b][h])
+                values = [float(scores[b, h, page]) for page in swapped]
+                if len(pages) != len(expected[b][h]) or max(values) - min(values) > _FLOAT32_SUM * max(
+                    map(abs, values)
+                ):
+                    self._fail(f"{layer}, row {b}, head {h}: read {pages}, expected {expected[b][h]}")
+        exact, _ = reference.sparse_decode_attention(query, kv, lengths, chosen, scale)
+        error = float((output.double() - exact).abs().max()) if output.isfinite().all() else float("inf")
+        stock = float((yardstick.double() - exact).abs().max())
+        allowed = 2 * max(stock, self._plain_error(query, kv, lengths, chosen, exact, scale))
+        self.worst = max(self.worst, error / allowed)
+        if error > allowed:
+            self._fail(f"{layer}: output off by {error:.2e}, expected at most {allowed:.2e}")
+
+    def report(self) -> dict[str, Any]:
+        """What was seen, the worst error of an output in units of what it may be, and what was wrong."""
+        return {"seen": dict(self.seen), "worst": self.worst, "failures": self.failures}
+
+    def stock(self, impl: Any, layer: Any, query: Tensor, step: QuestStep, selected: Selection) -> Tensor:
+        """What vLLM's kernel makes of the selected pages, copied row after row to a plain cache of one KV head."""
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+        page = selected.pages.clamp(min=0).long()
+        physical = step.block_table[:, None].expand(-1, page.shape[1], -1).gather(2, page).long()  # [R, H, K]
+        heads = torch.arange(page.shape[1])[None, :, None].expand_as(physical)
+        rows, slots = page.shape[0] * page.shape[1], page.shape[2]
+        keys, values = (
+            copy.transpose(1, 2)[physical, heads].nan_to_num(0).view(-1, 1, copy.shape[-1])  # [R * H * K * N, 1, D]
+            for copy in self._copies[layer.layer_name]
+        )
+        cache = keys.new_zeros(rows * slots, 1, step.config.page_size, 2 * keys.shape[-1])
+        where = torch.arange(keys.shape[0])
+        CPUAttentionBackendImpl.do_kv_cache_update(impl, layer, keys, values, cache, where)
+        table = torch.arange(rows * slots, dtype=torch.int32).view(rows, slots)
+        metadata = replace(step.folded, block_table=table)
+        grouped = query.reshape(rows, -1, query.shape[-1])
+        output = torch.empty_like(grouped)
+        CPUAttentionBackendImpl.forward(impl, layer, grouped, None, None, cache, metadata, output)
+        return output.view(query.shape)
+
+    def _check_bounds(self, layer: str, kv: PagedKV, lengths: list[int]) -> None:
+        """No key of a live page outside its bounds; and whether they are as narrow as can be."""
+        for b, length in enumerate(lengths):
+            for page in range(-(-length // kv.page_size)):
+                physical = int(kv.page_table[b, page])
+                keys = kv.keys[physical, : length - page * kv.page_size]  # [T, H, D]
+                bounds = kv.metadata[physical].to(keys.dtype)  # [H, 2, D]
+                self.seen["pages"] += 1
+                if not ((keys <= bounds[:, KEY_MAX]) & (keys >= bounds[:, KEY_MIN])).all():
+                    self._fail(f"{layer}, row {b}, page {page}: a key is outside the bounds, or nobody wrote one")
+                exact = torch.equal(keys.amax(0), bounds[:, KEY_MAX]) and torch.equal(keys.amin(0), bounds[:, KEY_MIN])
+                self.seen["pages with exact bounds"] += exact
+
+    @staticmethod
+    def _plain_error(
+        query: Tensor, kv: PagedKV, lengths: list[int], chosen: list[list[list[int]]], exact: Tensor, scale: float
+    ) -> float:
+        """Largest error of PyTorch's attention over the same tokens in the same dtype."""
+        group, worst = query.shape[1] // kv.num_kv_heads, torch.finfo(torch.float32).eps
+        for b, length in enumerate(lengths):
+            for head in range(query.shape[1]):
+                pages = torch.tensor(chosen[b][head // group])
+                tokens = (pages[:, None] * kv.page_size + torch.arange(kv.page_size)).flatten()
+                tokens = tokens[tokens < length]
+                where = kv.page_table[b, tokens // kv.page_size].long(), tokens % kv.page_size
+                keys, values = (part[where][:, head // group] for part in (kv.keys, kv.values))
+                plain = F.scaled_dot_product_attention(
+                    query[b, head][None, None, None], keys[None, None], values[None, None], scale=scale
+                )
+                worst = max(worst, float((plain[0, 0, 0].double() - exact[b, head]).abs().max()))
+        return worst
+
+    def _fail(self, what: str) -> None:
+        if len(self.failures) < 20:
+            self.failures.append(what)
+
+
+class OracleExtension(QuestWorkerExtension):
+    """What tests ask of a worker; vLLM adds it by `worker_extension_cls`."""
+
+    def install_oracle(self) -> None:
+        """Check every Quest call of this worker from now on. Before the first request: what was not seen is missing."""
+        from quest_attention.vllm.cpu import QuestCPUImpl
+
+        oracle = self._oracle = Oracle()  # type: ignore[attr-defined]
+        write, attend = QuestCPUImpl._write, QuestCPUImpl._attend
+
+        def checked_write(impl: Any, layer: Any, key: Tensor, value: Tensor, opened: Any, slots: Tensor) -> None:
+            write(impl, layer, key, value, opened, slots)
+            oracle.write(layer.layer_name, opened.parts.keys, key, value, slots)
+
+        def checked_attend(
+            impl: Any, layer: Any, query: Tensor, opened: Any, step: QuestStep, output: Tensor
+        ) -> Selection:
+            output.fill_(float("nan"))
+            selected = attend(impl, layer, query, opened, step, output)
+            name = layer.layer_name
+            yardstick = oracle.stock(impl, layer, query, step, selected)
+            oracle.check(name, opened.parts.metadata, query, step, selected, output, yardstick, impl.scale)
+            return selected
+
+        QuestCPUImpl._write, QuestCPUImpl._attend = checked_write, checked_attend  # type: ignore[method-assign]
+
+    def oracle_report(self) -> dict[str, Any]:
+        """What the oracle of this worker saw."""
+        oracle: Oracle = self._oracle  # type: ignore[attr-defined]
+        return oracle.report()
