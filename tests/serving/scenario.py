@@ -145,6 +145,17 @@ def speculation() -> dict[str, Any]:
     return checked(llm, [prompts(3, 500)], tokens=40, temperature=0.7)
 
 
+def gpu_adapter() -> dict[str, Any]:
+    """What a GPU runs, but for the kernels: blocks of 16, prompts in chunks beside decoding rows, prefix hits."""
+    from quest_attention.vllm import plugin
+
+    plugin._BACKENDS["cpu"] = "gpu_on_cpu.SimulatedBackend"
+    oracle = {"worker_extension_cls": "gpu_on_cpu.SimulatedOracle"}
+    llm = make_llm({"token_budget": BUDGET}, dtype="bfloat16", max_num_batched_tokens=192, block_size=16, **oracle)
+    texts = prompts(3, 400) + prompts(1, 40)
+    return checked(llm, [texts, texts])
+
+
 def tensor_parallel() -> dict[str, Any]:
     """Two ranks, a KV head each."""
     llm = make_llm({"token_budget": BUDGET}, tensor_parallel_size=2, **ORACLE)
@@ -157,6 +168,70 @@ def one_rank() -> dict[str, Any]:
     return checked(llm, [prompts(2, 400)], tokens=10)
 
 
+def make_gpu_llm(quest: dict[str, Any] | None, **options: Any) -> Any:
+    """An engine with the bundled model on a GPU, as a server runs it: compiled, graphs captured."""
+    settings = {
+        "dtype": "bfloat16",
+        "max_model_len": 8192,
+        "block_size": 16,
+        "enforce_eager": False,
+        "gpu_memory_utilization": 0.3,
+    }
+    if quest is None:
+        settings["attention_backend"] = "FLASH_ATTN"
+    return make_llm(quest, **(settings | options))
+
+
+GPU_TEXTS = {"long": (4, 2500), "short": (2, 40)}
+"""Prompts of a GPU's scenarios: how many, of how many words."""
+
+
+def gpu_texts() -> list[str]:
+    """Long and short rows."""
+    return [text for count, words in GPU_TEXTS.values() for text in prompts(count, words)]
+
+
+def gpu_stock() -> dict[str, Any]:
+    """FlashAttention."""
+    return {"answers": answers(make_gpu_llm(None), gpu_texts())}
+
+
+def gpu_budget_of_the_context() -> dict[str, Any]:
+    """A budget that covers the model, and one that covers these rows, whose graphs hold Quest."""
+    found = {}
+    for budget in (8192, 8192 - BUDGET):
+        llm = make_gpu_llm({"token_budget": budget}, worker_extension_cls="gpu_oracle.GPUOracleExtension")
+        llm.collective_rpc("quest_reset")
+        found[str(budget)] = {"answers": answers(llm, gpu_texts()), "counters": llm.collective_rpc("quest_counters")}
+        del llm
+    return found
+
+
+def gpu_eager() -> dict[str, Any]:
+    """A sampled oracle, with prompts in chunks beside decoding rows, then out of the prefix cache."""
+    llm = make_gpu_llm(
+        {"token_budget": 256},
+        enforce_eager=True,
+        max_num_batched_tokens=512,
+        worker_extension_cls="gpu_oracle.GPUOracleExtension",
+    )
+    return checked(llm, [gpu_texts(), gpu_texts()], tokens=40)
+
+
+def gpu_graphs(ranks: int = 1) -> dict[str, Any]:
+    """Decode batches from full CUDA graphs."""
+    llm = make_gpu_llm(
+        {"token_budget": 256}, tensor_parallel_size=ranks, worker_extension_cls="gpu_oracle.GPUOracleExtension"
+    )
+    llm.collective_rpc("quest_reset")
+    return {"answers": answers(llm, gpu_texts(), 40), "counters": llm.collective_rpc("quest_counters")}
+
+
+def gpu_two_ranks() -> dict[str, Any]:
+    """The same on two GPUs, a KV head each."""
+    return gpu_graphs(2)
+
+
 SCENARIOS = [
     stock,
     off,
@@ -165,8 +240,14 @@ SCENARIOS = [
     bfloat16,
     preemption,
     speculation,
+    gpu_adapter,
     tensor_parallel,
     one_rank,
+    gpu_stock,
+    gpu_budget_of_the_context,
+    gpu_eager,
+    gpu_graphs,
+    gpu_two_ranks,
 ]
 
 if __name__ == "__main__":
@@ -177,6 +258,6 @@ if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for one another are slow where others use the machine
     one, another = (sorted(os.sched_getaffinity(0)) * 2)[:2]
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"{one}|{another}" if run is tensor_parallel else str(one)
-    if run is not tensor_parallel:  # in this process: it starts sooner
+    if run is not tensor_parallel and not run.__name__.startswith("gpu_"):  # in this process: it starts sooner
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     print("\n" + json.dumps(run()), flush=True)

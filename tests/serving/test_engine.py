@@ -90,6 +90,15 @@ def test_bfloat16_forced_pages_and_bounds_in_8_bits() -> None:
     assert_checked(scenario("bfloat16"), layers=6)
 
 
+def test_the_adapter_of_a_gpu_over_pytorchs_verbs() -> None:
+    found = scenario("gpu_adapter")
+    assert_checked(found)
+    assert found["answers"][0] == found["answers"][1]
+    (seen,) = (oracle["seen"] for oracle in found["oracle"])
+    assert seen["rows within it"] > 0
+    assert seen["pages with exact bounds"] == seen["pages"]
+
+
 def test_two_ranks_each_with_its_own_heads() -> None:
     found = scenario("tensor_parallel")
     assert_checked(found, ranks=2)

@@ -1,0 +1,223 @@
+"""Time decoding inside vLLM, its FlashAttention backend against Quest in the same settings, with random weights.
+
+    python benchmarks/serve_vllm.py --output benchmarks/results/serve_vllm.json
+
+An engine for each arm, in a process of its own. Each case is a number of sequences with contexts of their own, which a
+first pass puts into the prefix cache, so that all of them decode together in the timed one. Latency is the time between
+two tokens of a sequence, throughput that of all. The run fails where Quest did not read pages, where its decode steps
+were not replayed from graphs, or where sequences were preempted. "most" is as many sequences as the cache of Quest,
+which is the smaller one, holds of a context.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from quest_attention.bench.record import write_record
+from quest_attention.bench.timing import percentiles
+
+MODELS = {
+    "llama-3.1-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "tiny": {  # for trying the script out
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 256,
+    },
+}
+CONTEXTS = (8192, 32768, 131072)
+BATCHES = ("1", "4", "most")
+ROOM = 512
+"""Tokens that a sequence may grow beyond its context, or less [tokens]."""
+MOST_EAGER = 8
+"""Decode steps that may run outside of a graph: while sequences join, prompts and decoding rows share steps."""
+ARM = "QUEST_BENCHMARK_ARM"
+"""Environment variable that makes this script the process of an arm; holds its options as JSON."""
+
+
+def write_config(folder: Path, model: str, positions: int) -> None:
+    """A Llama without weights or tokenizer."""
+    shape = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16", "rope_theta": 5e5}
+    config = {**shape, **MODELS[model], "max_position_embeddings": positions, "bos_token_id": 1, "eos_token_id": 2}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def measure_arm(options: dict[str, Any]) -> dict[str, Any]:
+    """All cases of an arm, in this process."""
+    from vllm import LLM, SamplingParams  # noqa: PLC0415 (the parent goes without)
+
+    longest = max(options["contexts"]) + ROOM
+    is_gpu = options["device"] == "cuda"
+    settings: dict[str, Any] = {
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "dtype": "bfloat16" if is_gpu else "float32",
+        "max_model_len": longest,
+        "tensor_parallel_size": options["tensor_parallel"],
+        "quantization": options["quantization"],
+        "disable_log_stats": False,
+        "seed": options["seed"],
+    }
+    if is_gpu:
+        settings |= {"gpu_memory_utilization": 0.92, "attention_backend": "FLASH_ATTN", "max_num_seqs": 128}
+    else:
+        settings |= {"enforce_eager": True, "block_size": 32}
+    if options["budget"]:
+        settings |= {
+            "attention_backend": "CUSTOM",
+            "additional_config": {"quest": {"token_budget": options["budget"], **options["quest"]}},
+            "worker_extension_cls": "quest_attention.vllm.worker.QuestWorkerExtension",
+        }
+    with tempfile.TemporaryDirectory() as folder:
+        write_config(Path(folder), options["model"], longest)
+        llm = LLM(model=folder, **settings)
+        cache = llm.llm_engine.vllm_config.cache_config
+        pool = cache.num_gpu_blocks * cache.block_size
+        rows = []
+        for context in options["contexts"]:
+            most = options["most"].get(str(context)) or max(1, pool // (context + ROOM))
+            for batch in dict.fromkeys(most if name == "most" else int(name) for name in options["batches"]):
+                if batch > most:
+                    continue
+                vocabulary = MODELS[options["model"]]["vocab_size"]
+                # The prompts of a longer context begin with those of a shorter one, which are in the cache already.
+                prompts = [
+                    {"prompt_token_ids": random.Random(index).choices(range(3, vocabulary), k=longest)[:context]}
+                    for index in range(batch)
+                ]
+                params = {"temperature": 0, "ignore_eos": True, "detokenize": False}
+                llm.generate(prompts, SamplingParams(max_tokens=1, **params), use_tqdm=False)
+                if options["budget"]:
+                    llm.collective_rpc("quest_reset")
+                done = llm.generate(prompts, SamplingParams(max_tokens=options["tokens"], **params), use_tqdm=False)
+                row = {"context": context, "batch": batch, **times_of([one.metrics for one in done])}
+                if options["budget"]:
+                    row["counters"] = check_counters(llm, batch, options, is_gpu=is_gpu)
+                print(json.dumps(row), file=sys.stderr, flush=True)
+                rows.append(row)
+        preempted = sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+    if preempted:
+        raise RuntimeError(f"{preempted} sequences were preempted: the cases do not fit the cache")
+    return {"rows": rows, "pool_tokens": pool, "block_size": cache.block_size}
+
+
+def times_of(stats: list[Any]) -> dict[str, Any]:
+    """Milliseconds between tokens over the sequences of a case, and tokens a second of all."""
+    latencies = [(one.last_token_ts - one.first_token_ts) * 1e3 / (one.num_generation_tokens - 1) for one in stats]
+    seconds = max(one.last_token_ts for one in stats) - min(one.first_token_ts for one in stats)
+    tokens = sum(one.num_generation_tokens - 1 for one in stats)
+    return {"ms_between_tokens": percentiles(latencies), "tokens_per_second": round(tokens / seconds, 2)}
+
+
+def check_counters(llm: Any, batch: int, options: dict[str, Any], *, is_gpu: bool) -> list[dict[str, int]]:
+    """What each worker read.
+
+    Raises:
+        RuntimeError: Quest did not run, or ran outside of graphs.
+    """
+    counters: list[dict[str, int]] = llm.collective_rpc("quest_counters")
+    for worker in counters:
+        if worker["sparse_rows"] < batch * (options["tokens"] - MOST_EAGER):
+            raise RuntimeError(f"Quest ran for {worker['sparse_rows']} rows of {batch} x {options['tokens']}")
+        if is_gpu and worker["eager_steps"] > MOST_EAGER + batch:
+            raise RuntimeError(f"{worker['eager_steps']} decode steps were not replayed from a graph")
+    return counters
+
+
+def run_arm(options: dict[str, Any]) -> dict[str, Any]:
+    """Measure an arm in a process of its own."""
+    environment = {**os.environ, ARM: json.dumps(options), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, __file__], env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"arm {options['name']}: exit code {done.returncode}")
+    (last,) = [line for line in done.stdout.splitlines() if line.startswith("{")][-1:]  # vLLM may have more to say
+    found: dict[str, Any] = json.loads(last)
+    return found
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Shape.")] = "llama-3.1-8b",
+    contexts: Annotated[str, typer.Option(help="Tokens of a context, comma-separated.")] = ",".join(map(str, CONTEXTS)),
+    batches: Annotated[str, typer.Option(help="Sequences at once, comma-separated.")] = ",".join(BATCHES),
+    budget: Annotated[int, typer.Option(help="Token budget of Quest.")] = 2048,
+    tokens: Annotated[int, typer.Option(help="Tokens that each sequence writes.")] = 128,
+    bounds: Annotated[str, typer.Option(help="Arms of Quest by the dtype of bounds, comma-separated.")] = "kv,fp8",
+    quantization: Annotated[str | None, typer.Option(help="Of weights, as vLLM names it: fp8.")] = None,
+    tensor_parallel: Annotated[int, typer.Option(help="GPUs.")] = 1,
+    device: Annotated[str, typer.Option(help="cuda, or cpu to try the script out.")] = "cuda",
+    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """Time vLLM with and without Quest."""
+    shared = {
+        "model": model,
+        "contexts": [int(each) for each in contexts.split(",")],
+        "batches": batches.split(","),
+        "tokens": tokens,
+        "quantization": quantization,
+        "tensor_parallel": tensor_parallel,
+        "device": device,
+        "seed": seed,
+    }
+    quest = [
+        {
+            "name": f"quest-{budget}" + ("" if kind == "kv" else f"-{kind}"),
+            "budget": budget,
+            "quest": {"metadata_dtype": kind},
+        }
+        for kind in bounds.split(",")
+    ]
+    most: dict[str, int] = {}
+    found: dict[str, Any] = {}
+    for arm in [*quest, {"name": "stock", "budget": 0, "quest": {}}]:  # Quest first: it says how many sequences fit
+        found[arm["name"]] = run_arm({**shared, **arm, "most": most})
+        for row in found[arm["name"]]["rows"]:
+            most[str(row["context"])] = max(row["batch"], most.get(str(row["context"]), 0))
+    rows, table = [], Table("context", "batch", "arm", "ms between tokens", "tokens/s", "to stock")
+    for index, stock in enumerate(found["stock"]["rows"]):
+        for name in ["stock", *(arm["name"] for arm in quest)]:
+            row = found[name]["rows"][index]
+            assert (row["context"], row["batch"]) == (stock["context"], stock["batch"]), "arms ran the same cases"
+            ratio = stock["ms_between_tokens"]["p50"] / row["ms_between_tokens"]["p50"]
+            rows.append({"arm": name, **row, "ratio_to_stock": ratio})
+            numbers = f"{row['ms_between_tokens']['p50']:.2f}", f"{row['tokens_per_second']:.0f}", f"{ratio:.2f}x"
+            table.add_row(f"{row['context']}", f"{row['batch']}", name, *numbers)
+    Console(width=100).print(table)
+    if output is not None:
+        pools = {name: {key: arm[key] for key in ("pool_tokens", "block_size")} for name, arm in found.items()}
+        settings = {**shared, "token_budget": budget, "num_dense_layers": 2, "caches": pools, "vllm": vllm_release()}
+        write_record(output, f"python {' '.join(sys.argv)}", settings, rows)
+
+
+def vllm_release() -> str:
+    """The release that was measured."""
+    import vllm  # noqa: PLC0415
+
+    return str(vllm.__version__)
+
+
+if __name__ == "__main__":
+    if ARM in os.environ:
+        print("\n" + json.dumps(measure_arm(json.loads(os.environ[ARM]))))
+    else:
+        typer.run(main)

@@ -1,0 +1,85 @@
+"""The GPU adapter run by vLLM's CPU engine: FlashAttention's part is plain PyTorch, all of ours is what a GPU runs.
+
+Blocks, metadata, plans and calls are then those of a GPU but for the graphs; the verbs are PyTorch's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quest_attention.ops import Selection
+from quest_attention.vllm.gpu import QuestGPUBackend, QuestGPUImpl, QuestGPUMetadataBuilder
+from quest_attention.vllm.layer import OpenCache
+from quest_attention.vllm.step import QuestStep
+from vllm_oracle import Oracle, OracleExtension
+
+
+class SimulatedBackend(QuestGPUBackend):
+    """Stands where the GPU's would."""
+
+    @staticmethod
+    def get_impl_cls() -> type[SimulatedImpl]:
+        return SimulatedImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[QuestGPUMetadataBuilder]:
+        return QuestGPUMetadataBuilder
+
+
+class SimulatedImpl(QuestGPUImpl):
+    """With FlashAttention's forward in PyTorch, over the same arguments."""
+
+    backend_class = SimulatedBackend
+
+    def _forward_stock(
+        self, _layer: Any, query: Tensor, key: Any, value: Any, kv_cache: Tensor, metadata: Any, output: Tensor, *_: Any
+    ) -> Tensor:
+        if metadata is None:
+            return output.fill_(0)
+        assert key is None and value is None, "in the cache already"
+        if kv_cache.dim() == 5:  # vLLM 0.25
+            keys, values = kv_cache.unbind(1)
+        else:
+            keys, values = kv_cache.transpose(1, 2).split(self.head_size, -1)
+        starts = metadata.query_start_loc.tolist()
+        for row, length in enumerate(metadata.seq_lens.tolist()):
+            start, end = starts[row], starts[row + 1]
+            if start == end:
+                continue
+            table = metadata.block_table[row].long()[: -(-length // keys.shape[1])]
+            k, v = (part[table].flatten(0, 1)[:length].transpose(0, 1) for part in (keys, values))  # [H, T, D]
+            q = query[start:end].transpose(0, 1)  # [HQ, t, D]
+            position = torch.arange(length - (end - start), length)
+            mask = position[:, None] >= torch.arange(length)
+            attended = F.scaled_dot_product_attention(
+                q[None], k[None], v[None], attn_mask=mask, scale=self.scale, enable_gqa=True
+            )
+            output[start:end] = attended[0].transpose(0, 1)
+        return output
+
+
+class SimulatedOracle(OracleExtension):
+    """The oracle for this adapter: the same checks, its output held to PyTorch's attention alone."""
+
+    def install_oracle(self) -> None:
+        oracle = self._oracle = Oracle()  # type: ignore[attr-defined]
+        write, attend = QuestGPUImpl._write, QuestGPUImpl._attend
+
+        def checked_write(impl: Any, layer: Any, key: Tensor, value: Tensor, opened: OpenCache, slots: Tensor) -> None:
+            write(impl, layer, key, value, opened, slots)
+            oracle.write(layer.layer_name, opened.parts.keys, key, value, slots)
+
+        def checked_attend(
+            impl: Any, layer: Any, query: Tensor, opened: OpenCache, step: QuestStep, output: Tensor
+        ) -> Selection:
+            output.fill_(float("nan"))
+            selected = attend(impl, layer, query, opened, step, output)
+            name, metadata = layer.layer_name, opened.parts.metadata
+            oracle.check(name, metadata, query, step, selected, output, None, impl.scale)
+            return selected
+
+        QuestGPUImpl._write, QuestGPUImpl._attend = checked_write, checked_attend  # type: ignore[method-assign]

@@ -1,0 +1,89 @@
+"""The oracle inside vLLM on a GPU: a sample of the Quest calls of an eager engine, against float64 on the same GPU.
+
+There keys and values can be read back from vLLM's cache, so nothing is kept a second time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quest_attention.ops import Selection, score_pages, select_pages
+from quest_attention.pages import KEY_MAX, KEY_MIN, PagedKV, num_pages
+from quest_attention.vllm.gpu import QuestGPUImpl
+from quest_attention.vllm.layer import OpenCache
+from quest_attention.vllm.step import QuestStep
+from quest_attention.vllm.worker import QuestWorkerExtension
+
+_EVERY = 7
+"""One call in so many is checked: a number that shares nothing with layers, so that each layer gets its turn."""
+
+
+class GPUOracleExtension(QuestWorkerExtension):
+    """What tests ask of a worker on a GPU; vLLM adds it by `worker_extension_cls`."""
+
+    def install_oracle(self) -> None:
+        """Check a sample of the Quest calls of this worker from now on."""
+        self._seen: Counter[str] = Counter()
+        self._failures: list[str] = []
+        self._worst = 0.0
+        attend = QuestGPUImpl._attend
+
+        def checked_attend(
+            impl: Any, layer: Any, query: Tensor, opened: OpenCache, step: QuestStep, output: Tensor
+        ) -> Selection:
+            output.fill_(float("nan"))
+            selected = attend(impl, layer, query, opened, step, output)
+            self._seen["calls"] += 1
+            if self._seen["calls"] % _EVERY == 0:
+                self._check(layer.layer_name, opened.with_table(step.block_table), query, step, selected, output, impl)
+            return selected
+
+        QuestGPUImpl._attend = checked_attend  # type: ignore[method-assign]
+
+    def oracle_report(self) -> dict[str, Any]:
+        """What was seen, the worst error of an output in units of what it may be, and what was wrong."""
+        return {"seen": dict(self._seen), "worst": self._worst, "failures": self._failures}
+
+    def _check(
+        self, layer: str, kv: PagedKV, query: Tensor, step: QuestStep, selected: Selection, output: Tensor, impl: Any
+    ) -> None:
+        config, group = step.config, query.shape[1] // kv.num_kv_heads
+        scores = score_pages(query, kv, step.seq_lens, backend="torch")
+        expected = select_pages(
+            scores, step.seq_lens, page_size=kv.page_size, token_budget=config.token_budget, backend="torch"
+        )
+        ours = plain = 0.0
+        for b, length in enumerate(step.seq_lens.tolist()):
+            if length == 0:
+                continue
+            self._seen["rows"] += 1
+            table = kv.page_table[b, : num_pages(length, kv.page_size)].long()
+            keys, values = (part[table].flatten(0, 1)[:length] for part in (kv.keys, kv.values))  # [T, H, D]
+            bounds = kv.metadata[table].to(keys.dtype).repeat_interleave(kv.page_size, 0)[:length]  # [T, H, 2, D]
+            if not ((keys <= bounds[:, :, KEY_MAX]) & (keys >= bounds[:, :, KEY_MIN])).all():
+                self._failures.append(f"{layer}, row {b}: a key is outside the bounds of its page")
+            for h in range(kv.num_kv_heads):
+                pages = selected.pages[b, h]
+                pages = pages[pages >= 0].long()
+                wanted = expected.pages[b, h]
+                swapped = set(pages.tolist()) ^ set(wanted[wanted >= 0].tolist())
+                if swapped:  # float32 sums in another order may swap two pages that score alike
+                    score = scores[b, h, sorted(swapped)]
+                    if float(score.max() - score.min()) > 1e-3 * float(score.abs().max()):
+                        self._failures.append(f"{layer}, row {b}, head {h}: {sorted(swapped)} read or left out")
+                tokens = (pages[:, None] * kv.page_size + torch.arange(kv.page_size, device=pages.device)).flatten()
+                tokens = tokens[tokens < length]
+                q, k, v = query[b, h * group : (h + 1) * group], keys[tokens, h], values[tokens, h]
+                exact = torch.softmax(q.double() @ k.double().T * impl.scale, -1) @ v.double()
+                by_torch = F.scaled_dot_product_attention(q[None, None], k[None, None], v[None, None], scale=impl.scale)
+                ours = max(ours, float((output[b, h * group : (h + 1) * group] - exact).abs().nan_to_num(1e9).max()))
+                plain = max(plain, float((by_torch[0, 0] - exact).abs().max()))
+        allowed = 2 * plain + torch.finfo(torch.float32).eps
+        self._worst = max(self._worst, ours / allowed)
+        if ours > allowed:
+            self._failures.append(f"{layer}: output off by {ours:.2e}, expected at most {allowed:.2e}")
