@@ -23,6 +23,7 @@ pytest.importorskip("vllm", reason="runs with make test-vllm, which installs vLL
 import scenario
 
 HERE = Path(__file__).parent
+EXAMPLE = HERE.parent.parent / "examples" / "ask_a_server.py"
 PORT = 8311
 NAME = "tiny"
 CLIENTS = 8
@@ -35,7 +36,7 @@ def serving(quest: dict[str, Any], *options: str) -> Iterator[list[str]]:
     """A server that answers; gives the lines of its log, which grow."""
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(scenario.bundled_model_path()), "--served-model-name", NAME, "--port", str(PORT)]
-    command += ["--dtype", "float32", "--max-model-len", str(scenario.MAX_MODEL_LEN)]
+    command += ["--dtype", "float32", "--max-model-len", "8192"]
     command += ["--block-size", str(scenario.BLOCK), "--enforce-eager", "--max-num-seqs", "4"]
     command += ["--attention-backend", "CUSTOM", "--additional-config", json.dumps({"quest": quest}), *options]
     environment = {
@@ -108,10 +109,14 @@ def test_eight_clients_get_what_one_gets_and_every_step_is_the_oracles() -> None
         with ThreadPoolExecutor(CLIENTS) as clients:
             together = list(clients.map(ask, prompts))
         alone = [ask(prompt) for prompt in prompts[:2]]
+        example = subprocess.run(
+            [sys.executable, str(EXAMPLE), f"http://127.0.0.1:{PORT}/v1"], capture_output=True, text=True, check=True
+        )
         (oracle,), (counters,) = rpc("oracle_report"), rpc("quest_counters")
         time.sleep(1.5)
         ask(prompts[0][:200])  # a step, at which a line is due
     assert together[:2] == alone
+    assert example.stdout.startswith(f"{NAME}, 4084 tokens: 27183"), example.stdout
     for index, text in enumerate(together):
         assert len(text) > 0, index
     assert oracle["failures"] == []

@@ -96,7 +96,7 @@ class QuestPlanner:
             return None
         rows, _, tokens, _ = split_decodes_and_prefills(batch, decode_threshold=_DECODE_TOKENS)
         rows = min(rows, tokens)  # rows that only pad an eager batch have no token and come last
-        lengths = cast("list[int]", batch.seq_lens_cpu_upper_bound[:rows].tolist())
+        lengths = _lengths(batch, rows)
         if not self._is_capturing:
             counters.log_when_due()
             if max(lengths, default=0) <= self.config.token_budget:
@@ -114,6 +114,12 @@ class QuestPlanner:
         if rows > 0 and tokens < batch.num_actual_tokens:
             step.rest = self._build_stock(0, _rows_from(batch, rows, tokens), True)
         return step
+
+
+def _lengths(batch: Any, rows: int) -> list[int]:
+    """Of the first rows, as far as the host knows them: never too short [tokens]."""
+    known = batch.seq_lens_cpu_upper_bound
+    return [batch.max_seq_len] * rows if known is None else cast("list[int]", known[:rows].tolist())
 
 
 def _captured_size(vllm_config: Any) -> int:
