@@ -36,6 +36,14 @@ MODELS = {
         "num_key_value_heads": 8,
         "vocab_size": 128256,
     },
+    "small": {  # that of decode_cpu.py
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 4096,
+    },
     "tiny": {  # for trying the script out
         "hidden_size": 128,
         "intermediate_size": 256,
