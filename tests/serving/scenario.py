@@ -145,7 +145,7 @@ def speculation() -> dict[str, Any]:
     return checked(llm, [prompts(3, 500)], tokens=40, temperature=0.7)
 
 
-def gpu_adapter() -> dict[str, Any]:
+def adapter_of_a_gpu() -> dict[str, Any]:
     """What a GPU runs, but for the kernels: blocks of 16, prompts in chunks beside decoding rows, prefix hits."""
     from quest_attention.vllm import plugin
 
@@ -240,7 +240,7 @@ SCENARIOS = [
     bfloat16,
     preemption,
     speculation,
-    gpu_adapter,
+    adapter_of_a_gpu,
     tensor_parallel,
     one_rank,
     gpu_stock,

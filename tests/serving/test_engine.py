@@ -91,7 +91,7 @@ def test_bfloat16_forced_pages_and_bounds_in_8_bits() -> None:
 
 
 def test_the_adapter_of_a_gpu_over_pytorchs_verbs() -> None:
-    found = scenario("gpu_adapter")
+    found = scenario("adapter_of_a_gpu")
     assert_checked(found)
     assert found["answers"][0] == found["answers"][1]
     (seen,) = (oracle["seen"] for oracle in found["oracle"])

@@ -94,10 +94,10 @@ def ask(prompt: str) -> str:
     """As a client does."""
     from openai import OpenAI
 
-    client = OpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none", timeout=600)
-    done = client.completions.create(
-        model=NAME, prompt=prompt, max_tokens=scenario.ANSWER, temperature=0, extra_body={"ignore_eos": True}
-    )
+    with OpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none", timeout=600) as client:
+        done = client.completions.create(
+            model=NAME, prompt=prompt, max_tokens=scenario.ANSWER, temperature=0, extra_body={"ignore_eos": True}
+        )
     return done.choices[0].text
 
 
