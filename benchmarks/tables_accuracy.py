@@ -7,8 +7,9 @@ A summary holds the command that made it; `quest report` wrote it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, TypeVar
 
 import typer
@@ -29,6 +30,8 @@ ENOUGH = 95.0
 """A task says something about methods where full attention is right in at least this share of the answers [%]."""
 ONE_EIGHTH = 8
 """The share of the context that recall is shown by layer for."""
+SHOWN_BY_LAYER = ("quest", "quest:num_dense_layers=0", "quest:group_reduction=mean", "oracle")
+"""Ablations that are."""
 Table = list[list[str]]
 K = TypeVar("K")
 
@@ -151,6 +154,29 @@ def layer_table(results: Results, wanted: Callable[[RecallCell], bool]) -> str:
     return as_markdown((head, *map("layer {}".format, sorted(layers))), rows)
 
 
+def of_layers(cell: RecallCell, shares: Sequence[float], layers: Collection[int]) -> float:
+    """Mean over some layers."""
+    return fmean(share for layer, share in zip(cell.layers, shares, strict=True) if layer in layers)
+
+
+def ablation_table(results: Results, passkey: Results) -> str:
+    """A row for each way to read: right answers, and recall in the layers that are sparse in all rows [%]."""
+    common = set.intersection(*(set(cell.layers) for cell in results.recall))
+    columns: dict[str, dict[str, float]] = {}
+    for part in (passkey, results):
+        for cell in part.accuracy:
+            for budget in sorted({each.token_budget for each in part.accuracy if each.token_budget}):
+                if cell.token_budget in {None, budget}:
+                    columns.setdefault(f"{cell.task}, {budget}", {})[cell.method] = cell.score
+    for what, field in (("mass", "mass_by_layer"), ("top 10", "top10_by_layer")):
+        for each in results.recall:
+            share = of_layers(each, getattr(each, field), common)
+            columns.setdefault(f"{what}, {each.token_budget}", {})[each.method] = share
+    methods = in_order(cell.method for cell in results.accuracy)
+    rows = [[name, *(f"{shown[name]:.1f}" if name in shown else "" for shown in columns.values())] for name in methods]
+    return as_markdown((f"{tokens(results.accuracy[0].length)} tokens, budget", *columns), rows)
+
+
 def is_one_eighth(cell: RecallCell) -> bool:
     """Whether a cell read one eighth of its context."""
     return cell.token_budget == cell.length // ONE_EIGHTH
@@ -159,6 +185,7 @@ def is_one_eighth(cell: RecallCell) -> bool:
 def tables() -> list[str]:
     """All tables of docs/results.md, in order, and how each run was made."""
     read = {path.name: read_results(path) for path in sorted(RESULTS.iterdir()) if path.is_dir()}
+    ablations = [read["ablations"], read["ablations_passkey"]]
     return [
         *passkey_tables(read["passkey"]),
         counts(read["passkey"].accuracy),
@@ -168,9 +195,15 @@ def tables() -> list[str]:
         origin(read["ruler"]),
         perplexity_table(read["perplexity"]),
         origin(read["perplexity"]),
+        perplexity_table(read["perplexity_oracle"]),
+        origin(read["perplexity_oracle"]),
         recall_table(read["recall"]),
         layer_table(read["recall"], is_one_eighth),
         origin(read["recall"]),
+        ablation_table(*ablations),
+        counts([cell for part in ablations for cell in part.accuracy]),
+        layer_table(read["ablations"], lambda cell: is_one_eighth(cell) and cell.method in SHOWN_BY_LAYER),
+        *map(origin, ablations),
     ]
 
 
