@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from quest_attention.ops import Selection
 from quest_attention.vllm.gpu import QuestGPUBackend, QuestGPUImpl, QuestGPUMetadataBuilder
@@ -65,9 +66,27 @@ class SimulatedImpl(QuestGPUImpl):
 class SimulatedOracle(OracleExtension):
     """The oracle for this adapter: the same checks, its output held to PyTorch's attention alone."""
 
+    def plan_a_capture(self) -> list[int]:
+        """Rows that run Quest in a batch of four single tokens: as a step of short rows, and as one to be captured."""
+        builder = self.model_runner.attn_groups[0][0].get_metadata_builder()  # type: ignore[attr-defined]
+        starts, lengths = torch.arange(5, dtype=torch.int32), torch.ones(4, dtype=torch.int32)
+        batch = CommonAttentionMetadata(
+            query_start_loc=starts,
+            query_start_loc_cpu=starts,
+            seq_lens=lengths,
+            num_reqs=4,
+            num_actual_tokens=4,
+            max_query_len=1,
+            max_seq_len=1,
+            block_table_tensor=torch.zeros(4, 128, dtype=torch.int32),
+            slot_mapping=torch.full((4,), -1),
+        )
+        plans = builder.build(0, batch), builder.build_for_cudagraph_capture(batch), builder.build(0, batch)
+        return [metadata.quest.num_rows for metadata in plans]
+
     def install_oracle(self) -> None:
         oracle = self._oracle = Oracle()  # type: ignore[attr-defined]
-        write, attend = QuestGPUImpl._write, QuestGPUImpl._attend
+        write, attend = QuestGPUImpl.write, QuestGPUImpl.attend
 
         def checked_write(impl: Any, layer: Any, key: Tensor, value: Tensor, opened: OpenCache, slots: Tensor) -> None:
             write(impl, layer, key, value, opened, slots)
@@ -82,4 +101,4 @@ class SimulatedOracle(OracleExtension):
             oracle.check(name, metadata, query, step, selected, output, None, impl.scale)
             return selected
 
-        QuestGPUImpl._write, QuestGPUImpl._attend = checked_write, checked_attend  # type: ignore[method-assign]
+        QuestGPUImpl.write, QuestGPUImpl.attend = checked_write, checked_attend  # type: ignore[method-assign]

@@ -19,6 +19,8 @@ from quest_attention.vllm.layer import OpenCache
 from quest_attention.vllm.step import QuestStep
 from quest_attention.vllm.worker import QuestWorkerExtension
 
+_FLOAT32_SUM = 1e-4
+"""How far two float32 sums of 128 products lie apart at most, relative to them: such scores may swap places."""
 _EVERY = 7
 """One call in so many is checked: a number that shares nothing with layers, so that each layer gets its turn."""
 
@@ -31,7 +33,7 @@ class GPUOracleExtension(QuestWorkerExtension):
         self._seen: Counter[str] = Counter()
         self._failures: list[str] = []
         self._worst = 0.0
-        attend = QuestGPUImpl._attend
+        attend = QuestGPUImpl.attend
 
         def checked_attend(
             impl: Any, layer: Any, query: Tensor, opened: OpenCache, step: QuestStep, output: Tensor
@@ -43,7 +45,7 @@ class GPUOracleExtension(QuestWorkerExtension):
                 self._check(layer.layer_name, opened.with_table(step.block_table), query, step, selected, output, impl)
             return selected
 
-        QuestGPUImpl._attend = checked_attend  # type: ignore[method-assign]
+        QuestGPUImpl.attend = checked_attend  # type: ignore[method-assign]
 
     def oracle_report(self) -> dict[str, Any]:
         """What was seen, the worst error of an output in units of what it may be, and what was wrong."""
@@ -74,7 +76,7 @@ class GPUOracleExtension(QuestWorkerExtension):
                 swapped = set(pages.tolist()) ^ set(wanted[wanted >= 0].tolist())
                 if swapped:  # float32 sums in another order may swap two pages that score alike
                     score = scores[b, h, sorted(swapped)]
-                    if float(score.max() - score.min()) > 1e-3 * float(score.abs().max()):
+                    if float(score.max() - score.min()) > _FLOAT32_SUM * float(score.abs().max()):
                         self._failures.append(f"{layer}, row {b}, head {h}: {sorted(swapped)} read or left out")
                 tokens = (pages[:, None] * kv.page_size + torch.arange(kv.page_size, device=pages.device)).flatten()
                 tokens = tokens[tokens < length]

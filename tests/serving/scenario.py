@@ -113,6 +113,21 @@ def prefix_and_chunks() -> dict[str, Any]:
     return checked(llm, [texts, texts])
 
 
+def one_token_more_than_blocks() -> dict[str, Any]:
+    """A prompt whose last token is left alone by a prefix hit: what it answers the second time."""
+    from vllm import SamplingParams
+
+    llm = make_llm({"token_budget": BUDGET}, **ORACLE)
+    ids = llm.get_tokenizer()(prompts(1, 600)[0]).input_ids
+    ids = ids[: (len(ids) - 1) // BLOCK * BLOCK + 1]
+    params = SamplingParams(temperature=0, max_tokens=1, logprobs=1)
+    found = []
+    for _ in range(2):
+        (done,) = llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
+        found.append(next(iter(done.outputs[0].logprobs[0].values())).logprob)
+    return {"logprobs": found, "counters": llm.collective_rpc("quest_counters"), "metrics": metrics(llm)}
+
+
 def bfloat16() -> dict[str, Any]:
     """bf16, forced pages, a mean over the group, no dense layer, bounds in 8 bits."""
     quest = {
@@ -153,7 +168,7 @@ def adapter_of_a_gpu() -> dict[str, Any]:
     oracle = {"worker_extension_cls": "gpu_on_cpu.SimulatedOracle"}
     llm = make_llm({"token_budget": BUDGET}, dtype="bfloat16", max_num_batched_tokens=192, block_size=16, **oracle)
     texts = prompts(3, 400) + prompts(1, 40)
-    return checked(llm, [texts, texts])
+    return {**checked(llm, [texts, texts]), "planned": llm.collective_rpc("plan_a_capture")}
 
 
 def tensor_parallel() -> dict[str, Any]:
@@ -238,6 +253,7 @@ SCENARIOS = [
     budget_of_the_context,
     prefix_and_chunks,
     bfloat16,
+    one_token_more_than_blocks,
     preemption,
     speculation,
     adapter_of_a_gpu,

@@ -70,6 +70,14 @@ def test_prefix_cache_chunked_prefill_and_mixed_batches() -> None:
     assert seen["pages with exact bounds"] == seen["pages"]
 
 
+def test_the_last_token_of_a_prompt_is_no_decode_row() -> None:
+    found = scenario("one_token_more_than_blocks")
+    first, again = found["logprobs"]
+    assert found["metrics"]["prefix_cache_hits"] > 0
+    assert again == pytest.approx(first, abs=1e-4)  # other sums, the same numbers
+    assert found["counters"][0]["sparse_rows"] == 0
+
+
 def test_preempted_rows_and_blocks_used_again() -> None:
     found = scenario("preemption")
     assert_checked(found)
@@ -97,6 +105,10 @@ def test_the_adapter_of_a_gpu_over_pytorchs_verbs() -> None:
     (seen,) = (oracle["seen"] for oracle in found["oracle"])
     assert seen["rows within it"] > 0
     assert seen["pages with exact bounds"] == seen["pages"]
+
+
+def test_a_captured_batch_of_a_gpu_runs_quest_whatever_its_lengths_were() -> None:
+    assert scenario("adapter_of_a_gpu")["planned"] == [[0, 4, 0]]
 
 
 def test_two_ranks_each_with_its_own_heads() -> None:

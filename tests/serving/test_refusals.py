@@ -49,12 +49,24 @@ def test_what_is_right_is_taken() -> None:
         ({"additional_config": {}}, "additional_config: got {}, expected one with 'quest'"),
         ({"additional_config": {"quest": {"token_buget": 256}}}, "did you mean token_budget"),
         ({"additional_config": {"quest": {"page_size": 16}}}, "quest.page_size: .*--block-size"),
-        ({"additional_config": {"quest": {"token_budget": 16}}}, "token_budget: got 16, expected at least 128"),
-        ({"additional_config": {"quest": {"token_budget": "2048"}}}, "token_budget: got '2048', expected a positive"),
-        ({"additional_config": {"quest": {"backend": "cuda"}}}, "backend: got 'cuda', expected one of"),
+        (
+            {"additional_config": {"quest": {"token_budget": 16}}},
+            "quest.token_budget: got 16, expected at least 128: .*--block-size",
+        ),
+        (
+            {"additional_config": {"quest": {"token_budget": "2048"}}},
+            "quest.token_budget: got '2048', expected a positive",
+        ),
+        ({"additional_config": {"quest": {"backend": "cuda"}}}, "quest.backend: got 'cuda', expected one of"),
         ({"additional_config": {"quest": {"log_interval": -1}}}, "quest.log_interval: got -1"),
         ({"additional_config": {"quest": 2048}}, "quest: got 2048, expected an object"),
+        (
+            {"additional_config": {"quest": {"backend": "triton"}}},
+            "backend: got 'triton', expected 'auto' or 'torch' here",
+        ),
+        ({"additional_config": {"Quest": {}}, "attention_backend": None}, "expected 'quest', in small letters"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype: got 'fp8', expected 'auto'"),
+        ({"kv_offloading_size": 1.0}, "kv_offloading_size: got 1.0, expected none"),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             "kv_transfer_config: got 'ExampleConnector', expected none",

@@ -140,7 +140,7 @@ class Oracle:
         """Largest error of PyTorch's attention over the same tokens in the same dtype."""
         group, worst = query.shape[1] // kv.num_kv_heads, torch.finfo(torch.float32).eps
         for b, length in enumerate(lengths):
-            for head in range(query.shape[1]):
+            for head in range(query.shape[1] if length else 0):
                 pages = torch.tensor(chosen[b][head // group])
                 tokens = (pages[:, None] * kv.page_size + torch.arange(kv.page_size)).flatten()
                 tokens = tokens[tokens < length]
@@ -165,7 +165,7 @@ class OracleExtension(QuestWorkerExtension):
         from quest_attention.vllm.cpu import QuestCPUImpl
 
         oracle = self._oracle = Oracle()  # type: ignore[attr-defined]
-        write, attend = QuestCPUImpl._write, QuestCPUImpl._attend
+        write, attend = QuestCPUImpl.write, QuestCPUImpl.attend
 
         def checked_write(impl: Any, layer: Any, key: Tensor, value: Tensor, opened: Any, slots: Tensor) -> None:
             write(impl, layer, key, value, opened, slots)
@@ -181,7 +181,7 @@ class OracleExtension(QuestWorkerExtension):
             oracle.check(name, opened.parts.metadata, query, step, selected, output, yardstick, impl.scale)
             return selected
 
-        QuestCPUImpl._write, QuestCPUImpl._attend = checked_write, checked_attend  # type: ignore[method-assign]
+        QuestCPUImpl.write, QuestCPUImpl.attend = checked_write, checked_attend  # type: ignore[method-assign]
 
     def oracle_report(self) -> dict[str, Any]:
         """What the oracle of this worker saw."""

@@ -51,6 +51,8 @@ def check_lengths(name: str, lengths: Tensor | int, batch: int, most: int, devic
         raise QuestValueError(f"{name}.dtype", lengths.dtype, "torch.int32 or torch.int64")
     if lengths.device != device:
         raise QuestValueError(f"{name}.device", str(lengths.device), f"{device}, as keys")
+    if not lengths.is_contiguous():
+        raise QuestValueError(f"{name}.stride()", lengths.stride(), "a contiguous tensor")
     if device.type == "cpu" and batch:  # reading values costs nothing here and would stall a GPU
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > most:
@@ -91,6 +93,8 @@ def check_slots(slots: Tensor, count: int, capacity: int, device: torch.device) 
         raise QuestValueError("slots.dtype", slots.dtype, "torch.int32 or torch.int64")
     if slots.device != device:
         raise QuestValueError("slots.device", str(slots.device), f"{device}, as the cache")
+    if not slots.is_contiguous():
+        raise QuestValueError("slots.stride()", slots.stride(), "a contiguous tensor")
     if device.type == "cpu" and count and int(slots.max()) >= capacity:
         raise QuestValueError("slots", int(slots.max()), f"less than {capacity}: the cache holds no more tokens")
 

@@ -39,10 +39,18 @@ class StepCounters:
     ) -> None:
         self._config = config
         self._label, self._interval, self._log = label, log_interval, log
-        self._on_device = torch.zeros(len(_NAMES), dtype=torch.int64, device=device)
+        self._device = device
+        self._made: Tensor | None = None
         self._on_host = dict.fromkeys((*_NAMES, _EAGER), 0)
-        self._next = time.monotonic() + log_interval
-        self._logged = self.snapshot()
+        self._next = 0.0
+        self._planned = 0
+        self._logged = dict(self._on_host)
+
+    def _on_device(self) -> Tensor:
+        """Made at its first use, when a step is planned: of what a builder makes at once vLLM may drop the contents."""
+        if self._made is None:
+            self._made = torch.zeros(len(_NAMES), dtype=torch.int64, device=self._device)
+        return self._made
 
     def count_quest(self, selected: Selection, seq_lens: Tensor) -> None:
         """Rows that ran Quest; on a GPU one small launch, which a graph can hold.
@@ -54,7 +62,7 @@ class StepCounters:
         count_reads(
             selected,
             seq_lens,
-            self._on_device,
+            self._on_device(),
             page_size=self._config.page_size,
             token_budget=self._config.token_budget,
             backend=self._config.backend,
@@ -71,27 +79,31 @@ class StepCounters:
 
     def reset(self) -> None:
         """Forget everything."""
-        self._on_device.zero_()
+        self._on_device().zero_()
         self._on_host = dict.fromkeys(self._on_host, 0)
-        self._logged = self.snapshot()
+        self._logged = dict(self._on_host)
 
     def snapshot(self) -> dict[str, int]:
         """Everything counted so far. Waits for the device."""
-        counted = dict(zip(_NAMES, self._on_device.tolist(), strict=True))
+        counted = dict(zip(_NAMES, self._on_device().tolist(), strict=True))
         return {name: number + counted.get(name, 0) for name, number in self._on_host.items()}
 
-    def log_when_due(self) -> None:
-        """A line, where the interval is over and something was counted in it. Waits for the device that seldom."""
+    def plan(self, rows: int) -> None:
+        """A step of so many decode rows is about to run. Says what earlier ones read, where a line is due."""
+        self._on_device()  # a graph that is captured must find it
         now = time.monotonic()
-        if not self._interval or now < self._next:
-            return
-        self._next = now + self._interval
+        if self._interval and self._planned and now >= self._next:
+            self._planned = 0
+            self._next = now + self._interval
+            self._write_line()
+        self._planned += rows
+
+    def _write_line(self) -> None:
+        """What was read since the last line. Waits for the device, so seldom."""
         counted = self.snapshot()
         new = {name: counted[name] - self._logged[name] for name in _NAMES}
         self._logged = counted
         rows = new["sparse_rows"] + new["dense_rows"]
-        if rows == 0:
-            return
         share = 100 * new["pages_read"] / max(1, new["pages_held"])
         self._log(
             f"Quest, {self._label}: {new['sparse_rows']} of {rows} decode rows sparse, {new['pages_read']} of "

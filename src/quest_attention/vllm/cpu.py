@@ -96,7 +96,8 @@ class QuestCPUImpl(QuestLayer, CPUAttentionBackendImpl):
     backend_class = QuestCPUBackend
     _folded: tuple[int, Fold] | None = None
 
-    def _attend(self, layer: Any, query: Tensor, opened: OpenCache, step: QuestStep, output: Tensor) -> Selection:
+    def attend(self, layer: Any, query: Tensor, opened: OpenCache, step: QuestStep, output: Tensor) -> Selection:
+        """See `QuestLayer`."""
         config = step.config
         kv = opened.with_table(step.block_table)
         scores = score_pages(query, kv, step.seq_lens, group_reduction=config.group_reduction, backend=config.backend)
@@ -118,7 +119,8 @@ class QuestCPUImpl(QuestLayer, CPUAttentionBackendImpl):
         self._forward_stock(layer, rows, None, None, fold.cache, metadata, output.view(rows.shape), None, None)
         return selected
 
-    def _write(self, layer: Any, key: Tensor, value: Tensor, opened: OpenCache, slots: Tensor) -> None:
+    def write(self, layer: Any, key: Tensor, value: Tensor, opened: OpenCache, slots: Tensor) -> None:
+        """See `QuestLayer`."""
         CPUAttentionBackendImpl.do_kv_cache_update(self, layer, key, value, opened.parts.stock, slots)
         page_size = opened.parts.keys.shape[1]
         update_slot_metadata(opened.parts.metadata, key, slots, page_size=page_size, backend=self._options.backend)

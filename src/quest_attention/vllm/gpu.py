@@ -7,22 +7,27 @@ step every row runs Quest, which reads a row within the budget whole.
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
-from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
     FlashAttentionMetadataBuilder,
 )
 
-from quest_attention.ops import Selection, append_slots, quest_decode
+from quest_attention.ops import Selection, Workspace, append_slots, make_workspace, quest_decode
 from quest_attention.vllm.layer import OpenCache, QuestLayer
 from quest_attention.vllm.layout import layout_of
 from quest_attention.vllm.planning import QuestPlanner
 from quest_attention.vllm.plugin import vllm_version
 from quest_attention.vllm.step import QuestStep
+
+_logger = logging.getLogger("vllm.quest_attention")
 
 __all__ = ["QuestGPUBackend", "QuestGPUImpl", "QuestGPUMetadataBuilder"]
 
@@ -45,6 +50,38 @@ class QuestGPUBackend(FlashAttentionBackend):
         """Metadata of a batch."""
         return QuestGPUMetadataBuilder
 
+    # What FlashAttention serves and Quest was not tested with.
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        """Programs share a row by how many rows there are."""
+        return False
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        """Not tested."""
+        return False
+
+    @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        """Not tested."""
+        return False
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        """Not tested."""
+        return False
+
+    @classmethod
+    def supports_rswa(cls) -> bool:
+        """Not tested."""
+        return False
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        """Decoders alone."""
+        return bool(attn_type == AttentionType.DECODER)
+
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
         """Room for the bounds, in releases of vLLM that ask the backend."""
@@ -57,13 +94,58 @@ class QuestGPUMetadataBuilder(QuestPlanner, FlashAttentionMetadataBuilder):
     # A batch of single tokens is captured whole; others run in pieces between which attention is eager.
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._workspaces: dict[int, Workspace | None] = {}  # by width of the block table; graphs hold their addresses
+
+    def _plan(self, batch: Any) -> QuestStep | None:
+        step = super()._plan(batch)
+        if step is not None and step.num_rows:
+            step.workspace = self._scratch(step)
+            if self._is_capturing:
+                self._warm_up(step)
+        return step
+
+    def _scratch(self, step: QuestStep) -> Workspace | None:
+        """Memory for steps of every size, made where no graph is captured, whose memory it must outlive."""
+        layer, opened = self._first_layer()
+        kv, num_heads = opened.with_table(step.block_table), layer.impl.num_heads
+        if kv.max_pages not in self._workspaces:
+            settings = self.vllm_config
+            captured = settings.compilation_config.max_cudagraph_capture_size or 0
+            sizes = range(1, max(settings.scheduler_config.max_num_seqs, captured) + 1)
+            self._workspaces[kv.max_pages] = make_workspace(kv, num_heads, step.config, batch_sizes=sizes)
+            if self._workspaces[kv.max_pages] is None:
+                _logger.warning("Quest: a decode step takes several launches a layer, with memory of its own.")
+        made = self._workspaces[kv.max_pages]
+        return made if made is not None and made.fits(kv, num_heads, step.config) else None
+
+    def _warm_up(self, step: QuestStep) -> None:
+        """Run a step of this size over no tokens: kernels are compiled and loaded before the graph that holds them."""
+        layer, opened = self._first_layer()
+        impl = layer.impl
+        query = torch.zeros(
+            step.num_rows, impl.num_heads, impl.head_size, dtype=opened.parts.keys.dtype, device=self.device
+        )
+        nothing = replace(
+            step, seq_lens=torch.zeros_like(step.seq_lens), block_table=torch.zeros_like(step.block_table)
+        )
+        selected = impl.attend(layer, query, opened, nothing, torch.empty_like(query))
+        step.counters.count_quest(selected, nothing.seq_lens)
+
+    def _first_layer(self) -> tuple[Any, OpenCache]:
+        """A layer of this worker that chooses, and its cache."""
+        layer = self.vllm_config.compilation_config.static_forward_context[self._counted_layer]
+        return layer, layer.impl.open(layer.kv_cache)
+
 
 class QuestGPUImpl(QuestLayer, FlashAttentionImpl):
     """Attention of a layer."""
 
     backend_class = QuestGPUBackend
 
-    def _attend(self, layer: Any, query: Tensor, opened: OpenCache, step: QuestStep, output: Tensor) -> Selection:
+    def attend(self, layer: Any, query: Tensor, opened: OpenCache, step: QuestStep, output: Tensor) -> Selection:
+        """See `QuestLayer`."""
         del layer
         kv = opened.with_table(step.block_table)
         done = quest_decode(
@@ -73,11 +155,12 @@ class QuestGPUImpl(QuestLayer, FlashAttentionImpl):
             step.config,
             sm_scale=self.scale,
             softcap=self._softcap,
-            workspace=step.workspaces.get(kv, query.shape[1], step.config),
+            workspace=step.workspace,
             out=output,
         )
         return done.selected
 
-    def _write(self, layer: Any, key: Tensor, value: Tensor, opened: OpenCache, slots: Tensor) -> None:
+    def write(self, layer: Any, key: Tensor, value: Tensor, opened: OpenCache, slots: Tensor) -> None:
+        """See `QuestLayer`."""
         del layer
         append_slots(opened.paged, key, value, slots, backend=self._options.backend)

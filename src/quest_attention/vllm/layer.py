@@ -16,7 +16,7 @@ from quest_attention.pages import PagedKV
 from quest_attention.vllm.layout import BlockParts, layout_of
 from quest_attention.vllm.options import KEY, read_options
 from quest_attention.vllm.plugin import vllm_version
-from quest_attention.vllm.refusals import check_layer
+from quest_attention.vllm.refusals import check_layer, check_transfer
 from quest_attention.vllm.step import QuestStep
 
 __all__ = ["OpenCache", "QuestLayer"]
@@ -60,7 +60,9 @@ class QuestLayer:
             kv_sharing_target_layer_name=kv_sharing_target_layer_name,
             sinks=sinks,
         )
-        options = read_options(get_current_vllm_config())
+        vllm_config = get_current_vllm_config()
+        check_transfer(vllm_config.kv_transfer_config)  # vLLM may have made one since the configuration was looked at
+        options = read_options(vllm_config)
         if options is None:
             raise QuestValueError("additional_config", "nothing", f'{{"{KEY}": {{"token_budget": 2048}}}} or the like')
         super().__init__(  # type: ignore[call-arg]
@@ -81,6 +83,7 @@ class QuestLayer:
         self._layout = layout_of(vllm_version())
         self._prepare_layout()
         self._opened: OpenCache | None = None
+        self._is_sparse: bool | None = None
 
     def _prepare_layout(self) -> None:
         from vllm.model_executor.layers.attention import Attention
@@ -103,9 +106,11 @@ class QuestLayer:
         scales = (output_scale, output_block_scale)
         if attn_metadata is None:  # vLLM measures memory
             return self._forward_stock(layer, query, key, value, kv_cache, None, output, *scales)
-        opened = self._open(kv_cache)
+        opened = self.open(kv_cache)
         step: QuestStep | None = attn_metadata.quest
-        if step is not None and extract_layer_index(layer.layer_name) >= self._options.num_dense_layers:
+        if self._is_sparse is None:
+            self._is_sparse = extract_layer_index(layer.layer_name) >= self._options.num_dense_layers
+        if step is not None and self._is_sparse:
             is_counted = layer.layer_name == step.counted_layer
             if step.num_rows:
                 return self._forward_quest(layer, query, opened, step, output, is_counted=is_counted)
@@ -119,7 +124,7 @@ class QuestLayer:
     ) -> None:
         """Write tokens to their slots, and take them into the bounds; `key` and `value` may be padded."""
         count = slot_mapping.shape[0]
-        self._write(layer, key[:count], value[:count], self._open(kv_cache), slot_mapping)
+        self.write(layer, key[:count], value[:count], self.open(kv_cache), slot_mapping)
 
     def _forward_stock(self, *arguments: Any) -> Tensor:
         output: Tensor = super().forward(*arguments)  # type: ignore[misc]
@@ -132,20 +137,20 @@ class QuestLayer:
         if step.rest is not None:
             stock = opened.parts.stock
             self._forward_stock(layer, query[rows:], None, None, stock, step.rest, output[rows:], None, None)
-        selected = self._attend(layer, query[:rows], opened, step, output[:rows])
+        selected = self.attend(layer, query[:rows], opened, step, output[:rows])
         if is_counted:
             step.counters.count_quest(selected, step.seq_lens)
         return output
 
-    def _attend(self, layer: Any, query: Tensor, opened: OpenCache, step: QuestStep, output: Tensor) -> Selection:
+    def attend(self, layer: Any, query: Tensor, opened: OpenCache, step: QuestStep, output: Tensor) -> Selection:
         """Run the rows of a step, `[R, HQ, D]`, and write their output `[R, HQ, D]`; gives the pages that were read."""
         raise NotImplementedError
 
-    def _write(self, layer: Any, key: Tensor, value: Tensor, opened: OpenCache, slots: Tensor) -> None:
+    def write(self, layer: Any, key: Tensor, value: Tensor, opened: OpenCache, slots: Tensor) -> None:
         """Write tokens, `[T, HKV, D]`, to their slots `[T]`, and take them into the bounds."""
         raise NotImplementedError
 
-    def _open(self, kv_cache: Tensor) -> OpenCache:
+    def open(self, kv_cache: Tensor) -> OpenCache:
         """Views of a layer's cache, made once: vLLM gives the same tensor each time."""
         if self._opened is None or self._opened.address != kv_cache.data_ptr():
             narrow = self._options.is_narrow

@@ -20,7 +20,7 @@ from torch import Tensor
 from quest_attention.errors import UnsupportedModelError
 from quest_attention.pages import FP8_METADATA
 
-__all__ = ["BlockLayout", "BlockParts", "PaddedBlocks", "RowedBlocks", "layout_of"]
+__all__ = ["BlockLayout", "BlockParts", "PaddedBlocks", "RowedBlocks", "check_full", "layout_of"]
 
 _SIDES = 2
 """The largest and the smallest key."""
@@ -76,7 +76,7 @@ class RowedBlocks:
 
     def customize(self, spec: Any) -> Any:
         """See `BlockLayout`."""
-        _check_full(spec)
+        check_full(spec)
         return replace(spec, tokens_per_state=Fraction(spec.block_size, spec.block_size + 1))
 
     def split(self, kv_cache: Tensor, num_kv_heads: int, head_dim: int, *, narrow: bool) -> BlockParts:
@@ -112,6 +112,8 @@ class PaddedBlocks:
         """See `BlockLayout`."""
         width = _SIDES * head_dim
         taken = kv_cache[0].numel()  # numbers of keys and values in a block
+        if kv_cache.stride(0) < taken + num_kv_heads * width:
+            raise UnsupportedModelError(f"KV cache: got blocks {kv_cache.stride(0)} apart, without room for bounds")
         room = kv_cache.as_strided(
             (kv_cache.shape[0], num_kv_heads, width),
             (kv_cache.stride(0), width, 1),
@@ -128,7 +130,7 @@ def layout_of(version: tuple[int, int]) -> BlockLayout:
 
 
 def _padded(spec: Any) -> Any:
-    _check_full(spec)
+    check_full(spec)
     room = _SIDES * spec.num_kv_heads * spec.head_size * spec.dtype.itemsize
     return replace(spec, page_size_padded=spec.real_page_size_bytes + room)
 
@@ -142,7 +144,12 @@ def _as_bounds(room: Tensor, *, narrow: bool) -> Tensor:
     return bounds
 
 
-def _check_full(spec: Any) -> None:
+def check_full(spec: Any) -> None:
+    """Whether a layer stores what full attention does.
+
+    Raises:
+        UnsupportedModelError: It does not.
+    """
     kind = type(spec).__name__
     if kind != "FullAttentionSpec" or spec.sliding_window is not None or spec.attention_chunk_size is not None:
         raise UnsupportedModelError(f"KV cache: got a {kind}, expected full attention in every layer")

@@ -39,7 +39,7 @@ class QuestOptions:
         number: object = self.log_interval
         if not isinstance(number, int | float) or isinstance(number, bool) or not 0 <= number < float("inf"):
             raise QuestValueError(f"{KEY}.log_interval", number, "seconds, 0 for no such lines")
-        self.config(1)  # checks everything but whether the budget holds pages of the real size
+        self.config(1)  # checks everything but whether the budget holds blocks of the real size
 
     @property
     def token_budget(self) -> int:
@@ -67,7 +67,11 @@ class QuestOptions:
         Raises:
             QuestValueError: The budget cannot hold the forced pages, or a value is wrong.
         """
-        return QuestConfig.from_dict({**self.reading, _PAGE_SIZE: block_size})
+        try:
+            return QuestConfig.from_dict({**self.reading, _PAGE_SIZE: block_size})
+        except QuestValueError as error:
+            block = " (a page is a block of vLLM: --block-size)" if "forced pages" in error.expected else ""
+            raise QuestValueError(f"{KEY}.{error.argument}", error.got, error.expected + block) from None
 
     @classmethod
     def from_mapping(cls, given: object) -> QuestOptions:
@@ -103,9 +107,14 @@ def read_options(vllm_config: Any) -> QuestOptions | None:
         vllm_config: A `VllmConfig`.
 
     Raises:
-        QuestValueError: Something under "quest" is unknown or wrong.
+        QuestValueError: Something under "quest" is unknown or wrong, or "quest" is spelt otherwise.
     """
     additional = vllm_config.additional_config
-    if not isinstance(additional, Mapping) or KEY not in additional:
+    if not isinstance(additional, Mapping):
+        return None
+    for name in additional:
+        if name != KEY and str(name).casefold() == KEY:
+            raise QuestValueError("additional_config", name, f"{KEY!r}, in small letters")
+    if KEY not in additional:
         return None
     return QuestOptions.from_mapping(additional[KEY])

@@ -10,12 +10,14 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from quest_attention.errors import QuestValueError
+from quest_attention.errors import QuestValueError, UnsupportedModelError
+from quest_attention.ops import resolve_backend
 from quest_attention.pages import num_pages
 from quest_attention.vllm.counters import StepCounters
+from quest_attention.vllm.layout import check_full
 from quest_attention.vllm.options import KEY, read_options
+from quest_attention.vllm.refusals import BACKEND_NAME
 from quest_attention.vllm.step import QuestStep
-from quest_attention.vllm.workspaces import Workspaces
 
 __all__ = ["QuestPlanner"]
 
@@ -40,17 +42,19 @@ class QuestPlanner:
         assert options is not None, "a layer of the model was made with these options"
         self.config = options.config(kv_cache_spec.block_size)
         self._max_model_len = vllm_config.model_config.max_model_len
-        self._is_capturing = False
-        most = max(vllm_config.scheduler_config.max_num_seqs, _captured_size(vllm_config))
-        self._workspaces = Workspaces(most)
+        self._is_capturing = self._has_captured = False
+        check_full(kv_cache_spec)
+        _check_backends(vllm_config)
         sparse = [name for name in layer_names if extract_layer_index(name) >= self.config.num_dense_layers]
         self.counters: StepCounters | None = None
         if sparse and self.config.token_budget < self._max_model_len:
             self._counted_layer = min(sparse, key=extract_layer_index)
             label = f"worker {get_tensor_model_parallel_rank()}"
+            backend = resolve_backend(self.config.backend, device)
             self.counters = StepCounters(self.config, device, label, options.log_interval, _logger.info)
             _logger.info(
-                "Quest, %s: decode rows past %d tokens read %d of up to %d pages of %d tokens in %d of %d layers.",
+                "Quest, %s: decode rows past %d tokens read %d of up to %d pages of %d tokens in %d of %d layers; "
+                "backend %s, %s.",
                 label,
                 self.config.token_budget,
                 self.config.page_budget,
@@ -58,6 +62,8 @@ class QuestPlanner:
                 self.config.page_size,
                 len(sparse),
                 len(layer_names),
+                backend.name,
+                backend.reason,
             )
         else:
             _logger.warning(
@@ -80,7 +86,7 @@ class QuestPlanner:
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
         """Metadata of a batch whose lengths will be the device's: every row may be past the budget."""
-        self._is_capturing = True
+        self._is_capturing = self._has_captured = True
         try:
             return super().build_for_cudagraph_capture(common_attn_metadata)  # type: ignore[misc]
         finally:
@@ -94,11 +100,18 @@ class QuestPlanner:
         counters = self.counters
         if counters is None:
             return None
-        rows, _, tokens, _ = split_decodes_and_prefills(batch, decode_threshold=_DECODE_TOKENS)
+        # The last token of a prompt may come alone; where vLLM tells, and no graph is replayed, it is no decode row.
+        tells = batch.is_prefilling is not None and not self._is_capturing
+        rows, _, tokens, _ = split_decodes_and_prefills(
+            batch, decode_threshold=_DECODE_TOKENS, treat_short_extends_as_decodes=not tells
+        )
         rows = min(rows, tokens)  # rows that only pad an eager batch have no token and come last
         lengths = _lengths(batch, rows)
         if not self._is_capturing:
-            counters.log_when_due()
+            if self._has_captured:  # what vLLM ran to capture is nobody's
+                counters.reset()
+                self._has_captured = False
+            counters.plan(len(lengths))
             if max(lengths, default=0) <= self.config.token_budget:
                 rows = 0
         step = QuestStep(
@@ -109,7 +122,6 @@ class QuestPlanner:
             rows,
             batch.seq_lens[:rows],
             batch.block_table_tensor[:rows],
-            self._workspaces,
         )
         if rows > 0 and tokens < batch.num_actual_tokens:
             step.rest = self._build_stock(0, _rows_from(batch, rows, tokens), True)
@@ -122,9 +134,16 @@ def _lengths(batch: Any, rows: int) -> list[int]:
     return [batch.max_seq_len] * rows if known is None else cast("list[int]", known[:rows].tolist())
 
 
-def _captured_size(vllm_config: Any) -> int:
-    """Tokens, so decode rows, of the largest batch in a CUDA graph."""
-    return vllm_config.compilation_config.max_cudagraph_capture_size or 0
+def _check_backends(vllm_config: Any) -> None:
+    """Whether every attention layer of the model took the backend that was asked for.
+
+    Raises:
+        UnsupportedModelError: A layer brings a backend of its own.
+    """
+    for name, layer in vllm_config.compilation_config.static_forward_context.items():
+        backend = getattr(layer, "attn_backend", None)
+        if backend is not None and backend.get_name() != BACKEND_NAME:
+            raise UnsupportedModelError(f"model: got {backend.get_name()} in {name}, expected Quest in every layer")
 
 
 def _rows_from(batch: Any, first: int, first_token: int) -> Any:

@@ -76,7 +76,7 @@ def _wrap_check(platform: Any) -> None:
         original.__func__(cls, vllm_config)
         if read_options(vllm_config) is not None:
             _check_installation(cls)
-            check_vllm_config(vllm_config)
+            check_vllm_config(vllm_config, cls)
         elif _is_ours(cls, vllm_config.attention_config.backend):
             raise QuestValueError("additional_config", vllm_config.additional_config, f"one with {KEY!r} in it")
 

@@ -5,23 +5,31 @@ from __future__ import annotations
 from typing import Any
 
 from quest_attention.errors import QuestValueError, UnsupportedModelError
+from quest_attention.ops import resolve_backend
 from quest_attention.vllm.options import KEY, QuestOptions, read_options
 
-__all__ = ["BACKEND_NAME", "check_layer", "check_vllm_config"]
+__all__ = ["BACKEND_NAME", "check_layer", "check_transfer", "check_vllm_config"]
 
 BACKEND_NAME = "CUSTOM"
 """vLLM's name for an attention backend from outside: of `--attention-backend`."""
 _PLAIN_CACHE = "auto"
 _FULL = "full_attention"
 """transformers' name in `layer_types`."""
-_DRAFT_FREE = ("ngram", "ngram_gpu", "suffix")
+_DRAFT_FREE = ("ngram",)
 """Ways to speculate without a model whose attention would be Quest's too."""
+_FP8_CAPABILITY = 89
+"""Compute capability from which GPUs convert to 8-bit floats, ten times over: vLLM's way to write 8.9."""
 
 
-def check_vllm_config(vllm_config: Any) -> None:
+def check_vllm_config(vllm_config: Any, platform: Any) -> None:
     """Look at a server's whole configuration, in the process that the user started.
 
+    Args:
+        vllm_config: A `VllmConfig`.
+        platform: vLLM's platform of the device.
+
     Raises:
+        BackendError: The verbs cannot run on this device as asked.
         QuestValueError: Something under "quest" is wrong, or another setting does not go with Quest.
         UnsupportedModelError: The model has an attention that Quest cannot serve.
     """
@@ -32,6 +40,7 @@ def check_vllm_config(vllm_config: Any) -> None:
     if backend != BACKEND_NAME:
         found = "vLLM's own choice" if backend is None else backend
         raise QuestValueError("attention_backend", found, f"{BACKEND_NAME}, by which Quest runs where {KEY!r} is given")
+    _check_device(options, vllm_config, platform)
     _check_settings(vllm_config)
     model = vllm_config.model_config
     if model is not None:
@@ -73,27 +82,51 @@ def check_layer(
     _check_cache_dtype(kv_cache_dtype)
 
 
+def check_transfer(transfer: Any) -> None:
+    """Look at vLLM's settings for moving blocks elsewhere, which it also makes from others (`--kv-offloading-size`).
+
+    Raises:
+        QuestValueError: There are some.
+    """
+    if transfer is not None:
+        reason = "none: a connector moves keys and values, and bounds may stay behind"
+        raise QuestValueError("kv_transfer_config", transfer.kv_connector, reason)
+
+
+def _check_device(options: QuestOptions, vllm_config: Any, platform: Any) -> None:
+    backend = resolve_backend(options.backend, platform.device_type)
+    if platform.device_type != "cuda":
+        return
+    if backend.name != "triton" and not vllm_config.model_config.enforce_eager:
+        expected = "'triton', or --enforce-eager: the others cannot be captured in CUDA graphs"
+        raise QuestValueError(f"{KEY}.backend", backend.name, expected)
+    if options.is_narrow and not platform.has_device_capability(_FP8_CAPABILITY):
+        raise QuestValueError(f"{KEY}.metadata_dtype", "fp8", "'kv' on a GPU of compute capability below 8.9")
+
+
 def _check_cache_dtype(kv_cache_dtype: str) -> None:
     if kv_cache_dtype != _PLAIN_CACHE:
-        reason = "a cache in the dtype of the model: Quest does not read quantized keys"
-        raise QuestValueError("kv_cache_dtype", kv_cache_dtype, f"{_PLAIN_CACHE!r}, {reason}")
+        reason = "a cache in the dtype of the model, which Quest reads"
+        raise QuestValueError("kv_cache_dtype", kv_cache_dtype, f"{_PLAIN_CACHE!r}: {reason}")
 
 
 def _check_settings(vllm_config: Any) -> None:
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
     if cache is not None:
         _check_cache_dtype(cache.cache_dtype)
+        offloaded = getattr(cache, "kv_offloading_size", None)
+        if offloaded is not None:
+            raise QuestValueError("kv_offloading_size", offloaded, "none: bounds may stay behind when a block moves")
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         size = getattr(parallel, name, 1)
         if size > 1:
             raise QuestValueError(name, size, "1: with a context cut over ranks no rank sees all pages of a sequence")
-    if getattr(parallel, "enable_dbo", False):
-        raise QuestValueError("enable_dbo", True, "False: two batches at once would share scratch memory")
-    if vllm_config.kv_transfer_config is not None:
-        connector = vllm_config.kv_transfer_config.kv_connector
-        raise QuestValueError(
-            "kv_transfer_config", connector, "none: a connector moves keys and values, and bounds would stay behind"
-        )
+    if getattr(parallel, "pipeline_parallel_size", 1) > 1:
+        raise QuestValueError("pipeline_parallel_size", parallel.pipeline_parallel_size, "1: more is not tested")
+    for name in ("enable_dbo", "use_ubatching"):
+        if getattr(parallel, name, False):
+            raise QuestValueError(name, True, "False: two batches at once would share scratch memory")
+    check_transfer(vllm_config.kv_transfer_config)
     speculation = vllm_config.speculative_config
     if speculation is not None and speculation.method not in _DRAFT_FREE:
         names = ", ".join(_DRAFT_FREE)
@@ -110,6 +143,8 @@ def _check_model(model: Any) -> None:
         raise UnsupportedModelError(f"model: got {name}, an encoder and decoder, expected a decoder")
     if model.is_hybrid or model.is_attention_free:
         raise UnsupportedModelError(f"model: got {name} with states, expected full attention in every layer")
+    if getattr(model, "rswa_window", None) is not None or getattr(model, "is_mm_prefix_lm", False):
+        raise UnsupportedModelError(f"model: got {name}, expected one whose every layer is causal and reads everything")
     if model.runner_type != "generate":
         raise UnsupportedModelError(f"model: got {name} to run as {model.runner_type}, expected one that generates")
     window = model.get_sliding_window()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from quest_attention.config import QuestConfig
+from quest_attention.ops import Workspace
 from quest_attention.vllm.counters import StepCounters
-from quest_attention.vllm.workspaces import Workspaces
 
 __all__ = ["QuestStep", "read_lengths"]
 
@@ -28,9 +28,9 @@ class QuestStep:
             first in the batch, one token each.
         seq_lens: `[R]` int32, the token of this step included; 0 in rows that only pad a captured batch [tokens].
         block_table: `[R, P]` int32, vLLM's name for a page table.
-        workspaces: Scratch memory of the worker.
         rest: Stock metadata of the rows behind, or None.
         folded: On a CPU, stock metadata of the rows folded over KV heads, all but the table.
+        workspace: On a GPU, scratch memory of the worker's steps; None where a step takes its own.
     """
 
     config: QuestConfig
@@ -40,9 +40,9 @@ class QuestStep:
     num_rows: int
     seq_lens: Tensor
     block_table: Tensor
-    workspaces: Workspaces
     rest: Any = None
     folded: Any = None
+    workspace: Workspace | None = None
 
 
 def read_lengths(seq_lens: Tensor, config: QuestConfig) -> Tensor:

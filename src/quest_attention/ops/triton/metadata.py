@@ -11,6 +11,8 @@ from quest_attention.pages import FP8_METADATA, PagedKV, num_pages
 
 __all__ = ["append_slots", "append_token", "update_page_metadata", "update_slot_metadata"]
 
+_KEYS_PER_WARP = 2048
+"""Numbers of a page's keys that a warp holds at once: 64 registers a thread in float32."""
 _PAGES_PER_PROGRAM = 4
 """Pages one program takes after a prefill: enough bytes in flight per program, and a grid that still fills the GPU."""
 
@@ -130,7 +132,7 @@ def _launch_slots(
         VALUE_DIM=values.shape[-1],
         BLOCK_DV=triton.next_power_of_2(values.shape[-1]),
         NARROW=metadata.dtype == FP8_METADATA,
-        num_warps=1,
+        num_warps=max(1, min(8, triton.next_power_of_2(page_size) * triton.next_power_of_2(dim) // _KEYS_PER_WARP)),
     )
 
 
