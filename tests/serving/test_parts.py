@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from quest_attention import QuestConfig, QuestValueError, UnsupportedModelError
+from quest_attention import BackendError, QuestConfig, QuestValueError, UnsupportedModelError
 from quest_attention.ops import Selection
 from quest_attention.pages import FP8_METADATA, KEY_MAX, KEY_MIN
 from quest_attention.vllm.counters import StepCounters
@@ -274,6 +274,13 @@ def test_a_plain_server_is_taken() -> None:
     check_vllm_config(a_server(), CPU)
     check_vllm_config(a_server(additional_config={}, model_config={"use_mla": True}), CPU)  # nobody asks
     check_vllm_config(a_server(speculative_config=SimpleNamespace(method="ngram")), CPU)
+
+
+def test_a_backend_that_cannot_run_here_is_refused_before_a_request() -> None:
+    with pytest.raises(BackendError, match="backend: got 'triton', expected 'auto' or 'torch' here"):
+        check_vllm_config(
+            a_server(additional_config={"quest": {"backend": "triton"}}), SimpleNamespace(device_type="xpu")
+        )
 
 
 def test_a_backend_that_cannot_be_captured_is_refused_on_a_gpu() -> None:

@@ -60,10 +60,6 @@ def test_what_is_right_is_taken() -> None:
         ({"additional_config": {"quest": {"backend": "cuda"}}}, "quest.backend: got 'cuda', expected one of"),
         ({"additional_config": {"quest": {"log_interval": -1}}}, "quest.log_interval: got -1"),
         ({"additional_config": {"quest": 2048}}, "quest: got 2048, expected an object"),
-        (
-            {"additional_config": {"quest": {"backend": "triton"}}},
-            "backend: got 'triton', expected 'auto' or 'torch' here",
-        ),
         ({"additional_config": {"Quest": {}}, "attention_backend": None}, "expected 'quest', in small letters"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype: got 'fp8', expected 'auto'"),
         ({"kv_offloading_size": 1.0}, "kv_offloading_size: got 1.0, expected none"),
