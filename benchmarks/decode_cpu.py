@@ -31,10 +31,13 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from quest_attention import QuestConfig, QuestWarning, enable_quest
 from quest_attention.bench.record import write_record
+from quest_attention.bench.shapes import SHAPES
 from quest_attention.bench.timing import percentiles, time_calls
 from quest_attention.hf import QuestLayer
 
-LAYERS, HIDDEN, QUERY_HEADS, KV_HEADS, HEAD_DIM = 8, 512, 8, 4, 64
+SHAPE = SHAPES["small"]
+LAYERS, KV_HEADS = SHAPE["num_hidden_layers"], SHAPE["num_key_value_heads"]
+HEAD_DIM = SHAPE["hidden_size"] // SHAPE["num_attention_heads"]
 PAGE_SIZE, TOKEN_BUDGET = 16, 1024
 WARMUP = 3
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -44,16 +47,7 @@ ARMS = {"dynamic": None, "dense": LAYERS, "quest-2": 2, "quest-0": 0}  # number 
 def make_model(dtype: torch.dtype, seed: int) -> LlamaForCausalLM:
     """A random Llama of 8 layers."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=QUERY_HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        intermediate_size=1408,
-        vocab_size=4096,
-        max_position_embeddings=1 << 20,
-    )
+    config = LlamaConfig(**SHAPE, head_dim=HEAD_DIM, max_position_embeddings=1 << 20)
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
@@ -126,8 +120,8 @@ def main(
     if output is not None:
         settings = {
             "layers": LAYERS,
-            "hidden": HIDDEN,
-            "query_heads": QUERY_HEADS,
+            "hidden": SHAPE["hidden_size"],
+            "query_heads": SHAPE["num_attention_heads"],
             "kv_heads": KV_HEADS,
             "head_dim": HEAD_DIM,
             "page_size": PAGE_SIZE,

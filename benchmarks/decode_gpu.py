@@ -34,6 +34,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from quest_attention import QuestConfig, QuestWarning, enable_quest
 from quest_attention.bench.record import write_record
+from quest_attention.bench.shapes import SHAPES
 from quest_attention.bench.timing import percentiles
 
 PAGE_SIZE, NUM_DENSE_LAYERS = 16, 2
@@ -42,39 +43,12 @@ INT4 = "-int4"
 WARMUP = 6
 """Tokens not counted: the first steps capture the graph."""
 
-MODELS = {
-    "llama-2-7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 32000,
-    },
-    "llama-3.1-8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-    "tiny": {  # for trying the script out
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 256,
-    },
-}
-
 
 class Case(NamedTuple):
     """What is timed together.
 
     Attributes:
-        model: Name in MODELS.
+        model: Name in SHAPES.
         batch: Sequences.
         context: Tokens in the cache.
         arms: Names of the arms.
@@ -119,7 +93,7 @@ def make_model(name: str, device: torch.device, dtype: torch.dtype, seed: int) -
     """A Llama of random weights, made on the device."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        **MODELS[name.removesuffix(INT4)], max_position_embeddings=1 << 20, bos_token_id=None, eos_token_id=None
+        **SHAPES[name.removesuffix(INT4)], max_position_embeddings=1 << 20, bos_token_id=None, eos_token_id=None
     )
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

@@ -25,34 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from quest_attention.bench.record import write_record
+from quest_attention.bench.shapes import SHAPES
 from quest_attention.bench.timing import percentiles
 
-MODELS = {
-    "llama-3.1-8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-    "small": {  # that of decode_cpu.py
-        "hidden_size": 512,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "vocab_size": 4096,
-    },
-    "tiny": {  # for trying the script out
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 256,
-    },
-}
 CONTEXTS = (8192, 32768, 131072)
 BATCHES = ("1", "4", "most")
 ROOM = 512
@@ -66,7 +41,7 @@ ARM = "QUEST_BENCHMARK_ARM"
 def write_config(folder: Path, model: str, positions: int) -> None:
     """A Llama without weights or tokenizer."""
     shape = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16", "rope_theta": 5e5}
-    config = {**shape, **MODELS[model], "max_position_embeddings": positions, "bos_token_id": 1, "eos_token_id": 2}
+    config = {**shape, **SHAPES[model], "max_position_embeddings": positions, "bos_token_id": 1, "eos_token_id": 2}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
@@ -107,7 +82,7 @@ def measure_arm(options: dict[str, Any]) -> dict[str, Any]:
             for batch in dict.fromkeys(most if name == "most" else int(name) for name in options["batches"]):
                 if batch > most:
                     continue
-                vocabulary = MODELS[options["model"]]["vocab_size"]
+                vocabulary = SHAPES[options["model"]]["vocab_size"]
                 # The prompts of a longer context begin with those of a shorter one, which are in the cache already.
                 prompts = [
                     {"prompt_token_ids": random.Random(index).choices(range(3, vocabulary), k=longest)[:context]}

@@ -12,11 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from quest_attention.ops import Selection
 from quest_attention.vllm.gpu import QuestGPUBackend, QuestGPUImpl, QuestGPUMetadataBuilder
-from quest_attention.vllm.layer import OpenCache
-from quest_attention.vllm.step import QuestStep
-from vllm_oracle import Oracle, OracleExtension
+from vllm_oracle import OracleExtension
 
 
 class SimulatedBackend(QuestGPUBackend):
@@ -85,20 +82,4 @@ class SimulatedOracle(OracleExtension):
         return [metadata.quest.num_rows for metadata in plans]
 
     def install_oracle(self) -> None:
-        oracle = self._oracle = Oracle()  # type: ignore[attr-defined]
-        write, attend = QuestGPUImpl.write, QuestGPUImpl.attend
-
-        def checked_write(impl: Any, layer: Any, key: Tensor, value: Tensor, opened: OpenCache, slots: Tensor) -> None:
-            write(impl, layer, key, value, opened, slots)
-            oracle.write(layer.layer_name, opened.parts.keys, key, value, slots)
-
-        def checked_attend(
-            impl: Any, layer: Any, query: Tensor, opened: OpenCache, step: QuestStep, output: Tensor
-        ) -> Selection:
-            output.fill_(float("nan"))
-            selected = attend(impl, layer, query, opened, step, output)
-            name, metadata = layer.layer_name, opened.parts.metadata
-            oracle.check(name, metadata, query, step, selected, output, None, impl.scale)
-            return selected
-
-        QuestGPUImpl.write, QuestGPUImpl.attend = checked_write, checked_attend  # type: ignore[method-assign]
+        self.watch(QuestGPUImpl, has_yardstick=False)

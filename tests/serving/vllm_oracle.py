@@ -164,8 +164,12 @@ class OracleExtension(QuestWorkerExtension):
         """Check every Quest call of this worker from now on. Before the first request: what was not seen is missing."""
         from quest_attention.vllm.cpu import QuestCPUImpl
 
+        self.watch(QuestCPUImpl, has_yardstick=True)
+
+    def watch(self, kind: Any, *, has_yardstick: bool) -> None:
+        """Check every call of a class of attention; with vLLM's own kernel as a yardstick where it attends."""
         oracle = self._oracle = Oracle()  # type: ignore[attr-defined]
-        write, attend = QuestCPUImpl.write, QuestCPUImpl.attend
+        write, attend = kind.write, kind.attend
 
         def checked_write(impl: Any, layer: Any, key: Tensor, value: Tensor, opened: Any, slots: Tensor) -> None:
             write(impl, layer, key, value, opened, slots)
@@ -175,13 +179,13 @@ class OracleExtension(QuestWorkerExtension):
             impl: Any, layer: Any, query: Tensor, opened: Any, step: QuestStep, output: Tensor
         ) -> Selection:
             output.fill_(float("nan"))
-            selected = attend(impl, layer, query, opened, step, output)
-            name = layer.layer_name
-            yardstick = oracle.stock(impl, layer, query, step, selected)
-            oracle.check(name, opened.parts.metadata, query, step, selected, output, yardstick, impl.scale)
+            selected: Selection = attend(impl, layer, query, opened, step, output)
+            yardstick = oracle.stock(impl, layer, query, step, selected) if has_yardstick else None
+            metadata = opened.parts.metadata
+            oracle.check(layer.layer_name, metadata, query, step, selected, output, yardstick, impl.scale)
             return selected
 
-        QuestCPUImpl.write, QuestCPUImpl.attend = checked_write, checked_attend  # type: ignore[method-assign]
+        kind.write, kind.attend = checked_write, checked_attend
 
     def oracle_report(self) -> dict[str, Any]:
         """What the oracle of this worker saw."""
