@@ -201,6 +201,17 @@ def test_counters_of_rows_on_host_and_device() -> None:
     assert not any(counters.snapshot().values())
 
 
+def test_counters_made_by_a_step_are_reset_outside_of_one() -> None:
+    counters = make_counters([])
+    with torch.inference_mode():
+        counters.plan(1)
+        counters.count_quest(
+            Selection(torch.zeros(1, 1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)), torch.tensor([99])
+        )
+    counters.reset()
+    assert not any(counters.snapshot().values())
+
+
 def test_a_line_at_an_interval_where_something_was_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     now, lines = 1000.0, []
     monkeypatch.setattr(time, "monotonic", lambda: now)

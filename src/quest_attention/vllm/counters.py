@@ -49,7 +49,8 @@ class StepCounters:
     def _on_device(self) -> Tensor:
         """Made at its first use, when a step is planned: of what a builder makes at once vLLM may drop the contents."""
         if self._made is None:
-            self._made = torch.zeros(len(_NAMES), dtype=torch.int64, device=self._device)
+            with torch.inference_mode(False):  # a step runs in it, and what asks for the numbers does not
+                self._made = torch.zeros(len(_NAMES), dtype=torch.int64, device=self._device)
         return self._made
 
     def count_quest(self, selected: Selection, seq_lens: Tensor) -> None:
