@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import time
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,6 +15,7 @@ import torch
 from quest_attention import BackendError, QuestConfig, QuestValueError, UnsupportedModelError
 from quest_attention.ops import Selection
 from quest_attention.pages import FP8_METADATA, KEY_MAX, KEY_MIN
+from quest_attention.vllm import plugin
 from quest_attention.vllm.counters import StepCounters
 from quest_attention.vllm.folding import Fold
 from quest_attention.vllm.layout import PaddedBlocks, RowedBlocks, layout_of
@@ -276,6 +278,15 @@ def a_server(**changes: Any) -> SimpleNamespace:
             SimpleNamespace(**(vars(found[name]) | change)) if isinstance(found[name], SimpleNamespace) else change
         )
     return SimpleNamespace(**found)
+
+
+@pytest.mark.parametrize(("version", "is_tested"), [("0.32.1+cpu", True), ("0.29.0", False), ("dev", False)])
+def test_a_vllm_that_nobody_knows_is_left_alone(version: str, is_tested: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda _name: version)
+    assert plugin._is_tested() is is_tested
+    if version == "dev":
+        with pytest.raises(BackendError, match="vllm: got version 'dev', expected that of a release"):
+            plugin.vllm_version()
 
 
 CPU = SimpleNamespace(device_type="cpu")

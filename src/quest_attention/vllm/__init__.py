@@ -6,9 +6,11 @@
     options.py   what stands under "quest" in --additional-config
     refusals.py  what Quest cannot serve, said before a model is loaded
     layout.py    where the bounds lie: inside vLLM's own pages, so that they travel and are paid for with them
-    step.py      which rows of a batch run Quest
+    step.py      the rows of a batch that run Quest; planning.py finds them, for any device
     counters.py  what was read, counted where it was read
+    layer.py     the attention of a layer, for any device: which rows go where
     cpu.py, gpu.py  the attention backends: the stock one, with Quest for decode rows past the budget
+    folding.py   KV heads folded into blocks, for the stock kernel of a CPU
     worker.py    the counters over vLLM's `collective_rpc`
 
 docs/vllm.md says how to install, serve and tune. Nothing here imports vLLM before vLLM imports it.
