@@ -11,8 +11,10 @@ Arms, each over the same random keys and values:
 
 `dense` and `quest` differ in nothing but what they read. The time of a token is that between two calls of a logits
 processor, so it holds all that `generate()` does. `prefill` times a prompt with and without Quest. The run fails when
-an arm did not take the path it is named for. Weights are bfloat16, and 4-bit in groups of 128 by torchao where the name
-of a model ends in -int4 (`pip install torchao`): the paper's 2.23x is with 4-bit weights.
+an arm did not take the path it is named for. With `--compiled` the decoder layers are compiled (`torch.compile`; cache
+and attention stay out of it) for all arms alike; `stock` and `prefill` are left out. Weights are bfloat16, and 4-bit in
+groups of 128 by torchao where the name of a model ends in -int4 (`pip install torchao`): the paper's 2.23x is with
+4-bit weights.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch._dynamo import config as dynamo
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicCache
 
@@ -108,6 +111,13 @@ def make_model(name: str, device: torch.device, dtype: torch.dtype, seed: int) -
         with torch.inference_mode(False), torch.no_grad():
             quantize_(model.model, Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d"))
     return model
+
+
+def compile_layers(model: LlamaForCausalLM) -> None:
+    """Fuse what stands between the matrix products of a layer. Layers share what was compiled."""
+    dynamo.allow_unspec_int_on_nn_module = True  # the index of a layer is no reason to compile it again
+    for layer in model.model.layers:
+        layer.compile()
 
 
 def fill(cache: Cache, model: LlamaForCausalLM, batch: int, length: int, seed: int) -> None:
@@ -201,6 +211,7 @@ def main(
     tokens: Annotated[int, typer.Option(help="Counted tokens per arm.")] = 24,
     repeats: Annotated[int, typer.Option(help="Timings of a prefill.")] = 12,
     device: Annotated[str, typer.Option(help="Where to run.")] = "cuda",
+    compiled: Annotated[bool, typer.Option(help="Compile the decoder layers; no `stock`, no `prefill`.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of weights and caches.")] = 0,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
@@ -218,6 +229,7 @@ def main(
                 "dtype": str(dtype),
                 "tokens": tokens,
                 "warmup": WARMUP,
+                "compiled": compiled,
                 "seed": seed,
             }
             write_record(output, f"python {' '.join(sys.argv)}", settings, rows)
@@ -226,11 +238,15 @@ def main(
     with torch.inference_mode():
         for name in models.split(","):
             model = make_model(name, where, dtype, seed)
+            if compiled:
+                compile_layers(model)
             for case in (*CASES, *tries):
                 if case.model != name or case.context > longest:
                     continue
                 dense: float | None = None
                 for arm in case.arms:
+                    if compiled and arm == "stock":
+                        continue
                     row = time_arm(model, case, arm, tokens, seed)
                     gc.collect()
                     if where.type == "cuda":
@@ -242,7 +258,7 @@ def main(
                     numbers = (f"{row['ms']['p50']:.2f}", f"{ratio:.2f}x" if ratio else "", f"{row['share_read']:.1%}")
                     table.add_row(name, str(case.batch), str(case.context), arm, *numbers)
                     write()
-            lengths = () if name.endswith(INT4) else PREFILL_LENGTHS if name != "tiny" else (600,)
+            lengths = () if name.endswith(INT4) or compiled else PREFILL_LENGTHS if name != "tiny" else (600,)
             for length in lengths:  # kernels for 4-bit weights are made for decoding
                 if length <= longest:
                     seconds = time_prefill(model, length, repeats)

@@ -88,6 +88,7 @@ def _eager_or_quest(
     return _attend(dense, module, query, key, value, attention_mask, **kwargs)
 
 
+@torch.compiler.disable
 def _attend(
     dense: AttentionForward,
     module: nn.Module,

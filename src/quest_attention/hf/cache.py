@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
@@ -75,3 +79,11 @@ class QuestCache(DynamicCache):
                     max_length=max_length,
                     on_select=on_select,
                 )
+
+    @torch.compiler.disable
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """See transformers' `Cache`. `torch.compile` leaves it as it is and compiles what is around it.
+
+        It writes in place and counts on the host, of which a compiled graph would make a copy for each layer.
+        """
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
