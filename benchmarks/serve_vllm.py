@@ -32,6 +32,8 @@ CONTEXTS = (8192, 32768, 131072)
 BATCHES = ("1", "4", "most")
 ROOM = 512
 """Tokens that a sequence may grow beyond its context, or less [tokens]."""
+STOCK = "stock"
+"""The arm without Quest."""
 MOST_EAGER = 8
 """Decode steps that may run outside of a graph: while sequences join, prompts and decoding rows share steps."""
 ARM = "QUEST_BENCHMARK_ARM"
@@ -170,26 +172,33 @@ def main(
         }
         for kind in bounds.split(",")
     ]
+    settings = {**shared, "token_budget": budget, "num_dense_layers": 2, "vllm": vllm_release()}
     most: dict[str, int] = {}
     found: dict[str, Any] = {}
-    for arm in [*quest, {"name": "stock", "budget": 0, "quest": {}}]:  # Quest first: it says how many sequences fit
+    for arm in [*quest, {"name": STOCK, "budget": 0, "quest": {}}]:  # Quest first: it says how many sequences fit
         found[arm["name"]] = run_arm({**shared, **arm, "most": most})
         for row in found[arm["name"]]["rows"]:
             most[str(row["context"])] = max(row["batch"], most.get(str(row["context"]), 0))
-    rows, table = [], Table("context", "batch", "arm", "ms between tokens", "tokens/s", "to stock")
-    for index, stock in enumerate(found["stock"]["rows"]):
-        for name in ["stock", *(arm["name"] for arm in quest)]:
-            row = found[name]["rows"][index]
-            assert (row["context"], row["batch"]) == (stock["context"], stock["batch"]), "arms ran the same cases"
-            ratio = stock["ms_between_tokens"]["p50"] / row["ms_between_tokens"]["p50"]
-            rows.append({"arm": name, **row, "ratio_to_stock": ratio})
-            numbers = f"{row['ms_between_tokens']['p50']:.2f}", f"{row['tokens_per_second']:.0f}", f"{ratio:.2f}x"
-            table.add_row(f"{row['context']}", f"{row['batch']}", name, *numbers)
+        if output is not None:  # each time: an arm takes minutes, and a later one may fail
+            caches = {name: {key: one[key] for key in ("pool_tokens", "block_size")} for name, one in found.items()}
+            write_record(output, f"python {' '.join(sys.argv)}", {**settings, "caches": caches}, compare(found))
+    table = Table("context", "batch", "arm", "ms between tokens", "tokens/s", "to stock")
+    for row in compare(found):
+        numbers = f"{row['ms_between_tokens']['p50']:.2f}", f"{row['tokens_per_second']:.0f}"
+        table.add_row(f"{row['context']}", f"{row['batch']}", row["arm"], *numbers, f"{row['ratio_to_stock']:.2f}x")
     Console(width=100).print(table)
-    if output is not None:
-        pools = {name: {key: arm[key] for key in ("pool_tokens", "block_size")} for name, arm in found.items()}
-        settings = {**shared, "token_budget": budget, "num_dense_layers": 2, "caches": pools, "vllm": vllm_release()}
-        write_record(output, f"python {' '.join(sys.argv)}", settings, rows)
+
+
+def compare(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of all arms, case by case, stock first, with how many times faster each is; None before stock ran."""
+    stock = {(row["context"], row["batch"]): row for row in found.get(STOCK, {"rows": []})["rows"]}
+    rows = []
+    for name, arm in found.items():
+        for row in arm["rows"]:
+            base = stock.get((row["context"], row["batch"]))
+            ratio = None if base is None else base["ms_between_tokens"]["p50"] / row["ms_between_tokens"]["p50"]
+            rows.append({"arm": name, **row, "ratio_to_stock": ratio})
+    return sorted(rows, key=lambda row: (row["context"], row["batch"], row["arm"] != STOCK))
 
 
 def vllm_release() -> str:

@@ -109,7 +109,14 @@ def prefill_table(rows: Rows) -> str:
 def tables() -> list[str]:
     """All tables of docs/gpu.md, in order."""
     attention, decode = load("attention_gpu.json"), load("decode_gpu.json")
-    return [attention_table(attention), break_even_table(attention), decode_table(decode), prefill_table(decode)]
+    return [
+        attention_table(attention),
+        break_even_table(attention),
+        decode_table(decode),
+        decode_table(load("decode_gpu_compiled.json")),
+        prefill_table(decode),
+        prefill_table(load("prefill_gpu.json")),
+    ]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from quest_attention.errors import QuestValueError, UnsupportedModelError
+from quest_attention.hf.compiler import kept_from_compilers
 from quest_attention.hf.layer import LAYER_ATTRIBUTE, QuestLayer
 from quest_attention.ops import quest_decode, sparse_decode_attention
 
@@ -88,7 +89,7 @@ def _eager_or_quest(
     return _attend(dense, module, query, key, value, attention_mask, **kwargs)
 
 
-@torch.compiler.disable
+@kept_from_compilers
 def _attend(
     dense: AttentionForward,
     module: nn.Module,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from quest_attention.config import QuestConfig
+from quest_attention.hf.compiler import kept_from_compilers
 from quest_attention.hf.counters import LayerCounter, QuestCounters
 from quest_attention.hf.layer import OnSelect, QuestLayer, Workspaces
 
@@ -80,7 +80,7 @@ class QuestCache(DynamicCache):
                     on_select=on_select,
                 )
 
-    @torch.compiler.disable
+    @kept_from_compilers
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """See transformers' `Cache`. `torch.compile` leaves it as it is and compiles what is around it.
 
