@@ -33,7 +33,7 @@ from quest_attention import QuestConfig, QuestWarning, enable_quest
 from quest_attention.bench.record import write_record
 from quest_attention.bench.shapes import SHAPES
 from quest_attention.bench.timing import percentiles, time_calls
-from quest_attention.hf import QuestLayer
+from quest_attention.hf import QuestLayer, cache_argument
 
 SHAPE = SHAPES["small"]
 LAYERS, KV_HEADS = SHAPE["num_hidden_layers"], SHAPE["num_key_value_heads"]
@@ -64,7 +64,7 @@ def time_arm(model: LlamaForCausalLM, arm: str, length: int, repeats: int, seed:
     token = torch.zeros(1, 1, dtype=torch.long)
 
     def step(cache: Cache) -> None:
-        model(input_ids=token, past_key_values=cache, use_cache=True)
+        model(input_ids=token, **cache_argument(cache), use_cache=True)
 
     num_dense_layers = ARMS[arm]
     with torch.inference_mode():

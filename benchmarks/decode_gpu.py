@@ -39,6 +39,7 @@ from quest_attention import QuestConfig, QuestWarning, enable_quest
 from quest_attention.bench.record import write_record
 from quest_attention.bench.shapes import SHAPES
 from quest_attention.bench.timing import percentiles
+from quest_attention.hf import cache_argument
 
 PAGE_SIZE, NUM_DENSE_LAYERS = 16, 2
 INT4 = "-int4"
@@ -138,7 +139,7 @@ def decode(model: LlamaForCausalLM, cache: Cache, batch: int, length: int, token
     ids = torch.ones(batch, length + 1, dtype=torch.long, device=model.device)
     count = WARMUP + tokens
     options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
-    model.generate(ids, past_key_values=cache, logits_processor=[clock], **options)
+    model.generate(ids, **cache_argument(cache), logits_processor=[clock], **options)
     between = [(later - sooner) * 1e3 for sooner, later in zip(clock.times, clock.times[1:], strict=False)]
     return between[WARMUP - 1 :]
 

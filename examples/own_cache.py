@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quest_attention import QuestConfig, enable_quest
 from quest_attention.eval.excerpt import SOUTH
+from quest_attention.hf import cache_argument
 from quest_attention.models import bundled_model_path
 
 tokenizer = AutoTokenizer.from_pretrained(bundled_model_path())
@@ -22,13 +23,13 @@ context = tokenizer(text[:12_000], return_tensors="pt").input_ids
 
 with enable_quest(model, QuestConfig(token_budget=128)) as quest, torch.inference_mode():
     cache = quest.make_cache(max_length=context.shape[1] + 200)
-    model(context, past_key_values=cache, logits_to_keep=1)  # the prefill is dense
+    model(context, **cache_argument(cache), logits_to_keep=1)  # the prefill is dense
     for key, number in facts.items():
         start = f"special magic number for {key} mentioned in the provided text is"
         ids = tokenizer(f"\nWhat is the {start[:-3]}? The {start}", return_tensors="pt").input_ids[0].tolist()
         answer: list[int] = []
         while len(answer) < 8:
-            step = model(torch.tensor([[ids.pop(0)]]), past_key_values=cache)  # one token: sparse
+            step = model(torch.tensor([[ids.pop(0)]]), **cache_argument(cache))  # one token: sparse
             if not ids:
                 answer.append(int(step.logits[0, -1].argmax()))
                 ids.append(answer[-1])

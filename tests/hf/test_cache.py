@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers.cache_utils import DynamicCache
 
 from quest_attention import QuestCache, QuestConfig, QuestStateError, QuestValueError, enable_quest
-from quest_attention.hf import QuestLayer
+from quest_attention.hf import QuestLayer, cache_argument
 from tiny import PAGE_SIZE, SMALL, assert_metadata_is_exact, make_llama, prompt, quest_layers
 
 HEADS, DIM = 2, 8
@@ -146,9 +146,9 @@ def test_storage_outlives_inference_mode() -> None:
     with enable_quest(model, SMALL) as quest:
         cache = quest.make_cache()
         with torch.inference_mode():
-            model(ids, past_key_values=cache)
+            model(ids, **cache_argument(cache))
         with torch.no_grad():
-            model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], **cache_argument(cache))
         assert quest.counters.sparse_steps == 2
 
 
@@ -157,7 +157,7 @@ def test_gradients_are_refused() -> None:
     with enable_quest(model, SMALL) as quest:
         cache = quest.make_cache()
         with pytest.raises(QuestStateError, match="no_grad"):
-            model(prompt(), past_key_values=cache)
+            model(prompt(), **cache_argument(cache))
         assert cache.get_seq_length() == 0
 
 
@@ -210,9 +210,9 @@ def test_a_cache_of_another_model() -> None:
     first, second, ids = make_llama(), make_llama(heads=8, kv_heads=4), prompt()
     with enable_quest(first, SMALL) as quest, torch.inference_mode():
         cache = quest.make_cache()
-        first(ids, past_key_values=cache)
+        first(ids, **cache_argument(cache))
         with pytest.raises(QuestValueError, match="expected \\[1, 2, T, 8\\], as this cache holds"):
-            second(ids, past_key_values=cache)
+            second(ids, **cache_argument(cache))
         assert cache.get_seq_length() == 60
 
 
@@ -235,9 +235,9 @@ def largest_allocation(length: int) -> int:
             cache.update(*torch.ones(2, 1, 4, length, 64, dtype=torch.bfloat16), layer)
         token = torch.ones(1, 1, dtype=torch.long)
         for _ in range(2):  # the first step makes the workspace
-            model(token, past_key_values=cache)
+            model(token, **cache_argument(cache))
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
-            model(token, past_key_values=cache)
+            model(token, **cache_argument(cache))
         assert quest.counters.sparse_steps == 3
     return max(event.self_cpu_memory_usage for event in profiled.events())
 

@@ -20,6 +20,8 @@ from quest_attention import (
     UnsupportedModelError,
     enable_quest,
 )
+from quest_attention.hf import cache_argument
+from quest_attention.hf.naming import CACHE
 from quest_attention.ops import dispatch
 from tiny import LARGE, SMALL, generate, make_llama, prompt
 
@@ -47,7 +49,7 @@ def test_it_undoes_itself() -> None:
         assert not quest.is_enabled
         assert snapshot(model) == before
     assert torch.equal(generate(model, ids), stock)
-    assert not isinstance(model(ids).past_key_values, QuestCache)
+    assert not isinstance(model(ids)[CACHE], QuestCache)
 
 
 def test_it_undoes_itself_after_an_error() -> None:
@@ -143,7 +145,7 @@ def test_caches_that_would_make_it_dense_in_silence() -> None:
     stock = generate(model, ids)
     with enable_quest(model, SMALL) as quest:
         with pytest.warns(QuestWarning, match="was given a DynamicCache"):
-            assert torch.equal(generate(model, ids, past_key_values=DynamicCache(config=model.config)), stock)
+            assert torch.equal(generate(model, ids, **cache_argument(DynamicCache(config=model.config))), stock)
         with pytest.warns(QuestWarning, match="use_cache=False"):
             assert torch.equal(generate(model, ids, use_cache=False), stock)
         with pytest.raises(QuestValueError, match="cache_implementation: got 'static'"):
@@ -165,17 +167,17 @@ def test_masks_that_bounds_cannot_see() -> None:
     model, ids = make_llama(), prompt()
     with enable_quest(model, SMALL) as quest, torch.inference_mode():
         cache = quest.make_cache()
-        model(ids, past_key_values=cache)
+        model(ids, **cache_argument(cache))
         bias = torch.zeros(1, 1, 1, 61)
         bias[..., 3] = -1.5
         with pytest.raises(QuestValueError, match="bounds see no bias"):
-            model(ids[:, :1], attention_mask=bias, past_key_values=cache)
+            model(ids[:, :1], attention_mask=bias, **cache_argument(cache))
         cache.crop(-1)
         mask = torch.zeros(1, 1, 1, 61)
         mask[..., :8] = torch.finfo(torch.float32).min
-        by_bias = model(ids[:, :1], attention_mask=mask, past_key_values=cache).logits
+        by_bias = model(ids[:, :1], attention_mask=mask, **cache_argument(cache)).logits
         cache.crop(-1)
-        by_bool = model(ids[:, :1], attention_mask=mask == 0, past_key_values=cache).logits
+        by_bool = model(ids[:, :1], attention_mask=mask == 0, **cache_argument(cache)).logits
         torch.testing.assert_close(by_bias, by_bool, rtol=0, atol=0)
 
 
@@ -197,12 +199,12 @@ def test_a_non_finite_key_shows_as_in_dense_attention(bad: float) -> None:
     model, ids = make_llama(), prompt()
     with enable_quest(model, SMALL) as quest, torch.inference_mode():
         cache = quest.make_cache()
-        model(ids, past_key_values=cache)
+        model(ids, **cache_argument(cache))
         keys = torch.zeros(1, 2, 1, 8)
         keys[0, 0, 0, 0] = bad
         for layer in range(3):
             cache.update(keys, torch.ones_like(keys), layer)
-        logits = model(ids[:, :1], past_key_values=cache).logits
+        logits = model(ids[:, :1], **cache_argument(cache)).logits
         assert quest.counters.sparse_steps == 2
         assert logits.isnan().all()
 
@@ -221,9 +223,9 @@ def test_a_quest_cache_on_a_model_without_quest_is_warned_of() -> None:
     model, ids = make_llama(), prompt()
     cache = QuestCache(model.config, SMALL)
     with torch.inference_mode():
-        model(ids, past_key_values=cache)
-        model(ids[:, :1], past_key_values=cache)
+        model(ids, **cache_argument(cache))
+        model(ids[:, :1], **cache_argument(cache))
         with pytest.warns(QuestWarning, match="do not reach Quest's attention"):
-            model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], **cache_argument(cache))
     assert cache.counters.bypassed_steps == 2 * 3
     assert cache.counters.sparse_steps == 0

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from quest_attention import QuestCache, QuestConfig, enable_quest
+from quest_attention.hf import cache_argument
+from quest_attention.hf.naming import CACHE
 from tiny import (
     LARGE,
     PAGE_SIZE,
@@ -98,10 +100,8 @@ def test_multi_turn_reuse_of_the_cache() -> None:
         options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
         first = runner.generate(ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True, **options)
         both = torch.cat([first.sequences, more], 1)
-        second = runner.generate(
-            both, attention_mask=torch.ones_like(both), past_key_values=first.past_key_values, **options
-        )
-        return second, first.past_key_values
+        second = runner.generate(both, attention_mask=torch.ones_like(both), **cache_argument(first[CACHE]), **options)
+        return second, first[CACHE]
 
     stock, _ = converse()
     with enable_quest(model, LARGE):
@@ -170,7 +170,7 @@ def test_beam_search_keeps_bounds_with_their_keys() -> None:
             return_dict_in_generate=True,
         )
         assert quest.counters.sparse_steps > 0
-    assert_metadata_is_exact(made.past_key_values)
+    assert_metadata_is_exact(made[CACHE])
 
 
 def test_a_budget_of_one_token_less_than_the_length_is_sparse() -> None:
@@ -212,11 +212,11 @@ def test_interleaved_caches() -> None:
         def decode(order: list[int]) -> dict[int, list[torch.Tensor]]:
             caches = [quest.make_cache() for _ in prompts]
             for ids, cache in zip(prompts, caches, strict=True):
-                runner(ids, past_key_values=cache)
+                runner(ids, **cache_argument(cache))
             out: dict[int, list[torch.Tensor]] = {0: [], 1: []}
             for which in order:
                 token = torch.tensor([[5 + len(out[which])]])
-                out[which].append(runner(token, past_key_values=caches[which]).logits)
+                out[which].append(runner(token, **cache_argument(caches[which])).logits)
             return out
 
         apart, mixed = decode([0, 0, 0, 1, 1, 1]), decode([0, 1, 1, 0, 1, 0])
@@ -240,7 +240,7 @@ def test_metadata_is_a_sixteenth_of_the_cache() -> None:
     config = QuestConfig(token_budget=64, page_size=16, num_dense_layers=0)
     with enable_quest(model, config) as quest, torch.inference_mode():
         cache = quest.make_cache()
-        model(ids, past_key_values=cache)
+        model(ids, **cache_argument(cache))
     for layer in quest_layers(cache):
         stored = layer.paged.contiguous
         assert stored is not None

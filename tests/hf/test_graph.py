@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from quest_attention import BackendError, QuestConfig, QuestStateError, QuestWarning, enable_quest
-from quest_attention.hf import enable, graph
+from quest_attention.hf import cache_argument, enable, graph
+from quest_attention.hf.naming import CACHE
 from tiny import make_llama, prompt
 
 SMALL = QuestConfig(token_budget=32, page_size=8, num_dense_layers=1)
@@ -97,12 +98,12 @@ def test_storage_that_grows_is_captured_again(device: str) -> None:
     with torch.inference_mode(), enabled(model, device) as quest:
         cache, plain = quest.make_cache(), quest.make_cache()
         for kind, one in (("replayed", cache), ("eager", plain)):
-            model(ids, past_key_values=one)
+            model(ids, **cache_argument(one))
             tokens = []
             token = ids[:, -1:]
             for _ in range(60):
                 extra = {"output_hidden_states": True} if kind == "eager" else {}
-                token = model(input_ids=token, past_key_values=one, **extra).logits[:, -1:].argmax(-1)
+                token = model(input_ids=token, **cache_argument(one), **extra).logits[:, -1:].argmax(-1)
                 tokens.append(int(token))
             if kind == "replayed":
                 expected = tokens
@@ -111,6 +112,19 @@ def test_storage_that_grows_is_captured_again(device: str) -> None:
         assert quest.graphs.eager_steps["the storage is full and grows in this step"] >= 1
         assert quest.graphs.eager_steps["the forward pass was given output_hidden_states"] == 60
         assert cache.get_seq_length() == plain.get_seq_length() == 100
+
+
+@pytest.mark.skipif(CACHE == "past_key_values", reason="there is one name")
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_the_older_name_of_the_cache_is_replayed_too(device: str) -> None:
+    model: Any = make_llama().to(device)
+    ids = prompt(1, 40).to(device)
+    with torch.inference_mode(), enabled(model, device) as quest:
+        cache = quest.make_cache(100)
+        model(ids, past_key_values=cache)
+        model(input_ids=ids[:, :1], past_key_values=cache)
+        assert quest.graphs.replayed_steps == 1
+        assert cache.get_seq_length() == 41
 
 
 def test_what_a_graph_cannot_hold_runs_eagerly_and_says_why(device: str) -> None:
@@ -138,18 +152,18 @@ def test_two_caches_in_turn_and_a_cache_that_is_dropped(device: str) -> None:
         caches = [quest.make_cache(200), quest.make_cache(200)]
         tokens: list[list[int]] = [[], []]
         for cache, ids in zip(caches, (first, second), strict=True):
-            model(ids, past_key_values=cache)
+            model(ids, **cache_argument(cache))
         last = [first[:, -1:], second[:, -1:]]
         for _ in range(10):
             for i, cache in enumerate(caches):
-                last[i] = model(last[i], past_key_values=cache).logits[:, -1:].argmax(-1)
+                last[i] = model(last[i], **cache_argument(cache)).logits[:, -1:].argmax(-1)
                 tokens[i].append(int(last[i]))
         assert quest.graphs.captures == 2
         alone = quest.make_cache(200)
-        model(second, past_key_values=alone)
+        model(second, **cache_argument(alone))
         token, expected = second[:, -1:], []
         for _ in range(10):
-            token = model(input_ids=token, past_key_values=alone).logits[:, -1:].argmax(-1)
+            token = model(input_ids=token, **cache_argument(alone)).logits[:, -1:].argmax(-1)
             expected.append(int(token))
         assert tokens[1] == expected
         del caches, cache, alone

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from quest_attention.config import QuestConfig
 from quest_attention.errors import UnsupportedModelError
 from quest_attention.eval.observation import Observation
-from quest_attention.hf import enable_quest, layer_kinds
+from quest_attention.hf import cache_argument, enable_quest, layer_kinds
 from quest_attention.hf.attention import AttentionForward
 from quest_attention.hf.layer import LAYER_ATTRIBUTE
 
@@ -88,7 +88,7 @@ def prefill(
     with torch.inference_mode():
         for start in range(0, ids.shape[1], chunk_size):
             chunk = ids[:, start : start + chunk_size]
-            model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(chunk, **cache_argument(cache), use_cache=True, logits_to_keep=1)
             if on_progress is not None:
                 on_progress(min(start + chunk_size, ids.shape[1]))
 

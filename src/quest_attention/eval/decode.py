@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from quest_attention.hf import cache_argument
+
 __all__ = ["Decoded", "decode_answer", "decode_answers"]
 
 
@@ -113,7 +115,7 @@ def decode_answers(
     with torch.inference_mode():
         for index in range(length, ids.shape[1] - 1):
             started = time.perf_counter()
-            logits = model(ids[:, index : index + 1], past_key_values=cache, use_cache=True).logits
+            logits = model(ids[:, index : index + 1], **cache_argument(cache), use_cache=True).logits
             logits[0, -1, 0].item()  # waits for the device, so the time is the step's
             done.step_seconds.append(time.perf_counter() - started)
         if on_answer is not None:
@@ -121,7 +123,7 @@ def decode_answers(
         made = runner.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            **cache_argument(cache),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,

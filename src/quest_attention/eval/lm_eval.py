@@ -32,7 +32,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestStateError, QuestValueError
 from quest_attention.eval.context import prefill
-from quest_attention.hf import QuestHandle, enable_quest
+from quest_attention.hf import QuestHandle, cache_argument, enable_quest
 
 try:
     from lm_eval.api.registry import register_model
@@ -236,7 +236,7 @@ class QuestLM(HFLM):
         with self._sequence(length, max_length) as cache:
             self._feed(context[:, :-1], max(0, length - self.tail_tokens), cache)  # generate() takes the last token
             made: Tensor = super()._model_generate(
-                context=context, max_length=max_length, stop=stop, past_key_values=cache, **generation_kwargs
+                context=context, max_length=max_length, stop=stop, **cache_argument(cache), **generation_kwargs
             )
         return made
 
@@ -276,7 +276,9 @@ class QuestLM(HFLM):
         prefill(self.model, tokens[:, :num_prefilled], cache)
         kept = []
         for index in range(num_prefilled, tokens.shape[1]):
-            logits = self.model(tokens[:, index : index + 1], past_key_values=cache, use_cache=True).logits  # [1, 1, V]
+            logits = self.model(
+                tokens[:, index : index + 1], **cache_argument(cache), use_cache=True
+            ).logits  # [1, 1, V]
             if keep_from is not None and index >= keep_from:
                 kept.append(logits[0])
         return torch.cat(kept) if kept else tokens.new_empty(0)

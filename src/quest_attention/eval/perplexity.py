@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from quest_attention.eval.context import PREFILL_CHUNK
 from quest_attention.eval.methods import Full, LayerReads, Method, Quest
+from quest_attention.hf import cache_argument
 
 __all__ = ["BUCKET", "Predictions", "predict_tokens"]
 
@@ -53,11 +54,11 @@ def predict_tokens(model: PreTrainedModel, method: Method, tokens: Tensor) -> Pr
     with torch.inference_mode(), method.session(model) as session:
         for start in range(0, at_once, PREFILL_CHUNK):
             stop = min(start + PREFILL_CHUNK, at_once)
-            logits = model(tokens[:, start:stop], past_key_values=session.cache, use_cache=True).logits
+            logits = model(tokens[:, start:stop], **cache_argument(session.cache), use_cache=True).logits
             _note(losses, tokens, start, logits)
         session.reset_counts()
         for start in range(at_once, length):
-            logits = model(tokens[:, start : start + 1], past_key_values=session.cache, use_cache=True).logits
+            logits = model(tokens[:, start : start + 1], **cache_argument(session.cache), use_cache=True).logits
             _note(losses, tokens, start, logits)
         reads = [] if isinstance(method, Full) else session.reads()
     padded = F.pad(losses, (0, -length % BUCKET)).unflatten(1, (-1, BUCKET)).sum(2)

@@ -14,7 +14,7 @@ from quest_attention.errors import QuestStateError, QuestValueError
 from quest_attention.eval.context import Context
 from quest_attention.eval.methods import Method, Quest
 from quest_attention.eval.observation import attention_weights
-from quest_attention.hf import QuestLayer
+from quest_attention.hf import QuestLayer, cache_argument
 from quest_attention.ops import Selection
 
 __all__ = ["TOP_TOKENS", "Recall", "measure_recall"]
@@ -87,7 +87,7 @@ def measure_recall(model: PreTrainedModel, method: Method, context: Context, fol
                 layer.on_read = sums.add
         session.load(context)
         for token in following:
-            model(torch.tensor([[token]], device=model.device), past_key_values=session.cache, use_cache=True)
+            model(torch.tensor([[token]], device=model.device), **cache_argument(session.cache), use_cache=True)
     layers = sorted(sums.steps)
     if not layers:
         raise QuestStateError(f"{method.name} took no sparse step: the context is within the budget")

@@ -4,6 +4,7 @@ from quest_attention.hf.cache import QuestCache, layer_kinds
 from quest_attention.hf.counters import LayerCounter, QuestCounters
 from quest_attention.hf.enable import QuestHandle, enable_quest
 from quest_attention.hf.layer import OnSelect, QuestLayer
+from quest_attention.hf.naming import cache_argument
 
 __all__ = [
     "LayerCounter",
@@ -12,6 +13,7 @@ __all__ = [
     "QuestCounters",
     "QuestHandle",
     "QuestLayer",
+    "cache_argument",
     "enable_quest",
     "layer_kinds",
 ]

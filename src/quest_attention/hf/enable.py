@@ -17,6 +17,7 @@ from quest_attention.hf.cache import QuestCache, layer_kinds
 from quest_attention.hf.counters import LayerCounter, QuestCounters
 from quest_attention.hf.graph import DecodeGraphs
 from quest_attention.hf.layer import OnSelect
+from quest_attention.hf.naming import CACHE
 from quest_attention.hf.support import check_supported, needs_eager
 from quest_attention.ops import resolve_backend
 
@@ -178,7 +179,7 @@ class QuestHandle:
         max_cache_length: int,
     ) -> None:
         """Stands in for the method of `generate()` that makes the cache."""
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE)
         if given is not None:
             if isinstance(given, Cache) and not isinstance(given, QuestCache):
                 _warn_dense(
@@ -191,9 +192,9 @@ class QuestHandle:
                 "cache_implementation", generation_config.cache_implementation, "None while Quest is enabled"
             )
         else:
-            model_kwargs["past_key_values"] = self.make_cache(max_cache_length)
+            model_kwargs[CACHE] = self.make_cache(max_cache_length)
             if generation_config.is_assistant:
-                model_kwargs["past_key_values"].activate_past_recording()
+                model_kwargs[CACHE].activate_past_recording()
             return
         self._make_cache(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
 

@@ -17,11 +17,12 @@ from torch import Tensor
 from quest_attention.errors import QuestError, QuestStateError, QuestWarning
 from quest_attention.hf.cache import QuestCache
 from quest_attention.hf.layer import QuestLayer
+from quest_attention.hf.naming import CACHE, CACHE_NAMES, cache_argument
 
 __all__ = ["DecodeGraphs"]
 
 _INPUTS = ("input_ids", "position_ids")
-_HANDLED = {*_INPUTS, "past_key_values", "attention_mask", "use_cache", "return_dict", "logits_to_keep"}
+_HANDLED = {*_INPUTS, *CACHE_NAMES, "attention_mask", "use_cache", "return_dict", "logits_to_keep"}
 """Arguments of a forward pass that a captured step takes; any other that is set keeps the step eager."""
 _WARMUPS = 2
 """Eager runs before a capture: kernels are compiled and libraries make their handles, which a capture forbids."""
@@ -64,7 +65,8 @@ class DecodeGraphs:
         @functools.wraps(self._forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
             given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-            cache, ids = given.get("past_key_values"), given.get("input_ids")
+            caches, ids = [given[name] for name in CACHE_NAMES if given.get(name) is not None], given.get("input_ids")
+            cache = caches[0] if len(caches) == 1 else None
             if not isinstance(cache, QuestCache) or not isinstance(ids, Tensor) or ids.shape[1] != 1:
                 return self._forward(*args, **kwargs)
             length = cache.get_seq_length()
@@ -127,7 +129,7 @@ class DecodeGraphs:
         for layer in cache.layers:
             assert isinstance(layer, QuestLayer), "checked before"
             layer.count_captured_step(batch)
-        outputs["past_key_values"] = cache
+        outputs[CACHE] = cache
         return outputs
 
     def _give_up(self, error: RuntimeError, kwargs: dict[str, Any]) -> Any:
@@ -165,7 +167,7 @@ class _CapturedStep:
         def run() -> Any:
             return forward(
                 **self.inputs,
-                past_key_values=cache,
+                **cache_argument(cache),
                 attention_mask=None,
                 use_cache=True,
                 return_dict=True,
@@ -179,7 +181,7 @@ class _CapturedStep:
         finally:
             for layer in layers:
                 layer.captured_lengths = None
-        self.outputs["past_key_values"] = None  # the graph must not keep the cache alive
+        self.outputs[CACHE] = None  # the graph must not keep the cache alive
 
     def fits(self, cache: QuestCache, inputs: dict[str, Tensor]) -> bool:
         """Whether cache and inputs are still those that were captured."""

@@ -2,7 +2,7 @@
 
     with make_method("quest", token_budget=64, num_dense_layers=2).session(model) as session:
         session.load(context)              # or prefill with session.cache
-        model.generate(ids, past_key_values=session.cache)
+        model.generate(ids, **cache_argument(session.cache))
         session.reads()
 
 All methods leave the same leading layers dense and read at most the same number of tokens in the others, so that a

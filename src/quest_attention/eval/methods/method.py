@@ -37,7 +37,7 @@ class Session(ABC):
     """Sequences of one length under one method: their cache, and what has been read of it.
 
     Attributes:
-        cache: Pass it to the model or to `generate()` as `past_key_values`.
+        cache: Pass it to the model or to `generate()` by `hf.cache_argument`.
     """
 
     cache: Cache
