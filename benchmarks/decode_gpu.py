@@ -37,7 +37,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from quest_attention import QuestConfig, QuestWarning, enable_quest
 from quest_attention.bench.record import write_record
-from quest_attention.bench.shapes import SHAPES
+from quest_attention.bench.shapes import SHAPES, check_shape
 from quest_attention.bench.timing import percentiles
 from quest_attention.hf import cache_argument
 
@@ -114,9 +114,18 @@ def make_model(name: str, device: torch.device, dtype: torch.dtype, seed: int) -
     return model
 
 
+def names_of(models: str) -> list[str]:
+    """Models, comma-separated; refused before the first is timed if there is no such shape."""
+    names = models.split(",")
+    for name in names:
+        check_shape(name.removesuffix(INT4))
+    return names
+
+
 def compile_layers(model: LlamaForCausalLM) -> None:
     """Fuse what stands between the matrix products of a layer. Layers share what was compiled."""
     dynamo.allow_unspec_int_on_nn_module = True  # the index of a layer is no reason to compile it again
+    dynamo.fail_on_recompile_limit_hit = True  # an arm that goes on eagerly is not the one it is named for
     for layer in model.model.layers:
         layer.compile()
 
@@ -209,14 +218,15 @@ def time_prefill(model: LlamaForCausalLM, length: int, repeats: int) -> dict[str
 def main(
     models: Annotated[str, typer.Option(help="Shapes, comma-separated.")] = "llama-2-7b,llama-3.1-8b,llama-2-7b-int4",
     longest: Annotated[int, typer.Option(help="Leave out longer contexts [tokens].")] = 1 << 20,
-    tokens: Annotated[int, typer.Option(help="Counted tokens per arm.")] = 24,
-    repeats: Annotated[int, typer.Option(help="Timings of a prefill.")] = 12,
+    tokens: Annotated[int, typer.Option(help="Counted tokens per arm.", min=1)] = 24,
+    repeats: Annotated[int, typer.Option(help="Timings of a prefill.", min=1)] = 12,
     device: Annotated[str, typer.Option(help="Where to run.")] = "cuda",
     compiled: Annotated[bool, typer.Option(help="Compile the decoder layers; no `stock`, no `prefill`.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of weights and caches.")] = 0,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Time decoding and prefilling on one GPU."""
+    names = names_of(models)
     where = torch.device(device)
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     table = Table("model", "batch", "context", "arm", "ms per token (p50)", "to dense", "read")
@@ -237,7 +247,7 @@ def main(
 
     tries = tuple(Case("tiny", batch, 600, ("stock", "dense", "quest-512", "quest-512-fp8")) for batch in (1, 2))
     with torch.inference_mode():
-        for name in models.split(","):
+        for name in names:
             model = make_model(name, where, dtype, seed)
             if compiled:
                 compile_layers(model)

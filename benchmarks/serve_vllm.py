@@ -25,8 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from quest_attention.bench.record import write_record
-from quest_attention.bench.shapes import SHAPES
+from quest_attention.bench.shapes import SHAPES, check_shape
 from quest_attention.bench.timing import percentiles
+from quest_attention.errors import QuestValueError
 
 CONTEXTS = (8192, 32768, 131072)
 BATCHES = ("1", "4", "most")
@@ -49,7 +50,8 @@ def write_config(folder: Path, model: str, positions: int) -> None:
 
 def measure_arm(options: dict[str, Any]) -> dict[str, Any]:
     """All cases of an arm, in this process."""
-    from vllm import LLM, SamplingParams  # noqa: PLC0415 (the parent goes without)
+    import vllm  # noqa: PLC0415 (the parent must not touch the GPU)
+    from vllm import LLM, SamplingParams  # noqa: PLC0415
 
     longest = max(options["contexts"]) + ROOM
     is_gpu = options["device"] == "cuda"
@@ -101,9 +103,11 @@ def measure_arm(options: dict[str, Any]) -> dict[str, Any]:
                 print(json.dumps(row), file=sys.stderr, flush=True)
                 rows.append(row)
         preempted = sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+    graphs = str(llm.llm_engine.vllm_config.compilation_config.cudagraph_mode)
     if preempted:
         raise RuntimeError(f"{preempted} sequences were preempted: the cases do not fit the cache")
-    return {"rows": rows, "pool_tokens": pool, "block_size": cache.block_size}
+    engine = {"vllm": vllm.__version__, "pool_tokens": pool, "block_size": cache.block_size, "cudagraph_mode": graphs}
+    return {"rows": rows, **engine}
 
 
 def times_of(stats: list[Any]) -> dict[str, Any]:
@@ -144,8 +148,8 @@ def main(
     model: Annotated[str, typer.Option(help="Shape.")] = "llama-3.1-8b",
     contexts: Annotated[str, typer.Option(help="Tokens of a context, comma-separated.")] = ",".join(map(str, CONTEXTS)),
     batches: Annotated[str, typer.Option(help="Sequences at once, comma-separated.")] = ",".join(BATCHES),
-    budget: Annotated[int, typer.Option(help="Token budget of Quest.")] = 2048,
-    tokens: Annotated[int, typer.Option(help="Tokens that each sequence writes.")] = 128,
+    budget: Annotated[int, typer.Option(help="Token budget of Quest.", min=1)] = 2048,
+    tokens: Annotated[int, typer.Option(help="Tokens that each sequence writes.", min=2)] = 128,
     bounds: Annotated[str, typer.Option(help="Arms of Quest by the dtype of bounds, comma-separated.")] = "kv,fp8",
     quantization: Annotated[str | None, typer.Option(help="Of weights, as vLLM names it: fp8.")] = None,
     tensor_parallel: Annotated[int, typer.Option(help="GPUs.")] = 1,
@@ -154,9 +158,9 @@ def main(
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Time vLLM with and without Quest."""
-    shared = {
-        "model": model,
-        "contexts": [int(each) for each in contexts.split(",")],
+    shared: dict[str, Any] = {
+        "model": check_shape(model),
+        "contexts": positive("contexts", contexts.split(",")),
         "batches": batches.split(","),
         "tokens": tokens,
         "quantization": quantization,
@@ -164,6 +168,7 @@ def main(
         "device": device,
         "seed": seed,
     }
+    positive("batches", [each for each in shared["batches"] if each != "most"])
     quest = [
         {
             "name": f"quest-{budget}" + ("" if kind == "kv" else f"-{kind}"),
@@ -172,16 +177,19 @@ def main(
         }
         for kind in bounds.split(",")
     ]
-    settings = {**shared, "token_budget": budget, "num_dense_layers": 2, "vllm": vllm_release()}
+    settings = {**shared, "token_budget": budget, "num_dense_layers": 2}
     most: dict[str, int] = {}
     found: dict[str, Any] = {}
     for arm in [*quest, {"name": STOCK, "budget": 0, "quest": {}}]:  # Quest first: it says how many sequences fit
         found[arm["name"]] = run_arm({**shared, **arm, "most": most})
         for row in found[arm["name"]]["rows"]:
             most[str(row["context"])] = max(row["batch"], most.get(str(row["context"]), 0))
-        if output is not None:  # each time: an arm takes minutes, and a later one may fail
-            caches = {name: {key: one[key] for key in ("pool_tokens", "block_size")} for name, one in found.items()}
-            write_record(output, f"python {' '.join(sys.argv)}", {**settings, "caches": caches}, compare(found))
+        if output is not None:  # a later arm may fail; the record itself asks the GPU, and would take memory from it
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps({"settings": settings, "arms so far": found}, indent=1) + "\n")
+    if output is not None:
+        engines = {name: {key: one[key] for key in one if key != "rows"} for name, one in found.items()}
+        write_record(output, f"python {' '.join(sys.argv)}", {**settings, "engines": engines}, compare(found))
     table = Table("context", "batch", "arm", "ms between tokens", "tokens/s", "to stock")
     for row in compare(found):
         numbers = f"{row['ms_between_tokens']['p50']:.2f}", f"{row['tokens_per_second']:.0f}"
@@ -201,11 +209,16 @@ def compare(found: dict[str, Any]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["context"], row["batch"], row["arm"] != STOCK))
 
 
-def vllm_release() -> str:
-    """The release that was measured."""
-    import vllm  # noqa: PLC0415
+def positive(option: str, given: list[str]) -> list[int]:
+    """Positive numbers.
 
-    return str(vllm.__version__)
+    Raises:
+        QuestValueError: One is none.
+    """
+    for each in given:
+        if not each.isdigit() or int(each) < 1:
+            raise QuestValueError(option, each, "positive numbers, comma-separated")
+    return [int(each) for each in given]
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 
 import quest_attention
-from quest_attention.hf.naming import CACHE
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "quest_attention"
@@ -271,8 +270,7 @@ def test_the_readme_shows_code_that_runs(capsys: pytest.CaptureFixture[str]) -> 
     assert blocks
     names: dict[str, object] = {}
     for block in blocks:
-        code = block.replace("cache=cache", f"{CACHE}=cache")  # the README says the newest name
-        exec(compile(code, "README.md", "exec"), names)
+        exec(compile(block, "README.md", "exec"), names)
     quest = names["quest"]
     assert isinstance(quest, quest_attention.QuestHandle)
     assert quest.counters.sparse_steps > 0

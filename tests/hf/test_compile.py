@@ -19,6 +19,7 @@ def _nothing_compiled() -> None:
 def test_compiled_layers_give_the_tokens_of_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     # As docs/gpu.md says: else transformers' layers are compiled once for each index, up to a limit.
     monkeypatch.setattr(torch._dynamo.config, "allow_unspec_int_on_nn_module", True)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)  # else it goes on eagerly
     model, ids = make_llama(layers=12), prompt()
     with enable_quest(model, SMALL) as quest:
         expected = generate(model, ids)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["SHAPES"]
+from quest_attention.errors import QuestValueError
+
+__all__ = ["SHAPES", "check_shape"]
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama-2-7b": {
@@ -39,3 +41,14 @@ SHAPES: dict[str, dict[str, int]] = {
     },
 }
 """By the name that a record has."""
+
+
+def check_shape(name: str) -> str:
+    """The name, where there is such a shape.
+
+    Raises:
+        QuestValueError: There is none.
+    """
+    if name not in SHAPES:
+        raise QuestValueError("model", name, f"one of {', '.join(SHAPES)}")
+    return name

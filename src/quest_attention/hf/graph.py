@@ -65,8 +65,8 @@ class DecodeGraphs:
         @functools.wraps(self._forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
             given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-            caches, ids = [given[name] for name in CACHE_NAMES if given.get(name) is not None], given.get("input_ids")
-            cache = caches[0] if len(caches) == 1 else None
+            # The first name that was given counts, as in transformers.
+            cache, ids = next((given[name] for name in CACHE_NAMES if name in given), None), given.get("input_ids")
             if not isinstance(cache, QuestCache) or not isinstance(ids, Tensor) or ids.shape[1] != 1:
                 return self._forward(*args, **kwargs)
             length = cache.get_seq_length()

@@ -6,15 +6,38 @@ import inspect
 from typing import Any
 
 from transformers import GenerationMixin
+from transformers.cache_utils import Cache
+
+from quest_attention.errors import QuestValueError
 
 __all__ = ["CACHE", "CACHE_NAMES", "cache_argument"]
 
-CACHE_NAMES = ("cache", "past_key_values")
-"""Since transformers 5.24, which still takes the older name but warns, and before."""
-CACHE = CACHE_NAMES["cache" not in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters]
-"""The name in the installed release: of an argument of models and `generate()`, and of what their outputs hold."""
+_OLDER, _NEWER = "past_key_values", "cache"
+CACHE_NAMES = (
+    (_NEWER, _OLDER)
+    if _NEWER in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    else (_OLDER,)
+)
+"""What the installed release takes: since 5.24 the newer name, and the older one with a warning."""
+CACHE = CACHE_NAMES[0]
+"""The name of an argument of models and `generate()`, and of what their outputs hold."""
 
 
-def cache_argument(cache: Any) -> dict[str, Any]:
-    """The cache as an argument: `model(ids, **cache_argument(cache))` in every supported transformers."""
+def cache_argument(cache: Cache) -> dict[str, Any]:
+    """The cache as an argument of a model or of `generate()`, by the name that the installed transformers has for it.
+
+    A model takes any name, and leaves a cache by the wrong one unused without a word.
+
+    Args:
+        cache: A `QuestCache`, or another of transformers' caches.
+
+    Raises:
+        QuestValueError: It is no cache.
+
+    >>> from transformers.cache_utils import DynamicCache
+    >>> list(cache_argument(DynamicCache())) == [CACHE]  # so: model(ids, **cache_argument(cache))
+    True
+    """
+    if not isinstance(cache, Cache):
+        raise QuestValueError("cache", type(cache).__name__, "a Cache of transformers")
     return {CACHE: cache}
