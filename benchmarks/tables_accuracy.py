@@ -8,6 +8,7 @@ A summary holds the command that made it; `quest report` wrote it.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, TypeVar
@@ -17,6 +18,7 @@ import typer
 from quest_attention.eval.report import Results, read_results
 from quest_attention.eval.report.cells import AccuracyCell, RecallCell
 from quest_attention.eval.report.figures import draw_pictures
+from quest_attention.eval.wilson import wilson_interval
 
 RESULTS = Path(__file__).parent / "results" / "accuracy"
 FIGURES = {
@@ -61,11 +63,17 @@ def origin(results: Results) -> str:
     """How a run was made: its commands, then model, device, versions and seed."""
     settings = results.settings
     commands = [run["command"] for run in (*settings.get("earlier", []), settings)]
+    return "\n".join(("```sh", *commands, "```", place(results)))
+
+
+def place(results: Results) -> str:
+    """Where a run was made: model, device, versions and seed."""
+    settings = results.settings
     machine = settings["machine"]
     device = ", ".join(machine["gpu"] or [machine["cpu"]])
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "transformers", "triton"))
     where = f"{settings['description']}; {device}; {machine['python']}, {versions}"
-    return "\n".join(("```sh", *commands, "```", f"{where}; commit {machine['commit'][:7]}; seed {settings['seed']}."))
+    return f"{where}; commit {machine['commit'][:7]}; seed {settings['seed']}."
 
 
 def counts(cells: Sequence[AccuracyCell]) -> str:
@@ -76,6 +84,22 @@ def counts(cells: Sequence[AccuracyCell]) -> str:
     how_many = f"{least}" if least == most else f"{least} to {most}"
     interval = f"{widest.low:.1f} to {widest.high:.1f} for {widest.score:.1f}"
     return f"n = {how_many} a cell; the widest 95 % interval (Wilson) is {interval}."
+
+
+def pooled(one: Results, another: Results) -> Results:
+    """The answers of two runs with samples of their own, as one; exact-match tasks alone."""
+    more = {(c.task, c.length, c.method, c.token_budget): c for c in another.accuracy}
+    cells = []
+    for cell in one.accuracy:
+        other = more.pop((cell.task, cell.length, cell.method, cell.token_budget), None)
+        if other is not None:
+            n = cell.n + other.n
+            right = sum(round(part.score * part.n / 100) for part in (cell, other))
+            low, high = wilson_interval(right, n)
+            cell = replace(cell, n=n, score=100 * right / n, low=low, high=high)  # noqa: PLW2901
+        cells.append(cell)
+    assert not more, "the second run went on with the first"
+    return replace(one, accuracy=tuple(cells))
 
 
 def passkey_tables(results: Results) -> list[str]:
@@ -182,9 +206,14 @@ def is_one_eighth(cell: RecallCell) -> bool:
     return cell.token_budget == cell.length // ONE_EIGHTH
 
 
-def tables() -> list[str]:
-    """All tables of docs/results.md, in order, and how each run was made."""
+def read_runs() -> dict[str, Results]:
+    """The committed runs by name. One was cut short: what another measured in its stead is counted with it."""
     read = {path.name: read_results(path) for path in sorted(RESULTS.iterdir()) if path.is_dir()}
+    return {**read, "ruler": pooled(read["ruler"], read["ruler_more"])}
+
+
+def tables(read: dict[str, Results]) -> list[str]:
+    """All tables of docs/results.md, in order, and how each run was made."""
     ablations = [read["ablations"], read["ablations_passkey"]]
     return [
         *passkey_tables(read["passkey"]),
@@ -193,6 +222,7 @@ def tables() -> list[str]:
         *ruler_tables(read["ruler"]),
         counts(read["ruler"].accuracy),
         origin(read["ruler"]),
+        place(read["ruler_more"]),
         perplexity_table(read["perplexity"]),
         origin(read["perplexity"]),
         perplexity_table(read["perplexity_oracle"]),
@@ -211,11 +241,12 @@ def main(
     figures: Annotated[Path | None, typer.Option(help="Folder to draw the page's figures to.")] = None,
 ) -> None:
     """Print the tables, and draw the figures where a folder is given."""
-    print("\n\n".join(tables()))
+    runs = read_runs()
+    print("\n\n".join(tables(runs)))
     if figures is not None:
         figures.mkdir(parents=True, exist_ok=True)
         for name, shown in FIGURES.items():
-            for picture in draw_pictures(read_results(RESULTS / name)):
+            for picture in draw_pictures(runs[name]):
                 if picture.name in shown:
                     (figures / f"{picture.name}.png").write_bytes(picture.png)
 
