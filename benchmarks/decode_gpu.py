@@ -39,6 +39,7 @@ from quest_attention import QuestConfig, QuestWarning, enable_quest
 from quest_attention.bench.record import write_record
 from quest_attention.bench.shapes import SHAPES, check_shape
 from quest_attention.bench.timing import percentiles
+from quest_attention.cli.app import split_list
 from quest_attention.hf import cache_argument
 
 PAGE_SIZE, NUM_DENSE_LAYERS = 16, 2
@@ -114,9 +115,9 @@ def make_model(name: str, device: torch.device, dtype: torch.dtype, seed: int) -
     return model
 
 
-def names_of(models: str) -> list[str]:
+def names_of(models: str) -> tuple[str, ...]:
     """Models, comma-separated; refused before the first is timed if there is no such shape."""
-    names = models.split(",")
+    names = split_list(models)
     for name in names:
         check_shape(name.removesuffix(INT4))
     return names
@@ -240,6 +241,7 @@ def main(
                 "dtype": str(dtype),
                 "tokens": tokens,
                 "warmup": WARMUP,
+                "repeats": repeats,
                 "compiled": compiled,
                 "seed": seed,
             }

@@ -27,10 +27,11 @@ from rich.table import Table
 from quest_attention.bench.record import write_record
 from quest_attention.bench.shapes import SHAPES, check_shape
 from quest_attention.bench.timing import percentiles
-from quest_attention.errors import QuestValueError
+from quest_attention.cli.app import integers, split_list
 
 CONTEXTS = (8192, 32768, 131072)
-BATCHES = ("1", "4", "most")
+MOST = "most"
+BATCHES = ("1", "4", MOST)
 ROOM = 512
 """Tokens that a sequence may grow beyond its context, or less [tokens]."""
 STOCK = "stock"
@@ -83,7 +84,7 @@ def measure_arm(options: dict[str, Any]) -> dict[str, Any]:
         rows = []
         for context in options["contexts"]:
             most = options["most"].get(str(context)) or max(1, pool // (context + ROOM))
-            for batch in dict.fromkeys(most if name == "most" else int(name) for name in options["batches"]):
+            for batch in dict.fromkeys(most if name == MOST else int(name) for name in options["batches"]):
                 if batch > most:
                     continue
                 vocabulary = SHAPES[options["model"]]["vocab_size"]
@@ -160,22 +161,22 @@ def main(
     """Time vLLM with and without Quest."""
     shared: dict[str, Any] = {
         "model": check_shape(model),
-        "contexts": positive("contexts", contexts.split(",")),
-        "batches": batches.split(","),
+        "contexts": integers("contexts", contexts),
+        "batches": split_list(batches),
         "tokens": tokens,
         "quantization": quantization,
         "tensor_parallel": tensor_parallel,
         "device": device,
         "seed": seed,
     }
-    positive("batches", [each for each in shared["batches"] if each != "most"])
+    integers("batches", ",".join(name for name in shared["batches"] if name != MOST))
     quest = [
         {
             "name": f"quest-{budget}" + ("" if kind == "kv" else f"-{kind}"),
             "budget": budget,
             "quest": {"metadata_dtype": kind},
         }
-        for kind in bounds.split(",")
+        for kind in split_list(bounds)
     ]
     settings = {**shared, "token_budget": budget, "num_dense_layers": 2}
     most: dict[str, int] = {}
@@ -207,18 +208,6 @@ def compare(found: dict[str, Any]) -> list[dict[str, Any]]:
             ratio = None if base is None else base["ms_between_tokens"]["p50"] / row["ms_between_tokens"]["p50"]
             rows.append({"arm": name, **row, "ratio_to_stock": ratio})
     return sorted(rows, key=lambda row: (row["context"], row["batch"], row["arm"] != STOCK))
-
-
-def positive(option: str, given: list[str]) -> list[int]:
-    """Positive numbers.
-
-    Raises:
-        QuestValueError: One is none.
-    """
-    for each in given:
-        if not each.isdigit() or int(each) < 1:
-            raise QuestValueError(option, each, "positive numbers, comma-separated")
-    return [int(each) for each in given]
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def counts(cells: Sequence[AccuracyCell]) -> str:
 
 
 def pooled(one: Results, another: Results) -> Results:
-    """The answers of two runs with samples of their own, as one; exact-match tasks alone."""
+    """The answers of two runs with samples of their own, as one. Exact match alone; shares read are the first's."""
     more = {(c.task, c.length, c.method, c.token_budget): c for c in another.accuracy}
     cells = []
     for cell in one.accuracy:

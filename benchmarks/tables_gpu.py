@@ -9,6 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from quest_attention.bench.shapes import SHAPES
+
+NUM_DENSE_LAYERS = 2
+"""Of both arms in `decode_gpu.py`."""
 RESULTS = Path(__file__).parent / "results"
 Rows = list[dict[str, Any]]
 
@@ -91,6 +95,25 @@ def decode_table(rows: Rows) -> str:
     return as_markdown(("model, batch x context", *arms), cells)
 
 
+def against_flashinfer_table(attention: Rows, runs: dict[str, Rows]) -> str:
+    """Ratios to dense, as measured and with FlashInfer's time in the dense arm: Quest's token and what it spares."""
+    spared = {tuple(row["shape"]): dense_time(row) - row["quest_us"]["p50"] for row in attention}  # [us], a layer
+    cells = []
+    for name, rows in runs.items():
+        for row in rows:
+            model = SHAPES.get(row["model"])
+            if model is None or row["arm"] != "quest-2048":
+                continue
+            heads = (model["num_attention_heads"], model["num_key_value_heads"])
+            more = spared.get((row["batch"], *heads, row["context"], 2048))
+            if more is not None:
+                sparse_layers, ms = model["num_hidden_layers"] - NUM_DENSE_LAYERS, row["ms"]["p50"]
+                ratio = (ms + sparse_layers * more / 1e3) / ms
+                case = f"{row['model']}, {row['batch']} x {row['context'] // 1024}K, {name}"
+                cells.append([case, f"{row['ratio_to_dense']:.2f}x", f"{ratio:.2f}x"])
+    return as_markdown(("budget 2,048", "to our dense kernel", "to FlashInfer's"), cells)
+
+
 def prefill_table(rows: Rows) -> str:
     """Seconds of a prompt, with and without Quest."""
     cells = [
@@ -108,12 +131,13 @@ def prefill_table(rows: Rows) -> str:
 
 def tables() -> list[str]:
     """All tables of docs/gpu.md, in order."""
-    attention, decode = load("attention_gpu.json"), load("decode_gpu.json")
+    attention, decode, compiled = map(load, ("attention_gpu.json", "decode_gpu.json", "decode_gpu_compiled.json"))
     return [
         attention_table(attention),
         break_even_table(attention),
         decode_table(decode),
-        decode_table(load("decode_gpu_compiled.json")),
+        decode_table(compiled),
+        against_flashinfer_table(attention, {"eager layers": decode, "compiled layers": compiled}),
         prefill_table(decode),
         prefill_table(load("prefill_gpu.json")),
     ]

@@ -17,7 +17,7 @@ from torch import Tensor
 from quest_attention.errors import QuestError, QuestStateError, QuestWarning
 from quest_attention.hf.cache import QuestCache
 from quest_attention.hf.layer import QuestLayer
-from quest_attention.hf.naming import CACHE, CACHE_NAMES, cache_argument
+from quest_attention.hf.naming import CACHE, CACHE_NAMES
 
 __all__ = ["DecodeGraphs"]
 
@@ -55,6 +55,8 @@ class DecodeGraphs:
         self.eager_steps: dict[str, int] = {}
         self._forward: Callable[..., Any] = model.forward
         self._names = tuple(inspect.signature(model.forward).parameters)
+        # A model of somebody's own may know the older name alone, and leave a cache by the other unused.
+        self._cache_name = next((name for name in CACHE_NAMES if name in self._names), CACHE)
         self._devices = {parameter.device for parameter in model.parameters()}
         self._graphs: weakref.WeakKeyDictionary[QuestCache, _CapturedStep] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
@@ -117,7 +119,9 @@ class DecodeGraphs:
         if step is None or not step.fits(cache, inputs):
             self._graphs.pop(cache, None)  # its memory goes before the next one's comes
             try:
-                step = _CapturedStep(self._forward, cache, inputs, length, kwargs.get("logits_to_keep", 0))
+                step = _CapturedStep(
+                    self._forward, cache, inputs, length, kwargs.get("logits_to_keep", 0), self._cache_name
+                )
             except QuestError:
                 raise
             except RuntimeError as error:
@@ -157,6 +161,7 @@ class _CapturedStep:
         inputs: dict[str, Tensor],
         length: int,
         logits_to_keep: int | Tensor,
+        cache_name: str,
     ) -> None:
         self.inputs = {name: value.clone() for name, value in inputs.items()}
         ids = self.inputs["input_ids"]
@@ -167,7 +172,7 @@ class _CapturedStep:
         def run() -> Any:
             return forward(
                 **self.inputs,
-                **cache_argument(cache),
+                **{cache_name: cache},
                 attention_mask=None,
                 use_cache=True,
                 return_dict=True,

@@ -26,6 +26,7 @@ from quest_attention.vllm.layer import OpenCache, QuestLayer
 from quest_attention.vllm.layout import layout_of
 from quest_attention.vllm.planning import QuestPlanner
 from quest_attention.vllm.plugin import vllm_version
+from quest_attention.vllm.refusals import BACKEND_NAME
 from quest_attention.vllm.step import QuestStep, read_lengths
 
 __all__ = ["QuestCPUBackend", "QuestCPUImpl", "QuestCPUMetadataBuilder"]
@@ -37,7 +38,7 @@ class QuestCPUBackend(CPUAttentionBackend):
     @staticmethod
     def get_name() -> str:
         """The name by which vLLM looks it up."""
-        return "CUSTOM"
+        return BACKEND_NAME
 
     @staticmethod
     def get_impl_cls() -> type[QuestCPUImpl]:

@@ -25,6 +25,7 @@ from quest_attention.vllm.layer import OpenCache, QuestLayer
 from quest_attention.vllm.layout import layout_of
 from quest_attention.vllm.planning import QuestPlanner
 from quest_attention.vllm.plugin import vllm_version
+from quest_attention.vllm.refusals import BACKEND_NAME
 from quest_attention.vllm.step import QuestStep
 
 _logger = logging.getLogger("vllm.quest_attention")
@@ -38,7 +39,7 @@ class QuestGPUBackend(FlashAttentionBackend):
     @staticmethod
     def get_name() -> str:
         """The name by which vLLM looks it up."""
-        return "CUSTOM"
+        return BACKEND_NAME
 
     @staticmethod
     def get_impl_cls() -> type[QuestGPUImpl]:
@@ -59,23 +60,10 @@ class QuestGPUBackend(FlashAttentionBackend):
 
     @classmethod
     def supports_sink(cls) -> bool:
-        """Not tested."""
+        """Not tested, as the three below."""
         return False
 
-    @classmethod
-    def supports_mm_prefix(cls) -> bool:
-        """Not tested."""
-        return False
-
-    @classmethod
-    def supports_non_causal(cls) -> bool:
-        """Not tested."""
-        return False
-
-    @classmethod
-    def supports_rswa(cls) -> bool:
-        """Not tested."""
-        return False
+    supports_mm_prefix = supports_non_causal = supports_rswa = supports_sink
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
