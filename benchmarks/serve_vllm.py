@@ -3,10 +3,10 @@
     python benchmarks/serve_vllm.py --output benchmarks/results/serve_vllm.json
 
 An engine for each arm, in a process of its own. Each case is a number of sequences with contexts of their own, which a
-first pass puts into the prefix cache, so that all of them decode together in the timed one. Latency is the time between
-two tokens of a sequence, throughput that of all. The run fails where Quest did not read pages, where its decode steps
-were not replayed from graphs, or where sequences were preempted. "most" is as many sequences as the cache of Quest,
-which is the smaller one, holds of a context.
+first pass puts into the prefix cache; in the timed ones, several a case, the engine waits until it has all of them, so
+that they begin and decode together. Latency is the time between two tokens of a sequence, throughput that of all. The
+run fails where Quest did not read pages, where its decode steps were not replayed from graphs, or where sequences were
+preempted. "most" is as many sequences as the cache of Quest, which is the smaller one, holds of a context.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ROOM = 512
 STOCK = "stock"
 """The arm without Quest."""
 MOST_EAGER = 8
-"""Decode steps that may run outside of a graph: while sequences join, prompts and decoding rows share steps."""
+"""Decode steps of a timed pass that may run outside of a graph: those that prompts share with decoding rows."""
 ARM = "QUEST_BENCHMARK_ARM"
 """Environment variable that makes this script the process of an arm; holds its options as JSON."""
 
@@ -97,8 +97,9 @@ def measure_arm(options: dict[str, Any]) -> dict[str, Any]:
                 llm.generate(prompts, SamplingParams(max_tokens=1, **params), use_tqdm=False)
                 if options["budget"]:
                     llm.collective_rpc("quest_reset")
-                done = llm.generate(prompts, SamplingParams(max_tokens=options["tokens"], **params), use_tqdm=False)
-                row = {"context": context, "batch": batch, **times_of([one.metrics for one in done])}
+                params = SamplingParams(max_tokens=options["tokens"], **params)
+                passes = [decode_together(llm, prompts, params) for _ in range(options["repeats"])]
+                row = {"context": context, "batch": batch, **times_of(passes)}
                 if options["budget"]:
                     row["counters"] = check_counters(llm, batch, options, is_gpu=is_gpu)
                 print(json.dumps(row), file=sys.stderr, flush=True)
@@ -111,10 +112,19 @@ def measure_arm(options: dict[str, Any]) -> dict[str, Any]:
     return {"rows": rows, **engine}
 
 
-def times_of(stats: list[Any]) -> dict[str, Any]:
-    """Milliseconds between tokens over the sequences of a case, and tokens a second of all."""
+def decode_together(llm: Any, prompts: list[Any], params: Any) -> list[Any]:
+    """vLLM's times of sequences that begin in the same step: requests are taken in one by one, which takes time."""
+    llm.sleep(level=0, mode="keep")  # schedules nothing, takes requests
+    llm.enqueue(prompts, params, use_tqdm=False)
+    llm.wake_up(tags=["scheduling"])
+    return [one.metrics for one in llm.wait_for_completion(use_tqdm=False)]
+
+
+def times_of(passes: list[list[Any]]) -> dict[str, Any]:
+    """Milliseconds between tokens over the sequences of all passes of a case, and tokens a second of all."""
+    stats = [one for each in passes for one in each]
     latencies = [(one.last_token_ts - one.first_token_ts) * 1e3 / (one.num_generation_tokens - 1) for one in stats]
-    seconds = max(one.last_token_ts for one in stats) - min(one.first_token_ts for one in stats)
+    seconds = sum(max(one.last_token_ts for one in each) - min(one.first_token_ts for one in each) for each in passes)
     tokens = sum(one.num_generation_tokens - 1 for one in stats)
     return {"ms_between_tokens": percentiles(latencies), "tokens_per_second": round(tokens / seconds, 2)}
 
@@ -126,10 +136,11 @@ def check_counters(llm: Any, batch: int, options: dict[str, Any], *, is_gpu: boo
         RuntimeError: Quest did not run, or ran outside of graphs.
     """
     counters: list[dict[str, int]] = llm.collective_rpc("quest_counters")
+    repeats = options["repeats"]
     for worker in counters:
-        if worker["sparse_rows"] < batch * (options["tokens"] - MOST_EAGER):
-            raise RuntimeError(f"Quest ran for {worker['sparse_rows']} rows of {batch} x {options['tokens']}")
-        if is_gpu and worker["eager_steps"] > MOST_EAGER + batch:
+        if worker["sparse_rows"] < batch * repeats * (options["tokens"] - MOST_EAGER):
+            raise RuntimeError(f"Quest ran for {worker['sparse_rows']} rows of {repeats} x {batch} x {options['tokens']}")
+        if is_gpu and worker["eager_steps"] > repeats * MOST_EAGER:
             raise RuntimeError(f"{worker['eager_steps']} decode steps were not replayed from a graph")
     return counters
 
@@ -151,6 +162,7 @@ def main(
     batches: Annotated[str, typer.Option(help="Sequences at once, comma-separated.")] = ",".join(BATCHES),
     budget: Annotated[int, typer.Option(help="Token budget of Quest.", min=1)] = 2048,
     tokens: Annotated[int, typer.Option(help="Tokens that each sequence writes.", min=2)] = 128,
+    repeats: Annotated[int, typer.Option(help="Timed passes of a case.", min=1)] = 5,
     bounds: Annotated[str, typer.Option(help="Arms of Quest by the dtype of bounds, comma-separated.")] = "kv,fp8",
     quantization: Annotated[str | None, typer.Option(help="Of weights, as vLLM names it: fp8.")] = None,
     tensor_parallel: Annotated[int, typer.Option(help="GPUs.")] = 1,
@@ -164,6 +176,7 @@ def main(
         "contexts": integers("contexts", contexts),
         "batches": split_list(batches),
         "tokens": tokens,
+        "repeats": repeats,
         "quantization": quantization,
         "tensor_parallel": tensor_parallel,
         "device": device,

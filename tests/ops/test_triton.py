@@ -218,7 +218,7 @@ def test_token_mask(group: int) -> None:
     torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("lengths", [[300, 33, 0, 255], [129]])
+@pytest.mark.parametrize("lengths", [[300, 33, 0, 255], [129], [300, 100, 128, 65]])
 def test_rows_in_sections(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of more pages than one program holds: the pages of one piece, in the verb and in the fused kernel."""
     monkeypatch.setattr(selection, "_SECTION_PAGES", 8)

@@ -283,13 +283,15 @@ def _decode_kernel(
                 among = first + tl.arange(0, BLOCK_A)
                 is_live = among < last
                 score = tl.load(row_scores + among, mask=is_live, other=0.0, cache_modifier=".cg")
-                where = tl.load(row_table + among, mask=is_live, other=0)
+                where = among
+                if not SECTIONED:  # beside the scores; a row in sections has no registers to keep it in
+                    where = tl.load(row_table + among, mask=is_live, other=0)
                 is_forced = (among < num_sink_pages) | (among >= total - num_recent_pages)
                 ranks = rank_scores(score, is_live, is_forced)
-                if SECTIONED:
+                num_here = tl.minimum(count, last - first)
+                chosen = choose_pages(ranks, last - first, num_here)
+                if SECTIONED and total > SECTION_PAGES:
                     best = row.to(tl.int64) * sections * slots
-                    num_here = tl.minimum(count, last - first)
-                    chosen = choose_pages(ranks, last - first, num_here)
                     at = best + section * slots
                     slot = tl.cumsum(chosen.to(tl.int32)) - 1
                     tl.store(best_ranks + at + slot, ranks, mask=chosen)
@@ -314,7 +316,8 @@ def _decode_kernel(
                         _publish(row_pages, row_physical, pages_best, where_best, chosen_best, count, slots, BLOCK_K)
                         _raise_flag(row_counters, counts, b, h, count)
                 else:
-                    chosen = choose_pages(ranks, total, count)
+                    if SECTIONED:
+                        where = tl.load(row_table + among, mask=is_live, other=0)
                     _publish(row_pages, row_physical, among, where, chosen, count, slots, BLOCK_K)
                     _raise_flag(row_counters, counts, b, h, count)
     else:
