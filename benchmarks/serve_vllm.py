@@ -113,7 +113,7 @@ def measure_arm(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def decode_together(llm: Any, prompts: list[Any], params: Any) -> list[Any]:
-    """vLLM's times of sequences that begin in the same step: requests are taken in one by one, which takes time."""
+    """Sequences that begin in the same step, with their times: requests are taken in one by one, which takes time."""
     llm.sleep(level=0, mode="keep")  # schedules nothing, takes requests
     llm.enqueue(prompts, params, use_tqdm=False)
     llm.wake_up(tags=["scheduling"])
@@ -139,7 +139,8 @@ def check_counters(llm: Any, batch: int, options: dict[str, Any], *, is_gpu: boo
     repeats = options["repeats"]
     for worker in counters:
         if worker["sparse_rows"] < batch * repeats * (options["tokens"] - MOST_EAGER):
-            raise RuntimeError(f"Quest ran for {worker['sparse_rows']} rows of {repeats} x {batch} x {options['tokens']}")
+            wanted = f"{repeats} x {batch} x {options['tokens']}"
+            raise RuntimeError(f"Quest ran for {worker['sparse_rows']} rows of {wanted}")
         if is_gpu and worker["eager_steps"] > repeats * MOST_EAGER:
             raise RuntimeError(f"{worker['eager_steps']} decode steps were not replayed from a graph")
     return counters
