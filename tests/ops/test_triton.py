@@ -130,7 +130,8 @@ def _round_up_kernel(values, bits, N: tl.constexpr):
 @triton.jit
 def _choose_kernel(ranks, out, num_live, count, N: tl.constexpr):
     at = tl.arange(0, N)
-    tl.store(out + at, selection.choose_pages(tl.load(ranks + at), num_live, count).to(tl.int32))
+    chosen, slot = selection.choose_pages(tl.load(ranks + at), num_live, count)
+    tl.store(out + slot, at, mask=chosen)
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "huge", "equal", "denormal", "neighbours", "two signs"])
@@ -157,10 +158,10 @@ def test_choosing_among_all_kinds_of_ranks(kind: str) -> None:
         ranks[torch.rand(n) < rng.choice([0, 0.2])] = largest  # pages that score +inf
         ranks[torch.randperm(live)[: rng.randint(0, min(count, 3))]] = float("inf")  # forced pages
         ranks[live:] = -float("inf")
-        chosen = torch.zeros(n, dtype=torch.int32)
+        chosen = torch.full((n,), -1, dtype=torch.int32)
         _choose_kernel[(1,)](ranks, chosen, live, count, N=n)
         best = sorted(range(live), key=lambda page, ranks=ranks: (-float(ranks[page]), page))[:count]
-        assert chosen.nonzero().flatten().tolist() == sorted(best)
+        assert chosen.tolist() == sorted(best) + [-1] * (n - count)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

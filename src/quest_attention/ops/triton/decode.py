@@ -123,10 +123,9 @@ def quest_decode(
 
 
 @triton.jit
-def _publish(row_pages, row_physical, page, physical, chosen, count, slots, BLOCK_K: tl.constexpr):
+def _publish(row_pages, row_physical, page, physical, chosen, slot, count, slots, BLOCK_K: tl.constexpr):
     """Write the chosen pages of a row: logical ones for the caller, physical ones for those that attend."""
-    store_chosen(row_pages, page, chosen, count, slots, BLOCK_K)
-    slot = tl.cumsum(chosen.to(tl.int32)) - 1
+    store_chosen(row_pages, page, chosen, slot, count, slots, BLOCK_K)
     tl.store(row_physical + slot, physical, mask=chosen)
 
 
@@ -226,10 +225,14 @@ def _decode_kernel(
     program = tl.program_id(0)
     scorers = sections * score_splits  # programs that score a row
     is_scoring = program < rows * scorers
-    row = tl.where(is_scoring, program // scorers, (program - rows * scorers) // splits)
-    part = tl.where(is_scoring, program % scorers, (program - rows * scorers) % splits)
-    b = (row // num_kv_heads).to(tl.int64)
-    h = (row % num_kv_heads).to(tl.int64)
+    # Of either kind; a division is some 30 instructions.
+    index = tl.where(is_scoring, program, program - rows * scorers)
+    sharing = tl.where(is_scoring, scorers, splits)
+    row = index // sharing
+    part = index - row * sharing
+    sequence = row // num_kv_heads
+    b = sequence.to(tl.int64)
+    h = (row - sequence * num_kv_heads).to(tl.int64)
     end = length
     if RAGGED:
         end = tl.load(seq_lens + b).to(tl.int32)
@@ -244,7 +247,7 @@ def _decode_kernel(
         section = part // score_splits
         first = section * SECTION_PAGES
         last = tl.minimum(first + SECTION_PAGES, total)
-        split = part % score_splits
+        split = part - section * score_splits
         row_pages = pages + row.to(tl.int64) * slots
         step = score_splits * BLOCK_P
         # Asked for before the length is known, so that the two wait together.
@@ -254,7 +257,7 @@ def _decode_kernel(
         if (not is_sparse) & (section == 0) & (split == 0):  # short enough to be read whole
             every = tl.arange(0, BLOCK_K)
             all_physical = tl.load(row_table + every, mask=every < total, other=0)
-            _publish(row_pages, row_physical, every, all_physical, every < total, count, slots, BLOCK_K)
+            _publish(row_pages, row_physical, every, all_physical, every < total, every, count, slots, BLOCK_K)
             _raise_flag(row_counters, counts, b, h, count)
         if is_sparse & (first < total):
             row_scores = scores + row.to(tl.int64) * max_pages
@@ -289,11 +292,10 @@ def _decode_kernel(
                 is_forced = (among < num_sink_pages) | (among >= total - num_recent_pages)
                 ranks = rank_scores(score, is_live, is_forced)
                 num_here = tl.minimum(count, last - first)
-                chosen = choose_pages(ranks, last - first, num_here)
+                chosen, slot = choose_pages(ranks, last - first, num_here)
                 if SECTIONED and total > SECTION_PAGES:
                     best = row.to(tl.int64) * sections * slots
                     at = best + section * slots
-                    slot = tl.cumsum(chosen.to(tl.int32)) - 1
                     tl.store(best_ranks + at + slot, ranks, mask=chosen)
                     tl.store(best_pages + at + slot, among, mask=chosen)
                     unused = tl.arange(0, BLOCK_K)
@@ -312,13 +314,23 @@ def _decode_kernel(
                             best_pages + best + candidate, mask=is_known, other=0, cache_modifier=".cg"
                         )
                         where_best = tl.load(row_table + pages_best, mask=is_known, other=0)
-                        chosen_best = choose_pages(ranks_best, tl.sum(is_known.to(tl.int32)), count)
-                        _publish(row_pages, row_physical, pages_best, where_best, chosen_best, count, slots, BLOCK_K)
+                        chosen_best, slot_best = choose_pages(ranks_best, tl.sum(is_known.to(tl.int32)), count)
+                        _publish(
+                            row_pages,
+                            row_physical,
+                            pages_best,
+                            where_best,
+                            chosen_best,
+                            slot_best,
+                            count,
+                            slots,
+                            BLOCK_K,
+                        )
                         _raise_flag(row_counters, counts, b, h, count)
                 else:
                     if SECTIONED:
                         where = tl.load(row_table + among, mask=is_live, other=0)
-                    _publish(row_pages, row_physical, among, where, chosen, count, slots, BLOCK_K)
+                    _publish(row_pages, row_physical, among, where, chosen, slot, count, slots, BLOCK_K)
                     _raise_flag(row_counters, counts, b, h, count)
     else:
         q = load_query(row_query, query_head_stride, GROUP, BLOCK_G, HEAD_DIM, BLOCK_D)

@@ -142,7 +142,11 @@ def rank_scores(score, is_live, is_forced):
 
 @triton.jit
 def choose_pages(ranks, num_live, count):
-    """Which `count` of the ranks `[N]` are the largest, the earlier first among equals; at most `num_live`."""
+    """Which `count` of the ranks `[N]` are the largest, the earlier first among equals; at most `num_live`.
+
+    Returns:
+        Whether each is chosen, and how many before it are, both `[N]`.
+    """
     low = tl.where(count > 0, tl.min(tl.where(ranks == DEAD, FORCED, ranks)), float("nan"))  # nothing reaches NaN
     highest = tl.max(tl.where(ranks == FORCED, DEAD, ranks))
     high = tl.full([], FORCED, tl.float32)
@@ -168,24 +172,33 @@ def choose_pages(ranks, num_live, count):
         upper = high - third
         # Both lie strictly between, so that each turn moves a limit; false for an infinite `high`.
         going = (reached != count) & (lower > low) & (lower < high) & (upper > low) & (upper < high)
-    chosen = ranks >= low
+    cut, room = float("nan"), 0  # rank of which only the first `room` are chosen; nothing equals NaN
     if reached != count:  # several have the rank at which the cut falls
         if tl.sum((ranks == FORCED).to(tl.int32)) >= count:  # the forced pages fill the budget
-            chosen = ranks == FORCED
+            low = FORCED
         else:
             cut = tl.max(tl.where(ranks < high, ranks, DEAD))
             while tl.sum((ranks >= cut).to(tl.int32)) < count:  # not so far, unless rounding ended the search early
                 cut = tl.max(tl.where(ranks < cut, ranks, DEAD))
-            at_cut = ranks == cut
             room = count - tl.sum((ranks > cut).to(tl.int32))
-            chosen = (ranks > cut) | (at_cut & (tl.cumsum(at_cut.to(tl.int32)) <= room))
-    return chosen
+            low = cut
+    is_kept, is_level = ranks >= low, ranks == cut
+    # Those above the cut and those at it are counted in one scan: scans are most of the code of the fused kernel, which
+    # a GPU fetches anew for every layer, after the weights went through its caches.
+    if ranks.shape[0] < 32768:
+        both = tl.cumsum(is_kept.to(tl.int32) + is_level.to(tl.int32) * 65535)
+        num_level = both >> 16
+        num_kept = both & 0xFFFF
+    else:
+        num_level = tl.cumsum(is_level.to(tl.int32))
+        num_kept = tl.cumsum(is_kept.to(tl.int32)) - num_level
+    chosen = is_kept & ((ranks != cut) | (num_level <= room))
+    return chosen, num_kept + tl.minimum(num_level, room) - chosen.to(tl.int32)
 
 
 @triton.jit
-def store_chosen(out, values, chosen, count, slots, BLOCK_K: tl.constexpr):
-    """Write the chosen values side by side, and -1 in the slots that stay unused."""
-    slot = tl.cumsum(chosen.to(tl.int32)) - 1
+def store_chosen(out, values, chosen, slot, count, slots, BLOCK_K: tl.constexpr):
+    """Write the chosen values side by side, each to its slot, and -1 to the slots that stay unused."""
     tl.store(out + slot, values, mask=chosen)
     unused = tl.arange(0, BLOCK_K)
     tl.store(out + unused, -1, mask=(unused >= count) & (unused < slots))
@@ -253,16 +266,15 @@ def _select_kernel(
     ranks = rank_scores(score, is_live, is_forced)
     if SECTIONED:
         count_here = tl.minimum(count, num_live)
-        chosen = choose_pages(ranks, num_live, count_here)
+        chosen, slot = choose_pages(ranks, num_live, count_here)
         at = row.to(tl.int64) * sections * slots + section * slots
-        slot = tl.cumsum(chosen.to(tl.int32)) - 1
         tl.store(best_ranks + at + slot, ranks, mask=chosen)
         tl.store(best_pages + at + slot, page, mask=chosen)
         unused = tl.arange(0, BLOCK_K)
         tl.store(best_ranks + at + unused, DEAD, mask=(unused >= count_here) & (unused < slots))
     else:
-        chosen = choose_pages(ranks, num_live, count)
-        store_chosen(pages + row.to(tl.int64) * slots, page, chosen, count, slots, BLOCK_K)
+        chosen, slot = choose_pages(ranks, num_live, count)
+        store_chosen(pages + row.to(tl.int64) * slots, page, chosen, slot, count, slots, BLOCK_K)
     if (h == 0) & (section == 0):
         tl.store(counts + b, count)
 
@@ -297,5 +309,5 @@ def _merge_sections_kernel(
     ranks = tl.load(best_ranks + at, mask=candidate < candidates, other=DEAD)
     page = tl.load(best_pages + at, mask=ranks != DEAD, other=-1)
     num_live = tl.sum((ranks != DEAD).to(tl.int32))
-    chosen = choose_pages(ranks, num_live, count)
-    store_chosen(pages + row.to(tl.int64) * slots, page, chosen, count, slots, BLOCK_K)
+    chosen, slot = choose_pages(ranks, num_live, count)
+    store_chosen(pages + row.to(tl.int64) * slots, page, chosen, slot, count, slots, BLOCK_K)

@@ -64,20 +64,26 @@ class Tuning(NamedTuple):
     max_registers: int | None = None
 
 
-# Measured on an H200 at head_dim 128 in bfloat16; section_pages and the splits follow from the problem.
+# Measured on an H200 at head_dim 128 in bfloat16; section_pages and the splits follow from the problem. Rows in
+# sections were measured among a layer's matrix products, whose weights drive a kernel's code out of the caches: there
+# fewer instructions (more warps, no deeper pipelines) are faster than what is fastest alone.
 _SINGLE_HEAD = Tuning(32, 0, 0, 32, 0, num_warps=4, max_registers=96)
 _SHORT_ROWS = Tuning(64, 0, 0, 64, 0, num_warps=8, max_registers=80)
 _FEW_ROWS = Tuning(64, 0, 0, 64, 0, num_warps=8, score_stages=3, max_registers=64)
+_FEW_LONG_ROWS = _FEW_ROWS._replace(max_registers=80)
 _MANY_ROWS = Tuning(64, 0, 0, 64, 0, num_warps=4, score_stages=3, attend_stages=3)
-"""Many rows, or few of them in sections: such a launch has programs without pages, which should be soon gone."""
 _MANY_NARROW_ROWS = Tuning(32, 0, 0, 32, 0, num_warps=4, score_stages=5, attend_stages=5, max_registers=80)
 """Long rows with bounds in 8 bits: less to wait for, more to convert."""
 _LEAST_SHARES = 8
 """Programs among which a row is shared at least, so that it is done soon."""
+_LEAST_SCORERS = 4
+"""The same for the scores of a section where the rows alone fill the GPU."""
 _TUNED_BYTES = 256
 """Bytes of a token's key for which the shapes above were measured."""
 _FEW = 32
 """Rows up to which a row's programs wait for one another more than for memory."""
+_FEWER = 16
+"""Rows up to which those in sections leave registers unused."""
 _SMALL_PAGES = 32768
 """Pages of all rows up to which the same holds for a program's loads."""
 
@@ -121,18 +127,17 @@ def tune(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Tuning | Non
     sections = triton.cdiv(max_pages, section_pages)
     if sections > 1 and sections * slots > _MOST_CANDIDATES:
         return None
-    shape = _shape(group, rows, max_pages, section_pages if sections > 1 else 0, kv.metadata.element_size() == 1)
-    is_few = rows <= _FEW and sections > 1
-    busy = 2 * _PROGRAMS * (2 if is_few else 1)
-    blocks = min(2, shape.score_stages) if sections > 1 else 1  # the next one loads while one is scored
+    shape = _shape(group, rows, max_pages, sections, kv.metadata.element_size() == 1)
+    busy = 2 * _PROGRAMS * (2 if rows <= _FEW and sections > 1 else 1)
+    # In sections the next block loads while one is scored, and shorter rows leave fewer programs without work.
+    blocks = min(2, shape.score_stages) if sections > 1 else 1
     tiles = triton.cdiv(min(max_pages, section_pages), blocks * shape.block_p)
-    least, wanted = _LEAST_SHARES, _PROGRAMS * (1 if group == 1 else 2)
-    if is_few and shape is _MANY_ROWS:
-        least, wanted = 2 * _LEAST_SHARES, _PROGRAMS // 2
+    least = _LEAST_SHARES if group == 1 else min(_LEAST_SHARES, max(_LEAST_SCORERS, triton.cdiv(_PROGRAMS, rows)))
+    wanted = _PROGRAMS * (1 if group == 1 else 2)
     shape = shape._replace(
         section_pages=section_pages,
-        score_splits=min(tiles, max(_LEAST_SHARES, busy // (rows * sections))),
-        splits=max(1, min(slots * kv.page_size // _LEAST_TOKENS, max(least, wanted // rows))),
+        score_splits=min(tiles, max(least, busy // (rows * sections))),
+        splits=max(1, min(slots * kv.page_size // _LEAST_TOKENS, max(_LEAST_SHARES, wanted // rows))),
     )
     widening = triton.next_power_of_2(kv.head_dim * kv.keys.element_size()) // _TUNED_BYTES
     if widening > 1:  # larger heads fill the registers with fewer tokens
@@ -140,14 +145,14 @@ def tune(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Tuning | Non
     return shape
 
 
-def _shape(group: int, rows: int, max_pages: int, section_pages: int, is_narrow: bool) -> Tuning:
-    """What a program loads at once and how deep, for a problem of a kind; no pages of a section where there is one."""
+def _shape(group: int, rows: int, max_pages: int, sections: int, is_narrow: bool) -> Tuning:
+    """What a program loads at once and how deep, for a problem of a kind."""
     if group == 1:
         return _SINGLE_HEAD
-    if section_pages == _SECTION_PAGES and not is_narrow:
-        return _MANY_ROWS
+    if sections > 1 and rows <= _FEWER:
+        return _FEW_LONG_ROWS
     if rows * max_pages <= _SMALL_PAGES:
         return _SHORT_ROWS
     if rows <= _FEW:
         return _FEW_ROWS
-    return _MANY_NARROW_ROWS if is_narrow and section_pages else _MANY_ROWS
+    return _MANY_NARROW_ROWS if is_narrow and sections > 1 else _MANY_ROWS
