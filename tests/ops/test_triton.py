@@ -164,6 +164,16 @@ def test_choosing_among_all_kinds_of_ranks(kind: str) -> None:
         assert chosen.tolist() == sorted(best) + [-1] * (n - count)
 
 
+def test_choosing_among_more_ranks_than_half_a_word_counts() -> None:
+    torch.manual_seed(0)
+    n, count = 32768, 20000
+    ranks = torch.randint(-1, 2, (n,)).float()  # the cut falls among some 11,000 equals
+    chosen = torch.full((n,), -1, dtype=torch.int32)
+    _choose_kernel[(1,)](ranks, chosen, n, count, N=n)
+    best = sorted(range(n), key=lambda page: (-float(ranks[page]), page))[:count]
+    assert chosen.tolist() == sorted(best) + [-1] * (n - count)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("group", [1, 2])
 def test_a_page_with_a_non_finite_key_is_read(bad: float, group: int) -> None:

@@ -145,7 +145,7 @@ def choose_pages(ranks, num_live, count):
     """Which `count` of the ranks `[N]` are the largest, the earlier first among equals; at most `num_live`.
 
     Returns:
-        Whether each is chosen, and how many before it are, both `[N]`.
+        Whether each is chosen, `[N]` bool, and how many before it are, its slot if it is, `[N]` int32.
     """
     low = tl.where(count > 0, tl.min(tl.where(ranks == DEAD, FORCED, ranks)), float("nan"))  # nothing reaches NaN
     highest = tl.max(tl.where(ranks == FORCED, DEAD, ranks))
@@ -183,8 +183,8 @@ def choose_pages(ranks, num_live, count):
             room = count - tl.sum((ranks > cut).to(tl.int32))
             low = cut
     is_kept, is_level = ranks >= low, ranks == cut
-    # Those above the cut and those at it are counted in one scan: scans are most of the code of the fused kernel, which
-    # a GPU fetches anew for every layer, after the weights went through its caches.
+    # Those above the cut and those at it are counted in one scan: scans are long, and the length of the fused kernel
+    # seems to cost time where other kernels run between its launches.
     if ranks.shape[0] < 32768:
         both = tl.cumsum(is_kept.to(tl.int32) + is_level.to(tl.int32) * 65535)
         num_level = both >> 16
@@ -192,7 +192,7 @@ def choose_pages(ranks, num_live, count):
     else:
         num_level = tl.cumsum(is_level.to(tl.int32))
         num_kept = tl.cumsum(is_kept.to(tl.int32)) - num_level
-    chosen = is_kept & ((ranks != cut) | (num_level <= room))
+    chosen = is_kept & (~is_level | (num_level <= room))
     return chosen, num_kept + tl.minimum(num_level, room) - chosen.to(tl.int32)
 
 
