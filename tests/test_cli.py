@@ -428,7 +428,10 @@ def test_an_unexpected_error_is_one_line_and_a_hint(
 def test_ctrl_c_and_a_closed_pipe_end_without_a_traceback(model_folder: str) -> None:
     # Sampled text has spaces, so it is streamed; the dense run is fed through the same code.
     command = [*COMMAND, "generate", "-m", model_folder, "-p", "ice", "-n", "2000", "--temperature", "3"]
+    # A shell starts what it puts in the background with the signal ignored, and a child keeps that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     interrupted = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    signal.signal(signal.SIGINT, before)
     assert interrupted.stdout is not None
     interrupted.stdout.read(1)
     interrupted.send_signal(signal.SIGINT)
