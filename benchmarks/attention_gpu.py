@@ -26,12 +26,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from quest_attention import QuestConfig, score_pages, select_pages, sparse_decode_attention, update_page_metadata
+from quest_attention import QuestConfig, score_pages, select_pages, sparse_decode_attention
+from quest_attention.bench.caches import in_8_bits, make_caches
 from quest_attention.bench.record import write_record
 from quest_attention.bench.timing import percentiles, time_graph
 from quest_attention.ops import make_workspace, quest_decode, resolve_backend
 from quest_attention.ops.triton.tuning import tune
-from quest_attention.pages import FP8_METADATA, PagedKV
+from quest_attention.pages import PagedKV
 
 HEAD_DIM, PAGE_SIZE, DTYPE = 128, 16, torch.bfloat16
 FLASHINFER_WORKSPACE = 512 << 20
@@ -72,27 +73,12 @@ SHAPES = (
 
 
 def make_layers(shape: Shape) -> tuple[list[PagedKV], list[Tensor], Tensor]:
-    """Random caches (NHD pages in random order), a query for each, and the lengths."""
-    pages = shape.batch * shape.context // PAGE_SIZE
-    layer_bytes = 2 * pages * PAGE_SIZE * shape.kv_heads * HEAD_DIM * DTYPE.itemsize
-    caches = []
-    lengths = torch.full((shape.batch,), shape.context, dtype=torch.int32, device="cuda")
-    for _ in range(max(3, min(8, MOST_BYTES // layer_bytes))):
-        keys = torch.empty(pages, PAGE_SIZE, shape.kv_heads, HEAD_DIM, dtype=DTYPE, device="cuda").normal_()
-        values = torch.empty_like(keys).normal_()
-        metadata = torch.empty(pages, shape.kv_heads, 2, HEAD_DIM, dtype=DTYPE, device="cuda")
-        table = torch.randperm(pages, device="cuda").to(torch.int32).view(shape.batch, -1)
-        caches.append(PagedKV(keys, values, metadata, table))
-        update_page_metadata(caches[-1], lengths, lengths)
+    """Random caches, a query for each, and the lengths."""
+    layer_bytes = 2 * shape.batch * shape.context * shape.kv_heads * HEAD_DIM * DTYPE.itemsize
+    layers = max(3, min(8, MOST_BYTES // layer_bytes))
+    caches, lengths = make_caches(layers, shape.batch, shape.context, shape.kv_heads)
     queries = [torch.randn(shape.batch, shape.query_heads, HEAD_DIM, dtype=DTYPE, device="cuda") for _ in caches]
     return caches, queries, lengths
-
-
-def in_8_bits(kv: PagedKV, lengths: Tensor) -> PagedKV:
-    """The same cache with bounds rounded outward to 8 bits."""
-    narrow = PagedKV(kv.keys, kv.values, torch.empty_like(kv.metadata, dtype=FP8_METADATA), kv.page_table)
-    update_page_metadata(narrow, lengths, lengths)
-    return narrow
 
 
 def time_dense(shape: Shape, caches: list[PagedKV], queries: list[Tensor], repeats: int) -> dict[str, dict[str, float]]:

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from quest_attention.bench.caches import in_8_bits, make_caches
 from quest_attention.eval.excerpt import SOUTH
 from quest_attention.models import bundled_model_path
+from quest_attention.pages import KEY_MAX, KEY_MIN
 
 FIXED = {"0.4", "0.3", "0.5"}
 """Numbers of docs/results.md that nothing printed: bounds on intervals, and what was expected."""
@@ -151,3 +154,22 @@ def test_the_figure_of_the_gpu_page(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="an extra of its own")
     run("benchmarks/plot_gpu.py", "--output", str(tmp_path / "gpu.png"))
     assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_caches_of_benchmarks_hold_bounds_of_their_keys() -> None:
+    torch.manual_seed(0)
+    caches, lengths = make_caches(
+        2, 3, 40, 2, capacity=100, head_dim=8, page_size=16, dtype=torch.float32, device="cpu"
+    )
+    assert len(caches) == 2 and lengths.tolist() == [40] * 3
+    for kv in caches:
+        assert kv.page_table.shape == (3, 7)
+        assert sorted(kv.page_table[:, :3].flatten().tolist()) == list(range(9))
+        for table in kv.page_table:
+            keys = kv.keys[table[:3]].flatten(0, 1)[:40]
+            for page, part in zip(table[:3], keys.split(16), strict=True):
+                torch.testing.assert_close(kv.metadata[page][:, KEY_MIN], part.amin(0))
+                torch.testing.assert_close(kv.metadata[page][:, KEY_MAX], part.amax(0))
+        narrow = in_8_bits(kv, lengths).metadata.float()
+        assert (narrow[:, :, KEY_MIN] <= kv.metadata[:, :, KEY_MIN]).all()
+        assert (narrow[:, :, KEY_MAX] >= kv.metadata[:, :, KEY_MAX]).all()

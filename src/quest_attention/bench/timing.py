@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-__all__ = ["percentiles", "time_calls", "time_graph"]
+__all__ = ["percentiles", "time_calls", "time_graph", "time_graphs"]
 
 
 def time_calls(call: Callable[[], object], repeats: int, warmup: int) -> list[float]:
@@ -31,6 +31,33 @@ def time_graph(calls: Sequence[Callable[[], object]], repeats: int, warmup: int 
     Give calls over different data, more in all than the cache of the GPU holds: a call that is timed alone finds its
     data in the cache.
     """
+    return time_graphs([calls], repeats, warmup)[0]
+
+
+def time_graphs(arms: Sequence[Sequence[Callable[[], object]]], repeats: int, warmup: int = 3) -> list[list[float]]:
+    """The same for several lists of calls, whose graphs take turns, so that all meet the clocks of the same moment."""
+    graphs = [_capture(calls) for calls in arms]
+    for _ in range(warmup):
+        for graph in graphs:
+            graph.replay()
+    marks = [
+        [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in graphs]
+        for _ in range(repeats)
+    ]
+    for turn in marks:
+        for graph, (start, end) in zip(graphs, turn, strict=True):
+            start.record()
+            graph.replay()
+            end.record()
+    torch.cuda.synchronize()
+    return [
+        [turn[place][0].elapsed_time(turn[place][1]) * 1e3 / len(calls) for turn in marks]
+        for place, calls in enumerate(arms)
+    ]
+
+
+def _capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """A graph of calls, which have run once."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -41,15 +68,7 @@ def time_graph(calls: Sequence[Callable[[], object]], repeats: int, warmup: int 
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    for _ in range(warmup):
-        graph.replay()
-    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for start, end in marks:
-        start.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) * 1e3 / len(calls) for start, end in marks]
+    return graph
 
 
 def percentiles(times: list[float]) -> dict[str, float]:

@@ -1,0 +1,156 @@
+"""Time Quest's decode step where a model meets it: among the matrix products of its layers, on an NVIDIA GPU.
+
+    python benchmarks/layers_gpu.py --output benchmarks/results/layers_gpu.json
+
+Timed alone, launch after launch, a kernel finds its code where the launch before left it; among matrix products the
+weights have passed through the caches in between, and a launch shape that wins alone may lose. A graph holds layers of
+a Llama, each with its own weights and cache: the four matrix products with the step in its place between them. "Among"
+is the time of such a graph without that of one of the products only, a layer, the two taking turns; "alone" is the step
+by itself, as in `attention_gpu.py`. The page tables have room for the longest context, as a server's have. The run
+fails when a step did not take the fused kernel or read another number of pages than the budget gives.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from quest_attention import QuestConfig
+from quest_attention.bench.caches import in_8_bits, make_caches
+from quest_attention.bench.record import write_record
+from quest_attention.bench.shapes import SHAPES, check_shape
+from quest_attention.bench.timing import percentiles, time_graphs
+from quest_attention.cli.app import integers
+from quest_attention.errors import QuestValueError
+from quest_attention.ops import make_workspace, quest_decode, resolve_backend
+from quest_attention.ops.triton.tuning import tune
+from quest_attention.pages import PagedKV
+
+DTYPE = torch.bfloat16
+CASES = "1x8192,4x8192,98x8192,1x32768,4x32768,25x32768,1x131072,4x131072,6x131072"
+
+
+class Layers:
+    """Layers of a model, as far as their weights are read in a decode step of one device."""
+
+    def __init__(self, model: str, layers: int) -> None:
+        shape = SHAPES[model]
+        hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+        self.query_heads, self.kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
+        self.head_dim = hidden // self.query_heads
+        width = (self.query_heads + 2 * self.kv_heads) * self.head_dim
+        sizes = ((width, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner))
+        self.weights = [[torch.randn(size, dtype=DTYPE, device="cuda") for size in sizes] for _ in range(layers)]
+
+    def steps(self, batch: int, attention: list[Callable[[], object]] | None) -> list[Callable[[], object]]:
+        """A call for each layer, with or without its attention."""
+        inputs = [torch.randn(batch, weight.shape[1], dtype=DTYPE, device="cuda") for weight in self.weights[0]]
+        outputs = [torch.empty(batch, weight.shape[0], dtype=DTYPE, device="cuda") for weight in self.weights[0]]
+
+        def step(weights: list[Tensor], attend: Callable[[], object] | None) -> None:
+            for place, (x, weight, out) in enumerate(zip(inputs, weights, outputs, strict=True)):
+                torch.mm(x, weight.T, out=out)
+                if place == 0 and attend is not None:
+                    attend()
+
+        calls = attention or [None] * len(self.weights)
+        return [lambda w=w, c=c: step(w, c) for w, c in zip(self.weights, calls, strict=True)]
+
+
+def attention_calls(
+    layers: Layers, caches: list[PagedKV], lengths: Tensor, config: QuestConfig
+) -> list[Callable[[], object]]:
+    """The decode step of each layer, as it is served.
+
+    Raises:
+        RuntimeError: It is not the sparse, fused step.
+    """
+    batch = lengths.shape[0]
+    workspace = make_workspace(caches[0], layers.query_heads, config)
+    if workspace is None or tune(caches[0], layers.query_heads, config) is None:
+        raise RuntimeError(f"batch {batch}, {caches[0].max_pages} pages: the fused kernel cannot hold this")
+    queries = [torch.randn(batch, layers.query_heads, layers.head_dim, dtype=DTYPE, device="cuda") for _ in caches]
+    out = torch.empty_like(queries[0])
+    calls = [
+        lambda q=q, kv=kv: quest_decode(q, kv, lengths, config, workspace=workspace, out=out)
+        for q, kv in zip(queries, caches, strict=True)
+    ]
+    counts = calls[0]().selected.counts.tolist()
+    if counts != [config.page_budget] * batch:
+        raise RuntimeError(f"read {counts} pages, expected {config.page_budget} of each sequence")
+    return calls
+
+
+def parse_cases(text: str) -> list[tuple[int, int]]:
+    """Sequences and tokens of each, from "1x8192,4x8192".
+
+    Raises:
+        QuestValueError: It is not a list of such pairs.
+    """
+    cases = []
+    for case in text.split(","):
+        numbers = integers("cases", case.strip().replace("x", ","))
+        if len(numbers) != 2:
+            raise QuestValueError("cases", text, "pairs of sequences and tokens, like 1x8192,4x131072")
+        cases.append((numbers[0], numbers[1]))
+    return cases
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Shape.")] = "llama-3.1-8b",
+    cases: Annotated[str, typer.Option(help="Sequences x tokens of each, comma-separated.")] = CASES,
+    budget: Annotated[int, typer.Option(help="Token budget.", min=1)] = 2048,
+    layers: Annotated[int, typer.Option(help="Layers in a graph.", min=2)] = 8,
+    repeats: Annotated[int, typer.Option(help="Replays per timing.", min=1)] = 25,
+    seed: Annotated[int, typer.Option(help="Seed of weights, caches and queries.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """Time the step alone and among matrix products."""
+    chosen, pairs, shape = resolve_backend("auto", "cuda"), parse_cases(cases), check_shape(model)
+    if chosen.name != "triton" or not torch.cuda.is_available():
+        raise RuntimeError(f"the Triton kernels do not run here: {chosen.reason}")
+    torch.manual_seed(seed)
+    weights, config = Layers(shape, layers), QuestConfig(budget)
+    capacity = max(context for _, context in pairs)
+    table = Table("sequences x context", "bounds", "alone", "among products", title="us per layer and step (p50)")
+    rows: list[dict[str, Any]] = []
+    for batch, context in pairs:
+        caches, lengths = make_caches(
+            layers, batch, context, weights.kv_heads, capacity=capacity, head_dim=weights.head_dim, dtype=DTYPE
+        )
+        for bounds in ("kv", "fp8"):
+            if bounds == "fp8":
+                caches = [in_8_bits(kv, lengths) for kv in caches]
+            calls = attention_calls(weights, caches, lengths, config)
+            alone, products, both = time_graphs(
+                [calls, weights.steps(batch, None), weights.steps(batch, calls)], repeats
+            )
+            times = {
+                "alone_us": percentiles(alone),
+                "products_us": percentiles(products),
+                "among_us": percentiles(
+                    [with_step - without for with_step, without in zip(both, products, strict=True)]
+                ),
+            }
+            rows.append({"batch": batch, "context": context, "bounds": bounds, **times})
+            alone_p50, among_p50 = (f"{times[name]['p50']:.1f}" for name in ("alone_us", "among_us"))
+            table.add_row(f"{batch} x {context // 1024}K", bounds, alone_p50, among_p50)
+        del caches, calls
+        torch.cuda.empty_cache()
+        if output is not None:
+            settings = {"model": model, "token_budget": budget, "capacity": capacity, "layers": layers}
+            settings |= {"dtype": str(DTYPE), "repeats": repeats, "seed": seed}
+            write_record(output, f"python {' '.join(sys.argv)}", settings, rows)
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

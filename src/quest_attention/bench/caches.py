@@ -1,0 +1,57 @@
+"""Caches of random keys and values, one for each layer that a timing rotates over."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quest_attention.ops import update_page_metadata
+from quest_attention.pages import FP8_METADATA, PagedKV, num_pages
+
+__all__ = ["in_8_bits", "make_caches"]
+
+
+def make_caches(
+    layers: int,
+    batch: int,
+    context: int,
+    num_kv_heads: int,
+    *,
+    capacity: int | None = None,
+    head_dim: int = 128,
+    page_size: int = 16,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cuda",
+) -> tuple[list[PagedKV], Tensor]:
+    """Caches of NHD pages in random order, their bounds up to date, and the lengths of the sequences, int32 [batch].
+
+    Args:
+        layers: Caches to make.
+        batch: Sequences of each.
+        context: Tokens of each sequence.
+        num_kv_heads: KV heads of a layer.
+        capacity: Tokens for which the page table has room, where a server would hold longer ones; `context` if None.
+        head_dim: Of keys and values alike.
+        page_size: Tokens per page.
+        dtype: Of keys, values and bounds.
+        device: Where they are.
+    """
+    used, wide = num_pages(context, page_size), num_pages(max(context, capacity or 0), page_size)
+    lengths = torch.full((batch,), context, dtype=torch.int32, device=device)
+    caches = []
+    for _ in range(layers):
+        keys = torch.empty(batch * used, page_size, num_kv_heads, head_dim, dtype=dtype, device=device).normal_()
+        values = torch.empty_like(keys).normal_()
+        metadata = torch.empty(batch * used, num_kv_heads, 2, head_dim, dtype=dtype, device=device)
+        table = torch.zeros(batch, wide, dtype=torch.int32, device=device)
+        table[:, :used] = torch.randperm(batch * used, device=device).view(batch, used)
+        caches.append(PagedKV(keys, values, metadata, table))
+        update_page_metadata(caches[-1], lengths, lengths)
+    return caches, lengths
+
+
+def in_8_bits(kv: PagedKV, lengths: Tensor) -> PagedKV:
+    """The same cache with bounds rounded outward to 8 bits."""
+    narrow = PagedKV(kv.keys, kv.values, torch.empty_like(kv.metadata, dtype=FP8_METADATA), kv.page_table)
+    update_page_metadata(narrow, lengths, lengths)
+    return narrow
