@@ -1,4 +1,4 @@
-"""Print the tables of docs/gpu.md from the results of `attention_gpu.py` and `decode_gpu.py`.
+"""Print the tables of docs/gpu.md from the results of `attention_gpu.py`, `layers_gpu.py` and `decode_gpu.py`.
 
 python benchmarks/tables_gpu.py
 """
@@ -73,6 +73,16 @@ def break_even_table(rows: Rows) -> str:
     return as_markdown(("B x HQ/HKV", "tokens"), cells)
 
 
+def layers_table(rows: Rows) -> str:
+    """The step alone and among matrix products, by bounds."""
+    cells: dict[str, list[str]] = {}
+    for row in rows:
+        line = cells.setdefault(f"{row['batch']} x {row['context'] // 1024}K", [])
+        line += [f"{row[name]['p50']:.1f}" for name in ("alone_us", "among_us")]
+    head = ("sequences x context", "alone", "among products", "fp8 bounds, alone", "among products")
+    return as_markdown(head, [[name, *line] for name, line in cells.items()])
+
+
 def decode_table(rows: Rows) -> str:
     """Milliseconds per token of every arm, a line for each model, batch and context."""
     timed = [row for row in rows if "ms" in row]
@@ -135,6 +145,7 @@ def tables() -> list[str]:
     return [
         attention_table(attention),
         break_even_table(attention),
+        layers_table(load("layers_gpu.json")),
         decode_table(decode),
         decode_table(compiled),
         against_flashinfer_table(attention, {"eager layers": decode, "compiled layers": compiled}),

@@ -66,8 +66,8 @@ class Tuning(NamedTuple):
 
 # Measured on an H200 at head_dim 128 in bfloat16, each alone; section_pages and the splits follow from the problem.
 # Shapes of up to 16 rows in sections, and how many programs score many rows, were chosen among a layer's matrix
-# products with bounds as keys: there fewer instructions beat what is fastest alone, as if code were fetched anew for
-# each layer.
+# products with bounds as keys, as `benchmarks/layers_gpu.py` times them: there fewer instructions beat what is fastest
+# alone, as if code were fetched anew for each layer.
 _SINGLE_HEAD = Tuning(32, 0, 0, 32, 0, num_warps=4, max_registers=96)
 _SHORT_ROWS = Tuning(64, 0, 0, 64, 0, num_warps=8, max_registers=80)
 _FEW_ROWS = Tuning(64, 0, 0, 64, 0, num_warps=8, score_stages=3, max_registers=64)
