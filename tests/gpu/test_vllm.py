@@ -1,4 +1,4 @@
-"""Quest inside vLLM on a GPU: kernels, full CUDA graphs, two ranks. Scenarios of tests/serving, each a process."""
+"""Quest inside vLLM on a GPU: kernels, server, CUDA graphs, two ranks. Scenarios of tests/serving, each a process."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from scenario import BUDGET, GPU_ORACLE, prompts
+from server import CLIENTS, NAME, serving
+
 SERVING = Path(__file__).parent.parent / "serving"
-NUM_SPARSE_LAYERS = 4  # of the bundled model's six
+KEY = len(" 48213")
+"""Characters of a pass key in an answer."""
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(900),
@@ -37,6 +41,16 @@ def found_keys(answers: list[list[int]]) -> list[list[int]]:
     return [answer[:6] for answer in answers]
 
 
+def assert_sampled(found: dict[str, Any], least: int = 10) -> None:
+    """A sample of the calls, of at least so many rows, was as float64 has it, and Quest ran."""
+    (oracle,), (counters,) = found["oracle"], found["counters"]
+    assert oracle["failures"] == []
+    assert 0 < oracle["worst"] <= 1
+    assert oracle["seen"]["rows"] > least
+    assert counters["sparse_rows"] > 0
+    assert counters["pages_read"] < counters["pages_held"]
+
+
 def test_a_budget_of_the_context_gives_the_stock_backends_tokens() -> None:
     inactive, active = scenario("gpu_budget_of_the_context").values()
     assert inactive["counters"] == [{}]
@@ -49,12 +63,38 @@ def test_a_budget_of_the_context_gives_the_stock_backends_tokens() -> None:
 
 def test_eager_steps_are_the_oracles() -> None:
     found = scenario("gpu_eager")
-    (oracle,), (counters,) = found["oracle"], found["counters"]
-    assert oracle["failures"] == []
-    assert 0 < oracle["worst"] <= 1
-    assert oracle["seen"]["rows"] > 100
-    assert counters["sparse_rows"] > 0
+    assert_sampled(found, 100)
     assert found["metrics"]["prefix_cache_hits"] > 1000
+
+
+def test_preempted_rows_and_blocks_used_again() -> None:
+    found = scenario("gpu_preemption")
+    assert_sampled(found)
+    assert found["metrics"]["num_preemptions"] > 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="vLLM's n-gram speculation needs numba")
+def test_speculated_tokens_that_are_taken_back() -> None:
+    found = scenario("gpu_speculation")
+    assert_sampled(found)
+    drafted, accepted = (found["metrics"][f"spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted"))
+    assert accepted < drafted
+
+
+def test_eight_clients_of_a_server() -> None:
+    texts = prompts(CLIENTS, 300)
+    options = ("--dtype", "bfloat16", "--block-size", "16", "--gpu-memory-utilization", "0.3")
+    with serving(
+        {"token_budget": BUDGET}, *options, "--worker-extension-cls", GPU_ORACLE["worker_extension_cls"]
+    ) as server:
+        server.rpc("install_oracle")
+        together = server.ask_together(texts)
+        alone = [server.ask(text) for text in texts[:2]]
+        example = server.run_example()
+        found = {"oracle": server.rpc("oracle_report"), "counters": server.rpc("quest_counters")}
+    assert_sampled(found)
+    assert [text[:KEY] for text in together[:2]] == [text[:KEY] for text in alone]
+    assert example.startswith(f"{NAME}, 4084 tokens: 27183"), example
 
 
 def test_decode_batches_are_replayed_from_graphs() -> None:

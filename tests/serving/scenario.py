@@ -21,6 +21,9 @@ BUDGET = 4 * BLOCK
 ANSWER = 10
 """Tokens of an answer."""
 ORACLE = {"worker_extension_cls": "vllm_oracle.OracleExtension"}
+GPU_ORACLE = {"worker_extension_cls": "gpu_oracle.GPUOracleExtension"}
+FROM_PROMPT = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 2}
+"""Speculation that needs no model."""
 
 
 def prompts(count: int, words: int) -> list[str]:
@@ -143,20 +146,17 @@ def bfloat16() -> dict[str, Any]:
 
 def preemption() -> dict[str, Any]:
     """A pool too small for all rows: some are preempted, lose their blocks and are computed anew."""
-    llm = make_llm(
-        {"token_budget": BUDGET},
-        num_gpu_blocks_override=28,  # 27 to use: two rows of 13 blocks fit, two of 14 do not
-        max_model_len=448,
-        enable_prefix_caching=False,
-        **ORACLE,
-    )
-    return checked(llm, [prompts(4, 230)], tokens=40)
+    return checked(make_llm({"token_budget": BUDGET}, **small_pool(28), **ORACLE), [prompts(4, 230)], tokens=40)
+
+
+def small_pool(blocks: int) -> dict[str, Any]:
+    """Options of a pool of so few blocks that two rows of 400 tokens fit as they begin, and not as they end."""
+    return {"num_gpu_blocks_override": blocks, "max_model_len": 448, "enable_prefix_caching": False}
 
 
 def speculation() -> dict[str, Any]:
     """n-gram speculation: rows of several tokens, some of which are taken back."""
-    from_prompt = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 2}
-    llm = make_llm({"token_budget": BUDGET}, speculative_config=from_prompt, **ORACLE)
+    llm = make_llm({"token_budget": BUDGET}, speculative_config=FROM_PROMPT, **ORACLE)
     return checked(llm, [prompts(3, 500)], tokens=40, temperature=0.7)
 
 
@@ -215,7 +215,7 @@ def gpu_budget_of_the_context() -> dict[str, Any]:
     """A budget that covers the model, and one that covers these rows, whose graphs hold Quest."""
     found = {}
     for budget in (8192, 8192 - BUDGET):
-        llm = make_gpu_llm({"token_budget": budget}, worker_extension_cls="gpu_oracle.GPUOracleExtension")
+        llm = make_gpu_llm({"token_budget": budget}, **GPU_ORACLE)
         llm.collective_rpc("quest_reset")
         found[str(budget)] = {"answers": answers(llm, gpu_texts()), "counters": llm.collective_rpc("quest_counters")}
         del llm
@@ -224,20 +224,25 @@ def gpu_budget_of_the_context() -> dict[str, Any]:
 
 def gpu_eager() -> dict[str, Any]:
     """A sampled oracle, with prompts in chunks beside decoding rows, then out of the prefix cache."""
-    llm = make_gpu_llm(
-        {"token_budget": 256},
-        enforce_eager=True,
-        max_num_batched_tokens=512,
-        worker_extension_cls="gpu_oracle.GPUOracleExtension",
-    )
+    llm = make_gpu_llm({"token_budget": 256}, enforce_eager=True, max_num_batched_tokens=512, **GPU_ORACLE)
     return checked(llm, [gpu_texts(), gpu_texts()], tokens=40)
+
+
+def gpu_preemption() -> dict[str, Any]:
+    """As on a CPU, with blocks of 16."""
+    llm = make_gpu_llm({"token_budget": BUDGET}, enforce_eager=True, **small_pool(53), **GPU_ORACLE)
+    return checked(llm, [prompts(4, 230)], tokens=40)
+
+
+def gpu_speculation() -> dict[str, Any]:
+    """As on a CPU."""
+    llm = make_gpu_llm({"token_budget": BUDGET}, enforce_eager=True, speculative_config=FROM_PROMPT, **GPU_ORACLE)
+    return checked(llm, [prompts(3, 500)], tokens=40, temperature=0.7)
 
 
 def gpu_graphs(ranks: int = 1) -> dict[str, Any]:
     """Decode batches from full CUDA graphs."""
-    llm = make_gpu_llm(
-        {"token_budget": 256}, tensor_parallel_size=ranks, worker_extension_cls="gpu_oracle.GPUOracleExtension"
-    )
+    llm = make_gpu_llm({"token_budget": 256}, tensor_parallel_size=ranks, **GPU_ORACLE)
     llm.collective_rpc("quest_reset")
     return {"answers": answers(llm, gpu_texts(), 40), "counters": llm.collective_rpc("quest_counters")}
 
@@ -262,6 +267,8 @@ SCENARIOS = [
     gpu_stock,
     gpu_budget_of_the_context,
     gpu_eager,
+    gpu_preemption,
+    gpu_speculation,
     gpu_graphs,
     gpu_two_ranks,
 ]

@@ -1,0 +1,114 @@
+"""An OpenAI server with Quest, a process of its own, and what its clients do."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import scenario
+
+HERE = Path(__file__).parent
+EXAMPLE = HERE.parent.parent / "examples" / "ask_a_server.py"
+NAME = "tiny"
+CLIENTS = 8
+
+
+class Server:
+    """A server that runs.
+
+    Attributes:
+        url: Of its API.
+        log: Lines it has written, which grow.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._address = f"http://127.0.0.1:{port}"
+        self.url = f"{self._address}/v1"
+        self.log: list[str] = []
+
+    def is_ready(self) -> bool:
+        """Whether it answers."""
+        try:
+            with urllib.request.urlopen(f"{self._address}/health", timeout=5):
+                return True
+        except OSError:
+            return False
+
+    def rpc(self, method: str) -> Any:
+        """Call a method of the worker."""
+        body = json.dumps({"method": method}).encode()
+        request = urllib.request.Request(f"{self._address}/collective_rpc", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            text = response.read()
+        return json.loads(text)["results"] if text else None
+
+    def ask(self, prompt: str) -> str:
+        """As a client does."""
+        from openai import OpenAI
+
+        with OpenAI(base_url=self.url, api_key="none", timeout=600) as client:
+            done = client.completions.create(
+                model=NAME, prompt=prompt, max_tokens=scenario.ANSWER, temperature=0, extra_body={"ignore_eos": True}
+            )
+        return done.choices[0].text
+
+    def ask_together(self, prompts: list[str]) -> list[str]:
+        """As many clients at once do."""
+        with ThreadPoolExecutor(len(prompts)) as clients:
+            return list(clients.map(self.ask, prompts))
+
+    def run_example(self) -> str:
+        """What the example of docs/vllm.md prints."""
+        command = [sys.executable, str(EXAMPLE), self.url]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@contextmanager
+def serving(quest: dict[str, Any], *options: str) -> Iterator[Server]:
+    """A server of the bundled model that answers, eager, with four sequences at once."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(scenario.bundled_model_path()), "--served-model-name", NAME, "--port", str(port)]
+    command += ["--max-model-len", "8192", "--enforce-eager", "--max-num-seqs", "4"]
+    command += ["--attention-backend", "CUSTOM", "--additional-config", json.dumps({"quest": quest}), *options]
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_SERVER_DEV_MODE": "1",  # for /collective_rpc, by which a test asks the worker
+        "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    server = Server(port)
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        reader = threading.Thread(target=lambda: server.log.extend(process.stdout), daemon=True)
+        reader.start()
+        try:
+            while not server.is_ready():
+                if process.poll() is not None:
+                    reader.join(10)
+                    pytest.fail("the server ended: " + "".join(server.log)[-6000:])
+                time.sleep(1)
+            yield server
+        finally:
+            process.terminate()
+            process.wait(60)
+            reader.join(10)
