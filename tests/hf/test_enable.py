@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -151,6 +152,24 @@ def test_caches_that_would_make_it_dense_in_silence() -> None:
         with pytest.raises(QuestValueError, match="cache_implementation: got 'static'"):
             generate(model, ids, cache_implementation="static")
         assert quest.counters.sparse_steps == 0
+
+
+def test_a_cache_that_the_model_made_itself_is_warned_of_once() -> None:
+    model, ids = make_llama(), prompt()
+    with torch.inference_mode(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with enable_quest(model, SMALL) as quest:
+            cache = model(ids[:, :20])[CACHE]  # the model makes a cache of transformers' own
+            model(ids[:, 20:21], **cache_argument(cache))  # within the budget
+            assert not caught
+            for at in range(21, 40):
+                model(ids[:, at : at + 1], **cache_argument(cache))
+            assert quest.counters.sparse_steps == 0
+        model(ids[:, 40:41], **cache_argument(cache))  # nobody's business any more
+    (warned,) = caught
+    assert warned.category is QuestWarning and warned.filename == __file__
+    assert "given a DynamicCache" in str(warned.message) and "make_cache()" in str(warned.message)
+    assert not model._forward_pre_hooks
 
 
 def test_every_layer_dense_is_warned_of() -> None:

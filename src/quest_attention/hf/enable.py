@@ -7,6 +7,7 @@ import warnings
 from types import TracebackType
 from typing import Any, NoReturn, cast
 
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -14,10 +15,11 @@ from quest_attention.config import QuestConfig
 from quest_attention.errors import BackendError, QuestStateError, QuestValueError, QuestWarning, UnsupportedModelError
 from quest_attention.hf.attention import EAGER_NAME, SDPA_NAME, register_attention
 from quest_attention.hf.cache import QuestCache, layer_kinds
+from quest_attention.hf.compiler import kept_from_compilers
 from quest_attention.hf.counters import LayerCounter, QuestCounters
 from quest_attention.hf.graph import DecodeGraphs
 from quest_attention.hf.layer import OnSelect
-from quest_attention.hf.naming import CACHE
+from quest_attention.hf.naming import CACHE, CACHE_NAMES
 from quest_attention.hf.support import check_supported, needs_eager
 from quest_attention.ops import resolve_backend
 
@@ -128,6 +130,8 @@ class QuestHandle:
         self._own_forward = model.forward
         if self.graphs is not None:
             self.model.forward = self.graphs.wrap()
+        self._has_warned = False
+        self._watch = self.model.register_forward_pre_hook(self._watch_cache, with_kwargs=True)
         setattr(model, _HANDLE, self)
 
     def __enter__(self) -> QuestHandle:
@@ -152,6 +156,7 @@ class QuestHandle:
                 self.model.forward = self._own_forward
             else:
                 self.model.__dict__.pop("forward", None)
+        self._watch.remove()
         for name in ("_prepare_cache_for_generation", *_CONTINUOUS_BATCHING, _HANDLE):
             self.model.__dict__.pop(name, None)  # what the class has comes to light again
         self._restore_configs()
@@ -164,6 +169,29 @@ class QuestHandle:
         """
         return QuestCache(
             self.model.config, self.config, max_length=max_length, counters=self.counters, on_select=self._on_select
+        )
+
+    @kept_from_compilers
+    def _watch_cache(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before each forward pass: say once that a decode step past the budget runs dense for want of a `QuestCache`.
+
+        A model that is called without a cache makes one of transformers' own, which comes back with the next token.
+        """
+        del model
+        cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+        tokens = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        if self._has_warned or not isinstance(cache, Cache) or isinstance(cache, QuestCache):
+            return
+        if not isinstance(tokens, Tensor) or tokens.shape[1] != 1 or cache.get_seq_length() < self.config.token_budget:
+            return
+        if any(hasattr(layer, "attend") for layer in cache.layers):  # a `Reader`
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"the model was given a {type(cache).__name__}, which has no page metadata: every layer runs dense; "
+            "pass a cache of the handle's make_cache() from the first token on",
+            QuestWarning,
+            stacklevel=6,
         )
 
     def _restore_configs(self) -> None:
@@ -182,6 +210,7 @@ class QuestHandle:
         given = model_kwargs.get(CACHE)
         if given is not None:
             if isinstance(given, Cache) and not isinstance(given, QuestCache):
+                self._has_warned = True
                 _warn_dense(
                     f"was given a {type(given).__name__}, which has no page metadata; pass a QuestCache or none"
                 )
