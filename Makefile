@@ -19,7 +19,7 @@ SANITIZE = PYTHONPATH=src PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --e
 SMALL_GPU_TESTS = $(PYTHON) -m pytest -m gpu tests/gpu -k test_small_shapes $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-oldest test-vllm test-gpu sanitize-gpu lint format clean
+.PHONY: help venv venv-vllm demo test test-oldest test-vllm test-gpu sanitize-gpu lint format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -37,6 +37,8 @@ test-oldest: $(OLDEST)/.installed ## The same with the oldest supported transfor
 
 test-vllm: $(VLLM)/.installed ## The plugin inside vLLM on a CPU: engine, OpenAI server, two ranks (about ten minutes)
 	$(VLLM)/bin/python -m pytest tests/serving $(PYTEST_ARGS)
+
+venv-vllm: $(VLLM)/.installed ## Make the environment with vLLM's CPU build in .venv-vllm
 
 test-gpu: ## Run the tests that need an NVIDIA GPU, with the python3 and PyTorch of the machine
 	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests/gpu tests/hf/test_graph.py $(PYTEST_ARGS)

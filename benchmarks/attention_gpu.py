@@ -28,9 +28,10 @@ from torch import Tensor
 
 from quest_attention import QuestConfig, score_pages, select_pages, sparse_decode_attention
 from quest_attention.bench.caches import in_8_bits, make_caches
+from quest_attention.bench.gpu import check_gpu
 from quest_attention.bench.record import write_record
 from quest_attention.bench.timing import percentiles, time_graph
-from quest_attention.ops import make_workspace, quest_decode, resolve_backend
+from quest_attention.ops import make_workspace, quest_decode
 from quest_attention.ops.triton.tuning import tune
 from quest_attention.pages import PagedKV
 
@@ -205,9 +206,7 @@ def main(
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Time FlashInfer and Quest over the table of shapes."""
-    chosen = resolve_backend("auto", "cuda")
-    if chosen.name != "triton":
-        raise RuntimeError(f"the Triton kernels do not run here: {chosen.reason}")
+    check_gpu()
     torch.manual_seed(seed)
     columns = ("dense", "quest", "", "quest fp8", "", "score", "select", "attend", "break-even")
     table = Table("B x HQ/HKV x context, budget", *columns, title="us per layer and step (p50)")

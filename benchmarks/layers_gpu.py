@@ -25,12 +25,13 @@ from torch import Tensor
 
 from quest_attention import QuestConfig
 from quest_attention.bench.caches import in_8_bits, make_caches
+from quest_attention.bench.gpu import check_gpu
 from quest_attention.bench.record import write_record
 from quest_attention.bench.shapes import SHAPES, check_shape
 from quest_attention.bench.timing import percentiles, time_graphs
 from quest_attention.cli.app import integers
 from quest_attention.errors import QuestValueError
-from quest_attention.ops import make_workspace, quest_decode, resolve_backend
+from quest_attention.ops import make_workspace, quest_decode
 from quest_attention.ops.triton.tuning import tune
 from quest_attention.pages import PagedKV
 
@@ -114,9 +115,8 @@ def main(
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Time the step alone and among matrix products."""
-    chosen, pairs, shape = resolve_backend("auto", "cuda"), parse_cases(cases), check_shape(model)
-    if chosen.name != "triton" or not torch.cuda.is_available():
-        raise RuntimeError(f"the Triton kernels do not run here: {chosen.reason}")
+    pairs, shape = parse_cases(cases), check_shape(model)
+    check_gpu()
     torch.manual_seed(seed)
     weights, config = Layers(shape, layers), QuestConfig(budget)
     capacity = max(context for _, context in pairs)

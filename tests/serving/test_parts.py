@@ -16,7 +16,7 @@ from quest_attention import BackendError, QuestConfig, QuestValueError, Unsuppor
 from quest_attention.ops import Selection
 from quest_attention.pages import FP8_METADATA, KEY_MAX, KEY_MIN
 from quest_attention.vllm import plugin
-from quest_attention.vllm.counters import StepCounters
+from quest_attention.vllm.counters import StepCounters, worker_label
 from quest_attention.vllm.folding import Fold
 from quest_attention.vllm.layout import PaddedBlocks, RowedBlocks, layout_of
 from quest_attention.vllm.options import QuestOptions, read_options
@@ -292,6 +292,30 @@ def test_a_vllm_that_nobody_knows_is_left_alone(version: str, is_tested: bool, m
 CPU = SimpleNamespace(device_type="cpu")
 
 
+@pytest.mark.parametrize(
+    ("additional", "message"),
+    [
+        ({"Quest": {}}, "additional_config: got 'Quest', expected 'quest', in small letters"),
+        ({" quest": {}}, "additional_config: got ' quest', expected 'quest'"),
+        ({"quest": {}, "token_budget": 64}, "token_budget: got 64, expected it under 'quest': quest.token_budget"),
+    ],
+)
+def test_options_beside_their_place_are_refused(additional: dict[str, Any], message: str) -> None:
+    with pytest.raises(QuestValueError, match=message):
+        read_options(SimpleNamespace(additional_config=additional))
+    assert read_options(SimpleNamespace(additional_config={"quest": {}, "another": 1})) == QuestOptions()
+
+
+def test_a_worker_says_its_replica() -> None:
+    def label(size: int, index: int) -> str:
+        parallel = SimpleNamespace(data_parallel_size=size, data_parallel_rank=index, data_parallel_index=index)
+        return worker_label(parallel, 3)
+
+    assert label(1, 0) == "worker 3"
+    assert label(2, 0) == "replica 0, worker 3"
+    assert label(1, 1) == "replica 1, worker 3"  # of a model whose replicas know nothing of one another
+
+
 def test_a_plain_server_is_taken() -> None:
     check_vllm_config(a_server(), CPU)
     check_vllm_config(a_server(additional_config={}, model_config={"use_mla": True}), CPU)  # nobody asks
@@ -299,7 +323,7 @@ def test_a_plain_server_is_taken() -> None:
 
 
 def test_a_backend_that_cannot_run_here_is_refused_before_a_request() -> None:
-    with pytest.raises(BackendError, match="backend: got 'triton', expected 'auto' or 'torch' here"):
+    with pytest.raises(BackendError, match=r"quest\.backend: got 'triton', expected 'auto' or 'torch' here"):
         check_vllm_config(
             a_server(additional_config={"quest": {"backend": "triton"}}), SimpleNamespace(device_type="xpu")
         )

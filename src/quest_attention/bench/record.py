@@ -53,8 +53,8 @@ def write_record(path: Path, command: str, settings: dict[str, Any], rows: list[
 
     Args:
         path: File to write; its folder is made.
-        command: The command that makes the file again; an absolute path to write to, which says something of one
-            machine alone, is recorded as the file's place among the results.
+        command: The command that was run. Of an absolute path to write to, which says something of one machine alone,
+            the record keeps the file's name, as if it stood among the results.
         settings: Shapes, seed and whatever else the rows share.
         rows: The measurements, units in the names of their fields.
     """

@@ -47,10 +47,12 @@ def integers(option: str, text: str) -> list[int]:
     """Numbers of a comma-separated list.
 
     Raises:
-        QuestValueError: One is no positive integer.
+        QuestValueError: One is no positive integer, or there is none.
     """
     from quest_attention.errors import QuestValueError
 
+    if not split_list(text):
+        raise QuestValueError(option, text, "positive integers, parted by commas")
     for part in split_list(text):
         if not part.isdecimal() or not int(part):
             raise QuestValueError(option, part, "positive integers, parted by commas")

@@ -13,7 +13,7 @@ from quest_attention.config import QuestConfig
 from quest_attention.ops import Selection, count_reads
 from quest_attention.pages import num_pages
 
-__all__ = ["StepCounters"]
+__all__ = ["StepCounters", "worker_label"]
 
 _NAMES = ("sparse_rows", "dense_rows", "pages_read", "pages_held")
 _EAGER = "eager_steps"
@@ -111,3 +111,15 @@ class StepCounters:
             f"{new['pages_held']} pages read ({share:.1f} %); since the start {counted['sparse_rows']} rows sparse, "
             f"{counted['dense_rows']} dense"
         )
+
+
+def worker_label(parallel: Any, rank: int) -> str:
+    """What a worker calls itself in the log: its rank, and its replica where there may be several.
+
+    Args:
+        parallel: vLLM's `ParallelConfig`. For models whose replicas know nothing of one another it tells their number
+            as 1, to each of them.
+        rank: Among the workers that share a model.
+    """
+    name, replica = f"worker {rank}", getattr(parallel, "data_parallel_index", parallel.data_parallel_rank)
+    return f"replica {replica}, {name}" if replica or parallel.data_parallel_size > 1 else name

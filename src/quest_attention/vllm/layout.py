@@ -113,7 +113,10 @@ class PaddedBlocks:
         width = _SIDES * head_dim
         taken = kv_cache[0].numel()  # numbers of keys and values in a block
         if kv_cache.stride(0) < taken + num_kv_heads * width:
-            raise UnsupportedModelError(f"KV cache: got blocks {kv_cache.stride(0)} apart, without room for bounds")
+            wanted = taken + num_kv_heads * width
+            raise UnsupportedModelError(
+                f"KV cache: got blocks {kv_cache.stride(0)} apart, expected {wanted}, with bounds"
+            )
         room = kv_cache.as_strided(
             (kv_cache.shape[0], num_kv_heads, width),
             (kv_cache.stride(0), width, 1),
@@ -155,5 +158,5 @@ def check_full(spec: Any) -> None:
         raise UnsupportedModelError(f"KV cache: got a {kind}, expected full attention in every layer")
     if spec.head_size_v != spec.head_size:
         raise UnsupportedModelError(
-            f"KV cache: got values of {spec.head_size_v} channels beside keys of {spec.head_size}"
+            f"KV cache: got values of {spec.head_size_v} channels, expected {spec.head_size}, as keys have"
         )

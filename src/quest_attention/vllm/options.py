@@ -10,14 +10,16 @@ from typing import Any, cast
 from quest_attention.config import Backend, QuestConfig
 from quest_attention.errors import QuestValueError
 
-__all__ = ["KEY", "LOG_INTERVAL", "QuestOptions", "read_options"]
+__all__ = ["KEY", "QuestOptions", "read_options"]
 
 KEY = "quest"
 """Where the options stand in `--additional-config`."""
-LOG_INTERVAL = 10.0
+_LOG_INTERVAL = 10.0
 """Seconds between lines of counters in the log, as between vLLM's own [s]."""
 _PAGE_SIZE = "page_size"
 _OF_SERVING = ("log_interval",)
+_OURS_ALONE = {one.name for one in fields(QuestConfig)} - {"backend"}
+"""Options that nobody else has: beside "quest" they would be without effect."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +35,13 @@ class QuestOptions:
     """
 
     reading: Mapping[str, Any] = field(default_factory=dict)
-    log_interval: float = LOG_INTERVAL
+    log_interval: float = _LOG_INTERVAL
 
     def __post_init__(self) -> None:
         number: object = self.log_interval
         if not isinstance(number, int | float) or isinstance(number, bool) or not 0 <= number < float("inf"):
             raise QuestValueError(f"{KEY}.log_interval", number, "seconds, 0 for no such lines")
         self.config(1)  # checks everything but whether the budget holds blocks of the real size
-
-    @property
-    def token_budget(self) -> int:
-        """Most tokens a step reads per sequence and KV head [tokens]."""
-        return int(self.reading.get("token_budget", QuestConfig().token_budget))
 
     @property
     def num_dense_layers(self) -> int:
@@ -107,14 +104,17 @@ def read_options(vllm_config: Any) -> QuestOptions | None:
         vllm_config: A `VllmConfig`.
 
     Raises:
-        QuestValueError: Something under "quest" is unknown or wrong, or "quest" is spelt otherwise.
+        QuestValueError: Something under "quest" is unknown or wrong, "quest" is spelt otherwise, or an option of Quest
+            stands beside it.
     """
     additional = vllm_config.additional_config
     if not isinstance(additional, Mapping):
         return None
     for name in additional:
-        if name != KEY and str(name).casefold() == KEY:
+        if name != KEY and str(name).strip().casefold() == KEY:
             raise QuestValueError("additional_config", name, f"{KEY!r}, in small letters")
     if KEY not in additional:
         return None
+    for name in _OURS_ALONE.intersection(additional):
+        raise QuestValueError(f"additional_config.{name}", additional[name], f"it under {KEY!r}: {KEY}.{name}")
     return QuestOptions.from_mapping(additional[KEY])

@@ -13,7 +13,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from quest_attention.errors import QuestValueError, UnsupportedModelError
 from quest_attention.ops import resolve_backend
 from quest_attention.pages import num_pages
-from quest_attention.vllm.counters import StepCounters
+from quest_attention.vllm.counters import StepCounters, worker_label
 from quest_attention.vllm.layout import check_full
 from quest_attention.vllm.options import KEY, read_options
 from quest_attention.vllm.refusals import BACKEND_NAME
@@ -49,7 +49,7 @@ class QuestPlanner:
         self.counters: StepCounters | None = None
         if sparse and self.config.token_budget < self._max_model_len:
             self._counted_layer = min(sparse, key=extract_layer_index)
-            label = f"worker {get_tensor_model_parallel_rank()}"
+            label = worker_label(vllm_config.parallel_config, get_tensor_model_parallel_rank())
             backend = resolve_backend(self.config.backend, device)
             self.counters = StepCounters(self.config, device, label, options.log_interval, _logger.info)
             _logger.info(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from quest_attention.errors import QuestValueError, UnsupportedModelError
+from quest_attention.errors import BackendError, QuestValueError, UnsupportedModelError
 from quest_attention.ops import resolve_backend
 from quest_attention.vllm.options import KEY, QuestOptions, read_options
 
@@ -94,10 +94,14 @@ def check_transfer(transfer: Any) -> None:
 
 
 def _check_device(options: QuestOptions, vllm_config: Any, platform: Any) -> None:
-    backend = resolve_backend(options.backend, platform.device_type)
+    try:
+        backend = resolve_backend(options.backend, platform.device_type)
+    except BackendError as error:
+        raise BackendError(f"{KEY}.{error}") from None  # under the name that the user wrote
     if platform.device_type != "cuda":
         return
-    if backend.name != "triton" and not vllm_config.model_config.enforce_eager:
+    model = vllm_config.model_config
+    if backend.name != "triton" and not (model is not None and model.enforce_eager):
         expected = "'triton', or --enforce-eager: the others cannot be captured in CUDA graphs"
         raise QuestValueError(f"{KEY}.backend", backend.name, expected)
     if options.is_narrow and not platform.has_device_capability(_FP8_CAPABILITY):

@@ -1,0 +1,59 @@
+"""`benchmarks/serve_vllm.py`, as a person would run it, at a size that takes a minute."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm", reason="runs with make test-vllm, which installs vLLM")
+
+SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "serve_vllm.py"
+MINUTES = 15
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60 * MINUTES)]
+TINY = ("--device", "cpu", "--model", "tiny", "--contexts", "512", "--budget", "128", "--tokens", "8", "--bounds", "kv")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "0"}
+    environment["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_both_arms_are_timed_and_what_does_not_fit_is_said(tmp_path: Path) -> None:
+    output = tmp_path / "served.json"
+    done = run(*TINY, "--batches", "1,1000000", "--repeats", "2", "--output", str(output))
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads(output.read_text(encoding="utf-8"))
+    stock, quest = record["rows"]
+    assert (stock["arm"], quest["arm"]) == ("stock", "quest-128")
+    (counters,) = quest["counters"]
+    assert counters["sparse_rows"] == 2 * 7  # the first token comes with the prompt
+    for engine in record["settings"]["engines"].values():
+        (left,) = engine["left_out"]
+        assert left["batch"] == 1000000 > left["most"]
+    assert "left out" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--device", "tpu"), "device: got 'tpu', expected cuda or cpu"),
+        (("--contexts", ""), "contexts: got ''"),
+        (("--contexts", "2048"), "contexts: got 2048, expected more than the budget of 2048"),
+        (("--batches", ""), "batches: got ''"),
+        (("--batches", "most,0"), "batches: got '0'"),
+        (("--bounds", ""), "bounds: got ''"),
+        (("--bounds", "int4"), "metadata_dtype: got 'int4'"),
+    ],
+)
+def test_wrong_arguments_are_named_before_an_engine_starts(arguments: tuple[str, ...], message: str) -> None:
+    done = run(*arguments)
+    assert done.returncode
+    assert message in done.stderr
+    assert "Engine" not in done.stderr
