@@ -26,6 +26,8 @@ help: ## List the targets
 
 venv: $(NEWEST)/.installed ## Make the environment in .venv (PYTHON=python3.12 picks an interpreter)
 
+venv-vllm: $(VLLM)/.installed ## Make the environment with vLLM's CPU build in .venv-vllm
+
 demo: $(NEWEST)/.installed ## Hide a fact in a book, ask for it with full attention, Quest and a sliding window
 	$(NEWEST)/bin/quest demo
 
@@ -37,8 +39,6 @@ test-oldest: $(OLDEST)/.installed ## The same with the oldest supported transfor
 
 test-vllm: $(VLLM)/.installed ## The plugin inside vLLM on a CPU: engine, OpenAI server, two ranks (about ten minutes)
 	$(VLLM)/bin/python -m pytest tests/serving $(PYTEST_ARGS)
-
-venv-vllm: $(VLLM)/.installed ## Make the environment with vLLM's CPU build in .venv-vllm
 
 test-gpu: ## Run the tests that need an NVIDIA GPU, with the python3 and PyTorch of the machine
 	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests/gpu tests/hf/test_graph.py $(PYTEST_ARGS)

@@ -15,7 +15,6 @@ FlashInfer is not a dependency: `pip install flashinfer-python==0.6.13`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -30,9 +29,8 @@ from quest_attention import QuestConfig, score_pages, select_pages, sparse_decod
 from quest_attention.bench.caches import in_8_bits, make_caches
 from quest_attention.bench.gpu import check_gpu
 from quest_attention.bench.record import write_record
+from quest_attention.bench.steps import check_kernels, quest_steps
 from quest_attention.bench.timing import percentiles, time_graph
-from quest_attention.ops import make_workspace, quest_decode
-from quest_attention.ops.triton.tuning import tune
 from quest_attention.pages import PagedKV
 
 HEAD_DIM, PAGE_SIZE, DTYPE = 128, 16, torch.bfloat16
@@ -129,35 +127,9 @@ def time_quest(
     Raises:
         RuntimeError: It was not the sparse, fused step.
     """
-    config = QuestConfig(shape.token_budget, PAGE_SIZE)
-    workspace = make_workspace(caches[0], shape.query_heads, config)
-    if workspace is None or tune(caches[0], shape.query_heads, config) is None:
-        raise RuntimeError(f"{shape}: the fused kernel cannot hold this")
-
-    def call(query: Tensor, kv: PagedKV) -> Any:
-        return quest_decode(query, kv, lengths, config, workspace=workspace)
-
-    counts = call(queries[0], caches[0]).selected.counts
-    if counts.tolist() != [config.page_budget] * shape.batch:
-        raise RuntimeError(f"{shape}: read {counts.tolist()} pages, expected {config.page_budget}")
-    calls = [lambda q=q, kv=kv: call(q, kv) for q, kv in zip(queries, caches, strict=True)]
-    check_kernels(calls[0])
-    return percentiles(time_graph(calls, repeats))
-
-
-def check_kernels(call: Callable[[], object]) -> None:
-    """The step is one launch of the fused kernel and nothing else.
-
-    Raises:
-        RuntimeError: A profile shows other kernels.
-    """
-    call()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
-        torch.cuda.synchronize()
-    names = sorted({event.key for event in profile.key_averages() if event.self_device_time_total > 0})
-    if names != ["_decode_kernel"]:
-        raise RuntimeError(f"a step ran {names}, expected _decode_kernel alone")
+    steps = quest_steps(queries, caches, lengths, QuestConfig(shape.token_budget, PAGE_SIZE))
+    check_kernels(steps[0])
+    return percentiles(time_graph(steps, repeats))
 
 
 def time_verbs(

@@ -2,8 +2,8 @@
 
     python benchmarks/layers_gpu.py --output benchmarks/results/layers_gpu.json
 
-Timed alone, launch after launch, a kernel finds its code where the launch before left it; among matrix products the
-weights have passed through the caches in between, and a launch shape that wins alone may lose. A graph holds layers of
+Among matrix products the weights have passed through the caches since the launch before, and a launch shape that wins
+alone, launch after launch, may lose. A graph holds layers of
 a Llama, each with its own weights and cache: the four matrix products with the step in its place between them. "Among"
 is the time of such a graph without that of one of the products only, a layer, the two taking turns; "alone" is the step
 by itself, as in `attention_gpu.py`. The page tables have room for the longest context, as a server's have. The run
@@ -28,12 +28,10 @@ from quest_attention.bench.caches import in_8_bits, make_caches
 from quest_attention.bench.gpu import check_gpu
 from quest_attention.bench.record import write_record
 from quest_attention.bench.shapes import SHAPES, check_shape
+from quest_attention.bench.steps import check_kernels, quest_steps
 from quest_attention.bench.timing import percentiles, time_graphs
 from quest_attention.cli.app import integers
 from quest_attention.errors import QuestValueError
-from quest_attention.ops import make_workspace, quest_decode
-from quest_attention.ops.triton.tuning import tune
-from quest_attention.pages import PagedKV
 
 DTYPE = torch.bfloat16
 CASES = "1x8192,4x8192,98x8192,1x32768,4x32768,25x32768,1x131072,4x131072,6x131072"
@@ -64,30 +62,6 @@ class Layers:
 
         calls = attention or [None] * len(self.weights)
         return [lambda w=w, c=c: step(w, c) for w, c in zip(self.weights, calls, strict=True)]
-
-
-def attention_calls(
-    layers: Layers, caches: list[PagedKV], lengths: Tensor, config: QuestConfig
-) -> list[Callable[[], object]]:
-    """The decode step of each layer, as it is served.
-
-    Raises:
-        RuntimeError: It is not the sparse, fused step.
-    """
-    batch = lengths.shape[0]
-    workspace = make_workspace(caches[0], layers.query_heads, config)
-    if workspace is None or tune(caches[0], layers.query_heads, config) is None:
-        raise RuntimeError(f"batch {batch}, {caches[0].max_pages} pages: the fused kernel cannot hold this")
-    queries = [torch.randn(batch, layers.query_heads, layers.head_dim, dtype=DTYPE, device="cuda") for _ in caches]
-    out = torch.empty_like(queries[0])
-    calls = [
-        lambda q=q, kv=kv: quest_decode(q, kv, lengths, config, workspace=workspace, out=out)
-        for q, kv in zip(queries, caches, strict=True)
-    ]
-    counts = calls[0]().selected.counts.tolist()
-    if counts != [config.page_budget] * batch:
-        raise RuntimeError(f"read {counts} pages, expected {config.page_budget} of each sequence")
-    return calls
 
 
 def parse_cases(text: str) -> list[tuple[int, int]]:
@@ -126,10 +100,13 @@ def main(
         caches, lengths = make_caches(
             layers, batch, context, weights.kv_heads, capacity=capacity, head_dim=weights.head_dim, dtype=DTYPE
         )
+        heads = (batch, weights.query_heads, weights.head_dim)
+        queries = [torch.randn(heads, dtype=DTYPE, device="cuda") for _ in caches]
         for bounds in ("kv", "fp8"):
             if bounds == "fp8":
                 caches = [in_8_bits(kv, lengths) for kv in caches]
-            calls = attention_calls(weights, caches, lengths, config)
+            calls = quest_steps(queries, caches, lengths, config)
+            check_kernels(calls[0])
             alone, products, both = time_graphs(
                 [calls, weights.steps(batch, None), weights.steps(batch, calls)], repeats
             )

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from quest_attention import QuestConfig
 from quest_attention.bench.caches import in_8_bits, make_caches
+from quest_attention.bench.steps import quest_steps
 from quest_attention.eval.excerpt import SOUTH
 from quest_attention.models import bundled_model_path
+from quest_attention.ops import quest_decode
 from quest_attention.pages import KEY_MAX, KEY_MIN
 
 FIXED = {"0.4", "0.3", "0.5"}
@@ -154,6 +157,19 @@ def test_the_figure_of_the_gpu_page(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="an extra of its own")
     run("benchmarks/plot_gpu.py", "--output", str(tmp_path / "gpu.png"))
     assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a CPU the interpreter runs the kernel")
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # the interpreter computes in NumPy
+def test_steps_of_benchmarks_are_the_fused_step_past_the_budget() -> None:
+    caches, lengths = make_caches(2, 2, 64, 1, head_dim=16, dtype=torch.float32, device="cpu")
+    queries = [torch.randn(2, 2, 16) for _ in caches]
+    config = QuestConfig(32, backend="triton")
+    for step, query, kv in zip(quest_steps(queries, caches, lengths, config), queries, caches, strict=True):
+        expected = quest_decode(query, kv, lengths, QuestConfig(32, backend="reference")).output
+        torch.testing.assert_close(step().output, expected)
+    with pytest.raises(RuntimeError, match=r"read \[4, 4\] pages, expected 16"):
+        quest_steps(queries, caches, lengths, QuestConfig(256, backend="triton"))
 
 
 def test_caches_of_benchmarks_hold_bounds_of_their_keys() -> None:

@@ -172,6 +172,18 @@ def test_a_cache_that_the_model_made_itself_is_warned_of_once() -> None:
     assert not model._forward_pre_hooks
 
 
+@pytest.mark.parametrize("by_position", [False, True])
+def test_a_decode_step_of_embeddings_or_by_position_is_warned_of_too(by_position: bool) -> None:
+    model, ids = make_llama(), prompt()
+    with torch.inference_mode(), enable_quest(model, SMALL):
+        cache = model(ids[:, :40])[CACHE]
+        embeds = model.get_input_embeddings()(ids[:, 40:41])
+        args = (ids[:, 40:41], None, None, cache) if by_position else (None,)
+        kwargs = {} if by_position else {"inputs_embeds": embeds, **cache_argument(cache)}
+        with pytest.warns(QuestWarning, match="given a DynamicCache"):
+            model(*args, **kwargs)
+
+
 def test_every_layer_dense_is_warned_of() -> None:
     model, ids = make_llama(), prompt()
     with pytest.warns(QuestWarning, match="num_dense_layers=3 leaves no layer"):

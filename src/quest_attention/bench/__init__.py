@@ -1,1 +1,1 @@
-"""What the scripts in `benchmarks/` share: timing and the record they write."""
+"""What the scripts in `benchmarks/` share: caches, steps, timing and the record they write."""

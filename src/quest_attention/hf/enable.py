@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from types import TracebackType
 from typing import Any, NoReturn, cast
@@ -19,13 +20,14 @@ from quest_attention.hf.compiler import kept_from_compilers
 from quest_attention.hf.counters import LayerCounter, QuestCounters
 from quest_attention.hf.graph import DecodeGraphs
 from quest_attention.hf.layer import OnSelect
-from quest_attention.hf.naming import CACHE, CACHE_NAMES
+from quest_attention.hf.naming import CACHE, given_cache
 from quest_attention.hf.support import check_supported, needs_eager
 from quest_attention.ops import resolve_backend
 
 __all__ = ["QuestHandle", "enable_quest"]
 
 _HANDLE = "_quest_handle"
+_TOKENS = ("input_ids", "inputs_embeds")
 _CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
@@ -131,6 +133,7 @@ class QuestHandle:
         if self.graphs is not None:
             self.model.forward = self.graphs.wrap()
         self._has_warned = False
+        self._names = tuple(inspect.signature(self._own_forward).parameters)
         self._watch = self.model.register_forward_pre_hook(self._watch_cache, with_kwargs=True)
         setattr(model, _HANDLE, self)
 
@@ -178,11 +181,14 @@ class QuestHandle:
         A model that is called without a cache makes one of transformers' own, which comes back with the next token.
         """
         del model
-        cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
-        tokens = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        cache = given_cache(given)
         if self._has_warned or not isinstance(cache, Cache) or isinstance(cache, QuestCache):
             return
-        if not isinstance(tokens, Tensor) or tokens.shape[1] != 1 or cache.get_seq_length() < self.config.token_budget:
+        tokens = next((given[name] for name in _TOKENS if given.get(name) is not None), None)  # [B, T] or [B, T, D]
+        if not isinstance(tokens, Tensor) or tokens.dim() < 2 or tokens.shape[1] != 1:
+            return
+        if cache.get_seq_length() < self.config.token_budget:
             return
         if any(hasattr(layer, "attend") for layer in cache.layers):  # a `Reader`
             return

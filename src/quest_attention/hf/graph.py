@@ -17,7 +17,7 @@ from torch import Tensor
 from quest_attention.errors import QuestError, QuestStateError, QuestWarning
 from quest_attention.hf.cache import QuestCache
 from quest_attention.hf.layer import QuestLayer
-from quest_attention.hf.naming import CACHE, CACHE_NAMES
+from quest_attention.hf.naming import CACHE, CACHE_NAMES, given_cache
 
 __all__ = ["DecodeGraphs"]
 
@@ -67,8 +67,7 @@ class DecodeGraphs:
         @functools.wraps(self._forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
             given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-            # The first name that was given counts, as in transformers.
-            cache, ids = next((given[name] for name in CACHE_NAMES if name in given), None), given.get("input_ids")
+            cache, ids = given_cache(given), given.get("input_ids")
             if not isinstance(cache, QuestCache) or not isinstance(ids, Tensor) or ids.shape[1] != 1:
                 return self._forward(*args, **kwargs)
             length = cache.get_seq_length()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import GenerationMixin
@@ -10,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from quest_attention.errors import QuestValueError
 
-__all__ = ["CACHE", "CACHE_NAMES", "cache_argument"]
+__all__ = ["CACHE", "CACHE_NAMES", "cache_argument", "given_cache"]
 
 _OLDER, _NEWER = "past_key_values", "cache"
 CACHE_NAMES = (
@@ -41,3 +42,12 @@ def cache_argument(cache: Cache) -> dict[str, Any]:
     if not isinstance(cache, Cache):
         raise QuestValueError("cache", type(cache).__name__, "a Cache of transformers")
     return {CACHE: cache}
+
+
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a forward pass, or None; the first name given counts, as in transformers.
+
+    >>> given_cache({"input_ids": 1, CACHE: 2})
+    2
+    """
+    return next((arguments[name] for name in CACHE_NAMES if name in arguments), None)

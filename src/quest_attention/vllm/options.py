@@ -18,7 +18,7 @@ _LOG_INTERVAL = 10.0
 """Seconds between lines of counters in the log, as between vLLM's own [s]."""
 _PAGE_SIZE = "page_size"
 _OF_SERVING = ("log_interval",)
-_OURS_ALONE = {one.name for one in fields(QuestConfig)} - {"backend"}
+_OURS_ALONE = tuple(one.name for one in fields(QuestConfig) if one.name not in ("backend", _PAGE_SIZE))
 """Options that nobody else has: beside "quest" they would be without effect."""
 
 
@@ -115,6 +115,7 @@ def read_options(vllm_config: Any) -> QuestOptions | None:
             raise QuestValueError("additional_config", name, f"{KEY!r}, in small letters")
     if KEY not in additional:
         return None
-    for name in _OURS_ALONE.intersection(additional):
-        raise QuestValueError(f"additional_config.{name}", additional[name], f"it under {KEY!r}: {KEY}.{name}")
+    for name in _OURS_ALONE:
+        if name in additional:
+            raise QuestValueError(f"additional_config.{name}", additional[name], f"it under {KEY!r}: {KEY}.{name}")
     return QuestOptions.from_mapping(additional[KEY])
