@@ -263,34 +263,8 @@ def test_links_between_the_pages_lead_somewhere() -> None:
     assert broken == []
 
 
-def test_the_readme_shows_code_that_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    """Its Python blocks, one after the other, on the bundled model; Quest must be seen to have run."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
-    assert blocks
-    names: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
-    quest = names["quest"]
-    assert isinstance(quest, quest_attention.QuestHandle)
-    assert quest.counters.sparse_steps > 0
-    assert not quest.is_enabled
-    assert "pages read" in capsys.readouterr().out
-
-
 def test_the_version_is_in_the_changelog() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"## [{quest_attention.__version__}]" in changelog
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"\nversion: {quest_attention.__version__}\n" in citation
-
-
-def test_the_readme_names_only_targets_that_exist() -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
-    named = set()
-    for page in ("README.md", "CONTRIBUTING.md"):
-        text = (ROOT / page).read_text(encoding="utf-8")
-        named |= set(re.findall(r"(?:^|`)make ([a-z-]+)", text, flags=re.MULTILINE))
-    assert named
-    assert named <= targets

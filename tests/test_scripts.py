@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
@@ -32,6 +33,12 @@ def run(script: str, *arguments: str) -> str:
     return done.stdout
 
 
+@functools.cache
+def printed(script: str) -> str:
+    """What a script without options prints: the tables of a page."""
+    return run(f"benchmarks/{script}.py")
+
+
 @pytest.fixture
 def books(tmp_path: Path) -> Path:
     """A folder with one book, named as a held-out one."""
@@ -52,7 +59,7 @@ def test_the_examples_answer_right() -> None:
 
 
 def test_the_tables_of_the_page_on_vllm_are_those_of_the_results() -> None:
-    lines = [line for line in run("benchmarks/tables_vllm.py").splitlines() if line]
+    lines = [line for line in printed("tables_vllm").splitlines() if line]
     page = (ROOT / "docs" / "vllm.md").read_text(encoding="utf-8")
     assert len(lines) > 20
     place = 0
@@ -97,25 +104,32 @@ def test_the_bundled_model_is_small_enough_to_ship() -> None:
 
 
 def test_the_tables_of_the_gpu_page_are_those_of_the_results() -> None:
-    printed = run("benchmarks/tables_gpu.py")
     page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    lines = [line for line in printed.splitlines() if line]
+    lines = [line for line in printed("tables_gpu").splitlines() if line]
     assert len(lines) > 20
     for line in lines:
         assert line in page
-    for line in readme.splitlines():
-        if "x 32/" in line and "K |" in line:  # the rows that the README quotes
-            shape, *numbers = [cell.strip() for cell in line.strip("|").split("|")]
-            row = next(one for one in lines if one.startswith(f"| {shape}, 2048 |"))
-            for number in " ".join(numbers).replace("(", "").replace(")", "").split():
-                assert f" {number} " in row
+
+
+def test_the_table_of_the_page_on_speed_is_that_of_the_results() -> None:
+    table = printed("tables_cpu").strip()
+    assert len(table.splitlines()) == 10
+    assert table in (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/speed.md", "docs/gpu.md", "docs/vllm.md"])
+def test_ratios_times_and_shares_in_a_text_are_printed(page: str) -> None:
+    """Every `1.23x`, `4.5 ms` and `6.7 %` outside of the tables is a number of some table that a script prints."""
+    scripts = ("tables_accuracy", "tables_cpu", "tables_gpu", "tables_vllm")
+    known = set(re.findall(r"\d+\.\d+", "".join(printed(script) for script in scripts)))
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = set(re.findall(r"(\d+\.\d+)(?:x| ms| %)", text))
+    assert found and found <= known, found - known
 
 
 def test_the_page_of_results_is_that_of_the_summaries() -> None:
-    printed = run("benchmarks/tables_accuracy.py")
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    lines = [line for line in printed.splitlines() if line]
+    lines = [line for line in printed("tables_accuracy").splitlines() if line]
     assert len(lines) > 50
     place = 0
     for line in lines:  # all of them, in order
@@ -124,10 +138,9 @@ def test_the_page_of_results_is_that_of_the_summaries() -> None:
         assert line in lines or not line.startswith(("quest eval", "| quest", "| oracle", "| full", "| niah")), line
     decimals = re.compile(r"(?<![\w.:])\d+\.\d+(?![\w.])")  # not of versions or of arXiv
     text = [line for line in page.splitlines() if line not in lines]
-    assert {number for line in text for number in decimals.findall(line)} <= set(decimals.findall(printed)) | FIXED
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    start = lines.index(next(line for line in lines if line.startswith("| 32K tokens, budget | 32 |")))
-    assert "\n".join(lines[start : start + 9]) in readme
+    assert {number for line in text for number in decimals.findall(line)} <= set(
+        decimals.findall(printed("tables_accuracy"))
+    ) | FIXED
 
 
 def test_the_figures_of_the_page_of_results(tmp_path: Path) -> None:
