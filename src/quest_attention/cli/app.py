@@ -199,6 +199,9 @@ def evaluate(
     question: Annotated[str, typer.Option(help="Whether the question is decoded or prefilled: decode, prefill.")] = (
         "decode"
     ),
+    chat: Annotated[
+        str, typer.Option(help="Questions through the model's chat template: auto (where it has one), yes, no.")
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
     backend: Annotated[str, typer.Option(help="auto, torch, triton or reference; `quest env` explains.")] = "auto",
     books: Annotated[
@@ -216,6 +219,7 @@ def evaluate(
     did not take its sparse path. An interrupted run goes on with the same command. `quest report` draws the figures.
     """
     from quest_attention.cli.eval import evaluate as run_evaluation
+    from quest_attention.eval.frame import Chat
     from quest_attention.eval.plan import Plan, Question
 
     plan = Plan(
@@ -227,6 +231,7 @@ def evaluate(
         num_dense_layers=num_dense_layers,
         page_size=page_size,
         question=cast("Question", question),  # the plan checks it
+        chat=cast("Chat", chat),  # likewise
         seed=seed,
         backend=backend,
         books=books,

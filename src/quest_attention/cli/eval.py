@@ -57,7 +57,7 @@ def evaluate(
         runner = Runner(loaded.model, loaded.tokenizer, plan)
         on_progress("reading the texts", 0, 0)
         jobs = runner.jobs
-        journal = Journal(output, _settings(plan, loaded, output, model_name, dtype))
+        journal = Journal(output, _settings(runner, loaded, output, model_name, dtype))
         open_jobs = [(job, arms) for job in jobs if (arms := journal.missing(job, plan.arms(job.task, job.length)))]
         total = sum(len(plan.arms(job.task, job.length)) for job in jobs)
         done = total - sum(len(arms) for _, arms in open_jobs)
@@ -89,9 +89,11 @@ def _make_runner(plan: Plan, model_name: str | None, device: str, dtype: str) ->
     return Runner(loaded.model, loaded.tokenizer, plan)
 
 
-def _settings(plan: Plan, loaded: LoadedModel, output: Path, model_name: str | None, dtype: str) -> dict[str, Any]:
+def _settings(runner: Runner, loaded: LoadedModel, output: Path, model_name: str | None, dtype: str) -> dict[str, Any]:
     """What a run shares, ready for JSON: enough to make it again."""
+    plan = runner.plan
     options = dataclasses.asdict(plan)
+    options["chat"] = "yes" if runner.frame.is_chat else "no"  # what `auto` came to
     options["books"] = None if plan.books is None else plan.books.name  # a name, not a place on one machine
     options["longbench"] = None if plan.longbench is None else plan.longbench.name
     return {
@@ -116,6 +118,7 @@ def _command(plan: Plan, output: Path, model_name: str | None, dtype: str) -> st
         "--dense-layers": plan.num_dense_layers,
         "--page-size": plan.page_size,
         "--question": plan.question,
+        "--chat": plan.chat,
         "--seed": plan.seed,
         "--backend": plan.backend,
         "--books": plan.books and plan.books.name,

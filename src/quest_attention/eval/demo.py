@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,6 +15,7 @@ from quest_attention.errors import QuestValueError
 from quest_attention.eval.context import read_context
 from quest_attention.eval.decode import Decoded, decode_answer
 from quest_attention.eval.excerpt import SOUTH, Excerpt
+from quest_attention.eval.frame import plain_frame
 from quest_attention.eval.methods import Full, LayerReads, Method, Quest, SlidingWindow
 from quest_attention.eval.page_reads import PageReads
 from quest_attention.eval.tasks import Sample, is_correct, make_sample
@@ -138,16 +139,11 @@ def make_case(
         ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
         return ids
 
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     haystack = encode(book.text())
     if length > len(haystack):
         raise QuestValueError("length", length, f"at most {len(haystack)}: the text from {book} ends there")
-    sample = make_sample(TASK, encode, haystack, length - len(start), seed, depth=depth / 100)
-    sample = replace(
-        sample,
-        context_ids=(*start, *sample.context_ids),
-        fact_positions=tuple(position + len(start) for position in sample.fact_positions),
-    )
+    frame = plain_frame(tokenizer)
+    sample = make_sample(TASK, encode, haystack, length, seed, depth=depth / 100, frame=frame)
     return DemoCase(book, sample, length, sample.fact_positions[0] + len(encode(sample.facts[0])))
 
 

@@ -14,7 +14,7 @@ __all__ = ["SAMPLES", "SETTINGS", "Journal"]
 
 SETTINGS = "settings.json"
 SAMPLES = "samples.jsonl"
-_FIXED = ("model", "dtype", "page_size", "num_dense_layers", "question", "seed", "books")
+_FIXED = ("model", "dtype", "page_size", "num_dense_layers", "question", "chat", "seed", "books")
 """Settings that every line of a folder shares: a run with others goes elsewhere."""
 _MAKING = ("command", "machine")
 """Settings that say how lines were made."""

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quest_attention.errors import QuestValueError
+from quest_attention.eval.frame import NO_FRAME, Frame
 from quest_attention.eval.tasks import Encode
 
 __all__ = ["LONGBENCH", "LONGBENCH_PREFIX", "Document", "LongBenchTask", "load_documents", "score"]
@@ -93,7 +94,7 @@ class Document:
     max_new_tokens: int
 
 
-def load_documents(task: str, folder: Path, encode: Encode, length: int) -> list[Document]:
+def load_documents(task: str, folder: Path, encode: Encode, length: int, *, frame: Frame = NO_FRAME) -> list[Document]:
     """Every document of a task, cut in the middle where it is too long.
 
     Args:
@@ -101,6 +102,7 @@ def load_documents(task: str, folder: Path, encode: Encode, length: int) -> list
         folder: With LongBench's files.
         encode: Text to token ids, without special tokens.
         length: Most tokens of context, question and answer together [tokens].
+        frame: What stands around context and question; it counts in the length.
 
     Raises:
         QuestValueError: The task is unknown, its file is missing or broken, or a question leaves no room.
@@ -118,8 +120,8 @@ def load_documents(task: str, folder: Path, encode: Encode, length: int) -> list
         passage, asked, question_text = (
             row["input"].rpartition("Question:") if kind.asks_last else ("", "", row["input"])
         )
-        question = encode(kind.question.format(input=asked + question_text))
-        head = encode(kind.head)
+        question = [*encode(kind.question.format(input=asked + question_text)), *frame.tail]
+        head = [*frame.head, *encode(kind.head)]
         room = length - len(question) - len(head) - kind.max_new_tokens
         if room < 1:
             raise QuestValueError("length", length, f"more than {length - room}, for {file.name}, line {number}")

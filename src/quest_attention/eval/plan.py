@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from quest_attention.errors import QuestValueError
+from quest_attention.eval.frame import Chat
 from quest_attention.eval.longbench import LONGBENCH
-from quest_attention.eval.methods import Full, Method, Quest, make_method
-from quest_attention.eval.tasks import GRID, PERPLEXITY, RECALL, TASKS
+from quest_attention.eval.methods import Full, Method, make_method
+from quest_attention.eval.tasks import CONTINUATION, GRID, PERPLEXITY, RECALL, TASKS
 
 __all__ = ["GRID_DEPTHS", "Arm", "Job", "Plan", "Question", "Shapes", "Work", "divide", "task_names"]
 
@@ -21,7 +22,7 @@ GRID_DEPTHS = tuple(depth / 10 for depth in range(11))
 
 def task_names() -> tuple[str, ...]:
     """Everything that can be evaluated."""
-    return (*TASKS, GRID, PERPLEXITY, RECALL, *LONGBENCH)
+    return (*TASKS, GRID, PERPLEXITY, CONTINUATION, RECALL, *LONGBENCH)
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class Plan:
         num_dense_layers: Leading attention layers that read everything, for every method [layers].
         page_size: Tokens per page [tokens].
         question: Whether the question is decoded or prefilled with the context.
+        chat: Whether questions go through the tokenizer's chat template.
         seed: Everything random follows from it.
         backend: Of Quest's verbs.
         books: Folder of texts; the excerpt of the package by default.
@@ -126,6 +128,7 @@ class Plan:
     num_dense_layers: int = 2
     page_size: int = 16
     question: Question = "decode"
+    chat: Chat = "auto"
     seed: int = 0
     backend: str = "auto"
     books: Path | None = None
@@ -144,13 +147,15 @@ class Plan:
             raise QuestValueError("num_samples", self.num_samples, "a positive integer")
         if self.question not in get_args(Question):
             raise QuestValueError("question", self.question, f"one of {', '.join(get_args(Question))}")
+        if self.chat not in get_args(Chat):
+            raise QuestValueError("chat", self.chat, f"one of {', '.join(get_args(Chat))}")
         for task in self.tasks:
             for length in self.lengths:
                 if not self.arms(task, length):
-                    raise QuestValueError("method", ", ".join(self.methods), f"one that selects pages, for {task}")
+                    raise QuestValueError("method", ", ".join(self.methods), f"quest or an oracle, for {task}")
 
     def arms(self, task: str, length: int) -> list[Arm]:
-        """Methods with their budgets, for samples of a task and a length; recall is of those that select pages.
+        """Methods with their budgets, for samples of a task and a length; recall is of those that select.
 
         Raises:
             QuestValueError: A method is unknown, or a budget is no number or leaves nothing to leave out.
@@ -164,7 +169,7 @@ class Plan:
                 raise QuestValueError("token_budget", "nothing", f"at least one, for {spec}")
             arms += [Arm(spec, self._budget(given, length)) for given in self.token_budgets]
         methods = {arm: self.method(arm) for arm in arms}
-        return [arm for arm, method in methods.items() if task != RECALL or isinstance(method, Quest)]
+        return [arm for arm, method in methods.items() if task != RECALL or method.unit is not None]
 
     def method(self, arm: Arm) -> Method:
         """The method of an arm."""

@@ -23,6 +23,7 @@ from quest_attention.eval.methods.oracle import Oracle
 from quest_attention.eval.methods.quest import Quest
 from quest_attention.eval.methods.snapkv import SnapKV
 from quest_attention.eval.methods.streaming_llm import SlidingWindow, StreamingLLM
+from quest_attention.eval.methods.token_oracle import TokenOracle
 from quest_attention.eval.methods.tova import TOVA
 
 __all__ = [
@@ -38,11 +39,12 @@ __all__ = [
     "SlidingWindow",
     "SnapKV",
     "StreamingLLM",
+    "TokenOracle",
     "make_method",
 ]
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Full, Quest, Oracle, StreamingLLM, H2O, TOVA, SnapKV)
+    method.name: method for method in (Full, Quest, Oracle, TokenOracle, StreamingLLM, H2O, TOVA, SnapKV)
 }
 """Every method of a table by name."""
 
@@ -74,7 +76,7 @@ def make_method(
         return kind(QuestConfig.from_dict({**options, **_parse(given), "token_budget": token_budget}))
     if colon:
         raise QuestValueError("method", spec, f"{name} without options: quest and oracle alone take them")
-    return kind(token_budget, num_dense_layers) if issubclass(kind, Evicting) else kind()
+    return kind(token_budget, num_dense_layers) if issubclass(kind, Evicting | TokenOracle) else kind()
 
 
 def _parse(given: str) -> dict[str, Any]:
