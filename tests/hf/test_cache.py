@@ -16,7 +16,8 @@ from transformers.cache_utils import DynamicCache
 
 from quest_attention import QuestCache, QuestConfig, QuestStateError, QuestValueError, enable_quest
 from quest_attention.hf import QuestLayer, cache_argument
-from tiny import PAGE_SIZE, SMALL, assert_metadata_is_exact, make_llama, prompt, quest_layers
+from quest_attention.hf.naming import CACHE
+from tiny import PAGE_SIZE, SMALL, VOCABULARY, assert_metadata_is_exact, make_llama, prompt, quest_layers
 
 HEADS, DIM = 2, 8
 
@@ -77,6 +78,15 @@ def test_room_is_made_at_once_where_the_length_is_known() -> None:
     assert layer.keys.data_ptr() == before
     for first in (1, 40):
         assert {layer.capacity for layer in quest_layers(filled(first, max_length=4000))} == {4000}
+
+
+def test_generate_makes_room_for_twice_the_prompt_at_most() -> None:
+    model: Any = make_llama()
+    with enable_quest(model, SMALL):
+        every_token = list(range(VOCABULARY))
+        options = {"eos_token_id": every_token, "pad_token_id": 0, "return_dict_in_generate": True}
+        cache = model.generate(prompt(length=60), max_length=400, **options)[CACHE]
+    assert {layer.capacity for layer in quest_layers(cache)} == {120}, "it may end early, as here"
 
 
 @pytest.mark.parametrize("metadata", ["kv", "fp8"])
