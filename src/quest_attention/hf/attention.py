@@ -183,14 +183,17 @@ def refuse_attentions(given: Mapping[str, Any], config: Any) -> None:
 
 def _exact(query: Tensor) -> AbstractContextManager[object]:
     """Without autocast, which would round the scores of pages: bounds hold in float32."""
-    kind = query.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    return torch.autocast(query.device.type, enabled=False) if _is_autocast(query) else nullcontext()
 
 
 def _dtype_of_output(query: Tensor) -> torch.dtype:
     """What dense attention gives: under autocast its dtype, though rotary embeddings leave queries in float32."""
+    return torch.get_autocast_dtype(query.device.type) if _is_autocast(query) else query.dtype
+
+
+def _is_autocast(query: Tensor) -> bool:
     kind = query.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _check_plain(kwargs: dict[str, Any]) -> None:
