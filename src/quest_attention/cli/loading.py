@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from quest_attention.cli.failures import one_line
+from quest_attention.cli.options import check_threads
 from quest_attention.errors import QuestValueError
+from quest_attention.eval.wording import counted
 from quest_attention.models import bundled_model_path
 
-__all__ = ["LoadedModel", "load_model", "resolve_device", "set_threads"]
+__all__ = ["LoadedModel", "check_dtype", "load_model", "resolve_device", "set_threads"]
 
 HUB_TIMEOUT = 5.0
 """Seconds to wait for the Hub's first answer. transformers alone retries for over 20 before it gives up."""
@@ -45,7 +47,7 @@ class LoadedModel:
         millions = self.model.num_parameters() / 1e6
         dtype = str(self.model.dtype).removeprefix("torch.")
         device = self.model.device.type
-        where = f"cpu, {torch.get_num_threads()} threads" if device == "cpu" else str(self.model.device)
+        where = f"cpu, {counted(torch.get_num_threads(), 'thread')}" if device == "cpu" else str(self.model.device)
         return f"{self.name}, {millions:,.1f}M parameters, {dtype}, {where}"
 
 
@@ -53,15 +55,17 @@ def resolve_device(device: str) -> torch.device:
     """The device of that name; `auto` is the first GPU where there is one.
 
     Raises:
-        QuestValueError: There is no such device.
+        QuestValueError: There is no such device, or none that can compute.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise QuestValueError("device", device, "auto, cpu, or a device that `quest env` lists") from None
+        torch.ones(1, device=found).tolist()  # there and back: `meta` holds nothing
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
+        found = None
+    if found is None or (found.type == "cpu" and found.index):  # PyTorch takes any number of a CPU for the one there is
+        raise QuestValueError("device", device, "auto, cpu, or a device that `quest env` lists")
     return found
 
 
@@ -69,13 +73,21 @@ def set_threads(threads: int | None) -> None:
     """Let PyTorch use so many CPU threads; None leaves its choice.
 
     Raises:
-        QuestValueError: The number is not positive.
+        QuestValueError: The number is not positive, or larger than that of the cores.
     """
-    if threads is None:
-        return
-    if threads < 1:
-        raise QuestValueError("threads", threads, "a positive integer")
-    torch.set_num_threads(threads)
+    check_threads(threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse what is no number type of `load_model`.
+
+    Raises:
+        QuestValueError: As said.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise QuestValueError("dtype", dtype, f"one of auto, {', '.join(DTYPES)}")
 
 
 def load_model(name: str | None, *, device: str = "auto", dtype: str = "auto") -> LoadedModel:
@@ -91,8 +103,7 @@ def load_model(name: str | None, *, device: str = "auto", dtype: str = "auto") -
         QuestStateError: There is no bundled model.
     """
     target = resolve_device(device)
-    if dtype != "auto" and dtype not in DTYPES:
-        raise QuestValueError("dtype", dtype, f"one of auto, {', '.join(DTYPES)}")
+    check_dtype(dtype)
     source, local_only = (str(bundled_model_path()), True) if name is None else _locate(name)
     options: dict[str, Any] = {"local_files_only": local_only}
     if name is None and dtype == "auto" and target.type == "cpu":

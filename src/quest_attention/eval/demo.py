@@ -20,7 +20,17 @@ from quest_attention.eval.methods import Full, LayerReads, Method, Quest, Slidin
 from quest_attention.eval.page_reads import PageReads
 from quest_attention.eval.tasks import Sample, is_correct, make_sample
 
-__all__ = ["TASK", "WARMUP_STEPS", "Demo", "DemoCase", "MethodResult", "check_fits", "make_case", "run_demo"]
+__all__ = [
+    "TASK",
+    "WARMUP_STEPS",
+    "Demo",
+    "DemoCase",
+    "MethodResult",
+    "check_case",
+    "check_fits",
+    "make_case",
+    "run_demo",
+]
 
 TASK = "passkey"
 """The task of the Quest paper's first table, in a book instead of noise."""
@@ -132,8 +142,7 @@ def make_case(
     Raises:
         QuestValueError: The depth is out of range, or the length too short for the fact or longer than the text.
     """
-    if not 0 <= depth <= 100:
-        raise QuestValueError("depth", depth, "a percentage from 0 to 100")
+    _check_depth(depth)
 
     def encode(text: str) -> list[int]:
         ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
@@ -195,18 +204,39 @@ def run_demo(
     return Demo(case, config, tuple(results), pages)
 
 
+def check_case(length: int, depth: float, config: QuestConfig) -> None:
+    """Refuse what is wrong for every model, before there is one.
+
+    Raises:
+        QuestValueError: The length is not positive, the depth no percentage, or the budget holds the whole length.
+    """
+    _check_depth(depth)
+    _check_length(length, config)
+
+
+def _check_length(length: int, config: QuestConfig) -> None:
+    if length < 1:
+        raise QuestValueError("length", length, "a positive integer")
+    if config.token_budget >= length:
+        raise QuestValueError("token_budget", config.token_budget, f"less than the length, {length}: else all is read")
+
+
+def _check_depth(depth: float) -> None:
+    if not 0 <= depth <= 100:
+        raise QuestValueError("depth", depth, "a percentage from 0 to 100")
+
+
 def check_fits(model: PreTrainedModel, length: int, config: QuestConfig) -> None:
     """Refuse a length that the model has no positions for, and settings under which Quest would read everything.
 
     Raises:
         QuestValueError: As said.
     """
+    _check_length(length, config)
     text = model.config.get_text_config(decoder=True)
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and length > positions:
         raise QuestValueError("length", length, f"at most {positions}, the model's positions")
-    if config.token_budget >= length:
-        raise QuestValueError("token_budget", config.token_budget, f"less than the length, {length}: else all is read")
     if config.num_dense_layers >= text.num_hidden_layers:
         raise QuestValueError(
             "num_dense_layers", config.num_dense_layers, f"less than the model's {text.num_hidden_layers} layers"

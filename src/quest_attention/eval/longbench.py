@@ -24,7 +24,7 @@ from quest_attention.errors import QuestValueError
 from quest_attention.eval.frame import NO_FRAME, Frame
 from quest_attention.eval.tasks import Encode
 
-__all__ = ["LONGBENCH", "LONGBENCH_PREFIX", "Document", "LongBenchTask", "load_documents", "score"]
+__all__ = ["LONGBENCH", "LONGBENCH_PREFIX", "Document", "LongBenchTask", "document_file", "load_documents", "score"]
 
 LONGBENCH_PREFIX = "longbench_"
 """Of the names of its tasks."""
@@ -108,9 +108,7 @@ def load_documents(task: str, folder: Path, encode: Encode, length: int, *, fram
         QuestValueError: The task is unknown, its file is missing or broken, or a question leaves no room.
     """
     kind = _task(task)
-    file = folder / f"{task.removeprefix(LONGBENCH_PREFIX)}.jsonl"
-    if not file.is_file():
-        raise QuestValueError("longbench", str(folder), f"a folder with {file.name}")
+    file = document_file(task, folder)
     documents = []
     # Bytes, since text would also break at the line separators that JSON allows within a string.
     for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
@@ -132,6 +130,18 @@ def load_documents(task: str, folder: Path, encode: Encode, length: int, *, fram
     if not documents:
         raise QuestValueError("longbench", file.name, "a file with at least one line")
     return documents
+
+
+def document_file(task: str, folder: Path) -> Path:
+    """The file of a task.
+
+    Raises:
+        QuestValueError: It is missing.
+    """
+    file = folder / f"{task.removeprefix(LONGBENCH_PREFIX)}.jsonl"
+    if not file.is_file():
+        raise QuestValueError("longbench", str(folder), f"a folder with {file.name}")
+    return file
 
 
 def score(task: str, generated: str, answers: Sequence[str]) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestValueError
 from quest_attention.eval.frame import Chat
 from quest_attention.eval.longbench import LONGBENCH
@@ -143,6 +144,9 @@ class Plan:
                 raise QuestValueError("task", task, f"one of {', '.join(task_names())}")
             if task in LONGBENCH and self.longbench is None:
                 raise QuestValueError("longbench", None, f"the folder with LongBench's files, for {task}")
+        self._check_each_once()
+        # Also where no method is Quest: what all methods share is wrong for all of them.
+        QuestConfig(max(1, self.page_size), self.page_size, self.num_dense_layers)
         if self.num_samples < 1:
             raise QuestValueError("num_samples", self.num_samples, "a positive integer")
         if self.question not in get_args(Question):
@@ -153,6 +157,12 @@ class Plan:
             for length in self.lengths:
                 if not self.arms(task, length):
                     raise QuestValueError("method", ", ".join(self.methods), f"quest or an oracle, for {task}")
+
+    def _check_each_once(self) -> None:
+        for name in ("methods", "lengths"):
+            for given in (values := getattr(self, name)):
+                if values.count(given) > 1:
+                    raise QuestValueError(name.removesuffix("s"), given, "each once")
 
     def arms(self, task: str, length: int) -> list[Arm]:
         """Methods with their budgets, for samples of a task and a length; recall is of those that select.
@@ -169,6 +179,11 @@ class Plan:
                 raise QuestValueError("token_budget", "nothing", f"at least one, for {spec}")
             arms += [Arm(spec, self._budget(given, length)) for given in self.token_budgets]
         methods = {arm: self.method(arm) for arm in arms}
+        first: dict[object, str] = {}
+        for arm, method in methods.items():
+            same = first.setdefault((type(method), method.token_budget, getattr(method, "config", None)), arm.method)
+            if same != arm.method:
+                raise QuestValueError("method", arm.method, f"methods that differ: it is {same}")
         return [arm for arm, method in methods.items() if task != RECALL or method.unit is not None]
 
     def method(self, arm: Arm) -> Method:
