@@ -16,7 +16,7 @@ from quest_attention.cli.failures import INTERRUPTED, USAGE, one_line, reports_f
 
 __all__ = ["app", "main", "run"]
 
-MODEL_HELP = "A folder or a Hub id; the bundled model by default."
+MODEL_HELP = "A folder, a GGUF file or a Hub id; the bundled model by default."
 
 app = typer.Typer(
     help="Quest sparse attention: decode long contexts while reading a few per cent of the KV cache.",
@@ -34,7 +34,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to s
 Threads = Annotated[int | None, typer.Option(help="CPU threads; PyTorch's choice by default.", show_default=False)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[
-    str, typer.Option(help="auto (as saved; the bundled model on a CPU: float32), float32, bfloat16, float16.")
+    str,
+    typer.Option(
+        help="auto (as saved; the bundled model and GGUF on a CPU: float32, GGUF on a GPU: bfloat16), float32, "
+        "bfloat16, float16."
+    ),
 ]
 
 
