@@ -20,7 +20,7 @@ __all__ = ["app", "main", "run"]
 
 COMPLETION = ("install_completion", "show_completion")
 """Options that typer adds."""
-MODEL_HELP = "A folder or a Hub id; the bundled model by default."
+MODEL_HELP = "A folder, a GGUF file or a Hub id; the bundled model by default."
 
 app = typer.Typer(
     help="Quest sparse attention: decode long contexts while reading a few per cent of the KV cache.",
@@ -46,7 +46,11 @@ Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="No summary and no progress; errors and warnings still show.")
 ]
 Dtype = Annotated[
-    str, typer.Option(help="auto (as saved; the bundled model on a CPU: float32), float32, bfloat16, float16.")
+    str,
+    typer.Option(
+        help="auto (as saved; the bundled model and GGUF on a CPU: float32, GGUF on a GPU: bfloat16), float32, "
+        "bfloat16, float16."
+    ),
 ]
 
 
