@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from quest_attention.errors import QuestValueError
 
-__all__ = ["Backend", "GroupReduction", "MetadataDtype", "QuestConfig"]
+__all__ = ["Backend", "GroupReduction", "MetadataDtype", "QuestConfig", "check_integer"]
 
 GroupReduction = Literal["max", "mean"]
 MetadataDtype = Literal["kv", "fp8"]
@@ -58,9 +58,9 @@ class QuestConfig:
 
     def __post_init__(self) -> None:
         for name in ("token_budget", "page_size"):
-            _check_integer(name, getattr(self, name), minimum=1)
+            check_integer(name, getattr(self, name), minimum=1)
         for name in ("num_dense_layers", "num_sink_pages", "num_recent_pages"):
-            _check_integer(name, getattr(self, name), minimum=0)
+            check_integer(name, getattr(self, name), minimum=0)
         _check_choice("group_reduction", self.group_reduction, get_args(GroupReduction))
         _check_choice("metadata_dtype", self.metadata_dtype, get_args(MetadataDtype))
         _check_choice("backend", self.backend, get_args(Backend))
@@ -89,12 +89,14 @@ class QuestConfig:
         """Make a config from a mapping, as read from JSON.
 
         Raises:
-            QuestValueError: An option is unknown or its value is wrong.
+            QuestValueError: It is no mapping, an option is unknown or its value is wrong.
 
         >>> QuestConfig.from_dict({"page_sise": 16})
         Traceback (most recent call last):
         quest_attention.errors.QuestValueError: page_sise: got 16, expected a known option: did you mean page_size?
         """
+        if not isinstance(options, Mapping):
+            raise QuestValueError("options", options, "a mapping of names to values")
         known = [field.name for field in fields(cls)]
         for name, value in options.items():
             if name not in known:
@@ -104,12 +106,21 @@ class QuestConfig:
         return cls(**options)
 
 
-def _check_integer(name: str, value: object, minimum: int) -> None:
+def check_integer(name: str, value: object, minimum: int) -> None:
+    """Refuse what is no whole number of at least `minimum`, 0 or 1; True and False are none.
+
+    Raises:
+        QuestValueError: It is not.
+
+    >>> check_integer("max_length", "8192", minimum=1)
+    Traceback (most recent call last):
+    quest_attention.errors.QuestValueError: max_length: got '8192', expected a positive integer
+    """
     kind = "a positive integer" if minimum == 1 else "a non-negative integer"
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise QuestValueError(name, value, kind)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise QuestValueError(name, value, f"one of {', '.join(choices)}")

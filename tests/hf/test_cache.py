@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import weakref
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from transformers.cache_utils import DynamicCache
 
 from quest_attention import QuestCache, QuestConfig, QuestStateError, QuestValueError, enable_quest
 from quest_attention.hf import QuestLayer, cache_argument
-from tiny import PAGE_SIZE, SMALL, assert_metadata_is_exact, make_llama, prompt, quest_layers
+from quest_attention.hf.naming import CACHE
+from tiny import PAGE_SIZE, SMALL, VOCABULARY, assert_metadata_is_exact, make_llama, prompt, quest_layers
 
 HEADS, DIM = 2, 8
 
@@ -74,6 +76,52 @@ def test_room_is_made_at_once_where_the_length_is_known() -> None:
     for seed in range(30):
         layer.update(*tokens(1, seed=seed))
     assert layer.keys.data_ptr() == before
+    for first in (1, 40):
+        assert {layer.capacity for layer in quest_layers(filled(first, max_length=4000))} == {4000}
+
+
+def test_generate_makes_room_for_twice_the_prompt_at_most() -> None:
+    model: Any = make_llama()
+    with enable_quest(model, SMALL):
+        every_token = list(range(VOCABULARY))
+        options = {"eos_token_id": every_token, "pad_token_id": 0, "return_dict_in_generate": True}
+        cache = model.generate(prompt(length=60), max_length=400, **options)[CACHE]
+    assert {layer.capacity for layer in quest_layers(cache)} == {120}, "it may end early, as here"
+
+
+@pytest.mark.parametrize("metadata", ["kv", "fp8"])
+@pytest.mark.parametrize(
+    "dtypes",  # of keys and values, update by update
+    [
+        [(torch.float32, torch.bfloat16)] * 3,
+        [(torch.bfloat16, torch.float32)] * 3,
+        [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)],
+        [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)],
+        [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.bfloat16)],
+        [(torch.float16, torch.float16), (torch.float64, torch.float32), (torch.float32, torch.float32)],
+    ],
+)
+def test_dtypes_that_differ_or_change(dtypes: list[tuple[torch.dtype, torch.dtype]], metadata: Any) -> None:
+    config = dataclasses.replace(SMALL, metadata_dtype=metadata)
+    cache, stock = QuestCache(make_llama().config, config), DynamicCache(config=make_llama().config)
+    for seed, (count, (of_keys, of_values)) in enumerate(zip((30, 1, 1), dtypes, strict=True)):
+        keys, values = tokens(count, seed=seed)
+        for layer in range(len(cache.layers)):
+            for one in (cache, stock):
+                one.update(keys.to(of_keys), values.to(of_values), layer)
+        for ours, theirs in zip(cache.layers, stock.layers, strict=True):
+            assert ours.keys.dtype == ours.values.dtype == torch.promote_types(theirs.keys.dtype, theirs.values.dtype)
+            assert torch.equal(ours.keys.double(), theirs.keys.double()), "nothing is rounded"
+            assert torch.equal(ours.values.double(), theirs.values.double())
+    if metadata == "kv":
+        assert_metadata_is_exact(cache)
+    for quest_layer in quest_layers(cache):
+        stored = quest_layer.paged.contiguous
+        assert stored is not None
+        bounds = stored.metadata.to(torch.float64)
+        for token in range(32):
+            assert (quest_layer.keys[:, :, token] <= bounds[:, :, token // PAGE_SIZE, 0]).all()
+            assert (quest_layer.keys[:, :, token] >= bounds[:, :, token // PAGE_SIZE, 1]).all()
 
 
 @pytest.mark.parametrize("remove", [0, 1, 5, 12, 40])
@@ -168,7 +216,7 @@ def test_gradients_are_refused() -> None:
         (torch.zeros(2, 4, 1, DIM), torch.zeros(2, 4, 1, DIM), "key_states.shape"),
         (torch.zeros(2, HEADS, 1, 16), torch.zeros(2, HEADS, 1, 16), "key_states.shape"),
         (torch.zeros(2, HEADS, 1, DIM), torch.zeros(2, HEADS, 1, 16), "value_states.shape"),
-        (torch.zeros(2, HEADS, 1, DIM).half(), torch.zeros(2, HEADS, 1, DIM).half(), "key_states.dtype"),
+        (torch.zeros(2, HEADS, 1, DIM).long(), torch.zeros(2, HEADS, 1, DIM), "key_states.dtype"),
         (
             torch.zeros(2, HEADS, 1, DIM, device="meta"),
             torch.zeros(2, HEADS, 1, DIM, device="meta"),
@@ -192,7 +240,7 @@ def test_tokens_that_do_not_fit(keys: torch.Tensor, values: torch.Tensor, names:
         (torch.zeros(2, HEADS, 1, DIM), "value_states.shape"),
         (torch.zeros(3, HEADS, 4, DIM), "value_states.shape"),
         (torch.zeros(2, HEADS, 4), "value_states.shape"),
-        (torch.zeros(2, HEADS, 4, DIM).half(), "value_states.dtype"),
+        (torch.zeros(2, HEADS, 4, DIM).long(), "value_states.dtype"),
         (torch.zeros(2, HEADS, 4, DIM, device="meta"), "value_states.device"),
     ],
 )

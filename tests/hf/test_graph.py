@@ -172,6 +172,66 @@ def test_two_caches_in_turn_and_a_cache_that_is_dropped(device: str) -> None:
             assert len(quest.graphs._graphs) == 0
 
 
+def steps(model: Any, cache: Any, ids: Tensor, count: int) -> list[int]:
+    """Greedy decode steps after the cache's tokens."""
+    tokens, token = [], ids[:, -1:]
+    for _ in range(count):
+        token = model(input_ids=token, **cache_argument(cache)).logits[:, -1:].argmax(-1)
+        tokens.append(int(token))
+    return tokens
+
+
+def test_autocast_runs_eagerly(device: str) -> None:
+    model: Any = make_llama().to(device)
+    ids = prompt(1, 50).to(device)
+    with torch.inference_mode(), enabled(model, device) as quest:
+        cache, plain = quest.make_cache(200), quest.make_cache(200)
+        model(ids, **cache_argument(cache))
+        with torch.autocast(device, dtype=torch.bfloat16):
+            steps(model, cache, ids, 5)
+        assert quest.graphs.replayed_steps == 0
+        assert quest.graphs.eager_steps == {"under autocast, whose copies of the weights end with it": 5}
+        for one, other in zip(cache.layers, plain.layers, strict=True):
+            other.update(one.keys, one.values)
+        replayed = steps(model, cache, ids, 5)
+        assert quest.graphs.replayed_steps == 5
+        for name in ("forward", "_prepare_cache_for_generation"):
+            assert name in model.__dict__
+        quest.disable()
+        with enable_quest(model, SMALL, cuda_graphs=False):
+            assert steps(model, plain, ids, 5) == replayed
+
+
+def test_a_cache_of_narrower_tokens_is_widened_before_it_is_captured(device: str) -> None:
+    model: Any = make_llama().to(device)
+    ids = prompt(1, 50).to(device)
+    narrow = torch.ones(1, 2, 50, 8, dtype=torch.bfloat16, device=device)
+    with torch.inference_mode(), enabled(model, device) as quest:
+        cache = quest.make_cache(200)
+        for layer in cache.layers:
+            layer.update(narrow, narrow)
+        steps(model, cache, ids, 4)
+        assert quest.graphs.eager_steps == {"the storage takes another dtype in this step": 1}
+        assert (quest.graphs.replayed_steps, quest.graphs.captures) == (3, 1)
+        assert cache.get_seq_length() == 54
+        assert {layer.keys.dtype for layer in cache.layers} == {torch.float32}
+
+
+def test_a_model_that_changes_is_captured_again(device: str) -> None:
+    model: Any = make_llama().to(device)
+    ids = prompt(1, 50).to(device)
+    with torch.inference_mode(), enabled(model, device) as quest:
+        cache = quest.make_cache(200)
+        model(ids, **cache_argument(cache))
+        steps(model, cache, ids, 3)
+        assert quest.graphs.captures == 1
+        model.resize_token_embeddings(105)
+        logits = model(input_ids=ids[:, :1], **cache_argument(cache)).logits
+        assert logits.shape[-1] == 105
+        assert quest.graphs.captures == 2
+        assert quest.graphs.replayed_steps == 4
+
+
 def test_a_model_that_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(run: Callable[[], Any], device: torch.device) -> Any:
         run()

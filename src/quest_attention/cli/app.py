@@ -5,36 +5,52 @@ from __future__ import annotations
 import io
 import re
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Annotated, cast
 
 import typer
 
 from quest_attention.cli.console import say
 from quest_attention.cli.failures import INTERRUPTED, USAGE, one_line, reports_failures, usage_message
+from quest_attention.cli.options import check_seed, check_threads, check_workers, path_of
+from quest_attention.config import QuestConfig
+from quest_attention.errors import QuestValueError
 
 __all__ = ["app", "main", "run"]
 
-MODEL_HELP = "A folder or a Hub id; the bundled model by default."
+COMPLETION = ("install_completion", "show_completion")
+"""Options that typer adds."""
+MODEL_HELP = "A folder, a GGUF file or a Hub id; the bundled model by default."
 
 app = typer.Typer(
     help="Quest sparse attention: decode long contexts while reading a few per cent of the KV cache.",
     invoke_without_command=True,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
 
 Model = Annotated[str | None, typer.Option("--model", "-m", help=MODEL_HELP, show_default=False)]
+TokenBudget = Annotated[int, typer.Option("--token-budget", "-b", help="Most tokens a step may read.")]
+SinkPages = Annotated[int, typer.Option("--sink-pages", help="First pages always read.")]
+RecentPages = Annotated[int, typer.Option("--recent-pages", help="Last pages always read.")]
+GroupReduction = Annotated[str, typer.Option(help="Over the query heads of a KV head: max or mean.")]
+MetadataDtype = Annotated[str, typer.Option(help="Page bounds as the keys (kv) or in 8 bits (fp8).")]
 PageSize = Annotated[int, typer.Option(help="Tokens per page.")]
 DenseLayers = Annotated[int, typer.Option("--dense-layers", help="First layers that read everything.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output instead.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; PyTorch's choice by default.", show_default=False)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+Backend = Annotated[str, typer.Option(help="auto, torch, triton or reference; `quest env` explains.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No summary and no progress; errors and warnings still show.")
+]
 Dtype = Annotated[
-    str, typer.Option(help="auto (as saved; the bundled model on a CPU: float32), float32, bfloat16, float16.")
+    str,
+    typer.Option(
+        help="auto (as saved; the bundled model and GGUF on a CPU: float32, GGUF on a GPU: bfloat16), float32, "
+        "bfloat16, float16."
+    ),
 ]
 
 
@@ -49,8 +65,6 @@ def integers(option: str, text: str) -> list[int]:
     Raises:
         QuestValueError: One is no positive integer, or there is none.
     """
-    from quest_attention.errors import QuestValueError
-
     if not split_list(text):
         raise QuestValueError(option, text, "positive integers, parted by commas")
     for part in split_list(text):
@@ -83,15 +97,16 @@ def _options_of_all_commands(
 def demo(
     length: Annotated[int, typer.Option("--length", "-l", help="Tokens of context, question and answer.")] = 8192,
     depth: Annotated[float, typer.Option(help="Where the fact is hidden: 0 % is the start, 100 % the end.")] = 50.0,
-    token_budget: Annotated[int, typer.Option("--token-budget", "-b", help="Most tokens a step may read.")] = 64,
-    page_size: PageSize = 16,
-    num_dense_layers: DenseLayers = 2,
+    token_budget: TokenBudget = QuestConfig.token_budget,
+    page_size: PageSize = QuestConfig.page_size,
+    num_dense_layers: DenseLayers = QuestConfig.num_dense_layers,
     seed: Annotated[int, typer.Option(help="Chooses the hidden number.")] = 0,
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     threads: Threads = None,
     as_json: AsJson = False,
+    is_quiet: Quiet = False,
 ) -> None:
     """Hide a fact in a book, ask for it, and compare full attention, Quest and a sliding window.
 
@@ -99,10 +114,10 @@ def demo(
     answers, the tokens read per step, the share of the KV cache and the time per token. A picture shows which pages
     Quest read.
     """
-    from quest_attention.cli.demo import show_demo
-    from quest_attention.config import QuestConfig
-
+    check_seed(seed)
     config = QuestConfig(token_budget=token_budget, page_size=page_size, num_dense_layers=num_dense_layers)
+    from quest_attention.cli.demo import show_demo  # last: transformers takes seconds to import
+
     show_demo(
         config,
         length=length,
@@ -113,6 +128,7 @@ def demo(
         dtype=dtype,
         threads=threads,
         as_json=as_json,
+        is_quiet=is_quiet,
     )
 
 
@@ -125,14 +141,14 @@ def generate(
         typer.Option("--prompt-file", "-f", help="A file in UTF-8; - is standard input.", show_default=False),
     ] = None,
     model: Model = None,
-    token_budget: Annotated[int, typer.Option("--token-budget", "-b", help="Most tokens a step may read.")] = 1024,
-    page_size: PageSize = 16,
-    num_dense_layers: DenseLayers = 2,
-    num_sink_pages: Annotated[int, typer.Option("--sink-pages", help="First pages always read.")] = 0,
-    num_recent_pages: Annotated[int, typer.Option("--recent-pages", help="Last pages always read.")] = 1,
-    group_reduction: Annotated[str, typer.Option(help="Over the query heads of a KV head: max or mean.")] = "max",
-    metadata_dtype: Annotated[str, typer.Option(help="Page bounds as the keys (kv) or in 8 bits (fp8).")] = "kv",
-    backend: Annotated[str, typer.Option(help="auto, torch, triton or reference; `quest env` explains.")] = "auto",
+    token_budget: TokenBudget = QuestConfig.token_budget,
+    page_size: PageSize = QuestConfig.page_size,
+    num_dense_layers: DenseLayers = QuestConfig.num_dense_layers,
+    num_sink_pages: SinkPages = QuestConfig.num_sink_pages,
+    num_recent_pages: RecentPages = QuestConfig.num_recent_pages,
+    group_reduction: GroupReduction = QuestConfig.group_reduction,
+    metadata_dtype: MetadataDtype = QuestConfig.metadata_dtype,
+    backend: Backend = QuestConfig.backend,
     dense: Annotated[bool, typer.Option("--dense", help="Read everything, without Quest, to compare.")] = False,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens to write at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above 0 samples.")] = 0.0,
@@ -143,6 +159,7 @@ def generate(
     dtype: Dtype = "auto",
     threads: Threads = None,
     as_json: AsJson = False,
+    is_quiet: Quiet = False,
 ) -> None:
     """Continue a prompt with Quest, streaming the text.
 
@@ -150,8 +167,8 @@ def generate(
     on standard error. Without --prompt and --prompt-file the prompt is read from standard input.
     """
     from quest_attention.cli.prompt import read_prompt
-    from quest_attention.config import QuestConfig
 
+    check_seed(seed)
     config = QuestConfig.from_dict(
         {
             "token_budget": token_budget,
@@ -165,7 +182,7 @@ def generate(
         }
     )
     text = read_prompt(prompt, prompt_file)
-    from quest_attention.cli.generate import Sampling, stream_text  # last: transformers takes seconds to import
+    from quest_attention.cli.generate import Sampling, stream_text  # likewise
 
     stream_text(
         text,
@@ -177,6 +194,7 @@ def generate(
         dtype=dtype,
         threads=threads,
         as_json=as_json,
+        is_quiet=is_quiet,
     )
 
 
@@ -184,7 +202,7 @@ def generate(
 @reports_failures
 def evaluate(
     tasks: Annotated[list[str], typer.Argument(help="passkey, niah_single_1, ..., perplexity, recall, needle_grid.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; it goes on if it was begun.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder of the run; it goes on if it was begun.")],
     model: Model = None,
     methods: Annotated[str, typer.Option("--method", help="full, quest, oracle, streaming_llm, h2o, tova, snapkv.")] = (
         "full,quest,streaming_llm"
@@ -194,28 +212,37 @@ def evaluate(
     ] = "64,128,256",  # noqa: S107 (tokens of a model, no secret)
     lengths: Annotated[str, typer.Option("--length", "-l", help="Tokens of context, question and answer.")] = "8192",
     num_samples: Annotated[int, typer.Option("--num-samples", "-n", help="For each task and length.")] = 200,
-    num_dense_layers: DenseLayers = 2,
-    page_size: PageSize = 16,
+    num_dense_layers: DenseLayers = QuestConfig.num_dense_layers,
+    page_size: PageSize = QuestConfig.page_size,
     question: Annotated[str, typer.Option(help="Whether the question is decoded or prefilled: decode, prefill.")] = (
         "decode"
     ),
+    chat: Annotated[
+        str, typer.Option(help="Questions through the model's chat template: auto (where it has one), yes, no.")
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
-    backend: Annotated[str, typer.Option(help="auto, torch, triton or reference; `quest env` explains.")] = "auto",
+    backend: Backend = QuestConfig.backend,
     books: Annotated[
-        Path | None, typer.Option(help="Folder of *.txt to hide facts in; an excerpt by default.", show_default=False)
+        str | None, typer.Option(help="Folder of *.txt to hide facts in; an excerpt by default.", show_default=False)
     ] = None,
-    longbench: Annotated[Path | None, typer.Option(help="Folder with LongBench's *.jsonl.", show_default=False)] = None,
+    longbench: Annotated[str | None, typer.Option(help="Folder with LongBench's *.jsonl.", show_default=False)] = None,
     workers: Annotated[int, typer.Option(help="Processes, each with a model of its own, spread over the GPUs.")] = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
     threads: Threads = None,
+    is_quiet: Quiet = False,
 ) -> None:
     """Measure methods that read less of the KV cache on retrieval, perplexity and recall.
 
     Every method runs through generate() with the same budget and the same dense layers, and the run fails where one
     did not take its sparse path. An interrupted run goes on with the same command. `quest report` draws the figures.
     """
+    check_seed(seed)
+    check_threads(threads)
+    check_workers(workers)
+    folder = path_of("output", output)
     from quest_attention.cli.eval import evaluate as run_evaluation
+    from quest_attention.eval.frame import Chat
     from quest_attention.eval.plan import Plan, Question
 
     plan = Plan(
@@ -227,23 +254,33 @@ def evaluate(
         num_dense_layers=num_dense_layers,
         page_size=page_size,
         question=cast("Question", question),  # the plan checks it
+        chat=cast("Chat", chat),  # likewise
         seed=seed,
         backend=backend,
-        books=books,
-        longbench=longbench,
+        books=None if books is None else path_of("books", books),
+        longbench=None if longbench is None else path_of("longbench", longbench),
     )
-    run_evaluation(plan, output, model_name=model, device=device, dtype=dtype, threads=threads, workers=workers)
+    run_evaluation(
+        plan,
+        folder,
+        model_name=model,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        workers=workers,
+        is_quiet=is_quiet,
+    )
 
 
 @app.command()
 @reports_failures
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder of a run of `quest eval`.")],
+    folder: Annotated[str, typer.Argument(help="Folder of a run of `quest eval`.")],
 ) -> None:
     """Draw a run of `quest eval`: one HTML page that needs nothing else, PNG figures, and a summary as JSON."""
     from quest_attention.cli.eval import report as show_report
 
-    show_report(folder)
+    show_report(path_of("folder", folder))
 
 
 @app.command()
@@ -255,6 +292,15 @@ def env(as_json: AsJson = False) -> None:
     show_environment(as_json=as_json)
 
 
+def make_command() -> Callable[..., object]:
+    """The whole command line; the options of shell completion work, and keep out of the help."""
+    command = typer.main.get_command(app)
+    for parameter in command.params:
+        if parameter.name in COMPLETION:
+            parameter.hidden = True  # type: ignore[attr-defined]  # options have it, and these are options
+    return command
+
+
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code: 0, or see `cli.failures`.
 
@@ -263,7 +309,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        result = app(args=given, prog_name="quest", standalone_mode=False)
+        result = make_command()(args=given, prog_name="quest", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except Exception as error:

@@ -50,7 +50,7 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def progress_bar() -> Iterator[OnProgress]:
+def progress_bar(*, is_quiet: bool = False) -> Iterator[OnProgress]:
     """A progress bar on standard error that disappears when done; nothing where that is not a terminal."""
     console = stderr_console()
     bar = Progress(
@@ -61,7 +61,7 @@ def progress_bar() -> Iterator[OnProgress]:
         TimeElapsedColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=is_quiet or not console.is_terminal,
     )
     with bar:
         task = bar.add_task("", total=None)

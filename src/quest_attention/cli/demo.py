@@ -15,10 +15,16 @@ from quest_attention.cli.console import can_draw, progress_bar, say, stdout_cons
 from quest_attention.cli.failures import CHECK_FAILED
 from quest_attention.cli.loading import LoadedModel, load_model, set_threads
 from quest_attention.cli.page_picture import page_picture
+from quest_attention.cli.table import print_table
 from quest_attention.config import QuestConfig
-from quest_attention.eval.demo import Demo, MethodResult, check_fits, make_case, run_demo
+from quest_attention.eval.demo import Demo, MethodResult, check_case, check_fits, make_case, run_demo
+from quest_attention.eval.wording import counted
 
 __all__ = ["show_demo"]
+
+ANSWER_WIDTH = 14
+"""Of an answer in the table [columns]: the key, and enough of a wrong one to see that it is."""
+CUT = "..."
 
 
 def show_demo(
@@ -32,6 +38,7 @@ def show_demo(
     dtype: str,
     threads: int | None,
     as_json: bool,
+    is_quiet: bool,
 ) -> None:
     """Do what `quest demo` does.
 
@@ -43,7 +50,8 @@ def show_demo(
     """
     started = time.perf_counter()
     set_threads(threads)
-    with progress_bar() as on_progress:
+    check_case(length, depth, config)
+    with progress_bar(is_quiet=is_quiet) as on_progress:
         on_progress("loading the model", 0, 0)
         loaded = load_model(model_name, device=device, dtype=dtype)
         check_fits(loaded.model, length, config)
@@ -56,6 +64,8 @@ def show_demo(
     if as_json:
         report = {"model": loaded.description, "seconds": seconds, **demo.to_dict()}
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
+    elif is_quiet:
+        _show_results(stdout_console(), demo)
     else:
         _show(stdout_console(), demo, loaded, seconds)
 
@@ -83,13 +93,13 @@ def _show(console: Console, demo: Demo, loaded: LoadedModel, seconds: float) -> 
     head.add_row("question", f"{case.sample.question.strip()} ...")
     head.add_row(
         "reading",
-        f"{config.token_budget} tokens a step ({config.page_budget} pages of {config.page_size}); "
-        f"{config.num_dense_layers} of {layers} layers read all",
+        f"{counted(config.token_budget, 'token')} a step ({counted(config.page_budget, 'page')} of "
+        f"{config.page_size}); layers that read all: {config.num_dense_layers} of {layers}",
     )
     head.add_row("model", loaded.description)
     console.print(head)
     console.print()
-    console.print(_table(demo))
+    _show_results(console, demo)
     console.print()
     console.print(page_picture(demo, width=console.width, is_unicode=can_draw(console, "░▒▓█▲└─┘")))
     console.print()
@@ -107,27 +117,26 @@ def _pages(pages: range) -> str:
     return f"page {pages[0]:,}" if len(pages) == 1 else f"pages {pages[0]:,} to {pages[-1]:,}"
 
 
-def _table(demo: Demo) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", collapse_padding=True)
-    table.add_column("method", no_wrap=True)
-    table.add_column("answer", overflow="ellipsis", no_wrap=True, max_width=14)
-    table.add_column("", no_wrap=True)
-    table.add_column("tokens read\nper step", justify="right", no_wrap=True)
-    table.add_column("share of\nKV cache", justify="right", no_wrap=True)
-    table.add_column("in all\nlayers", justify="right", no_wrap=True)
-    table.add_column("ms per\ntoken", justify="right", no_wrap=True)
-    for result in demo.results:
-        verdict = Text("right", style="bold green") if result.is_right else Text("wrong", style="bold red")
-        table.add_row(
+def _show_results(console: Console, demo: Demo) -> None:
+    numbers = ("tokens read\nper step", "share of\nKV cache", "in all\nlayers", "ms per\ntoken")
+    headings = ("method", "answer", "", *numbers)
+    rows = [
+        (
             Text(result.method, style="bold cyan" if result.method == "quest" else ""),
-            Text(_printable(result.answer)),
-            verdict,
+            Text(_shortened(_printable(result.answer))),
+            Text("right", style="bold green") if result.is_right else Text("wrong", style="bold red"),
             f"{result.tokens_per_step:,.0f}",
             f"{result.share_read:.1%}",
             f"{result.share_read_all_layers:.1%}",
             f"{result.ms_per_token:.2f}",
         )
-    return table
+        for result in demo.results
+    ]
+    print_table(console, headings, rows, numbers=range(len(headings) - len(numbers), len(headings)))
+
+
+def _shortened(answer: str) -> str:
+    return answer if len(answer) <= ANSWER_WIDTH else f"{answer[: ANSWER_WIDTH - len(CUT)]}{CUT}"
 
 
 def _printable(answer: str) -> str:
@@ -140,8 +149,8 @@ def _remarks(demo: Demo, seconds: float) -> str:
     pages = demo.pages.num_pages
     return (
         f"Measured in this run of {seconds:.0f} s: one question, every method on the same prefilled context; ms is the "
-        f"median of {quest.timed_steps} decode steps. Tokens and share are those of a layer that may choose; all "
-        f"layers include the {demo.config.num_dense_layers} that read everything. To choose, Quest also reads "
-        f"the bounds of all {pages:,} pages: as many bytes as {pages:,} tokens. full is transformers' DynamicCache "
-        f"with sdpa."
+        f"median of {counted(quest.timed_steps, 'decode step')}. Tokens and share are those of a layer that may "
+        f"choose; all layers include the {demo.config.num_dense_layers} that read everything. To choose, Quest also "
+        f"reads the bounds of all {counted(pages, 'page')}: as many bytes as {counted(pages, 'token')}. full is "
+        f"transformers' DynamicCache with sdpa."
     )

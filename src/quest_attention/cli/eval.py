@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import shlex
 from pathlib import Path
-from typing import Any
-
-from rich.table import Table
+from typing import Any, cast
 
 from quest_attention.bench.record import describe_machine
 from quest_attention.cli.console import progress_bar, say, stdout_console
-from quest_attention.cli.loading import LoadedModel, load_model, set_threads
+from quest_attention.cli.loading import LoadedModel, check_dtype, load_model, resolve_device, set_threads
+from quest_attention.cli.pace import Pace
+from quest_attention.cli.table import ANY_WIDTH, print_table
+from quest_attention.config import Backend
+from quest_attention.errors import BackendError, QuestValueError
 from quest_attention.eval.journal import Journal
-from quest_attention.eval.plan import Plan
+from quest_attention.eval.longbench import LONGBENCH, document_file
+from quest_attention.eval.methods import Quest
+from quest_attention.eval.plan import Arm, Job, Plan
 from quest_attention.eval.pool import run_jobs
 from quest_attention.eval.report import (
     accuracy_rows,
@@ -23,14 +28,16 @@ from quest_attention.eval.report import (
     recall_rows,
     write_report,
 )
+from quest_attention.eval.run_folder import hold_folder
 from quest_attention.eval.runner import Runner
+from quest_attention.eval.texts import book_files
+from quest_attention.eval.wording import counted
+from quest_attention.ops.dispatch import resolve_backend
 
 __all__ = ["evaluate", "report"]
 
 _OWN_DTYPE = "auto"
 """Of `--dtype`: what the model and the device call for."""
-_FILE_WIDTH = 120
-"""Width of tables in a file or a pipe, which have none of their own [characters]."""
 
 
 def evaluate(
@@ -42,35 +49,46 @@ def evaluate(
     dtype: str,
     threads: int | None,
     workers: int,
+    is_quiet: bool,
 ) -> None:
     """Do what `quest eval` does.
 
     Raises:
-        QuestValueError: An option is wrong, also for this model.
+        QuestValueError: An option is wrong, also for this model, or another run writes to the folder.
+        BackendError: The backend cannot run on the device.
         UnsupportedModelError: Quest cannot serve the model.
-        QuestStateError: A method did not take its sparse path.
+        QuestStateError: A method did not take its sparse path, or an answer could not be written.
     """
     set_threads(threads)
-    with progress_bar() as on_progress:
+    _check(plan, device, dtype)
+    with hold_folder(output), progress_bar(is_quiet=is_quiet) as on_progress:
         on_progress("loading the model", 0, 0)
         loaded = load_model(model_name, device=device, dtype=dtype)
+        _check_layers(plan, loaded)
         runner = Runner(loaded.model, loaded.tokenizer, plan)
         on_progress("reading the texts", 0, 0)
         jobs = runner.jobs
-        journal = Journal(output, _settings(plan, loaded, output, model_name, dtype))
+        journal = Journal(output, _settings(runner, loaded, output, model_name, dtype))
         open_jobs = [(job, arms) for job in jobs if (arms := journal.missing(job, plan.arms(job.task, job.length)))]
         total = sum(len(plan.arms(job.task, job.length)) for job in jobs)
         done = total - sum(len(arms) for _, arms in open_jobs)
-        if done:
-            say(f"quest: {done} of {total} answers are in {output} already")
+        if not is_quiet:
+            say(f"quest: {_to_do(open_jobs, done, total, output)}")
         make = functools.partial(_make_runner, plan, model_name, device, dtype)
         what = plan.tasks[0] if len(plan.tasks) == 1 else f"{len(plan.tasks)} tasks"
         on_progress(what, done, total)
-        for rows in run_jobs(runner, open_jobs, workers=workers, make_runner=make):
-            journal.add(rows)
-            done += len(rows)
-            on_progress(what, done, total)
-    _show(output)
+        # An answer takes longer the longer its text is.
+        pace = Pace(sum(job.length * len(arms) for job, arms in open_jobs), skips_first=workers > 1)
+        with contextlib.closing(run_jobs(runner, open_jobs, workers=workers, make_runner=make)) as measured:
+            for rows in measured:
+                journal.add(rows)
+                done += len(rows)
+                on_progress(what, done, total)
+                left = pace.take(sum(row["length"] for row in rows))
+                if left is not None and not is_quiet:
+                    say(f"quest: {done} of {total} answers are made; the others take about {left} at this pace")
+    if not is_quiet:
+        _show(output)
 
 
 def report(folder: Path) -> None:
@@ -84,14 +102,74 @@ def report(folder: Path) -> None:
     say(f"quest: the report is {page}")
 
 
+def _check(plan: Plan, device: str, dtype: str) -> None:
+    """Refuse what can be known to be wrong before a model is loaded.
+
+    Raises:
+        QuestValueError: There is no such device, dtype, book or file.
+        BackendError: A backend cannot run on the device.
+    """
+    target = resolve_device(device)
+    check_dtype(dtype)
+    resolve_backend(cast("Backend", plan.backend), target)
+    for arm in plan.arms(plan.tasks[0], plan.lengths[0]):
+        method = plan.method(arm)
+        if isinstance(method, Quest) and method.config.backend != plan.backend:
+            try:
+                resolve_backend(method.config.backend, target)
+            except BackendError as error:
+                why = str(error).partition("expected ")[2]
+                raise QuestValueError("method", arm.method, f"another backend: {why}") from None
+    if plan.books is not None:
+        book_files(plan.books)
+    for task in plan.tasks:
+        if task in LONGBENCH and plan.longbench is not None:
+            document_file(task, plan.longbench)
+
+
+def _check_layers(plan: Plan, loaded: LoadedModel) -> None:
+    """Refuse dense layers that leave a method none to choose in: it would be full attention by another name.
+
+    Raises:
+        QuestValueError: As said.
+    """
+    layers = loaded.model.config.get_text_config(decoder=True).num_hidden_layers
+    expected = f"less than the model's {counted(layers, 'layer')}"
+    for arm in plan.arms(plan.tasks[0], plan.lengths[0]):
+        method = plan.method(arm)
+        dense = method.config.num_dense_layers if isinstance(method, Quest) else plan.num_dense_layers
+        if arm.token_budget is None or dense < layers:
+            continue
+        if dense == plan.num_dense_layers:
+            raise QuestValueError("num_dense_layers", dense, expected)
+        raise QuestValueError("method", arm.method, f"num_dense_layers {expected}")
+
+
+def _to_do(open_jobs: list[tuple[Job, list[Arm]]], done: int, total: int, output: Path) -> str:
+    """How much there is to do, and how much is done."""
+    if done == total:
+        return f"all {counted(total, 'answer')} are in {output} already"
+    made = f"{done:,} of {total:,} answers are in {output} already; " if done else ""
+    samples = counted(len(open_jobs), "sample")
+    return f"{made}{counted(total - done, 'answer')} to make, for {samples} by {_arms_of(open_jobs)}"
+
+
+def _arms_of(open_jobs: list[tuple[Job, list[Arm]]]) -> str:
+    arms = dict.fromkeys((arm.method, arm.token_budget) for _, some in open_jobs for arm in some)
+    methods = dict.fromkeys(method for method, _ in arms)
+    return counted(len(methods), "method") + (f" ({len(arms)} with their budgets)" if len(arms) > len(methods) else "")
+
+
 def _make_runner(plan: Plan, model_name: str | None, device: str, dtype: str) -> Runner:
     loaded = load_model(model_name, device=device, dtype=dtype)
     return Runner(loaded.model, loaded.tokenizer, plan)
 
 
-def _settings(plan: Plan, loaded: LoadedModel, output: Path, model_name: str | None, dtype: str) -> dict[str, Any]:
+def _settings(runner: Runner, loaded: LoadedModel, output: Path, model_name: str | None, dtype: str) -> dict[str, Any]:
     """What a run shares, ready for JSON: enough to make it again."""
+    plan = runner.plan
     options = dataclasses.asdict(plan)
+    options["chat"] = "yes" if runner.frame.is_chat else "no"  # what `auto` came to
     options["books"] = None if plan.books is None else plan.books.name  # a name, not a place on one machine
     options["longbench"] = None if plan.longbench is None else plan.longbench.name
     return {
@@ -116,6 +194,7 @@ def _command(plan: Plan, output: Path, model_name: str | None, dtype: str) -> st
         "--dense-layers": plan.num_dense_layers,
         "--page-size": plan.page_size,
         "--question": plan.question,
+        "--chat": plan.chat,
         "--seed": plan.seed,
         "--backend": plan.backend,
         "--books": plan.books and plan.books.name,
@@ -131,14 +210,8 @@ def _show(folder: Path) -> None:
     results = read_results(folder)
     console = stdout_console()
     if not console.is_terminal:
-        console.width = _FILE_WIDTH
+        console.width = ANY_WIDTH  # a file or a pipe has none of its own
     for rows in (accuracy_rows(results), perplexity_rows(results), recall_rows(results)):
-        if not rows:
-            continue
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-        for heading in rows[0]:
-            table.add_column(heading)
-        for row in rows[1:]:
-            table.add_row(*row)
-        console.print(table)
-        console.print()
+        if rows:
+            print_table(console, rows[0], rows[1:])
+            console.print()

@@ -52,7 +52,9 @@ def reports_failures(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(PIPE_CLOSED) from None
         except QuestValueError as error:
             _fail(_as_option(error, command))
-        except (QuestError, OSError) as error:
+        except QuestError as error:
+            _fail(_with_option(str(error), command))
+        except OSError as error:
             _fail(str(error))
         except Exception as error:  # the last resort: what is left is a bug, ours or a library's
             if os.environ.get(TRACEBACK_VARIABLE):
@@ -103,16 +105,26 @@ def _fail(message: str) -> None:
 
 
 def _as_option(error: QuestValueError, command: Callable[..., None]) -> str:
-    """The message with the argument as it is spelt on the command line, where it is an option of the command."""
+    """The message with the argument as it is spelt on the command line."""
+    return f"{_spelt(error.argument, command)}: got {error.got!r}, expected {error.expected}"
+
+
+def _with_option(message: str, command: Callable[..., None]) -> str:
+    """Likewise of an error that holds the message alone."""
+    argument, found, rest = message.partition(": got ")
+    return f"{_spelt(argument, command)}{found}{rest}" if found else message
+
+
+def _spelt(argument: str, command: Callable[..., None]) -> str:
+    """An argument as it is spelt on the command line, where it is an option of the command; else as it is."""
     hints = get_type_hints(command, include_extras=True)
-    for name in (error.argument, f"{error.argument}s"):  # a list is of many, and one of them is wrong
+    for name in (argument, f"{argument}s"):  # a list is of many, and one of them is wrong
         about = getattr(hints.get(name), "__metadata__", (None,))[0]
         if isinstance(about, OptionInfo):
             given = (about.default, *(about.param_decls or ()))  # typer holds the first of the names as a default
             names = (one for one in given if isinstance(one, str) and one.startswith("--"))
-            spelt = next(names, f"--{name.replace('_', '-')}")
-            return f"{spelt}: got {error.got!r}, expected {error.expected}"
-    return str(error)
+            return next(names, f"--{name.replace('_', '-')}")
+    return argument
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -16,12 +17,18 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import TextStreamer
 
 from quest_attention.cli.console import OnProgress, progress_bar, say
-from quest_attention.cli.loading import LoadedModel, load_model, set_threads
+from quest_attention.cli.loading import LoadedModel, load_model, resolve_device, set_threads
 from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestValueError
+from quest_attention.eval.wording import counted
 from quest_attention.hf import QuestCounters, enable_quest
+from quest_attention.ops.dispatch import resolve_backend
 
 __all__ = ["Sampling", "stream_text"]
+
+
+LEAST_TEMPERATURE = 1e-6
+"""Logits divided by far less than this are no numbers any more in float32; the likeliest token is sure before that."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,9 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise QuestValueError("max_new_tokens", self.max_new_tokens, "a positive integer")
-        if self.temperature < 0:
-            raise QuestValueError("temperature", self.temperature, "0 (the likeliest token) or more")
+        if self.temperature and not LEAST_TEMPERATURE <= self.temperature < math.inf:
+            expected = f"0 (the likeliest token), or a finite number from {LEAST_TEMPERATURE:g} up"
+            raise QuestValueError("temperature", self.temperature, expected)
         if not 0 < self.top_p <= 1:
             raise QuestValueError("top_p", self.top_p, "a probability above 0 and at most 1")
 
@@ -92,23 +100,27 @@ def stream_text(
     dtype: str,
     threads: int | None,
     as_json: bool,
+    is_quiet: bool,
 ) -> None:
     """Do what `quest generate` does; `config` None is `--dense`.
 
     Raises:
         QuestValueError: The prompt, the model or an option is wrong.
+        BackendError: The backend cannot run on the device.
         UnsupportedModelError: Quest cannot serve the model.
     """
     set_threads(threads)
+    if config is not None:
+        resolve_backend(config.backend, resolve_device(device))
     loaded = load_model(model_name, device=device, dtype=dtype)
     ids = _encode(loaded.tokenizer, prompt, is_chat)
     _check_fits(loaded.model, ids.shape[1], sampling)
     with contextlib.ExitStack() as stack:
         counters = None if config is None else stack.enter_context(enable_quest(loaded.model, config)).counters
-        written = _generate(loaded, ids, sampling, is_silent=as_json)
+        written = _generate(loaded, ids, sampling, is_silent=as_json, is_quiet=is_quiet)
     if as_json:
         sys.stdout.write(json.dumps(_report(written, config, counters, loaded), indent=2) + "\n")
-    else:
+    elif not is_quiet:
         say(_summary(written, config, counters))
 
 
@@ -138,7 +150,7 @@ def _check_fits(model: PreTrainedModel, prompt_tokens: int, sampling: Sampling) 
         )
 
 
-def _generate(loaded: LoadedModel, ids: Tensor, sampling: Sampling, *, is_silent: bool) -> Written:
+def _generate(loaded: LoadedModel, ids: Tensor, sampling: Sampling, *, is_silent: bool, is_quiet: bool) -> Written:
     model, tokenizer = loaded.model, loaded.tokenizer
     generation = GenerationConfig.from_model_config(model.config)
     # Our own choices, not those that a checkpoint may bring: the options of the command say all there is.
@@ -152,7 +164,7 @@ def _generate(loaded: LoadedModel, ids: Tensor, sampling: Sampling, *, is_silent
     generation.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids = ids.to(model.device)
     with contextlib.ExitStack() as until_first_token:
-        on_progress = until_first_token.enter_context(progress_bar())
+        on_progress = until_first_token.enter_context(progress_bar(is_quiet=is_quiet))
         until_first_token.enter_context(_prefill_progress(model, ids.shape[1], on_progress))
         streamer = _Stream(tokenizer, until_first_token, is_silent=is_silent)
         started = time.perf_counter()
@@ -204,7 +216,7 @@ class _Stream(TextStreamer):
 def _prefill_progress(model: PreTrainedModel, tokens: int, on_progress: OnProgress) -> Iterator[None]:
     """Report a forward pass layer by layer; only that it runs, where the model's layers are not to be found."""
     layers = getattr(model.base_model, "layers", None)
-    what = f"reading {tokens:,} tokens"
+    what = f"reading {counted(tokens, 'token')}"
     on_progress(what, 0, 0)
     hooks = []
     if isinstance(layers, nn.ModuleList):
@@ -224,10 +236,10 @@ def _prefill_progress(model: PreTrainedModel, tokens: int, on_progress: OnProgre
 def _summary(written: Written, config: QuestConfig | None, counters: QuestCounters | None) -> str:
     """What was done, in a few lines for people."""
     seconds, speed = written.prefill_seconds, written.prefill_speed
-    lines = ["", f"prefill  {written.prompt_tokens:,} tokens in {seconds:.2f} s, {speed:,.0f} tokens/s"]
+    lines = ["", f"prefill  {counted(written.prompt_tokens, 'token')} in {seconds:.2f} s, {speed:,.0f} tokens/s"]
     if written.decode_speed is not None:
         lines.append(
-            f"decode   {written.new_tokens:,} tokens, {written.decode_speed:,.1f} tokens/s, "
+            f"decode   {counted(written.new_tokens, 'token')}, {written.decode_speed:,.1f} tokens/s, "
             f"{1e3 / written.decode_speed:.2f} ms a token"
         )
     lines.append(f"cache    {_reads(config, counters)}")
@@ -238,12 +250,13 @@ def _reads(config: QuestConfig | None, counters: QuestCounters | None) -> str:
     if config is None or counters is None:
         return "all of it read at every step: --dense"
     if counters.sparse_steps == 0:
-        return f"all of it read at every step: Quest never ran, the text stayed within {config.token_budget} tokens"
+        budget = counted(config.token_budget, "token")
+        return f"all of it read at every step: Quest never ran, the text stayed within {budget}"
     sparse = [layer for layer in counters.layers if layer.sparse_steps]
     share = sum(layer.pages_read for layer in sparse) / sum(layer.pages_held for layer in sparse)
     return (
         f"{counters.share_read:.1%} read by the decode steps ({share:.1%} in the {len(sparse)} of "
-        f"{len(counters.layers)} layers with Quest, {config.token_budget} tokens a step)"
+        f"{len(counters.layers)} layers with Quest, {counted(config.token_budget, 'token')} a step)"
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rich.text import Text
 
 from quest_attention.eval.demo import Demo
+from quest_attention.eval.wording import counted
 
 __all__ = ["page_picture"]
 
@@ -56,9 +57,13 @@ def page_picture(demo: Demo, *, width: int, is_unicode: bool = True) -> Text:
     _line(picture, "window", window, glyphs, marked, "yellow", fact_style)
     arrows = "".join(glyphs.arrow if index in marked else " " for index in range(len(columns)))
     picture.append(" " * (LABEL + 1) + arrows.rstrip() + "\n", style=fact_style)
-    _caption(picture, demo, columns, min(marked), fact_style)
-    legend = f"{glyphs.shades[1]} seldom  {glyphs.shades[-1]} always"
-    picture.append(f"\n  {len(columns[0])} pages a column, the brightest shown    {legend}", style="dim")
+    picture.append(_caption(demo, LABEL + 1 + min(marked), width), style=fact_style)
+    legend = (
+        f"  {counted(len(columns[0]), 'page')} a column, the brightest shown",
+        f"  {glyphs.shades[1]} seldom  {glyphs.shades[-1]} always",
+    )
+    together = "  ".join(legend)
+    picture.append("\n" + (together if len(together) <= width else "\n".join(legend)), style="dim")
     return picture
 
 
@@ -89,11 +94,10 @@ def _line(
     picture.append(f"{glyphs.edge}\n", style="dim")
 
 
-def _caption(picture: Text, demo: Demo, columns: list[range], at: int, style: str) -> None:
-    """What the arrow points to, below it: to its right where there is room, to its left otherwise."""
+def _caption(demo: Demo, at: int, width: int) -> str:
+    """What the arrow in column `at` points to, below it: from there on, or as far to its left as has room."""
     fact = demo.case.fact_pages(demo.config.page_size)
     steps, read = demo.pages.num_steps, demo.pages.steps_reading(fact)
-    found = f"read in {read} of {steps} steps" if read else f"read in none of {steps} steps"
-    text = f"the fact: {found}"
-    start = at if at + len(text) <= len(columns) else max(0, at + 1 - len(text))
-    picture.append(" " * (LABEL + 1 + start) + text, style=style)
+    text = f"the fact: read in {read or 'none'} of {counted(steps, 'step')}"
+    start = at if at + len(text) < width else max(0, min(at + 1, width) - len(text))
+    return " " * start + text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,6 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from quest_attention.config import QuestConfig
-from quest_attention.errors import UnsupportedModelError
 from quest_attention.eval.observation import Observation
 from quest_attention.hf import cache_argument, enable_quest, layer_kinds
 from quest_attention.hf.attention import AttentionForward
@@ -120,20 +120,19 @@ class _ObservedLayer(DynamicLayer):
 
 
 def copy_cache(source: DynamicCache, target: Cache) -> None:
-    """Write the keys and values of one cache into another, layer by layer.
+    """Write the contents of one cache into another, layer by layer.
+
+    Full attention's keys and values go through the target's `update`; what another layer holds (a window, a state) is
+    copied as it is, since no method reads it otherwise.
 
     Args:
         source: A prefilled cache; it stays as it is.
         target: An empty cache for the same model.
-
-    Raises:
-        UnsupportedModelError: A layer of the source does not hold all keys (a window, a state).
     """
-    for index, layer in enumerate(source.layers):
-        if not (type(layer) is DynamicLayer or isinstance(layer, _ObservedLayer)):
-            kind = type(layer).__name__
-            raise UnsupportedModelError(f"model: got a {kind} at layer {index}, expected full attention in every layer")
     with torch.inference_mode():
         for index, layer in enumerate(source.layers):
-            assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None, "prefilled"
-            target.update(layer.keys, layer.values, index)
+            if type(layer) is DynamicLayer or isinstance(layer, _ObservedLayer):
+                assert layer.keys is not None and layer.values is not None, "prefilled"
+                target.update(layer.keys, layer.values, index)
+            else:
+                target.layers[index] = copy.deepcopy(layer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,11 +15,22 @@ from quest_attention.errors import QuestValueError
 from quest_attention.eval.context import read_context
 from quest_attention.eval.decode import Decoded, decode_answer
 from quest_attention.eval.excerpt import SOUTH, Excerpt
+from quest_attention.eval.frame import plain_frame
 from quest_attention.eval.methods import Full, LayerReads, Method, Quest, SlidingWindow
 from quest_attention.eval.page_reads import PageReads
 from quest_attention.eval.tasks import Sample, is_correct, make_sample
 
-__all__ = ["TASK", "WARMUP_STEPS", "Demo", "DemoCase", "MethodResult", "check_fits", "make_case", "run_demo"]
+__all__ = [
+    "TASK",
+    "WARMUP_STEPS",
+    "Demo",
+    "DemoCase",
+    "MethodResult",
+    "check_case",
+    "check_fits",
+    "make_case",
+    "run_demo",
+]
 
 TASK = "passkey"
 """The task of the Quest paper's first table, in a book instead of noise."""
@@ -131,23 +142,17 @@ def make_case(
     Raises:
         QuestValueError: The depth is out of range, or the length too short for the fact or longer than the text.
     """
-    if not 0 <= depth <= 100:
-        raise QuestValueError("depth", depth, "a percentage from 0 to 100")
+    _check_depth(depth)
 
     def encode(text: str) -> list[int]:
         ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
         return ids
 
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     haystack = encode(book.text())
     if length > len(haystack):
         raise QuestValueError("length", length, f"at most {len(haystack)}: the text from {book} ends there")
-    sample = make_sample(TASK, encode, haystack, length - len(start), seed, depth=depth / 100)
-    sample = replace(
-        sample,
-        context_ids=(*start, *sample.context_ids),
-        fact_positions=tuple(position + len(start) for position in sample.fact_positions),
-    )
+    frame = plain_frame(tokenizer)
+    sample = make_sample(TASK, encode, haystack, length, seed, depth=depth / 100, frame=frame)
     return DemoCase(book, sample, length, sample.fact_positions[0] + len(encode(sample.facts[0])))
 
 
@@ -199,18 +204,39 @@ def run_demo(
     return Demo(case, config, tuple(results), pages)
 
 
+def check_case(length: int, depth: float, config: QuestConfig) -> None:
+    """Refuse what is wrong for every model, before there is one.
+
+    Raises:
+        QuestValueError: The length is not positive, the depth no percentage, or the budget holds the whole length.
+    """
+    _check_depth(depth)
+    _check_length(length, config)
+
+
+def _check_length(length: int, config: QuestConfig) -> None:
+    if length < 1:
+        raise QuestValueError("length", length, "a positive integer")
+    if config.token_budget >= length:
+        raise QuestValueError("token_budget", config.token_budget, f"less than the length, {length}: else all is read")
+
+
+def _check_depth(depth: float) -> None:
+    if not 0 <= depth <= 100:
+        raise QuestValueError("depth", depth, "a percentage from 0 to 100")
+
+
 def check_fits(model: PreTrainedModel, length: int, config: QuestConfig) -> None:
     """Refuse a length that the model has no positions for, and settings under which Quest would read everything.
 
     Raises:
         QuestValueError: As said.
     """
+    _check_length(length, config)
     text = model.config.get_text_config(decoder=True)
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and length > positions:
         raise QuestValueError("length", length, f"at most {positions}, the model's positions")
-    if config.token_budget >= length:
-        raise QuestValueError("token_budget", config.token_budget, f"less than the length, {length}: else all is read")
     if config.num_dense_layers >= text.num_hidden_layers:
         raise QuestValueError(
             "num_dense_layers", config.num_dense_layers, f"less than the model's {text.num_hidden_layers} layers"

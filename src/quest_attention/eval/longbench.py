@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quest_attention.errors import QuestValueError
+from quest_attention.eval.frame import NO_FRAME, Frame
 from quest_attention.eval.tasks import Encode
 
-__all__ = ["LONGBENCH", "LONGBENCH_PREFIX", "Document", "LongBenchTask", "load_documents", "score"]
+__all__ = ["LONGBENCH", "LONGBENCH_PREFIX", "Document", "LongBenchTask", "document_file", "load_documents", "score"]
 
 LONGBENCH_PREFIX = "longbench_"
 """Of the names of its tasks."""
@@ -93,7 +94,7 @@ class Document:
     max_new_tokens: int
 
 
-def load_documents(task: str, folder: Path, encode: Encode, length: int) -> list[Document]:
+def load_documents(task: str, folder: Path, encode: Encode, length: int, *, frame: Frame = NO_FRAME) -> list[Document]:
     """Every document of a task, cut in the middle where it is too long.
 
     Args:
@@ -101,14 +102,13 @@ def load_documents(task: str, folder: Path, encode: Encode, length: int) -> list
         folder: With LongBench's files.
         encode: Text to token ids, without special tokens.
         length: Most tokens of context, question and answer together [tokens].
+        frame: What stands around context and question; it counts in the length.
 
     Raises:
         QuestValueError: The task is unknown, its file is missing or broken, or a question leaves no room.
     """
     kind = _task(task)
-    file = folder / f"{task.removeprefix(LONGBENCH_PREFIX)}.jsonl"
-    if not file.is_file():
-        raise QuestValueError("longbench", str(folder), f"a folder with {file.name}")
+    file = document_file(task, folder)
     documents = []
     # Bytes, since text would also break at the line separators that JSON allows within a string.
     for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
@@ -118,8 +118,8 @@ def load_documents(task: str, folder: Path, encode: Encode, length: int) -> list
         passage, asked, question_text = (
             row["input"].rpartition("Question:") if kind.asks_last else ("", "", row["input"])
         )
-        question = encode(kind.question.format(input=asked + question_text))
-        head = encode(kind.head)
+        question = [*encode(kind.question.format(input=asked + question_text)), *frame.tail]
+        head = [*frame.head, *encode(kind.head)]
         room = length - len(question) - len(head) - kind.max_new_tokens
         if room < 1:
             raise QuestValueError("length", length, f"more than {length - room}, for {file.name}, line {number}")
@@ -130,6 +130,18 @@ def load_documents(task: str, folder: Path, encode: Encode, length: int) -> list
     if not documents:
         raise QuestValueError("longbench", file.name, "a file with at least one line")
     return documents
+
+
+def document_file(task: str, folder: Path) -> Path:
+    """The file of a task.
+
+    Raises:
+        QuestValueError: It is missing.
+    """
+    file = folder / f"{task.removeprefix(LONGBENCH_PREFIX)}.jsonl"
+    if not file.is_file():
+        raise QuestValueError("longbench", str(folder), f"a folder with {file.name}")
+    return file
 
 
 def score(task: str, generated: str, answers: Sequence[str]) -> float:

@@ -93,8 +93,10 @@ def _observe_sequence(query: Tensor, key: Tensor, **kwargs: Any) -> tuple[Tensor
     received = torch.zeros(1, key.shape[1], length, device=key.device)
     window = received.new_empty(1, key.shape[1], 0, length)
     for start in range(0, count, block):
-        some = query[:, :, start : start + block]
-        weights = attention_weights(some, key, first_position=length - count + start, **kwargs)
-        received += weights.sum((2, 3))
-        window = torch.cat((window, weights[..., -WINDOW:, :].mean(2)), 2)[:, :, -WINDOW:]
+        some, first = query[:, :, start : start + block], length - count + start
+        seen = first + some.shape[2]  # tokens that the last of these queries sees
+        weights = attention_weights(some, key[:, :, :seen], first_position=first, **kwargs)
+        received[:, :, :seen] += weights.sum((2, 3))
+        rows = torch.nn.functional.pad(weights[..., -WINDOW:, :].mean(2), (0, length - seen))
+        window = torch.cat((window, rows), 2)[:, :, -WINDOW:]
     return received, window

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestValueError
+from quest_attention.eval.frame import Chat
 from quest_attention.eval.longbench import LONGBENCH
-from quest_attention.eval.methods import Full, Method, Quest, make_method
-from quest_attention.eval.tasks import GRID, PERPLEXITY, RECALL, TASKS
+from quest_attention.eval.methods import Full, Method, make_method
+from quest_attention.eval.tasks import CONTINUATION, GRID, PERPLEXITY, RECALL, TASKS
 
 __all__ = ["GRID_DEPTHS", "Arm", "Job", "Plan", "Question", "Shapes", "Work", "divide", "task_names"]
 
@@ -21,7 +23,7 @@ GRID_DEPTHS = tuple(depth / 10 for depth in range(11))
 
 def task_names() -> tuple[str, ...]:
     """Everything that can be evaluated."""
-    return (*TASKS, GRID, PERPLEXITY, RECALL, *LONGBENCH)
+    return (*TASKS, GRID, PERPLEXITY, CONTINUATION, RECALL, *LONGBENCH)
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class Plan:
         num_dense_layers: Leading attention layers that read everything, for every method [layers].
         page_size: Tokens per page [tokens].
         question: Whether the question is decoded or prefilled with the context.
+        chat: Whether questions go through the tokenizer's chat template.
         seed: Everything random follows from it.
         backend: Of Quest's verbs.
         books: Folder of texts; the excerpt of the package by default.
@@ -126,6 +129,7 @@ class Plan:
     num_dense_layers: int = 2
     page_size: int = 16
     question: Question = "decode"
+    chat: Chat = "auto"
     seed: int = 0
     backend: str = "auto"
     books: Path | None = None
@@ -140,17 +144,28 @@ class Plan:
                 raise QuestValueError("task", task, f"one of {', '.join(task_names())}")
             if task in LONGBENCH and self.longbench is None:
                 raise QuestValueError("longbench", None, f"the folder with LongBench's files, for {task}")
+        self._check_each_once()
+        # Also where no method is Quest: what all methods share is wrong for all of them.
+        QuestConfig(max(1, self.page_size), self.page_size, self.num_dense_layers)
         if self.num_samples < 1:
             raise QuestValueError("num_samples", self.num_samples, "a positive integer")
         if self.question not in get_args(Question):
             raise QuestValueError("question", self.question, f"one of {', '.join(get_args(Question))}")
+        if self.chat not in get_args(Chat):
+            raise QuestValueError("chat", self.chat, f"one of {', '.join(get_args(Chat))}")
         for task in self.tasks:
             for length in self.lengths:
                 if not self.arms(task, length):
-                    raise QuestValueError("method", ", ".join(self.methods), f"one that selects pages, for {task}")
+                    raise QuestValueError("method", ", ".join(self.methods), f"quest or an oracle, for {task}")
+
+    def _check_each_once(self) -> None:
+        for name in ("methods", "lengths"):
+            for given in (values := getattr(self, name)):
+                if values.count(given) > 1:
+                    raise QuestValueError(name.removesuffix("s"), given, "each once")
 
     def arms(self, task: str, length: int) -> list[Arm]:
-        """Methods with their budgets, for samples of a task and a length; recall is of those that select pages.
+        """Methods with their budgets, for samples of a task and a length; recall is of those that select.
 
         Raises:
             QuestValueError: A method is unknown, or a budget is no number or leaves nothing to leave out.
@@ -164,7 +179,12 @@ class Plan:
                 raise QuestValueError("token_budget", "nothing", f"at least one, for {spec}")
             arms += [Arm(spec, self._budget(given, length)) for given in self.token_budgets]
         methods = {arm: self.method(arm) for arm in arms}
-        return [arm for arm, method in methods.items() if task != RECALL or isinstance(method, Quest)]
+        first: dict[object, str] = {}
+        for arm, method in methods.items():
+            same = first.setdefault((type(method), method.token_budget, getattr(method, "config", None)), arm.method)
+            if same != arm.method:
+                raise QuestValueError("method", arm.method, f"methods that differ: it is {same}")
+        return [arm for arm, method in methods.items() if task != RECALL or method.unit is not None]
 
     def method(self, arm: Arm) -> Method:
         """The method of an arm."""

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Hashable, Iterable, Iterator
+import os
+import signal
+import threading
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
 from multiprocessing.sharedctypes import Synchronized
 from typing import Any
 
 import torch
 
-from quest_attention.errors import QuestValueError
+from quest_attention.errors import QuestStateError, QuestValueError
 from quest_attention.eval.plan import Arm, Job, Shapes, Work, divide
 from quest_attention.eval.runner import Runner
 
@@ -31,8 +37,10 @@ def run_jobs(
     *,
     workers: int = 1,
     make_runner: MakeRunner | None = None,
-) -> Iterator[list[dict[str, Any]]]:
+) -> Generator[list[dict[str, Any]], None, None]:
     """Measure jobs, and give the rows of each when it is done, in any order.
+
+    The processes end with this one, however it ends, and at once where the iterator is closed or an error leaves it.
 
     Args:
         runner: Divides the work, and does it where there is one process.
@@ -42,28 +50,39 @@ def run_jobs(
 
     Raises:
         QuestValueError: `workers` is not positive.
+        QuestStateError: A process ended by itself, as where there is too little memory for so many models.
     """
     if workers < 1:
         raise QuestValueError("workers", workers, "a positive integer")
     asked = list(jobs)
-    shapes: Shapes = None
-    if workers == 1 or make_runner is None:
-        if runner.is_batched:
-            shapes = [runner.shape(job) for job, _ in asked]
-        for work in divide(asked, runner.batch_size, shapes):
-            yield list(runner.measure(work))
+    if workers > 1 and make_runner is not None:
+        yield from _in_processes(runner, asked, workers, make_runner)
         return
+    shapes = [runner.shape(job) for job, _ in asked] if runner.is_batched else None
+    for work in divide(asked, runner.batch_size, shapes):
+        yield list(runner.measure(work))
+
+
+def _in_processes(
+    runner: Runner, asked: list[tuple[Job, list[Arm]]], workers: int, make_runner: MakeRunner
+) -> Generator[list[dict[str, Any]], None, None]:
     context = multiprocessing.get_context("spawn")  # a fork would share the GPU's state
     started = context.Value("i", 0)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(make_runner, started))
+    # Nothing is ever sent: the processes hold the one end, this one the other, which closes with it, even when killed.
+    theirs, ours = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(make_runner, started, theirs))
     waiting: set[Future[list[dict[str, Any]]]] = set()
+    shapes: Shapes = None
     try:
         if runner.is_batched:
-            shapes = list(pool.map(_shape, [job for job, _ in asked], chunksize=_SHAPES_AT_ONCE))
+            with _interrupts_held():
+                found = pool.map(_shape, [job for job, _ in asked], chunksize=_SHAPES_AT_ONCE)
+            shapes = list(found)
         source = iter(divide(asked, runner.batch_size, shapes))
         while True:
             for work in source:
-                waiting.add(pool.submit(_measure, work))
+                with _interrupts_held():
+                    waiting.add(pool.submit(_measure, work))
                 if len(waiting) >= _AHEAD * workers:
                     break
             if not waiting:
@@ -71,12 +90,36 @@ def run_jobs(
             done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
             for future in done:
                 yield future.result()
+    except BrokenProcessPool:
+        raise QuestStateError(
+            f"one of {workers} worker processes ended by itself, as where memory runs out: try fewer --workers"
+        ) from None
+    except BaseException:
+        ours.close()  # nobody waits for what is being measured
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        ours.close()
+        theirs.close()
 
 
-def _start(make_runner: MakeRunner, started: Synchronized[int]) -> None:
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Start processes that Ctrl-C does not reach, before they can say so themselves: this one answers for them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # what is blocked here is blocked in a child
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start(make_runner: MakeRunner, started: Synchronized[int], parent: Connection) -> None:
     global _runner  # noqa: PLW0603 - a process of a pool has nowhere else to keep its model
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)  # the processes share the cores
     with started.get_lock():
         number = started.value
@@ -84,6 +127,13 @@ def _start(make_runner: MakeRunner, started: Synchronized[int]) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(number % torch.cuda.device_count())  # what a device named `cuda` is
     _runner = make_runner()
+
+
+def _end_with(parent: Connection) -> None:
+    """Wait until the other end of the pipe is closed, then end this process, whatever it is doing."""
+    with suppress(OSError):  # what the end is called on Windows
+        parent.poll(None)
+    os._exit(1)
 
 
 def _shape(job: Job) -> Hashable:

@@ -1,4 +1,4 @@
-"""Recall: how much of the true attention the selected pages hold."""
+"""Recall: how much of the true attention the selected pages or tokens hold."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from quest_attention.errors import QuestStateError, QuestValueError
 from quest_attention.eval.context import Context
-from quest_attention.eval.methods import Method, Quest
+from quest_attention.eval.methods import Method
 from quest_attention.eval.observation import attention_weights
-from quest_attention.hf import QuestLayer, cache_argument
+from quest_attention.hf import cache_argument
 from quest_attention.ops import Selection
 
 __all__ = ["TOP_TOKENS", "Recall", "measure_recall"]
@@ -41,18 +41,22 @@ class Recall:
 
 
 class _Sums:
-    """Sums over the steps of each layer."""
+    """Sums over the steps of each layer.
 
-    def __init__(self, page_size: int) -> None:
-        self._page_size = page_size
+    Args:
+        unit: Tokens of what a selection's numbers stand for: of a page, or one [tokens].
+    """
+
+    def __init__(self, unit: int) -> None:
+        self._unit = unit
         self.mass: dict[int, Tensor] = {}
         self.top: dict[int, Tensor] = {}
         self.steps: dict[int, int] = {}
 
     def add(self, layer: int, selected: Selection, query: Tensor, keys: Tensor, **kwargs: Any) -> None:
-        """An `on_read` of a `QuestLayer`."""
+        """An `on_read` of a layer."""
         weights = attention_weights(query, keys, **kwargs)[:, :, :, 0]  # [B, HKV, G, T]
-        page = torch.arange(keys.shape[2], device=keys.device) // self._page_size
+        page = torch.arange(keys.shape[2], device=keys.device) // self._unit
         pages = selected.pages.long()
         is_read = torch.zeros(*pages.shape[:2], int(page[-1]) + 2, dtype=torch.bool, device=keys.device)
         is_read.scatter_(2, pages.masked_fill(pages < 0, is_read.shape[2] - 1), value=True)  # unused slots hold -1
@@ -70,20 +74,20 @@ def measure_recall(model: PreTrainedModel, method: Method, context: Context, fol
 
     Args:
         model: In evaluation mode.
-        method: Quest or the oracle; the true weights are those of the queries that it makes.
+        method: Quest or an oracle; the true weights are those of the queries that it makes.
         context: From `read_context`, longer than the budget.
         following: Token ids fed one by one.
 
     Raises:
-        QuestValueError: The method selects no pages.
+        QuestValueError: The method selects neither pages nor tokens.
         QuestStateError: It took no sparse step.
     """
-    if not isinstance(method, Quest):
-        raise QuestValueError("method", method.name, "quest or oracle: recall is of selected pages")
-    sums = _Sums(method.config.page_size)
+    if method.unit is None:
+        raise QuestValueError("method", method.name, "quest or an oracle: recall is of what a step selects")
+    sums = _Sums(method.unit)
     with torch.inference_mode(), method.session(model) as session:
         for layer in session.cache.layers:
-            if isinstance(layer, QuestLayer):
+            if hasattr(layer, "on_read"):
                 layer.on_read = sums.add
         session.load(context)
         for token in following:

@@ -13,21 +13,32 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestStateError, QuestValueError
 from quest_attention.eval.context import PREFILL_CHUNK, Context, read_context
+from quest_attention.eval.continuation import follow_text, next_tokens
 from quest_attention.eval.decode import decode_answers
+from quest_attention.eval.frame import Frame, chat_frame, plain_frame
 from quest_attention.eval.longbench import LONGBENCH, Document, load_documents, score
-from quest_attention.eval.methods import LayerReads, Method, Quest
+from quest_attention.eval.methods import LayerReads, Method
 from quest_attention.eval.perplexity import BUCKET, predict_tokens
 from quest_attention.eval.plan import GRID_DEPTHS, Job, Plan, Work
 from quest_attention.eval.recall import measure_recall
-from quest_attention.eval.tasks import GRID, PERPLEXITY, RECALL, Sample, is_correct, make_sample
+from quest_attention.eval.tasks import CONTINUATION, GRID, PERPLEXITY, RECALL, Sample, is_correct, make_sample
 from quest_attention.eval.texts import Texts, load_texts
+from quest_attention.hf import layer_kinds
 
-__all__ = ["RECALL_STEPS", "Runner"]
+__all__ = ["CONTINUATION_STEPS", "RECALL_STEPS", "Runner"]
 
 RECALL_STEPS = 32
 """Tokens of a text that are decoded to measure recall [steps]."""
+CONTINUATION_STEPS = 128
+"""Tokens at the end of a stretch that are predicted one by one [steps]."""
+_TAIL = 8
+"""What is decoded of a sample is its question and so many tokens before it that all is a multiple of this: samples
+whose questions differ by little can then be one batch [tokens]."""
+_FROM_BOOKS = (PERPLEXITY, CONTINUATION, RECALL)
+"""Tasks that are made of nothing but a text."""
 _GPU_PASS = 1 << 13
 """Tokens of all sequences per forward pass of a prefill on a GPU, where launches cost more than memory. The mask of a
 pass has a row for each of them, as wide as the context."""
@@ -60,6 +71,27 @@ class Runner:
         return ids
 
     @cached_property
+    def frame(self) -> Frame:
+        """What stands around a context and its question.
+
+        Raises:
+            QuestValueError: A chat was asked for, and the tokenizer has no template for one.
+        """
+        return chat_frame(self.tokenizer, self.plan.chat)
+
+    @cached_property
+    def start(self) -> tuple[int, ...]:
+        """What the tokenizer puts before a text."""
+        return plain_frame(self.tokenizer).head
+
+    @cached_property
+    def stop_tokens(self) -> frozenset[int]:
+        """Token ids that end an answer: the tokenizer's, and those of the model's generation settings."""
+        own = getattr(self.model.generation_config, "eos_token_id", None)
+        found = [self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+        return frozenset(token for token in found if token is not None)
+
+    @cached_property
     def texts(self) -> Texts:
         """The books."""
         return load_texts(self.plan.books, self.encode)
@@ -76,7 +108,7 @@ class Runner:
         for length in self.plan.lengths:
             if positions is not None and length > positions:
                 raise QuestValueError("length", length, f"at most {positions}, the model's positions")
-        if PERPLEXITY in self.plan.tasks or RECALL in self.plan.tasks:
+        if not set(_FROM_BOOKS).isdisjoint(self.plan.tasks):
             self.texts.at_least(max(self.plan.lengths))
         jobs = []
         for job in self.plan.jobs(len(self.texts.names)):
@@ -100,12 +132,12 @@ class Runner:
 
     def shape(self, job: Job) -> Hashable:
         """What samples of a task and length must have in common to be one batch: methods take no padding."""
-        if job.task == PERPLEXITY:
+        if job.task in (PERPLEXITY, CONTINUATION):
             return None  # as many tokens as the length says
         if job.task in LONGBENCH or job.task == RECALL:
             return job.index
         sample = self._sample(job)
-        return len(sample.context_ids), len(sample.question_ids)
+        return len(sample.context_ids) + len(sample.question_ids), self._tail(sample)
 
     def measure(self, work: Work) -> Iterator[dict[str, Any]]:
         """A row for each sample and arm. A batch that finds too little memory is measured in halves.
@@ -114,9 +146,9 @@ class Runner:
             QuestStateError: A method did not take its sparse path, or read more than its budget.
             torch.OutOfMemoryError: There is too little memory for a single sample.
         """
-        measure = {PERPLEXITY: self._perplexity, RECALL: self._recall}.get(work.jobs[0].task, self._retrieval)
+        measures = {PERPLEXITY: self._perplexity, CONTINUATION: self._continuation, RECALL: self._recall}
         try:
-            rows = list(measure(work))
+            rows = list(measures.get(work.jobs[0].task, self._retrieval)(work))
         except torch.OutOfMemoryError:
             if len(work.jobs) == 1:
                 raise
@@ -132,20 +164,19 @@ class Runner:
 
     def _retrieval(self, work: Work) -> Iterator[dict[str, Any]]:
         samples = [self._sample(job) for job in work.jobs]
-        start = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        ids = torch.tensor([[*start, *sample.context_ids] for sample in samples])
-        questions = torch.tensor([list(sample.question_ids) for sample in samples])
-        if self.plan.question == "prefill":
-            ids, questions = torch.cat((ids, questions[:, :-1]), 1), questions[:, -1:]
+        texts = torch.tensor([[*sample.context_ids, *sample.question_ids] for sample in samples])
+        decoded_tokens = 1 if self.plan.question == "prefill" else self._tail(samples[0])
+        ids, questions = texts[:, :-decoded_tokens], texts[:, -decoded_tokens:]
         methods = [self.plan.method(arm) for arm in work.arms]
         context = self._read(ids, methods)
-        stop = () if self.tokenizer.eos_token_id is None else (self.tokenizer.eos_token_id,)
         most = max(sample.max_new_tokens for sample in samples)
         for arm, method in zip(work.arms, methods, strict=True):
             started = time.perf_counter()
-            with method.session(self.model) as session:
+            with method.session(self.model, texts.shape[1] + most) as session:
                 session.load(context)
-                decoded = decode_answers(self.model, session.cache, questions, most, context=ids, stop_tokens=stop)
+                decoded = decode_answers(
+                    self.model, session.cache, questions, most, context=ids, stop_tokens=self.stop_tokens
+                )
                 totals = _totals(self._check(session.reads(), method))
             seconds = round((time.perf_counter() - started) / len(samples), 4)
             for job, sample, tokens in zip(work.jobs, samples, decoded.answers, strict=True):
@@ -163,7 +194,8 @@ class Runner:
     def _perplexity(self, work: Work) -> Iterator[dict[str, Any]]:
         length = work.jobs[0].length
         books = self.texts.at_least(length)
-        tokens = torch.tensor([books.tokens[job.index][:length] for job in work.jobs])
+        rest = length - len(self.start)
+        tokens = torch.tensor([[*self.start, *books.tokens[job.index][:rest]] for job in work.jobs])
         for arm in work.arms:
             method = self.plan.method(arm)
             found = predict_tokens(self.model, method, tokens)
@@ -179,9 +211,28 @@ class Runner:
                     **totals,
                 }
 
+    def _continuation(self, work: Work) -> Iterator[dict[str, Any]]:
+        tokens = torch.tensor([self._stretch(job) for job in work.jobs])
+        head, tail = tokens[:, : -CONTINUATION_STEPS - 1], tokens[:, -CONTINUATION_STEPS - 1 :]
+        methods = [self.plan.method(arm) for arm in work.arms]
+        context = self._read(head, methods)
+        expected = next_tokens(self.model, context, tail[:, :-1].to(self.model.device))
+        for arm, method in zip(work.arms, methods, strict=True):
+            found = follow_text(self.model, method, context, tail, expected)
+            totals = _totals(self._check(found.reads, method))
+            for job, nll, agreed in zip(work.jobs, found.nll, found.agreed, strict=True):
+                yield {
+                    **asdict(job),
+                    **asdict(arm),
+                    "nll": round(nll, 4),
+                    "agreed": agreed,
+                    "count": found.count,
+                    **totals,
+                }
+
     def _recall(self, work: Work) -> Iterator[dict[str, Any]]:
         for job in work.jobs:
-            tokens = self.texts.at_least(job.length).stretch(job.index, job.length, self._random(job))
+            tokens = self._stretch(job)
             head, tail = tokens[:-RECALL_STEPS], tokens[-RECALL_STEPS:]
             methods = [self.plan.method(arm) for arm in work.arms]
             context = self._read(torch.tensor([head]), methods)
@@ -207,20 +258,28 @@ class Runner:
     def _random(self, job: Job) -> random.Random:
         return random.Random(f"{self.plan.seed}/{job.task}/{job.length}/{job.index}")
 
+    def _stretch(self, job: Job) -> list[int]:
+        """Tokens of a book from a place of its own, behind the tokenizer's start."""
+        length = job.length - len(self.start)
+        return [*self.start, *self.texts.at_least(length).stretch(job.index, length, self._random(job))]
+
+    def _tail(self, sample: Sample | Document) -> int:
+        """Tokens at the end of a sample that are fed as decode steps, the question among them [tokens]."""
+        return min(-(-len(sample.question_ids) // _TAIL) * _TAIL, len(sample.context_ids))
+
     def _sample(self, job: Job) -> Sample | Document:
         if job.task in LONGBENCH:
             return self._documents(job.task, job.length)[job.index]
-        length = job.length - (self.tokenizer.bos_token_id is not None)
         rng = self._random(job)
-        haystack = self.texts.stretch(job.index, length + _SPARE, rng)
+        haystack = self.texts.stretch(job.index, job.length + _SPARE, rng)
         task, depth = ("needle", GRID_DEPTHS[job.index % len(GRID_DEPTHS)]) if job.task == GRID else (job.task, None)
-        return make_sample(task, self.encode, haystack, length, rng.getrandbits(32), depth=depth)
+        return make_sample(task, self.encode, haystack, job.length, rng.getrandbits(32), depth=depth, frame=self.frame)
 
     def _documents(self, task: str, length: int) -> list[Document]:
         key = (task, length)
         if key not in self._loaded:  # read once for all samples
             assert self.plan.longbench is not None, "the plan was checked"
-            self._loaded[key] = load_documents(task, self.plan.longbench, self.encode, length - 1)
+            self._loaded[key] = load_documents(task, self.plan.longbench, self.encode, length, frame=self.frame)
         return self._loaded[key]
 
     def _check(self, reads: list[LayerReads], method: Method) -> list[LayerReads]:
@@ -229,8 +288,9 @@ class Runner:
         Raises:
             QuestStateError: They did not.
         """
-        dense = method.config.num_dense_layers if isinstance(method, Quest) else self.plan.num_dense_layers
-        choosing = reads[dense:]
+        dense = self.plan.num_dense_layers if method.num_dense_layers is None else method.num_dense_layers
+        kinds = layer_kinds(self.model.config, QuestConfig(num_dense_layers=dense))
+        choosing = [layer for layer in reads if kinds.get(layer.layer) == "quest"]
         if method.token_budget is None:
             return choosing
         for layer in choosing:

@@ -20,8 +20,10 @@ from importlib import resources
 from typing import Literal
 
 from quest_attention.errors import QuestValueError
+from quest_attention.eval.frame import NO_FRAME, Frame
 
 __all__ = [
+    "CONTINUATION",
     "GRID",
     "PERPLEXITY",
     "RECALL",
@@ -53,6 +55,7 @@ Encode = Callable[[str], list[int]]
 
 PERPLEXITY = "perplexity"
 RECALL = "recall"
+CONTINUATION = "continuation"
 """What is measured beside the tasks made here."""
 GRID = "needle_grid"
 """One needle at fixed depths, for a picture of depth by length."""
@@ -64,6 +67,9 @@ _NUMBER_DIGITS = 7
 """RULER's magic numbers have seven digits."""
 _ANSWER_RESERVE = 8
 """Tokens left free after question and answer, so that a sample of the longest context still fits the model."""
+
+_ANSWER_STEP = 8
+"""Room for an answer is a multiple of this, so that samples of a task are of one length more often [tokens]."""
 
 _PASSKEY_PREAMBLE = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
@@ -86,15 +92,22 @@ class Fact:
 
     Attributes:
         texts: Sentences to hide, each at a place of its own.
-        question: Ends where the model goes on.
+        asked: The question.
+        lead: How the answer begins: given, so that what follows is the answer itself.
         answers: All of these must be in the answer.
-        reply: The answer in the form the model was trained on.
+        reply: The answer in the form the bundled model was trained on.
     """
 
     texts: tuple[str, ...]
-    question: str
+    asked: str
+    lead: str
     answers: tuple[str, ...]
     reply: str
+
+    @property
+    def question(self) -> str:
+        """Question and lead as plain text: ends where the model goes on."""
+        return f"{self.asked} {self.lead}"
 
 
 @dataclass(frozen=True)
@@ -159,7 +172,7 @@ def passkey(rng: random.Random) -> Fact:
     """A number from 1 to 50000 that the text says is the pass key."""
     key = str(rng.randint(1, _PASSKEY_MAX))
     text = f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
-    return Fact((text,), "\nWhat is the pass key? The pass key is", (key,), f" {key}.")
+    return Fact((text,), "\nWhat is the pass key?", "The pass key is", (key,), f" {key}.")
 
 
 def number(rng: random.Random, words: Sequence[str]) -> str:
@@ -209,12 +222,11 @@ def needles(
     names = list(asked)
     joined = names[0] if len(names) == 1 else ", ".join(names[:-1]) + f", and {names[-1]}"
     if len(answers) == 1:
-        start = f"special magic {kind} for {joined} mentioned in the provided text is"
-        question = f"\nWhat is the special magic {kind} for {joined} mentioned in the provided text? The {start}"
+        start, verb, what = "What is the", "is", f"special magic {kind}"
     else:
-        start = f"special magic {kind}s for {joined} mentioned in the provided text are"
-        question = f"\nWhat are all the special magic {kind}s for {joined} mentioned in the provided text? The {start}"
-    return Fact(texts, question, answers, " " + ", ".join(answers) + ".")
+        start, verb, what = "What are all the", "are", f"special magic {kind}s"
+    where = f"{what} for {joined} mentioned in the provided text"
+    return Fact(texts, f"\n{start} {where}?", f"The {where} {verb}", answers, " " + ", ".join(answers) + ".")
 
 
 def variable_chain(rng: random.Random, words: Sequence[str], hops: int = 4) -> Fact:
@@ -228,15 +240,15 @@ def variable_chain(rng: random.Random, words: Sequence[str], hops: int = 4) -> F
     value = str(rng.randrange(10_000, 100_000))
     texts = [f"\nVAR {names[0]} = {value}\n"]
     texts += [f"\nVAR {new} = VAR {old}\n" for old, new in itertools.pairwise(names)]
-    question = f"\nFind all variables that are assigned the value {value} in the text above. They are:"
-    return Fact(tuple(texts), question, tuple(names), " " + ", ".join(names) + ".")
+    asked = f"\nFind all variables that are assigned the value {value} in the text above."
+    return Fact(tuple(texts), asked, "They are:", tuple(names), " " + ", ".join(names) + ".")
 
 
 def frequent_words(rng: random.Random, words: Sequence[str], count: int) -> Fact:
     """RULER's word counting: the words that a list holds most often; the list itself is the haystack."""
     answers = tuple(rng.sample(list(words), count))
-    question = f"\nWhat are the {count} most frequent words in the list above? The most frequent words are"
-    return Fact((), question, answers, " " + ", ".join(answers) + ".")
+    asked = f"\nWhat are the {count} most frequent words in the list above?"
+    return Fact((), asked, "The most frequent words are", answers, " " + ", ".join(answers) + ".")
 
 
 def _single(keys: Value, values: Value, distractors: int = 0, **shape: int) -> Callable[..., tuple[Fact, list[Fact]]]:
@@ -295,6 +307,7 @@ def make_sample(
     *,
     depth: float | None = None,
     split: Split = "eval",
+    frame: Frame = NO_FRAME,
 ) -> Sample:
     """Hide the facts of a task in a haystack, so that context, question and answer together have `length` tokens.
 
@@ -307,6 +320,8 @@ def make_sample(
         depth: Where the first fact begins, as a share of the filler text around the facts, 0 to 1; drawn from the seed
             by default.
         split: Whose key words.
+        frame: What stands around context and question; it counts in the length. In a chat the question is the user's
+            and its lead the beginning of the model's turn, as in RULER.
 
     Raises:
         QuestValueError: The task is unknown, the depth is not from 0 to 1, or the length or haystack is too short.
@@ -317,11 +332,12 @@ def make_sample(
     rng = random.Random(f"{task}/{seed}")
     words = key_words(split)
     fact, distractors = kind.make(rng, words)
-    question_ids, reply_ids = encode(fact.question), encode(fact.reply)
-    preamble = encode(kind.preamble)
+    in_turns = [*encode(fact.asked), *frame.tail, *encode(fact.lead)]
+    question_ids = in_turns if frame.is_chat else encode(fact.question)
+    preamble = [*frame.head, *encode(kind.preamble)]
     hidden = [encode(text) for text in fact.texts]
     others = [encode(text) for other in distractors for text in other.texts]
-    max_new_tokens = len(reply_ids) + _ANSWER_RESERVE
+    max_new_tokens = -(-(len(encode(fact.reply)) + _ANSWER_RESERVE) // _ANSWER_STEP) * _ANSWER_STEP
     room = length - len(question_ids) - max_new_tokens - len(preamble) - sum(map(len, hidden)) - sum(map(len, others))
     if room < 0:
         raise QuestValueError("length", length, f"at least {length - room} tokens for {task}")

@@ -10,7 +10,7 @@ from quest_attention.errors import QuestValueError
 from quest_attention.eval.excerpt import SOUTH
 from quest_attention.eval.tasks import Encode
 
-__all__ = ["Texts", "load_texts"]
+__all__ = ["Texts", "book_files", "load_texts"]
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,29 @@ def load_texts(folder: Path | None, encode: Encode) -> Texts:
     """The books of a folder, `*.txt` at any depth in the order of their names; the excerpt of the package by default.
 
     Raises:
-        QuestValueError: The folder does not exist or holds no text.
+        QuestValueError: The folder does not exist or holds no text, or a file is not UTF-8.
     """
     if folder is None:
         return Texts((str(SOUTH),), (tuple(encode(SOUTH.text())),))
+    files = book_files(folder)
+    return Texts(tuple(file.stem for file in files), tuple(tuple(encode(_read(file))) for file in files))
+
+
+def book_files(folder: Path) -> list[Path]:
+    """The files of `load_texts`.
+
+    Raises:
+        QuestValueError: There is none.
+    """
     files = sorted(folder.rglob("*.txt")) if folder.is_dir() else []
     if not files:
         raise QuestValueError("books", str(folder), "a folder with *.txt files in UTF-8")
-    return Texts(
-        tuple(file.stem for file in files), tuple(tuple(encode(file.read_text(encoding="utf-8"))) for file in files)
-    )
+    return files
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        found = f"{file}, byte 0x{error.object[error.start]:02x} at offset {error.start}"
+        raise QuestValueError("books", found, "text in UTF-8") from None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +20,7 @@ from quest_attention.hf.compiler import kept_from_compilers
 from quest_attention.hf.layer import LAYER_ATTRIBUTE, QuestLayer
 from quest_attention.ops import quest_decode, sparse_decode_attention
 
-__all__ = ["EAGER_NAME", "SDPA_NAME", "AttentionForward", "Reader", "register_attention"]
+__all__ = ["EAGER_NAME", "SDPA_NAME", "AttentionForward", "Reader", "refuse_attentions", "register_attention"]
 
 SDPA_NAME = "quest"
 """Registered for models whose dense attention is scaled_dot_product_attention."""
@@ -116,7 +117,8 @@ def _attend(
     Raises:
         UnsupportedModelError: A decode step past the budget has a position bias, which bounds on keys cannot see, or
             drops out weights, as a model in training does.
-        QuestValueError: Its mask differs between heads, or adds anything but 0 and minus infinity.
+        QuestValueError: Its mask differs between heads, or adds anything but 0 and minus infinity; or its weights are
+            asked for.
     """
     layer: QuestLayer | None = getattr(key, LAYER_ATTRIBUTE, None)
     own: AttentionForward | None = getattr(layer, "attend", None)
@@ -140,22 +142,58 @@ def _attend(
             return _dense_decode(query, key, value, scaling), None
         return dense(module, query, key, value, attention_mask, **kwargs)
     _check_plain(kwargs)
-    step = quest_decode(
-        query[:, :, 0],
-        layer.paged,
-        length,
-        layer.config,
-        sm_scale=scaling,
-        softcap=softcap,
-        sinks=sinks,
-        token_mask=None if attention_mask is None else _token_mask(attention_mask),
-        workspace=layer.workspaces.get(layer.paged, query.shape[1], layer.config),
-    )
+    refuse_attentions(kwargs, getattr(module, "config", None))
+    with _exact(query):
+        step = quest_decode(
+            query[:, :, 0].to(key.dtype),
+            layer.paged,
+            length,
+            layer.config,
+            sm_scale=scaling,
+            softcap=softcap,
+            sinks=sinks,
+            token_mask=None if attention_mask is None else _token_mask(attention_mask),
+            workspace=layer.workspaces.get(layer.paged, query.shape[1], layer.config),
+        )
     # Nothing padded: every sequence is past the budget. Otherwise the device knows, and is not asked.
     read = batch * layer.config.page_budget if attention_mask is None else step.selected.counts.sum()
     layer.counter.count_sparse(read, batch * layer.num_pages)
     layer.report(step.selected, query, key, **kwargs)
-    return step.output[:, None], None
+    return step.output[:, None].to(_dtype_of_output(query)), None
+
+
+def refuse_attentions(given: Mapping[str, Any], config: Any) -> None:
+    """Refuse a sparse step whose weights are asked for, as an argument or by the model's configuration.
+
+    Args:
+        given: Arguments of a forward pass, or of an attention function.
+        config: Configuration of the model, or None.
+
+    Raises:
+        QuestValueError: They are.
+    """
+    if given.get("output_attentions", getattr(config, "output_attentions", False)):
+        raise QuestValueError(
+            "output_attentions",
+            True,
+            "False in a decode step past the budget, which has no weights for the pages it does not read: "
+            "on_select says which it reads, and a larger token_budget or disable() gives all weights",
+        )
+
+
+def _exact(query: Tensor) -> AbstractContextManager[object]:
+    """Without autocast, which would round the scores of pages: bounds hold in float32."""
+    return torch.autocast(query.device.type, enabled=False) if _is_autocast(query) else nullcontext()
+
+
+def _dtype_of_output(query: Tensor) -> torch.dtype:
+    """What dense attention gives: under autocast its dtype, though rotary embeddings leave queries in float32."""
+    return torch.get_autocast_dtype(query.device.type) if _is_autocast(query) else query.dtype
+
+
+def _is_autocast(query: Tensor) -> bool:
+    kind = query.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _check_plain(kwargs: dict[str, Any]) -> None:
@@ -175,14 +213,13 @@ def _attend_captured(layer: QuestLayer, lengths: Tensor, query: Tensor, **kwargs
         "sinks": kwargs.get("s_aux"),
     }
     paged, backend = layer.paged, layer.config.backend
+    rows = query[:, :, 0].to(layer.dtype)
     if layer.is_dense:
-        output, _ = sparse_decode_attention(
-            query[:, :, 0], paged, lengths, layer.every_page, **options, backend=backend
-        )
+        output, _ = sparse_decode_attention(rows, paged, lengths, layer.every_page, **options, backend=backend)
     else:
         workspace = layer.workspaces.get(paged, query.shape[1], layer.config)
-        output, _ = quest_decode(query[:, :, 0], paged, lengths, layer.config, **options, workspace=workspace)
-    return output[:, None]
+        output, _ = quest_decode(rows, paged, lengths, layer.config, **options, workspace=workspace)
+    return output[:, None].to(query.dtype)
 
 
 def _dense_decode(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:

@@ -8,12 +8,13 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
-from quest_attention.config import QuestConfig
+from quest_attention.config import QuestConfig, check_integer
+from quest_attention.errors import QuestValueError
 from quest_attention.hf.compiler import kept_from_compilers
 from quest_attention.hf.counters import LayerCounter, QuestCounters
 from quest_attention.hf.layer import OnSelect, QuestLayer, Workspaces
 
-__all__ = ["QuestCache", "layer_kinds"]
+__all__ = ["QuestCache", "check_on_select", "layer_kinds"]
 
 
 def layer_kinds(config: PretrainedConfig, quest: QuestConfig) -> dict[int, str]:
@@ -25,7 +26,14 @@ def layer_kinds(config: PretrainedConfig, quest: QuestConfig) -> dict[int, str]:
     Args:
         config: Configuration of the model.
         quest: What to read.
+
+    Raises:
+        QuestValueError: An argument is of another type.
     """
+    if not isinstance(config, PretrainedConfig):
+        raise QuestValueError("config", config, "the config of a transformers model")
+    if not isinstance(quest, QuestConfig):
+        raise QuestValueError("quest", quest, "a QuestConfig")
     kinds: dict[int, str] = {}
     is_mla = getattr(config.get_text_config(decoder=True), "kv_lora_rank", None) is not None
     for index, layer in enumerate(DynamicCache(config=config).layers):
@@ -40,6 +48,16 @@ def layer_kinds(config: PretrainedConfig, quest: QuestConfig) -> dict[int, str]:
     return kinds
 
 
+def check_on_select(on_select: object) -> None:
+    """Refuse what cannot be called.
+
+    Raises:
+        QuestValueError: It cannot.
+    """
+    if on_select is not None and not callable(on_select):
+        raise QuestValueError("on_select", on_select, "a function of a layer, a selection and its pages, or None")
+
+
 class QuestCache(DynamicCache):
     """A KV cache for a model on which Quest is enabled, for people who hold their cache themselves.
 
@@ -49,8 +67,12 @@ class QuestCache(DynamicCache):
         config: Configuration of the model.
         quest: What to read.
         max_length: Tokens to make room for at once, where known [tokens].
-        counters: Counters to go on counting in; new ones by default.
+        counters: Counters to go on counting in, of a cache of the same model and config; new ones by default.
         on_select: Called after each sparse decode step of a layer with its index, the selection and its pages.
+        is_estimate: Whether fewer tokens than `max_length` may come: then there is room for twice the first at most.
+
+    Raises:
+        QuestValueError: An argument is wrong.
     """
 
     def __init__(
@@ -61,12 +83,21 @@ class QuestCache(DynamicCache):
         max_length: int | None = None,
         counters: QuestCounters | None = None,
         on_select: OnSelect | None = None,
+        is_estimate: bool = False,
     ) -> None:
         self.quest = QuestConfig() if quest is None else quest
-        super().__init__(config=config)
         kinds = layer_kinds(config, self.quest)
+        if max_length is not None:
+            check_integer("max_length", max_length, minimum=1)
+        check_on_select(on_select)
         if counters is None:
             counters = QuestCounters([LayerCounter(index, kind) for index, kind in kinds.items()])
+        elif not isinstance(counters, QuestCounters):
+            raise QuestValueError("counters", counters, "QuestCounters")
+        counted = {counter.layer: counter.kind for counter in counters.layers}
+        if counted != kinds:
+            raise QuestValueError("counters", counted, f"those of this model and config: {kinds}")
+        super().__init__(config=config)
         self.counters = counters
         workspaces = Workspaces()
         for counter in self.counters.layers:
@@ -77,6 +108,7 @@ class QuestCache(DynamicCache):
                     is_dense=counter.kind == "dense",
                     workspaces=workspaces,
                     max_length=max_length,
+                    is_estimate=is_estimate,
                     on_select=on_select,
                 )
 

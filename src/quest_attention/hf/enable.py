@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 import warnings
 from types import TracebackType
 from typing import Any, NoReturn, cast
 
-from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from quest_attention.config import QuestConfig
 from quest_attention.errors import BackendError, QuestStateError, QuestValueError, QuestWarning, UnsupportedModelError
 from quest_attention.hf.attention import EAGER_NAME, SDPA_NAME, register_attention
-from quest_attention.hf.cache import QuestCache, layer_kinds
-from quest_attention.hf.compiler import kept_from_compilers
+from quest_attention.hf.cache import QuestCache, check_on_select, layer_kinds
+from quest_attention.hf.configs import PrivateConfigs
 from quest_attention.hf.counters import LayerCounter, QuestCounters
 from quest_attention.hf.graph import DecodeGraphs
 from quest_attention.hf.layer import OnSelect
-from quest_attention.hf.naming import CACHE, given_cache
+from quest_attention.hf.naming import CACHE
 from quest_attention.hf.support import check_supported, needs_eager
+from quest_attention.hf.watch import Watch
 from quest_attention.ops import resolve_backend
 
 __all__ = ["QuestHandle", "enable_quest"]
 
 _HANDLE = "_quest_handle"
-_TOKENS = ("input_ids", "inputs_embeds")
+_ABSENT = object()
 _CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
@@ -57,7 +55,9 @@ def enable_quest(
         A handle with counters. Use it in a `with` statement, or call `disable()`.
 
     Raises:
-        UnsupportedModelError: Quest cannot serve the model; it is left as it was.
+        UnsupportedModelError: Quest cannot serve the model; it is left as it was. A model that somebody wrapped is
+            named, with the attribute that holds the model inside.
+        QuestValueError: Another argument is wrong.
         QuestStateError: Quest is enabled on the model already.
         BackendError: The backend asked for cannot run on the model's device, or cuda_graphs=True has no GPU.
 
@@ -77,6 +77,9 @@ def enable_quest(
         config = QuestConfig()
     if not isinstance(config, QuestConfig):
         raise QuestValueError("config", config, "a QuestConfig")
+    check_on_select(on_select)
+    if cuda_graphs is not None and not isinstance(cuda_graphs, bool):
+        raise QuestValueError("cuda_graphs", cuda_graphs, "True, False or None")
     check_supported(model, config)
     if getattr(model, _HANDLE, None) is not None:
         raise QuestStateError("Quest is enabled on this model already: call disable() on its handle first")
@@ -114,36 +117,45 @@ class QuestHandle:
         self.config = config
         kinds = layer_kinds(model.config, config)
         self.counters = QuestCounters([LayerCounter(index, kind) for index, kind in kinds.items()])
-        self._on_select = on_select
-        name = EAGER_NAME if needs_eager(model) else SDPA_NAME
-        register_attention()
-        self._shared_configs = _give_private_configs(model)
-        try:
-            model.set_attn_implementation(name)
-        except BaseException:
-            self._restore_configs()
-            raise
-        self._make_cache = self.model._prepare_cache_for_generation
-        self.model._prepare_cache_for_generation = self._prepare_cache_for_generation
-        for method in _CONTINUOUS_BATCHING:
-            setattr(model, method, _refuse_continuous_batching)
         self.graphs = DecodeGraphs(model, must_capture=must_capture) if capture else None
-        self._had_forward = "forward" in model.__dict__  # some libraries put their own there
-        self._own_forward = model.forward
+        self._on_select = on_select
+        self._is_entered = False
+        self._make_cache = self.model._prepare_cache_for_generation
+        register_attention()
+        self._configs = PrivateConfigs(model, EAGER_NAME if needs_eager(model) else SDPA_NAME)
+        self._watch = Watch(model, config, self._configs)
+        self._put: dict[str, tuple[Any, Any]] = {}  # attributes of the model: ours, and what was there
+        ours = {
+            _HANDLE: self,
+            "_prepare_cache_for_generation": self._prepare_cache_for_generation,
+            "set_attn_implementation": _refuse_attention,
+            "__reduce_ex__": _refuse_copy,  # looked up by copy.deepcopy and pickle
+            **dict.fromkeys(_CONTINUOUS_BATCHING, _refuse_continuous_batching),
+        }
         if self.graphs is not None:
-            self.model.forward = self.graphs.wrap()
-        self._has_warned = False
-        self._names = tuple(inspect.signature(self._own_forward).parameters)
-        self._watch = self.model.register_forward_pre_hook(self._watch_cache, with_kwargs=True)
-        setattr(model, _HANDLE, self)
+            ours["forward"] = self.graphs.wrap()
+        for name, value in ours.items():
+            self._put[name] = (value, model.__dict__.get(name, _ABSENT))  # some libraries put their own there
+            setattr(model, name, value)
 
     def __enter__(self) -> QuestHandle:
+        if self._is_entered:
+            raise QuestStateError("with: this handle is in a with statement already, whose end would come too early")
+        self._require_enabled("with")
+        self._is_entered = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._is_entered = False
         self.disable()
+
+    def _require_enabled(self, call: str) -> None:
+        if not self.is_enabled:
+            raise QuestStateError(
+                f"{call}: this handle is disabled, and the model runs dense: call enable_quest() anew"
+            )
 
     @property
     def is_enabled(self) -> bool:
@@ -151,58 +163,44 @@ class QuestHandle:
         return getattr(self.model, _HANDLE, None) is self
 
     def disable(self) -> None:
-        """Put the model back as it was. Does nothing the second time."""
+        """Put the model back as it was. Does nothing the second time.
+
+        What was changed meanwhile stays changed: the model's configuration, and methods that others put in ours' place.
+        """
         if not self.is_enabled:
             return
-        if self.graphs is not None:
-            if self._had_forward:
-                self.model.forward = self._own_forward
-            else:
-                self.model.__dict__.pop("forward", None)
         self._watch.remove()
-        for name in ("_prepare_cache_for_generation", *_CONTINUOUS_BATCHING, _HANDLE):
-            self.model.__dict__.pop(name, None)  # what the class has comes to light again
-        self._restore_configs()
+        for name, (ours, before) in self._put.items():
+            if self.model.__dict__.get(name) is not ours:
+                continue
+            if before is _ABSENT:
+                del self.model.__dict__[name]  # what the class has comes to light again
+            else:
+                self.model.__dict__[name] = before
+        self._configs.give_back()
 
     def make_cache(self, max_length: int | None = None) -> QuestCache:
         """A new cache for the model that counts in this handle's counters.
 
         Args:
-            max_length: Tokens to make room for at once, where known [tokens].
+            max_length: Tokens to make room for at once, where known [tokens]; more may come.
+
+        Raises:
+            QuestValueError: `max_length` is no positive integer.
+            QuestStateError: The handle is disabled.
         """
+        return self._new_cache(max_length)
+
+    def _new_cache(self, max_length: int | None, *, is_estimate: bool = False) -> QuestCache:
+        self._require_enabled("make_cache")
         return QuestCache(
-            self.model.config, self.config, max_length=max_length, counters=self.counters, on_select=self._on_select
+            self.model.config,
+            self.config,
+            max_length=max_length,
+            counters=self.counters,
+            on_select=self._on_select,
+            is_estimate=is_estimate,
         )
-
-    @kept_from_compilers
-    def _watch_cache(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before each forward pass: say once that a decode step past the budget runs dense for want of a `QuestCache`.
-
-        A model that is called without a cache makes one of transformers' own, which comes back with the next token.
-        """
-        del model
-        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        cache = given_cache(given)
-        if self._has_warned or not isinstance(cache, Cache) or isinstance(cache, QuestCache):
-            return
-        tokens = next((given[name] for name in _TOKENS if given.get(name) is not None), None)  # [B, T] or [B, T, D]
-        if not isinstance(tokens, Tensor) or tokens.dim() < 2 or tokens.shape[1] != 1:
-            return
-        if cache.get_seq_length() < self.config.token_budget:
-            return
-        if any(hasattr(layer, "attend") for layer in cache.layers):  # a `Reader`
-            return
-        self._has_warned = True
-        warnings.warn(
-            f"the model was given a {type(cache).__name__}, which has no page metadata: every layer runs dense; "
-            "pass a cache of the handle's make_cache() from the first token on",
-            QuestWarning,
-            stacklevel=6,
-        )
-
-    def _restore_configs(self) -> None:
-        for module, shared in self._shared_configs:
-            module.config = shared
 
     def _prepare_cache_for_generation(
         self,
@@ -216,7 +214,7 @@ class QuestHandle:
         given = model_kwargs.get(CACHE)
         if given is not None:
             if isinstance(given, Cache) and not isinstance(given, QuestCache):
-                self._has_warned = True
+                self._watch.has_warned = True
                 _warn_dense(
                     f"was given a {type(given).__name__}, which has no page metadata; pass a QuestCache or none"
                 )
@@ -227,7 +225,7 @@ class QuestHandle:
                 "cache_implementation", generation_config.cache_implementation, "None while Quest is enabled"
             )
         else:
-            model_kwargs[CACHE] = self.make_cache(max_cache_length)
+            model_kwargs[CACHE] = self._new_cache(max(1, max_cache_length), is_estimate=True)
             if generation_config.is_assistant:
                 model_kwargs[CACHE].activate_past_recording()
             return
@@ -238,24 +236,22 @@ def _warn_dense(why: str) -> None:
     warnings.warn(f"generate() {why}: every layer runs dense", QuestWarning, stacklevel=5)
 
 
+def _refuse_attention(*args: Any, **kwargs: Any) -> NoReturn:
+    raise QuestStateError(
+        "set_attn_implementation: got a model with Quest, whose attention is Quest's: choose it before enable_quest(), "
+        "whose dense steps then follow it, or after disable()"
+    )
+
+
+def _refuse_copy(*args: Any) -> NoReturn:
+    raise QuestStateError(
+        "copy or pickle: got a model with Quest, which is tied to its handle: do it before enable_quest() or after "
+        "disable(); save_pretrained() and state_dict() work meanwhile"
+    )
+
+
 def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
     raise UnsupportedModelError(
         "generate_batch: got a model with Quest, expected one without, whose paged cache knows only transformers' own "
         "attention: use generate(), or disable() Quest first"
     )
-
-
-def _give_private_configs(model: PreTrainedModel) -> list[tuple[Any, PretrainedConfig]]:
-    """Copy the model's configurations for itself; returns what each module had.
-
-    A configuration holds the name of the attention function, and models built from one share the object.
-    """
-    memo: dict[int, Any] = {}  # one for all, so that a sub-configuration stays the one its parent holds
-    had: list[tuple[Any, PretrainedConfig]] = []
-    module: Any
-    for module in model.modules():
-        shared = module.__dict__.get("config")
-        if isinstance(shared, PretrainedConfig):
-            had.append((module, shared))
-            module.config = copy.deepcopy(shared, memo)
-    return had

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quest_attention.errors import QuestError, QuestStateError, QuestWarning
 from quest_attention.hf.cache import QuestCache
-from quest_attention.hf.layer import QuestLayer
+from quest_attention.hf.layer import QuestLayer, StorageTooNarrowError
 from quest_attention.hf.naming import CACHE, CACHE_NAMES, given_cache
 
 __all__ = ["DecodeGraphs"]
@@ -53,6 +53,7 @@ class DecodeGraphs:
         self.replayed_steps = 0
         self.captures = 0
         self.eager_steps: dict[str, int] = {}
+        self._model = model
         self._forward: Callable[..., Any] = model.forward
         self._names = tuple(inspect.signature(model.forward).parameters)
         # A model of somebody's own may know the older name alone, and leave a cache by the other unused.
@@ -92,6 +93,8 @@ class DecodeGraphs:
             return f"the forward pass was given {', '.join(others)}"
         if len(self._devices) > 1:
             return "the model is spread over several devices"
+        if any(torch.is_autocast_enabled(device.type) for device in self._devices):
+            return "under autocast, whose copies of the weights end with it"
         layers = cache.layers
         if not all(isinstance(layer, QuestLayer) for layer in layers):
             return "the cache has layers of transformers' own, whose steps depend on a length known to the host"
@@ -115,12 +118,15 @@ class DecodeGraphs:
         if "position_ids" not in inputs:  # nothing is padded, so the position is the length
             inputs["position_ids"] = torch.full((batch, 1), length, device=inputs["input_ids"].device)
         step = self._graphs.get(cache)
-        if step is None or not step.fits(cache, inputs):
+        weights = self._address()
+        if step is None or not step.fits(cache, inputs, weights):
             self._graphs.pop(cache, None)  # its memory goes before the next one's comes
             try:
                 step = _CapturedStep(
-                    self._forward, cache, inputs, length, kwargs.get("logits_to_keep", 0), self._cache_name
+                    self._forward, cache, inputs, length, weights, kwargs.get("logits_to_keep", 0), self._cache_name
                 )
+            except StorageTooNarrowError:
+                return self._run_eagerly("the storage takes another dtype in this step", kwargs)
             except QuestError:
                 raise
             except RuntimeError as error:
@@ -146,8 +152,16 @@ class DecodeGraphs:
             raise QuestStateError(f"cuda_graphs: got True, but a decode step cannot be captured: {what}") from error
         self._failure = f"a decode step of this model cannot be captured: {what}"
         warnings.warn(f"{self._failure}; decode steps run eagerly", QuestWarning, stacklevel=6)
-        self.eager_steps[self._failure] = self.eager_steps.get(self._failure, 0) + 1
+        return self._run_eagerly(self._failure, kwargs)
+
+    def _run_eagerly(self, reason: str, kwargs: dict[str, Any]) -> Any:
+        self.eager_steps[reason] = self.eager_steps.get(reason, 0) + 1
         return self._forward(**kwargs)
+
+    def _address(self) -> int:
+        """Where the first weights lie, the embeddings as a rule: elsewhere once the model is moved, cast or resized."""
+        first = next(self._model.parameters(), None)
+        return 0 if first is None else first.data_ptr()
 
 
 class _CapturedStep:
@@ -159,6 +173,7 @@ class _CapturedStep:
         cache: QuestCache,
         inputs: dict[str, Tensor],
         length: int,
+        weights: int,
         logits_to_keep: int | Tensor,
         cache_name: str,
     ) -> None:
@@ -166,6 +181,7 @@ class _CapturedStep:
         ids = self.inputs["input_ids"]
         self.lengths = torch.full((ids.shape[0],), length + 1, dtype=torch.int32, device=ids.device)
         self.storage = _storage(cache)
+        self.weights = weights
         layers = [layer for layer in cache.layers if isinstance(layer, QuestLayer)]
 
         def run() -> Any:
@@ -187,10 +203,11 @@ class _CapturedStep:
                 layer.captured_lengths = None
         self.outputs[CACHE] = None  # the graph must not keep the cache alive
 
-    def fits(self, cache: QuestCache, inputs: dict[str, Tensor]) -> bool:
-        """Whether cache and inputs are still those that were captured."""
+    def fits(self, cache: QuestCache, inputs: dict[str, Tensor], weights: int) -> bool:
+        """Whether cache, inputs and weights are still those that were captured."""
         shapes = {name: value.shape for name, value in inputs.items()}
-        return self.storage == _storage(cache) and shapes == {name: value.shape for name, value in self.inputs.items()}
+        same_memory = (self.storage, self.weights) == (_storage(cache), weights)
+        return same_memory and shapes == {name: value.shape for name, value in self.inputs.items()}
 
     def replay(self, inputs: dict[str, Tensor], length: int) -> Any:
         """Run the step for the token after `length` others; the outputs are the caller's."""
@@ -209,10 +226,12 @@ def _capture(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[],
     """Capture `run` as a CUDA graph: what replays it, and the outputs it writes to."""
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(_WARMUPS):  # a step that is run again writes the same token at the same place
-            run()
-    torch.cuda.current_stream(device).wait_stream(side)
+    try:
+        with torch.cuda.stream(side):
+            for _ in range(_WARMUPS):  # a step that is run again writes the same token at the same place
+                run()
+    finally:  # an eager step that comes in its place waits for what was written
+        torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device), torch.cuda.graph(graph):
         outputs = run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from quest_attention.hf.counters import LayerCounter
 from quest_attention.ops import Selection, Workspace, append_token, make_workspace, update_page_metadata
 from quest_attention.pages import FP8_METADATA, PagedKV, num_pages
 
-__all__ = ["GROWTH", "LAYER_ATTRIBUTE", "OnRead", "OnSelect", "QuestLayer", "Workspaces"]
+__all__ = ["GROWTH", "LAYER_ATTRIBUTE", "OnRead", "OnSelect", "QuestLayer", "StorageTooNarrowError", "Workspaces"]
 
 LAYER_ATTRIBUTE = "_quest_layer"
 """Attribute of the key view that `update` returns, by which the attention function finds the layer.
@@ -29,11 +30,18 @@ rebuilds its keys in between (multi-head latent attention) loses the attribute a
 GROWTH = 2
 """Factor by which full storage grows: a token is copied once on average, not at every step."""
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What `PagedKV` takes."""
+
 OnSelect = Callable[[int, Selection, int], None]
 """Called after each sparse decode step of a layer with its index, the selection and the number of pages it held."""
 OnRead = Callable[..., None]
 """Called after it as `on_read(layer, selection, query, keys, **kwargs)`, for those who compare with what was not read:
 `query` `[B, HQ, 1, D]`, `keys` `[B, HKV, T, D]` and what else the model gives to its attention."""
+
+
+class StorageTooNarrowError(QuestStateError):
+    """A captured step has tokens of a wider dtype than the storage, which an eager step would widen."""
 
 
 class Workspaces:
@@ -67,6 +75,8 @@ class QuestLayer(DynamicLayer):
         is_dense: Whether the layer always reads everything; it then keeps no metadata.
         workspaces: Scratch memory shared with the other layers of the cache.
         max_length: Tokens to make room for at once, where known [tokens].
+        is_estimate: Whether fewer may come, as in `generate()`, which may end early: then there is room for twice the
+            first tokens at most to begin with.
         on_select: Called after each sparse step.
 
     Attributes:
@@ -89,6 +99,7 @@ class QuestLayer(DynamicLayer):
         is_dense: bool,
         workspaces: Workspaces,
         max_length: int | None = None,
+        is_estimate: bool = False,
         on_select: OnSelect | None = None,
     ) -> None:
         self.config = config
@@ -96,6 +107,7 @@ class QuestLayer(DynamicLayer):
         self.is_dense = is_dense
         self.workspaces = workspaces
         self.max_length = max_length
+        self.is_estimate = is_estimate
         self.on_select = on_select
         self.on_read: OnRead | None = None
         self.was_attended = True
@@ -177,24 +189,28 @@ class QuestLayer(DynamicLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the first tokens `[B, HKV, T, D]`."""
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtype, self.device = torch.promote_types(key_states.dtype, value_states.dtype), key_states.device
         new = key_states.shape[2]
-        wanted = max(new, min(self.max_length or 0, GROWTH * new)) if new > 1 else max(new, self.config.token_budget)
-        self._allocate(key_states, value_states, key_states.shape[0], wanted)
+        wanted = self.max_length or 0
+        if self.is_estimate:
+            wanted = min(wanted, GROWTH * new) if new > 1 else self.config.token_budget
+        elif self.max_length is None and new == 1:
+            wanted = self.config.token_budget
+        self._allocate(key_states, value_states, key_states.shape[0], max(new, wanted))
         self.is_initialized = True
 
     def _allocate(self, keys: Tensor, values: Tensor, batch: int, length: int) -> None:
-        """New storage for `batch` sequences of `length` tokens, shaped like `keys` and `values` otherwise."""
+        """New storage in `self.dtype` for `batch` sequences of `length` tokens, shaped like `keys` and `values`."""
         page_size = self.config.page_size
         pages = num_pages(length, page_size)
         heads = keys.shape[1]
         # Storage made under inference mode could not be written outside of it, by the next turn of a conversation.
         with torch.inference_mode(False):
-            self._keys = keys.new_empty(batch, heads, pages * page_size, keys.shape[3])
-            self._values = values.new_empty(batch, heads, pages * page_size, values.shape[3])
+            self._keys = keys.new_empty(batch, heads, pages * page_size, keys.shape[3], dtype=self.dtype)
+            self._values = values.new_empty(batch, heads, pages * page_size, values.shape[3], dtype=self.dtype)
             self._metadata = None
             if not self.is_dense:
-                dtype = FP8_METADATA if self.config.metadata_dtype == "fp8" else keys.dtype
+                dtype = FP8_METADATA if self.config.metadata_dtype == "fp8" else self.dtype
                 self._metadata = keys.new_empty(batch, heads, pages, 2, keys.shape[3], dtype=dtype)
         self._paged = self._every_page = None
         self.workspaces.clear()
@@ -218,6 +234,7 @@ class QuestLayer(DynamicLayer):
 
         Raises:
             QuestValueError: The tokens do not fit those in the cache (another batch or model); nothing is written.
+                Tokens of another dtype do fit: the storage takes the wider one, as transformers' own does.
             QuestStateError: Gradients are being recorded, which writing in place would break.
 
         Warns:
@@ -237,8 +254,11 @@ class QuestLayer(DynamicLayer):
         _check_fits("value_states", value_states, self._values)
         new = key_states.shape[2]
         start, end = self._length, self._length + new
-        if end > self.capacity:
-            self._rebuild(max(end, GROWTH * self.capacity), lambda tensor: tensor, self._batch())
+        widest = self._widest(key_states, value_states)
+        if end > self.capacity or widest != self.dtype:
+            self.dtype = widest
+            length = self.capacity if end <= self.capacity else max(end, GROWTH * self.capacity)
+            self._rebuild(length, lambda tensor: tensor, self._batch())
         self._keys[:, :, start:end] = key_states
         self._values[:, :, start:end] = value_states
         self._length = end
@@ -251,10 +271,21 @@ class QuestLayer(DynamicLayer):
         setattr(keys, LAYER_ATTRIBUTE, self)
         return keys, values
 
+    def _widest(self, keys: Tensor, values: Tensor) -> torch.dtype:
+        """The dtype that holds what is stored and these tokens, as `torch.cat` would choose it.
+
+        Autocast makes keys and values of different dtypes, and may begin or end between two steps.
+        """
+        assert self.dtype is not None, "storage allocated"
+        return torch.promote_types(self.dtype, torch.promote_types(keys.dtype, values.dtype))
+
     def _update_captured(self, keys: Tensor, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Write one token of each sequence where the device says; what the host knows moves on at each replay."""
         assert self._keys is not None and self._values is not None, "storage allocated"
-        append_token(self.paged, keys[:, :, 0], values[:, :, 0], lengths, self.config.backend)
+        if self._widest(keys, values) != self.dtype:
+            raise StorageTooNarrowError(f"tokens of {self._widest(keys, values)} for a cache of {self.dtype}")
+        key, value = (tokens[:, :, 0].to(self.dtype) for tokens in (keys, values))
+        append_token(self.paged, key, value, lengths, self.config.backend)
         everything = self._keys[:, :, :]
         setattr(everything, LAYER_ATTRIBUTE, self)
         return everything, self._values
@@ -320,8 +351,14 @@ class QuestLayer(DynamicLayer):
         Args:
             tokens_to_remove: A negative number of tokens to remove. A positive one is the length to keep, which
                 transformers 5.17 still passes and 5.23 refuses.
+
+        Raises:
+            QuestValueError: It is no whole number.
         """
-        count = int(tokens_to_remove)  # assisted decoding in transformers 5.17 passes a tensor
+        try:
+            count = operator.index(tokens_to_remove)  # assisted decoding in transformers 5.17 passes a tensor
+        except TypeError:
+            raise QuestValueError("tokens_to_remove", tokens_to_remove, "a whole number of tokens") from None
         keep = count if count > 0 else self._length + count
         self._length = max(0, min(self._length, keep))
 
@@ -376,8 +413,9 @@ def _check_alike(keys: Tensor, values: Tensor) -> None:
         raise QuestValueError(
             "value_states.shape", list(values.shape), f"[{', '.join(map(str, keys.shape[:3]))}, DV], as key_states"
         )
-    if values.dtype != keys.dtype:
-        raise QuestValueError("value_states.dtype", values.dtype, f"{keys.dtype}, as key_states")
+    for name, tensor in (("key_states", keys), ("value_states", values)):
+        if tensor.dtype not in _DTYPES:
+            raise QuestValueError(f"{name}.dtype", tensor.dtype, f"one of {', '.join(map(str, _DTYPES))}")
     if values.device != keys.device:
         raise QuestValueError("value_states.device", str(values.device), f"{keys.device}, as key_states")
 
@@ -387,7 +425,5 @@ def _check_fits(name: str, tensor: Tensor, stored: Tensor) -> None:
         batch, heads, _, dim = stored.shape
         expected = f"[{batch}, {heads}, T, {dim}], as this cache holds: a new batch or model needs a new QuestCache"
         raise QuestValueError(f"{name}.shape", list(tensor.shape), expected)
-    if tensor.dtype != stored.dtype:
-        raise QuestValueError(f"{name}.dtype", tensor.dtype, f"{stored.dtype}, as this cache holds")
     if tensor.device != stored.device:
         raise QuestValueError(f"{name}.device", str(tensor.device), f"{stored.device}, as this cache")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from quest_attention.config import QuestConfig
@@ -21,7 +22,9 @@ def check_supported(model: object, quest: QuestConfig) -> None:
         UnsupportedModelError: The message says why.
     """
     if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(f"model: got {type(model).__name__}, expected a transformers PreTrainedModel")
+        raise UnsupportedModelError(
+            f"model: got {type(model).__name__}, expected a transformers PreTrainedModel{_inside(model)}"
+        )
     name = type(model).__name__
     generation: Any = model  # its generate() side, which a type checker does not see on a PreTrainedModel
 
@@ -57,6 +60,17 @@ def check_supported(model: object, quest: QuestConfig) -> None:
             QuestWarning,
             stacklevel=4,
         )
+
+
+def _inside(wrapper: object) -> str:
+    """Where the model is that somebody wrapped: `torch.compile`, data parallelism, adapters, a pipeline."""
+    inner: dict[str, object] = dict(wrapper.named_modules()) if isinstance(wrapper, nn.Module) else {}
+    inner.setdefault("model", getattr(wrapper, "model", None))
+    path = next((name for name, part in inner.items() if isinstance(part, PreTrainedModel)), None)
+    if path is None:
+        return ""
+    order = ", and compile it after enabling" if path.split(".")[-1] == "_orig_mod" else ""
+    return f": pass the model inside it, wrapper.{path}{order}"
 
 
 def needs_eager(model: PreTrainedModel) -> bool:

@@ -23,6 +23,7 @@ from quest_attention.eval.methods.oracle import Oracle
 from quest_attention.eval.methods.quest import Quest
 from quest_attention.eval.methods.snapkv import SnapKV
 from quest_attention.eval.methods.streaming_llm import SlidingWindow, StreamingLLM
+from quest_attention.eval.methods.token_oracle import TokenOracle
 from quest_attention.eval.methods.tova import TOVA
 
 __all__ = [
@@ -38,11 +39,12 @@ __all__ = [
     "SlidingWindow",
     "SnapKV",
     "StreamingLLM",
+    "TokenOracle",
     "make_method",
 ]
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Full, Quest, Oracle, StreamingLLM, H2O, TOVA, SnapKV)
+    method.name: method for method in (Full, Quest, Oracle, TokenOracle, StreamingLLM, H2O, TOVA, SnapKV)
 }
 """Every method of a table by name."""
 
@@ -60,7 +62,8 @@ def make_method(
         backend: Of Quest's verbs, likewise.
 
     Raises:
-        QuestValueError: The method or an option is unknown, or a value is out of range.
+        QuestValueError: The method or an option is unknown, or a value is out of range. What the spec brings in is
+            laid to `method`; what comes with the other arguments, to those.
 
     >>> make_method("quest:num_dense_layers=0", token_budget=64, num_dense_layers=2).config.num_dense_layers
     0
@@ -70,19 +73,37 @@ def make_method(
         raise QuestValueError("method", name, f"one of {', '.join(METHODS)}")
     kind = METHODS[name]
     if issubclass(kind, Quest):
-        options: dict[str, Any] = {"num_dense_layers": num_dense_layers, "page_size": page_size, "backend": backend}
-        return kind(QuestConfig.from_dict({**options, **_parse(given), "token_budget": token_budget}))
+        options = {
+            "token_budget": token_budget,
+            "num_dense_layers": num_dense_layers,
+            "page_size": page_size,
+            "backend": backend,
+        }
+        return kind(_config(spec, options, _parse(spec, given) if colon else {}))
     if colon:
         raise QuestValueError("method", spec, f"{name} without options: quest and oracle alone take them")
-    return kind(token_budget, num_dense_layers) if issubclass(kind, Evicting) else kind()
+    return kind(token_budget, num_dense_layers) if issubclass(kind, Evicting | TokenOracle) else kind()
 
 
-def _parse(given: str) -> dict[str, Any]:
+def _config(spec: str, options: dict[str, Any], own: dict[str, Any]) -> QuestConfig:
+    """The config of a method: the options of all, and on top of them its own."""
+    try:
+        return QuestConfig.from_dict({**options, **own})
+    except QuestValueError as error:
+        if own:
+            QuestConfig.from_dict(options)  # where they are wrong without its own too, they are to blame
+            expected = f"another {error.argument}: {error.expected}, not {error.got!r}"
+            raise QuestValueError("method", spec, expected) from None
+        raise
+
+
+def _parse(spec: str, given: str) -> dict[str, Any]:
     """Options written as `name=value`, parted by commas."""
     options: dict[str, Any] = {}
-    for part in filter(None, given.split(",")):
+    for part in given.split(","):
         name, equals, value = part.partition("=")
-        if not equals or name == "token_budget":
-            raise QuestValueError("method", part, "option=value; the budget has an option of its own")
+        if not equals or name == "token_budget" or name in options:
+            expected = "option=value behind the colon, each option once; the budget has an option of its own"
+            raise QuestValueError("method", spec, expected)
         options[name] = int(value) if value.isdecimal() else value
     return options

@@ -15,14 +15,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestStateError, QuestValueError, UnsupportedModelError
-from quest_attention.eval.context import Context, copy_cache
-from quest_attention.eval.methods.method import LayerReads, Method, Session
+from quest_attention.eval.context import Context
+from quest_attention.eval.methods.method import Method, Session
+from quest_attention.eval.methods.reading import ReadingLayer, ReadingSession
 from quest_attention.eval.observation import Observation, attention_weights
-from quest_attention.hf import QuestHandle, QuestLayer, enable_quest
+from quest_attention.hf import QuestHandle, enable_quest
 from quest_attention.hf.attention import AttentionForward
 from quest_attention.hf.layer import LAYER_ATTRIBUTE
 
@@ -75,6 +75,7 @@ class Evicting(Method):
 
     least_budget: ClassVar[int] = 2
     token_budget: int
+    num_dense_layers: int
 
     def __init__(self, token_budget: int, num_dense_layers: int) -> None:
         if token_budget < self.least_budget:
@@ -88,71 +89,43 @@ class Evicting(Method):
         """A new policy, for one layer."""
 
     @contextmanager
-    def session(self, model: PreTrainedModel) -> Iterator[Session]:
+    def session(self, model: PreTrainedModel, max_length: int | None = None) -> Iterator[Session]:
         """See `Method.session`. Raises what `enable_quest` raises, whose place in the model this takes."""
+        del max_length  # transformers' storage has no room ahead
         config = QuestConfig(token_budget=self.token_budget, page_size=1, num_dense_layers=self.num_dense_layers)
         with enable_quest(model, config, cuda_graphs=False) as handle:
             yield _EvictingSession(handle, self)
 
 
-class _EvictingSession(Session):
+class _EvictingSession(ReadingSession):
     def __init__(self, handle: QuestHandle, method: Evicting) -> None:
+        super().__init__(handle, lambda index: _EvictingLayer(index, method.policy(), method.token_budget))
         self._name = method.name
-        self.cache = handle.make_cache()
-        self._layers: dict[int, _EvictingLayer] = {}
-        for index, layer in enumerate(self.cache.layers):
-            if not isinstance(layer, QuestLayer):
-                kind = type(layer).__name__
-                raise UnsupportedModelError(f"model: got a {kind} at layer {index}, expected full attention everywhere")
-            if layer.is_dense:
-                self.cache.layers[index] = DynamicLayer()
-            else:
-                self.cache.layers[index] = self._layers[index] = _EvictingLayer(method.policy(), method.token_budget)
-        self.reset_counts()
 
     def load(self, context: Context) -> None:
         """See `Session.load`."""
-        for index, layer in self._layers.items():
+        for index, layer in self.layers.items():
+            assert isinstance(layer, _EvictingLayer), "made here"
             observation = context.observations.get(index)
             if layer.policy.observes and observation is None:
                 raise QuestValueError("context", f"no observation of layer {index}", f"one, which {self._name} needs")
             layer.observation = observation
-        copy_cache(context.cache, self.cache)
-        self.reset_counts()
-
-    def reset_counts(self) -> None:
-        """See `Session.reset_counts`."""
-        self._start = self.cache.get_seq_length()
-        for layer in self._layers.values():
-            layer.tokens_read = 0
-
-    def reads(self) -> list[LayerReads]:
-        """See `Session.reads`."""
-        lengths = range(self._start + 1, self.cache.get_seq_length() + 1)
-        held = sum(lengths)
-        reads = []
-        for index in range(len(self.cache.layers)):
-            layer = self._layers.get(index)
-            read = held if layer is None else layer.tokens_read
-            reads.append(LayerReads(index, read < held, len(lengths), read, held))
-        return reads
+        super().load(context)
 
 
-class _EvictingLayer(DynamicLayer):
+class _EvictingLayer(ReadingLayer):
     """Holds a whole context, and from the first decode step on what its policy keeps.
 
     Attributes:
         observation: What the context attended to; the layer observes itself where this is None.
-        tokens_read: Summed over decode steps, per KV head and sequence [tokens].
     """
 
     is_croppable = False
 
-    def __init__(self, policy: Policy, token_budget: int) -> None:
-        super().__init__()
+    def __init__(self, index: int, policy: Policy, token_budget: int) -> None:
+        super().__init__(index)
         self.policy = policy
         self.observation: Observation | None = None
-        self.tokens_read = 0
         self._room = token_budget - 1
         self._length = 0
         self._scores: Tensor | None = None  # [B, HKV, n], once decoding has begun

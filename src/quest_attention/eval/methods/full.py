@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from quest_attention.eval.context import Context, copy_cache
 from quest_attention.eval.methods.method import LayerReads, Method, Session
@@ -21,8 +21,9 @@ class Full(Method):
     summary = "reads everything"
 
     @contextmanager
-    def session(self, model: PreTrainedModel) -> Iterator[Session]:
+    def session(self, model: PreTrainedModel, max_length: int | None = None) -> Iterator[Session]:
         """See `Method.session`."""
+        del max_length  # transformers' storage has no room ahead
         yield _FullSession(DynamicCache(config=model.config))
 
 
@@ -46,4 +47,8 @@ class _FullSession(Session):
         """See `Session.reads`."""
         lengths = range(self._start + 1, self.cache.get_seq_length() + 1)
         total = sum(lengths)
-        return [LayerReads(layer, False, len(lengths), total, total) for layer in range(len(self.cache.layers))]
+        return [
+            LayerReads(index, False, len(lengths), total, total)
+            for index, layer in enumerate(self.cache.layers)
+            if type(layer) is DynamicLayer
+        ]

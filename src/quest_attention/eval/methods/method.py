@@ -47,7 +47,6 @@ class Session(ABC):
         """Take over a context that was read once for all methods, as if this session had read it.
 
         Raises:
-            UnsupportedModelError: The context has layers that do not hold all keys.
             QuestValueError: The method needs to know what the context attended to, and nobody looked.
         """
 
@@ -57,7 +56,7 @@ class Session(ABC):
 
     @abstractmethod
     def reads(self) -> list[LayerReads]:
-        """What decode steps have read since `reset_counts`, layer by layer."""
+        """What decode steps have read since `reset_counts`, for each layer whose attention is full."""
 
 
 class Method(ABC):
@@ -67,14 +66,23 @@ class Method(ABC):
         name: As tables show it.
         summary: One line that says what it reads, for people.
         token_budget: Most tokens a step reads in a layer that may choose; None reads everything [tokens].
+        num_dense_layers: Leading attention layers that read everything whoever reads; None leaves it to the plan.
+        unit: Tokens of what it selects at each step: a page, a token; None where it selects nothing [tokens].
         observes: Whether it has to know what the tokens of the context attended to.
     """
 
     name: str
     summary: str
     token_budget: int | None = None
+    num_dense_layers: int | None = None
+    unit: int | None = None
     observes: bool = False
 
     @abstractmethod
-    def session(self, model: PreTrainedModel) -> AbstractContextManager[Session]:
-        """A context manager that gives a `Session`; the model is as it was when it ends."""
+    def session(self, model: PreTrainedModel, max_length: int | None = None) -> AbstractContextManager[Session]:
+        """A context manager that gives a `Session`; the model is as it was when it ends.
+
+        Args:
+            model: In evaluation mode.
+            max_length: Tokens of a sequence to make room for at once, where that is known and worth it [tokens].
+        """

@@ -26,9 +26,9 @@ class Oracle(Quest):
     name = "oracle"
     summary = "reads the pages that hold the largest logits"
 
-    def open(self, handle: QuestHandle) -> QuestSession:
+    def open(self, handle: QuestHandle, max_length: int | None) -> QuestSession:
         """See `Quest.open`."""
-        session = QuestSession(handle)
+        session = QuestSession(handle, max_length)
         for index, layer in enumerate(session.cache.layers):
             if isinstance(layer, QuestLayer) and not layer.is_dense:
                 session.cache.layers[index] = _OracleLayer(
@@ -36,6 +36,7 @@ class Oracle(Quest):
                     layer.counter,
                     is_dense=False,
                     workspaces=layer.workspaces,
+                    max_length=max_length,
                     on_select=layer.on_select,
                 )
         return session

@@ -34,25 +34,27 @@ class Quest(Method):
         self.config = config
         self.cuda_graphs = cuda_graphs
         self.token_budget = config.token_budget
+        self.num_dense_layers = config.num_dense_layers
+        self.unit = config.page_size
         self.on_select = on_select
 
     @contextmanager
-    def session(self, model: PreTrainedModel) -> Iterator[Session]:
+    def session(self, model: PreTrainedModel, max_length: int | None = None) -> Iterator[Session]:
         """See `Method.session`. Raises what `enable_quest` raises."""
         with enable_quest(model, self.config, on_select=self.on_select, cuda_graphs=self.cuda_graphs) as handle:
-            yield self.open(handle)
+            yield self.open(handle, max_length)
 
-    def open(self, handle: QuestHandle) -> QuestSession:
+    def open(self, handle: QuestHandle, max_length: int | None) -> QuestSession:
         """The session on a model that Quest is enabled on."""
-        return QuestSession(handle)
+        return QuestSession(handle, max_length)
 
 
 class QuestSession(Session):
     """A session whose counts are Quest's own counters: whole pages, the one being written included."""
 
-    def __init__(self, handle: QuestHandle) -> None:
+    def __init__(self, handle: QuestHandle, max_length: int | None) -> None:
         self._handle = handle
-        self.cache = handle.make_cache()
+        self.cache = handle.make_cache(max_length)
 
     def load(self, context: Context) -> None:
         """See `Session.load`."""
@@ -77,4 +79,5 @@ class QuestSession(Session):
                 counter.pages_held // sequences * size,
             )
             for counter in self._handle.counters.layers
+            if counter.kind in {"quest", "dense"}
         ]

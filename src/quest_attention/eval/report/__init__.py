@@ -15,6 +15,7 @@ from quest_attention.eval.report.results import (
     read_results,
     recall_rows,
 )
+from quest_attention.eval.run_folder import write_whole
 
 __all__ = ["Results", "accuracy_rows", "perplexity_rows", "read_results", "recall_rows", "write_report"]
 
@@ -35,7 +36,7 @@ def write_report(folder: Path) -> Path:
 
     Raises:
         QuestValueError: The folder or a file of it is missing, or a line of it is broken; the message names the line.
-        QuestStateError: matplotlib or jinja2 is not installed.
+        QuestStateError: matplotlib or jinja2 is not installed, or a file could not be written.
     """
     results = read_results(folder)
     try:  # heavy, and needed for this alone
@@ -47,13 +48,13 @@ def write_report(folder: Path) -> Path:
         ) from error
     summary = results.summary()
     text = json.dumps(summary, indent=1, ensure_ascii=False)
-    (folder / SUMMARY).write_text(text + "\n", encoding="utf-8")
+    write_whole(folder / SUMMARY, text + "\n")  # it may be all there is of the run
     results = from_summary(summary, folder / SUMMARY)
     pictures = draw_pictures(results)
     figures = folder / _FIGURES
     figures.mkdir(exist_ok=True)
     for picture in pictures:
-        (figures / f"{picture.name}.png").write_bytes(picture.png)
+        write_whole(figures / f"{picture.name}.png", picture.png)
     page = folder / _PAGE
-    page.write_text(make_page(results, pictures), encoding="utf-8")
+    write_whole(page, make_page(results, pictures))
     return page

@@ -22,6 +22,7 @@ from quest_attention.eval.report.cells import (
     recall_cells,
 )
 from quest_attention.eval.report.samples import Answer, Prediction, Recollection, read_samples
+from quest_attention.eval.run_folder import SAMPLES, SETTINGS
 from quest_attention.eval.tasks import GRID
 
 __all__ = [
@@ -41,8 +42,6 @@ METHOD_ORDER = ("full", "quest", "oracle", "streaming_llm", "h2o", "tova", "snap
 """Of tables and legends; what is not named here comes last, by name."""
 SUMMARY = "summary.json"
 """Cells and settings, without the samples."""
-_SETTINGS = "settings.json"
-_SAMPLES = "samples.jsonl"
 _NEEDED = ("model", "description", "seed", "num_samples", "command", "machine")
 """Settings without which a report cannot say what was measured."""
 _DECIMALS = 4
@@ -114,15 +113,15 @@ def read_results(folder: Path) -> Results:
     """
     if not folder.is_dir():
         raise QuestValueError("folder", str(folder), "the folder of a run")
-    if (folder / SUMMARY).is_file() and not (folder / _SAMPLES).exists():
+    if (folder / SUMMARY).is_file() and not (folder / SAMPLES).exists():
         return _read_summary(folder / SUMMARY)
-    for name in (_SETTINGS, _SAMPLES):
+    for name in (SETTINGS, SAMPLES):
         if not (folder / name).is_file():
             raise QuestValueError("folder", str(folder), f"the folder of a run, with {name} in it, or {SUMMARY}")
-    settings = _read_settings(folder / _SETTINGS)
-    samples = read_samples(folder / _SAMPLES)
+    settings = _read_settings(folder / SETTINGS)
+    samples = read_samples(folder / SAMPLES)
     if not samples:
-        raise QuestValueError(_SAMPLES, "an empty file", "at least one line")
+        raise QuestValueError(SAMPLES, "an empty file", "at least one line")
     asked = settings.get("tasks")
     tasks = [str(task) for task in asked] if isinstance(asked, list) else []
     answers = [each for each in samples if isinstance(each, Answer)]
@@ -257,12 +256,14 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _read_object(path: Path, what: str) -> dict[str, Any]:
+    data = path.read_bytes()
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(data.decode("utf-8"))
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise QuestValueError(path.name, "something else", f"{what} as a JSON object")
+        got = "something else" if data.strip() else "an empty file"
+        raise QuestValueError(path.name, got, f"{what} as a JSON object")
     return found
 
 

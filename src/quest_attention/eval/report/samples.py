@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -11,15 +10,13 @@ from typing import Any
 
 from quest_attention.errors import QuestValueError
 from quest_attention.eval.longbench import LONGBENCH_PREFIX
+from quest_attention.eval.rows import parse_rows
 from quest_attention.eval.tasks import PERPLEXITY, RECALL
 
 __all__ = ["Answer", "Prediction", "Recollection", "read_samples"]
 
-"""Tasks that are scored from 0 to 1; every other answer is right or wrong."""
 _MOST_NATS = 700.0
 """More than this per token, and the perplexity is no float any more [nats]."""
-_SHOWN = 60
-"""Characters of a broken line that a message shows."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +93,12 @@ def read_samples(path: Path) -> list[Answer | Prediction | Recollection]:
     """Read every line of a run.
 
     Raises:
-        QuestValueError: A line is no JSON, lacks a field, holds a number out of range or repeats another line; the
-            message names the line.
+        QuestValueError: A line is no JSON, lacks a field, holds a number out of range or says something else than
+            another of the same sample; the message names the line.
     """
-    found: dict[_Key, Answer | Prediction | Recollection] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        place = f"{path.name}, line {number}"
-        fields = _Fields(place, _parse(place, line))
+    found: list[Answer | Prediction | Recollection] = []
+    for row in parse_rows(path.name, path.read_bytes()).values():
+        fields = _Fields(row.place, row.fields)
         key = _Key(
             fields.file_name("task"),
             fields.whole("length", 1),
@@ -110,21 +106,8 @@ def read_samples(path: Path) -> list[Answer | Prediction | Recollection]:
             fields.text("method"),
             fields.budget(),
         )
-        if key in found:
-            raise QuestValueError(place, f"sample {key.index} of {key.task} by {key.method} again", "one line for each")
-        found[key] = _read(key, fields)
-    return list(found.values())
-
-
-def _parse(place: str, line: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(line)
-    except ValueError:
-        fields = None
-    if not isinstance(fields, dict):
-        shown = line if len(line) <= _SHOWN else f"{line[:_SHOWN]}..."
-        raise QuestValueError(place, shown, "a JSON object; a run that goes on takes an unfinished last line away")
-    return fields
+        found.append(_read(key, fields))
+    return found
 
 
 def _read(key: _Key, fields: _Fields) -> Answer | Prediction | Recollection:

@@ -1,0 +1,61 @@
+"""Options that can be checked by themselves, before anything is imported, loaded or written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from quest_attention.errors import QuestValueError
+
+__all__ = ["check_seed", "check_threads", "check_workers", "path_of"]
+
+MOST_SEED = 2**64 - 1
+"""The largest that PyTorch's generators take."""
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that PyTorch would not take, for every command alike.
+
+    Raises:
+        QuestValueError: As said.
+    """
+    if not 0 <= seed <= MOST_SEED:
+        raise QuestValueError("seed", seed, f"an integer from 0 to {MOST_SEED}")
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse more threads than there are cores for: thousands of them take the process down.
+
+    Raises:
+        QuestValueError: As said.
+    """
+    if threads is not None:
+        _check_cores("threads", threads)
+
+
+def check_workers(workers: int) -> None:
+    """Likewise of processes, each of which has a model and a thread of its own.
+
+    Raises:
+        QuestValueError: As said.
+    """
+    _check_cores("workers", workers)
+
+
+def path_of(option: str, text: str) -> Path:
+    """The path that an option names.
+
+    Raises:
+        QuestValueError: The text is empty, as an unset variable of a shell is: it would be the folder one is in.
+    """
+    if not text.strip():
+        raise QuestValueError(option, text, "a path")
+    return Path(text)
+
+
+def _check_cores(option: str, count: int) -> None:
+    cores = os.cpu_count()  # None where the system does not say
+    if count < 1:
+        raise QuestValueError(option, count, "a positive integer")
+    if cores is not None and count > cores:
+        raise QuestValueError(option, count, f"at most {cores}, the logical cores of this machine")

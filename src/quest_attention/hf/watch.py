@@ -1,0 +1,80 @@
+"""`Watch`: what is looked at before each forward pass of a model on which Quest is enabled."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from quest_attention.config import QuestConfig
+from quest_attention.errors import QuestWarning
+from quest_attention.hf.attention import refuse_attentions
+from quest_attention.hf.cache import QuestCache
+from quest_attention.hf.compiler import kept_from_compilers
+from quest_attention.hf.configs import PrivateConfigs
+from quest_attention.hf.naming import given_cache
+
+__all__ = ["Watch"]
+
+_TOKENS = ("input_ids", "inputs_embeds")
+
+
+class Watch:
+    """A hook before each forward pass, which finds what would turn Quest off in silence, before anything is written.
+
+    Args:
+        model: The model, which calls the hook until `remove`.
+        quest: What decode steps read.
+        configs: The model's configurations, which name its attention.
+
+    Attributes:
+        has_warned: Whether it was said that steps run dense for want of a `QuestCache`: once is enough.
+    """
+
+    def __init__(self, model: Any, quest: QuestConfig, configs: PrivateConfigs) -> None:
+        self.has_warned = False
+        self._quest = quest
+        self._configs = configs
+        self._names = tuple(inspect.signature(model.forward).parameters)
+        self._hook = model.register_forward_pre_hook(self._look, with_kwargs=True)
+
+    def remove(self) -> None:
+        """Look no more."""
+        self._hook.remove()
+
+    @kept_from_compilers
+    def _look(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a forward pass.
+
+        A model that is called without a cache makes one of transformers' own, which comes back with the next token.
+        """
+        del model
+        self._configs.check_attention()
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        cache = given_cache(given)
+        if not isinstance(cache, Cache) or not _is_decode_step(given):
+            return
+        quest = cache.quest if isinstance(cache, QuestCache) else self._quest
+        if cache.get_seq_length() < quest.token_budget:
+            return
+        if isinstance(cache, QuestCache):
+            if any(counter.kind == "quest" for counter in cache.counters.layers):
+                for config in self._configs.read:
+                    refuse_attentions(given, config)
+        elif not self.has_warned and not any(hasattr(layer, "attend") for layer in cache.layers):  # a `Reader`
+            self.has_warned = True
+            warnings.warn(
+                f"the model was given a {type(cache).__name__}, which has no page metadata: every layer runs dense; "
+                "pass a cache of the handle's make_cache() from the first token on",
+                QuestWarning,
+                stacklevel=6,
+            )
+
+
+def _is_decode_step(given: dict[str, Any]) -> bool:
+    """Whether a forward pass is of one token per sequence."""
+    tokens = next((given[name] for name in _TOKENS if given.get(name) is not None), None)  # [B, T] or [B, T, D]
+    return isinstance(tokens, Tensor) and tokens.dim() > 1 and tokens.shape[1] == 1
