@@ -44,7 +44,7 @@ def write_report(folder: Path) -> Path:
         from quest_attention.eval.report.page import make_page  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise QuestStateError(
-            f"a report needs {error.name}, which is not installed: pip install 'quest-attention[report]'"
+            f"a report needs {error.name}, which is not installed: in a clone, pip install '.[report]'"
         ) from error
     summary = results.summary()
     text = json.dumps(summary, indent=1, ensure_ascii=False)
