@@ -123,6 +123,9 @@ class Shell:
         from quest_attention.cli import run  # noqa: PLC0415 - needs typer, which a machine with a GPU may lack
 
         command, *options = words
+        if command.startswith("-"):
+            assert command in quest_options(), f"quest {command}: no such option"
+            return ""
         assert command in WORK, f"quest {command}: no such command"
         if not options and not is_real:
             return ""
@@ -136,6 +139,16 @@ class Shell:
         assert code == 0, (words, err)
         assert out if is_real else began or "--help" in words, words
         return out
+
+
+def quest_options() -> set[str]:
+    """All options of `quest` and of its commands."""
+    from typer.main import get_command  # noqa: PLC0415 - a machine with a GPU may lack it
+
+    from quest_attention.cli.app import app  # noqa: PLC0415
+
+    whole = get_command(app)
+    return {name for one in (whole, *whole.commands.values()) for option in one.params for name in option.opts}
 
 
 def is_short(words: tuple[str, ...]) -> bool:
@@ -177,6 +190,8 @@ def check_python(words: tuple[str, ...]) -> None:
         compile(words[2], "<page>", "exec")
     elif words[1:3] == ("-m", "vllm.entrypoints.openai.api_server"):
         check_server(words[3:])
+    elif words[1] == "-m" and len(words) == 3:
+        assert importlib.util.find_spec(words[2]), words
     elif words[1:3] == ("-m", "pytest"):
         assert (ROOT / words[3]).exists(), words
     else:
@@ -266,12 +281,7 @@ def test_commands_in_the_text_name_what_exists(page: str, shell: Shell) -> None:
 
 
 def test_options_in_the_text_exist() -> None:
-    from typer.main import get_command  # noqa: PLC0415 - a machine with a GPU may lack it
-
-    from quest_attention.cli.app import app  # noqa: PLC0415
-
-    known = set(snippets.OF_THE_SERVER)
-    known |= {name for one in get_command(app).commands.values() for option in one.params for name in option.opts}
+    known = quest_options() | snippets.OF_THE_SERVER
     for folder in ("benchmarks", "training"):
         for script in (ROOT / folder).glob("*.py"):
             known |= snippets.script_options(script)[0]
@@ -289,6 +299,16 @@ def test_every_other_block_is_listed_with_a_reason() -> None:
         assert any(block.text.startswith(one) for one in EXCEPTIONS.get(block.page, ())), f"{block}: {block.text[:60]}"
     for page, beginning in listed:
         assert any(block.page == page and block.text.startswith(beginning) for block in others), f"{page}: {beginning}"
+
+
+def test_nobody_is_told_to_install_the_package_by_its_name() -> None:
+    """It is in no index: what is there under this name may be a stranger's."""
+    texts = [
+        *(ROOT / "src").rglob("*.py"),
+        *(ROOT / "examples").glob("*.py"),
+        *(ROOT / page for page in snippets.PAGES),
+    ]
+    assert [path for path in texts if re.search(r"install\b[^\n]*quest-attention", path.read_text("utf-8"))] == []
 
 
 def test_what_needs_vllm_is_run_with_it() -> None:

@@ -88,7 +88,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
 def _check_packages(path: Path) -> None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        how = "pip install 'quest-attention[gguf]', or in a clone pip install '.[gguf]'"
+        how = "in a clone, pip install '.[gguf]'"
         expected = f"a folder or an id on the Hub, as GGUF needs package {' and '.join(missing)}: {how}"
         raise QuestValueError("model", str(path), expected)
 
