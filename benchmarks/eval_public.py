@@ -72,10 +72,10 @@ def evaluate(run: Run, number: int, models: Path, books: Path, output: Path) -> 
         # The processes of a run take the GPUs in turn; runs begin at different ones.
         order = [str((number + index) % gpus) for index in range(gpus)]
         shared = ["--model", str(models / f"{run.model}.gguf"), "--books", str(books), "--length", str(run.length)]
+        shared += ["--workers", str(run.workers)]
         with (output / f"{run.name}.log").open("a") as log:
             subprocess.run(
-                [sys.executable, "-m", "quest_attention", "eval", *arguments, "-o", str(folder), *shared]
-                + ["--workers", str(run.workers)],
+                [sys.executable, "-m", "quest_attention", "eval", *arguments, "-o", str(folder), *shared],
                 check=True,
                 stdout=log,
                 stderr=log,
