@@ -23,8 +23,8 @@ from quest_attention.eval.perplexity import BUCKET, predict_tokens
 from quest_attention.eval.plan import Arm, Job, Plan, Work, divide
 from quest_attention.eval.pool import run_jobs
 from quest_attention.eval.recall import TOP_TOKENS, measure_recall
-from quest_attention.eval.runner import RECALL_STEPS, Runner
-from quest_attention.eval.tasks import GRID, PERPLEXITY, RECALL
+from quest_attention.eval.runner import CONTINUATION_STEPS, RECALL_STEPS, Runner
+from quest_attention.eval.tasks import CONTINUATION, GRID, PERPLEXITY, RECALL
 from quest_attention.hf import cache_argument
 from quest_attention.models import bundled_model_path
 
@@ -264,10 +264,10 @@ def test_work_is_divided_by_shape_and_perplexity_by_arm_longest_first() -> None:
 def test_recall_against_loops() -> None:
     used = runner()
     tokens = used.texts.tokens[0][:400]
-    context = read_context(used.model, tokens[:-1])
+    context, following = read_context(used.model, tokens[:-1]), torch.tensor([tokens[-1:]])
     seen: dict[int, torch.Tensor] = {}
     method = Quest(QuestConfig(64, num_dense_layers=2), lambda layer, selected, _: seen.update({layer: selected.pages}))
-    found = measure_recall(used.model, method, context, tokens[-1:])
+    (found,) = measure_recall(used.model, method, context, following)
     eager = AutoModelForCausalLM.from_pretrained(bundled_model_path(), dtype=torch.float32, attn_implementation="eager")
     with torch.inference_mode():
         weights = eager.eval()(torch.tensor([tokens]), output_attentions=True).attentions
@@ -284,9 +284,9 @@ def test_recall_against_loops() -> None:
         assert mass == pytest.approx(sum(masses) / group, abs=1e-4)
         assert top == pytest.approx(sum(tops) / group, abs=1e-4)
     with pytest.raises(QuestValueError, match="quest or an oracle"):
-        measure_recall(used.model, Full(), context, tokens[-1:])
+        measure_recall(used.model, Full(), context, following)
     with pytest.raises(QuestStateError, match="within the budget"):
-        measure_recall(used.model, Quest(QuestConfig(512)), context, tokens[-1:])
+        measure_recall(used.model, Quest(QuestConfig(512)), context, following)
 
 
 def test_the_oracle_recalls_more_than_quest() -> None:
@@ -402,3 +402,30 @@ def test_several_processes_find_the_same() -> None:
     ]
     key = lambda row: (row["index"], row["method"])  # noqa: E731
     assert sorted(without_time(found), key=key) == sorted(without_time(alone), key=key)
+
+
+METHODS_OF_A_STEP = ("full", "quest", "oracle", "token_oracle", "streaming_llm", "h2o", "tova", "snapkv")
+
+
+def test_continuation_follows_full_attention() -> None:
+    """With everything read, the loss is that of the model and every next token agrees; with less, fewer do."""
+    used = runner(tasks=(CONTINUATION,), methods=METHODS_OF_A_STEP, token_budgets=("64", "1008"), num_samples=1)
+    found = {(row["method"], row["token_budget"]): row for row in rows(used)}
+    tokens = used._stretch(used.jobs[0])
+    truth = float(model_loss(used.model, torch.tensor([tokens]))[-CONTINUATION_STEPS:].sum())
+    full = found["full", None]
+    assert full["nll"] == pytest.approx(truth, rel=1e-4)
+    assert full["agreed"] == full["count"] == CONTINUATION_STEPS and full["sparse_steps"] == 0
+    for name in METHODS_OF_A_STEP[1:]:
+        assert found[name, 1008]["agreed"] >= found[name, 64]["agreed"]
+        assert found[name, 64]["sparse_steps"] == 4 * CONTINUATION_STEPS
+        assert found[name, 64]["tokens_read"] <= 64 * 4 * CONTINUATION_STEPS
+    assert found["token_oracle", 64]["nll"] < found["streaming_llm", 64]["nll"]
+
+
+def test_recall_of_stretches_side_by_side_is_that_of_each() -> None:
+    used = runner(tasks=(RECALL,), methods=("quest", "oracle", "token_oracle"), num_samples=3, lengths=(512,))
+    for both, one in zip(in_order(side_by_side(used)), in_order(rows(used)), strict=True):
+        for name in ("mass", "top10"):
+            torch.testing.assert_close(torch.tensor(both[name]), torch.tensor(one[name]), rtol=0, atol=2e-5)
+        assert {**both, "mass": 0, "top10": 0} == {**one, "mass": 0, "top10": 0}

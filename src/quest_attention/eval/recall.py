@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,21 +61,24 @@ class _Sums:
         is_read.scatter_(2, pages.masked_fill(pages < 0, is_read.shape[2] - 1), value=True)  # unused slots hold -1
         read = is_read[:, :, page][:, :, None].expand_as(weights)
         top = weights.topk(TOP_TOKENS, -1).indices
-        mass = (weights * read).sum(-1).mean((0, 2))  # [HKV]
-        hits = read.gather(-1, top).float().mean((0, 2, 3))
+        mass = (weights * read).sum(-1).mean(2)  # [B, HKV]
+        hits = read.gather(-1, top).float().mean((2, 3))
         self.mass[layer] = self.mass.get(layer, torch.zeros_like(mass)) + mass
         self.top[layer] = self.top.get(layer, torch.zeros_like(hits)) + hits
         self.steps[layer] = self.steps.get(layer, 0) + 1
 
 
-def measure_recall(model: PreTrainedModel, method: Method, context: Context, following: Sequence[int]) -> Recall:
+def measure_recall(model: PreTrainedModel, method: Method, context: Context, following: Tensor) -> list[Recall]:
     """Decode the tokens that follow a context, and compare what each step read with what full attention would weigh.
 
     Args:
         model: In evaluation mode.
         method: Quest or an oracle; the true weights are those of the queries that it makes.
-        context: From `read_context`, longer than the budget.
-        following: Token ids fed one by one.
+        context: From `read_context`, of `B` sequences longer than the budget.
+        following: `[B, t]` int64, fed one by one.
+
+    Returns:
+        What was found, for each sequence.
 
     Raises:
         QuestValueError: The method selects neither pages nor tokens.
@@ -90,14 +92,12 @@ def measure_recall(model: PreTrainedModel, method: Method, context: Context, fol
             if hasattr(layer, "on_read"):
                 layer.on_read = sums.add
         session.load(context)
-        for token in following:
-            model(torch.tensor([[token]], device=model.device), **cache_argument(session.cache), use_cache=True)
+        for index in range(following.shape[1]):
+            model(following[:, index : index + 1].to(model.device), **cache_argument(session.cache), use_cache=True)
     layers = sorted(sums.steps)
     if not layers:
         raise QuestStateError(f"{method.name} took no sparse step: the context is within the budget")
-    return Recall(
-        layers,
-        [(sums.mass[layer] / sums.steps[layer]).tolist() for layer in layers],
-        [(sums.top[layer] / sums.steps[layer]).tolist() for layer in layers],
-        sums.steps[layers[0]],
-    )
+    mass, top = (
+        torch.stack([each[layer] / sums.steps[layer] for layer in layers], 1).tolist() for each in (sums.mass, sums.top)
+    )  # of each sequence, layer and KV head
+    return [Recall(layers, *found, sums.steps[layers[0]]) for found in zip(mass, top, strict=True)]

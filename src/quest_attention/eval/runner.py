@@ -132,9 +132,9 @@ class Runner:
 
     def shape(self, job: Job) -> Hashable:
         """What samples of a task and length must have in common to be one batch: methods take no padding."""
-        if job.task in (PERPLEXITY, CONTINUATION):
+        if job.task in _FROM_BOOKS:
             return None  # as many tokens as the length says
-        if job.task in LONGBENCH or job.task == RECALL:
+        if job.task in LONGBENCH:
             return job.index
         sample = self._sample(job)
         return len(sample.context_ids) + len(sample.question_ids), self._tail(sample)
@@ -231,13 +231,12 @@ class Runner:
                 }
 
     def _recall(self, work: Work) -> Iterator[dict[str, Any]]:
-        for job in work.jobs:
-            tokens = self._stretch(job)
-            head, tail = tokens[:-RECALL_STEPS], tokens[-RECALL_STEPS:]
-            methods = [self.plan.method(arm) for arm in work.arms]
-            context = self._read(torch.tensor([head]), methods)
-            for arm, method in zip(work.arms, methods, strict=True):
-                found = measure_recall(self.model, method, context, tail)
+        tokens = torch.tensor([self._stretch(job) for job in work.jobs])
+        methods = [self.plan.method(arm) for arm in work.arms]
+        context = self._read(tokens[:, :-RECALL_STEPS], methods)
+        for arm, method in zip(work.arms, methods, strict=True):
+            recalls = measure_recall(self.model, method, context, tokens[:, -RECALL_STEPS:])
+            for job, found in zip(work.jobs, recalls, strict=True):
                 yield {
                     **asdict(job),
                     **asdict(arm),

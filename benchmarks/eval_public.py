@@ -1,0 +1,120 @@
+"""Measure methods on public models with `quest eval`: the runs behind docs/results.md.
+
+    make real-models MODELS="smollm2 qwen gemma"
+    python benchmarks/eval_public.py --books books --output runs
+
+Each model and length is a run in a folder of its own. First full attention answers every task; the other methods then
+answer those that it can do. An interrupted run goes on with the same command. Written for NVIDIA GPUs: with four of
+them it takes about twenty minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+TASKS = ("passkey", "needle_of_30", "niah_multikey_2", "niah_multikey_3", "niah_multivalue", "variable_tracking")
+METHODS = "full,quest,quest:group_reduction=mean,oracle,token_oracle,streaming_llm,h2o,tova,snapkv"
+BUDGETS = (128, 256, 512, 1024, 2048, 4096)
+LEAST_FULL = 0.6
+"""Where full attention is right in a smaller share of the answers, other methods are not asked."""
+RECALL_SAMPLES = 32
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model at a length.
+
+    Attributes:
+        name: Of its folder.
+        model: Name of its file.
+        length: Context, question and answer together [tokens].
+        answers: Samples of each task.
+        stretches: Samples of `continuation`.
+        workers: Processes: as many as keep a share of four GPUs busy.
+    """
+
+    name: str
+    model: str
+    length: int
+    answers: int
+    stretches: int
+    workers: int
+
+
+RUNS = (
+    Run("qwen_31k", "qwen", 31 * 1024, 48, 56, 7),
+    Run("qwen_16k", "qwen", 16 * 1024, 100, 200, 7),
+    Run("qwen_8k", "qwen", 8 * 1024, 100, 200, 4),
+    Run("smollm2_4k", "smollm2", 4 * 1024, 100, 200, 3),
+    Run("smollm2_8k", "smollm2", 8 * 1024 - 256, 100, 200, 4),
+    Run("gemma_16k", "gemma", 16 * 1024, 100, 200, 3),
+    Run("gemma_31k", "gemma", 31 * 1024, 48, 56, 3),
+)
+
+
+def evaluate(run: Run, number: int, models: Path, books: Path, output: Path) -> None:
+    """Do one run."""
+    folder = output / run.name
+
+    def quest_eval(*arguments: str) -> None:
+        gpus = torch.cuda.device_count()
+        # The processes of a run take the GPUs in turn; runs begin at different ones.
+        order = [str((number + index) % gpus) for index in range(gpus)]
+        shared = ["--model", str(models / f"{run.model}.gguf"), "--books", str(books), "--length", str(run.length)]
+        shared += ["--workers", str(run.workers)]
+        with (output / f"{run.name}.log").open("a") as log:
+            subprocess.run(
+                [sys.executable, "-m", "quest_attention", "eval", *arguments, "-o", str(folder), *shared],
+                check=True,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(order)},
+            )
+
+    budgets = ",".join(str(budget) for budget in BUDGETS if budget < run.length)
+    answers, stretches = str(run.answers), str(run.stretches)
+    quest_eval(*TASKS, "--method", "full", "-n", answers)
+    able = [task for task, share in shares_right(folder).items() if share >= LEAST_FULL]
+    if able:
+        quest_eval(*able, "--method", METHODS, "-b", budgets, "-n", answers)
+    quest_eval("continuation", "--method", METHODS, "-b", budgets, "-n", stretches)
+    quest_eval("recall", "--method", METHODS, "-b", budgets, "-n", str(RECALL_SAMPLES))
+
+
+def shares_right(folder: Path) -> dict[str, float]:
+    """Of full attention's answers, by task."""
+    scores = defaultdict(list)
+    for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["method"] == "full" and "score" in row:
+            scores[row["task"]].append(row["score"])
+    return {task: sum(found) / len(found) for task, found in scores.items()}
+
+
+def main(
+    books: Annotated[Path, typer.Option(help="Folder of long *.txt files.")],
+    output: Annotated[Path, typer.Option(help="Folder for the runs.")],
+    models: Annotated[Path, typer.Option(help="Folder of the GGUF files.")] = Path(".models"),
+    only: Annotated[str, typer.Option(help="Names of runs, parted by commas; all by default.")] = "",
+) -> None:
+    """Do all runs side by side."""
+    wanted = [run for run in RUNS if not only or run.name in only.split(",")]
+    output.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        for done in [pool.submit(evaluate, run, number, models, books, output) for number, run in enumerate(wanted)]:
+            done.result()
+
+
+if __name__ == "__main__":
+    typer.run(main)
