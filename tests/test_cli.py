@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -19,15 +20,17 @@ from huggingface_hub import constants as hub_constants
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from quest_attention import __version__
+from quest_attention import QuestConfig, __version__
 from quest_attention import models as models_package
 from quest_attention.cli import run
 from quest_attention.cli.failures import INTERRUPTED, PIPE_CLOSED, reports_failures
+from quest_attention.cli.pace import Pace
 from quest_attention.cli.prompt import read_prompt
 from quest_attention.errors import QuestStateError, QuestValueError
 from quest_attention.eval.excerpt import SOUTH
 from quest_attention.hf import attention
 from quest_attention.models import bundled_model_path
+from quest_attention.ops import dispatch
 
 POSITIONS = 2048
 COMMAND = [sys.executable, "-m", "quest_attention.cli"]
@@ -123,6 +126,38 @@ def test_version(quest: Cli) -> None:
     assert quest("--version") == Result(0, f"quest-attention {__version__}\n", "")
 
 
+def test_the_package_is_the_command_too() -> None:
+    said = subprocess.run([sys.executable, "-m", "quest_attention", "-V"], capture_output=True, check=True).stdout
+    assert said.decode() == f"quest-attention {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("shell", "typed"),
+    [
+        ("bash", {"COMP_WORDS": "quest gen", "COMP_CWORD": "1"}),
+        ("zsh", {"_TYPER_COMPLETE_ARGS": "quest gen"}),
+        ("fish", {"_TYPER_COMPLETE_ARGS": "quest gen", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}),
+    ],
+)
+def test_a_shell_completes_without_heavy_imports(shell: str, typed: dict[str, str]) -> None:
+    code = (
+        "import sys; from quest_attention.cli import run\n"
+        "try: run([])\n"
+        "finally: print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)), file=sys.stderr)"
+    )
+    environment = os.environ | {"_QUEST_COMPLETE": f"complete_{shell}"} | typed
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "generate" in done.stdout and "demo" not in done.stdout
+    assert done.stderr == "[]\n"
+
+
+def test_completion_keeps_out_of_the_help(quest: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "completion" not in quest("--help").out
+    with pytest.raises(SystemExit) as ended:
+        run(["--show-completion"])
+    assert not ended.value.code or "not supported" in capsys.readouterr().out  # started from no shell
+
+
 def test_help_does_not_import_transformers() -> None:
     code = "import sys; from quest_attention.cli import run; run(['--help']); sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
@@ -155,6 +190,23 @@ def test_the_summary_tells_the_share_of_the_layers_with_quest(quest: Cli, model_
     file.write_text(SOUTH.text()[:2000], encoding="utf-8")
     result = quest("generate", "-m", model_folder, "-f", str(file), "-b", "64", "-n", "5")
     assert "in the 1 of 3 layers with Quest, 64 tokens a step" in result.err
+
+
+def test_a_quiet_run_writes_the_text_alone(quest: Cli, model_folder: str) -> None:
+    arguments = ("generate", "-m", model_folder, "-p", "South of the ice", "-n", "8")
+    assert quest(*arguments, "--quiet") == Result(0, quest(*arguments).out, "")
+    assert "--top-p" in refused(quest(*arguments, "-q", "--top-p", "2"))
+
+
+def test_one_of_a_thing_is_one(quest: Cli, model_folder: str) -> None:
+    said = quest("generate", "-m", model_folder, "-p", "i", "-n", "1", "--threads", "1").err
+    assert "prefill  1 token in" in said and "2,048 tokens" in said
+    assert refused(quest("generate", "-b", "8")).endswith("at least 16: 1 forced page of 16 tokens")
+
+
+def test_the_default_budget_is_that_of_the_config(quest: Cli, model_folder: str) -> None:
+    report = json.loads(quest("generate", "-m", model_folder, "-p", "ice", "-n", "2", "--json").out)
+    assert report["quest"] == dataclasses.asdict(QuestConfig())
 
 
 def test_dense_runs_without_quest(quest: Cli, model_folder: str) -> None:
@@ -254,17 +306,138 @@ def test_a_prompt_longer_than_the_positions_of_the_model(quest: Cli, model_folde
         (["--group-reduction", "sum"], "--group-reduction: got 'sum', expected one of max, mean"),
         (["--backend", "cuda"], "--backend: got 'cuda', expected one of auto, torch, triton, reference"),
         (["--max-new-tokens", "0"], "--max-new-tokens: got 0, expected a positive integer"),
-        (["--temperature", "-1"], "--temperature: got -1.0, expected 0 (the likeliest token) or more"),
+        *(
+            (
+                ["--temperature", given],
+                f"--temperature: got {float(given)}, expected 0 (the likeliest token), or a finite number from 1e-06",
+            )
+            for given in ("-1", "nan", "inf", "1e-40")
+        ),
         (["--top-p", "0"], "--top-p: got 0.0, expected a probability above 0 and at most 1"),
+        (["--top-p", "nan"], "--top-p: got nan, expected a probability above 0 and at most 1"),
         (["--threads", "0"], "--threads: got 0, expected a positive integer"),
-        (["--device", "abacus"], "--device: got 'abacus', expected auto, cpu, or a device that `quest env` lists"),
+        *(
+            (
+                ["--threads", str(given)],
+                f"--threads: got {given}, expected at most {os.cpu_count()}, the logical cores of ",
+            )
+            for given in (20_000, 100_000)  # a crash, and an error that blamed the model
+        ),
+        *(
+            (["--seed", str(given)], f"--seed: got {given}, expected an integer from 0 to {2**64 - 1}")
+            for given in (-1, 2**64)
+        ),
+        *(
+            (["--device", name], f"--device: got {name!r}, expected auto, cpu, or a device that `quest env` lists")
+            for name in ("abacus", "meta", "hpu", "cpu:3", "")
+        ),
         (["--dtype", "int3"], "--dtype: got 'int3', expected one of auto, float32, bfloat16, float16"),
         (["--token-bugdet", "64"], "--token-bugdet: got an unknown option, expected --token-budget"),
         (["--zzz"], "--zzz: got an unknown option, expected one that --help lists"),
     ],
 )
 def test_wrong_options(quest: Cli, model_folder: str, arguments: list[str], line: str) -> None:
-    assert refused(quest("generate", "-m", model_folder, "-p", "ice", *arguments)) == line
+    assert refused(quest("generate", "-m", model_folder, "-p", "ice", *arguments)).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["-o", ""], "--output: got '', expected a path"),
+        (["-o", "/proc/nope"], "--output: got '/proc/nope', expected a folder that can be written: "),
+        (["--books", ""], "--books: got '', expected a path"),
+        (["--books", "nowhere"], "--books: got 'nowhere', expected a folder with *.txt"),
+        (["--longbench", ""], "--longbench: got '', expected a path"),
+        (["--num-samples", "0"], "--num-samples: got 0, expected a positive integer"),
+        (["--workers", "0"], "--workers: got 0, expected a positive integer"),
+        (["--workers", "20000"], "--workers: got 20000, expected at most "),
+        (["--threads", "20000"], "--threads: got 20000, expected at most "),
+        (["--seed", str(10**22)], f"--seed: got {10**22}, expected an integer from 0 to "),
+        (["--seed=-1"], "--seed: got -1, expected an integer from 0 to "),
+        (["--device", "meta"], "--device: got 'meta', expected auto, cpu"),
+        (["--dtype", "int3"], "--dtype: got 'int3', expected one of auto"),
+        (
+            ["--method", "quest:page_size=0"],
+            "--method: got 'quest:page_size=0', expected another page_size: a positive",
+        ),
+        (["--method", "quest:"], "--method: got 'quest:', expected option=value behind the colon"),
+        (["--method", ""], "--method: got 'nothing', expected at least one"),
+        (["--method", "quest,quest:page_size=16"], "--method: got 'quest:page_size=16', expected methods that differ"),
+        (["--length", "1024,1024"], "--length: got 1024, expected each once"),
+        (["--method", "h2o", "--page-size", "0", "-b", "1/16"], "--page-size: got 0, expected a positive integer"),
+        (["--method", "h2o", "--dense-layers=-1"], "--dense-layers: got -1, expected a non-negative integer"),
+    ],
+)
+def test_eval_refuses_before_it_loads_or_writes(
+    quest: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], line: str
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("no model is needed to know that")
+
+    monkeypatch.setattr("quest_attention.cli.eval.load_model", never)
+    monkeypatch.chdir(tmp_path)
+    assert refused(quest("eval", "passkey", "-o", "run", "-l", "1024", "-b", "64", *arguments)).startswith(line)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ("generate", "-p", "ice", "--backend", "triton"),
+            "--backend: got 'triton', expected 'auto' or 'torch' here: ",
+        ),
+        (
+            ("eval", "passkey", "-o", "run", "--backend", "triton"),
+            "--backend: got 'triton', expected 'auto' or 'torch' ",
+        ),
+        (
+            ("eval", "passkey", "-o", "run", "--method", "quest:backend=triton"),
+            "--method: got 'quest:backend=triton', expected another backend: 'auto' or 'torch' here: ",
+        ),
+    ],
+)
+def test_a_backend_that_cannot_run_is_named_before_a_model_is_loaded(
+    quest: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: tuple[str, ...], line: str
+) -> None:
+    monkeypatch.setattr(dispatch, "_why_no_triton", lambda _: "there is no GPU")  # tests have Triton's interpreter
+    monkeypatch.chdir(tmp_path)
+    assert refused(quest(*arguments, "-m", "no-such-model")).startswith(line)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--dense-layers", "3"], "--dense-layers: got 3, expected less than the model's 3 layers"),
+        (
+            ["--method", "quest:num_dense_layers=3"],
+            "--method: got 'quest:num_dense_layers=3', expected num_dense_layers",
+        ),
+        (["-l", "4096"], "--length: got 4096, expected at most 2048, the model's positions"),
+    ],
+)
+def test_eval_refuses_what_the_model_cannot_and_leaves_nothing(
+    quest: Cli, monkeypatch: pytest.MonkeyPatch, model_folder: str, tmp_path: Path, arguments: list[str], line: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ("eval", "passkey", "-m", model_folder, "-o", "a/run", "-l", "1024", "-b", "64", *arguments)
+    assert refused(quest(*given)).startswith(line)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_books_that_are_no_text_are_named(quest: Cli, model_folder: str, tmp_path: Path) -> None:
+    books = tmp_path / "books"
+    books.mkdir()
+    (books / "latin.txt").write_bytes("Südmeer".encode("latin-1"))
+    given = ("eval", "passkey", "-m", model_folder, "-l", "1024", "-b", "64", "-o", str(tmp_path / "run"))
+    line = refused(quest(*given, "--books", str(books)))
+    assert line == f"--books: got '{books / 'latin.txt'}, byte 0xfc at offset 1', expected text in UTF-8"
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_folder_for_a_report(quest: Cli) -> None:
+    assert refused(quest("report", "")) == "folder: got '', expected a path"
 
 
 def test_chat_without_a_template(quest: Cli, model_folder: str) -> None:
@@ -342,7 +515,7 @@ def test_the_fact_lies_where_the_demo_says(quest: Cli, demo_arguments: list[str]
         assert report["expected"] in report["fact"]["text"]
 
 
-@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
 def test_the_picture_fits_the_terminal(
     quest: Cli, demo_arguments: list[str], monkeypatch: pytest.MonkeyPatch, width: int
 ) -> None:
@@ -351,17 +524,31 @@ def test_the_picture_fits_the_terminal(
     assert result.code == 0 and result.err == "", "no progress bar where there is no terminal"
     assert "\x1b" not in result.out
     assert max(map(len, result.out.splitlines())) <= width
-    for word in ("South", "pass key", "layer 2", "window", "the fact: read in"):
+    assert "…" not in result.out, "nothing is cut"
+    for word in ("South", "pass key", "layer 2", "window", "steps\n", "a column", "seldom"):
         assert word in result.out
+    headings = ("tokens read per step", "ms per token") if width < 80 else ("tokens read", "ms per")
+    for word in headings:
+        assert word in result.out
+
+
+def test_a_quiet_demo_shows_the_table_alone(quest: Cli, demo_arguments: list[str]) -> None:
+    whole, table = quest(*demo_arguments), quest(*demo_arguments, "-q")
+    assert table.code == 0 and table.err == ""
+    assert [line.split("  ")[0] for line in table.out.splitlines()[2:]] == ["full", "quest", "sliding window"]
+    assert len(table.out.splitlines()) == 5 < len(whole.out.splitlines())
 
 
 def test_a_model_that_cannot_answer_is_said_to_be_one(quest: Cli, demo_arguments: list[str]) -> None:
     assert "this run says nothing about what a method" in " ".join(quest(*demo_arguments).out.split())
 
 
+@pytest.mark.slow
 def test_the_bundled_model_shows_the_point(quest: Cli) -> None:
-    full, sparse, window = json.loads(quest("demo", "--length", "4096", "--json").out)["results"]
+    report = json.loads(quest("demo", "--json").out)
+    full, sparse, window = report["results"]
     assert full["is_right"] and sparse["is_right"] and not window["is_right"]
+    assert report["length"] == 8192 and report["config"] == dataclasses.asdict(QuestConfig())
 
 
 def test_the_picture_is_ascii_where_it_must_be(demo_arguments: list[str]) -> None:
@@ -386,6 +573,10 @@ def test_the_demo_fails_where_the_sparse_path_was_not_taken(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--length", "0"], "--length: got 0, expected a positive integer"),
+        (["--length=-5"], "--length: got -5, expected a positive integer"),
+        (["--depth", "nan"], "--depth: got nan, expected a percentage from 0 to 100"),
+        (["--seed=-1"], "--seed: got -1, expected an integer from 0"),
         (["--length", "64000"], "--length: got 64000, expected at most 2048, the model's positions"),
         (["--length", "20", "--token-budget", "16"], "--length: got 20, expected"),
         (["--depth", "101"], "--depth: got 101.0, expected a percentage from 0 to 100"),
@@ -447,3 +638,45 @@ def test_ctrl_c_and_a_closed_pipe_end_without_a_traceback(model_folder: str) -> 
     closed.stderr.close()
     assert closed.wait(timeout=30) == PIPE_CLOSED
     assert err == b""
+
+
+# ----------------------------------------------------------------------------------------------------------------- eval
+
+
+def test_eval_says_how_much_there_is_to_do(quest: Cli, model_folder: str, tmp_path: Path) -> None:
+    given = ("eval", "passkey", "-m", model_folder, "-o", str(tmp_path / "run"), "-l", "512")
+    given = (*given, "--method", "full,quest", "-b", "64,128")
+    first = quest(*given, "-n", "2")
+    assert first.err == "quest: 6 answers to make, for 2 samples by 2 methods (3 with their budgets)\n"
+    more = quest(*given, "-n", "3")
+    already = f"6 of 9 answers are in {tmp_path / 'run'} already"
+    assert more.err == f"quest: {already}; 3 answers to make, for 1 sample by 2 methods (3 with their budgets)\n"
+    assert quest(*given, "-n", "3").err == f"quest: all 9 answers are in {tmp_path / 'run'} already\n"
+    assert quest(*given, "-n", "4", "-q") == Result(0, "", "")
+    assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 12
+
+
+def test_the_time_left_is_said_once_and_only_where_it_matters() -> None:
+    now = [0.0]
+    pace = Pace(1000, clock=lambda: now[0])
+    said = []
+    for _ in range(20):
+        now[0] += 2
+        said.append(pace.take(10))
+    assert [(index, words) for index, words in enumerate(said) if words] == [(2, "3 min")], "970 at 10 in 2 s"
+    quick = Pace(40, clock=lambda: now[0])
+    for _ in range(4):
+        now[0] += 2
+        assert quick.take(10) is None, "10 s more are nothing to speak of"
+
+
+def test_loading_models_is_no_pace() -> None:
+    now = [0.0]
+    pace = Pace(1000, skips_first=True, clock=lambda: now[0])
+    now[0] = 500.0
+    assert pace.take(10) is None
+    said = []
+    for _ in range(3):
+        now[0] += 2
+        said.append(pace.take(10))
+    assert said == [None, None, "3 min"]

@@ -66,8 +66,10 @@ class QuestConfig:
         _check_choice("backend", self.backend, get_args(Backend))
         if self.page_budget < self.num_forced_pages:
             needed = self.num_forced_pages * self.page_size
-            pages = f"{self.num_forced_pages} forced pages of {self.page_size} tokens"
-            raise QuestValueError("token_budget", self.token_budget, f"at least {needed}: {pages}")
+            pages = "1 forced page" if self.num_forced_pages == 1 else f"{self.num_forced_pages} forced pages"
+            raise QuestValueError(
+                "token_budget", self.token_budget, f"at least {needed}: {pages} of {self.page_size} tokens"
+            )
 
     @property
     def page_budget(self) -> int:

@@ -139,6 +139,24 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
     assert json.loads(first)["settings"] == SETTINGS
 
 
+def test_the_page_fits_a_telephone_and_a_dark_room(tmp_path: Path) -> None:
+    """What is wide scrolls in a box of its own, which keys reach too; letters of figures keep their size."""
+    page = write_report(write(tmp_path, made_up(n=2))).read_text(encoding="utf-8")
+    boxed = re.findall(r'<div class="wide" tabindex="0">\s*(<table|<img style="--width: [\d.]+in")', page)
+    assert len(boxed) == page.count("<table") + page.count("<img ")
+    style = page[page.index("<style>") : page.index("</style>")]
+    assert re.search(r"\.wide \{ overflow-x: auto; \}", style)
+    assert "overflow-wrap: anywhere" in re.search(r"body \{[^}]*\}", style)[0]  # type: ignore[index]
+    assert "width=device-width" in page and "prefers-color-scheme: dark" in style
+    assert "background: #fff" in re.search(r"\.wide img \{ display[^}]*\}", style)[0], "figures are drawn in black"  # type: ignore[index]
+    assert re.search(r"max-width: 40rem\) \{\s*\.wide img \{ max-width: none; width: var\(--width\); \}", style)
+
+
+def test_one_of_a_thing_on_the_page_is_one(tmp_path: Path) -> None:
+    page = write_report(write(tmp_path, [answer("needle_grid", "full", None, 1.0, depth=0.5)])).read_text("utf-8")
+    assert "<p>1 result. " in page and "All by depth: 1 cell<" in page
+
+
 def test_a_summary_is_enough_for_a_report(tmp_path: Path) -> None:
     folder = write(tmp_path / "run", made_up(n=4))
     write_report(folder)
@@ -231,7 +249,7 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     assert "the run is not finished" in page
     even = write_report(write(tmp_path, rows)).read_text(encoding="utf-8")
     assert "the run is not finished" not in even
-    assert "fewer samples than the 20 that were asked for" in even
+    assert "fewer than the 20 samples that were asked for" in even
     rows = [answer("passkey", "full", None, 1.0, index=index) for index in range(20)]
     assert "asked for" not in write_report(write(tmp_path, rows)).read_text(encoding="utf-8")
 

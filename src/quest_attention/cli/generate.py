@@ -145,8 +145,8 @@ def _check_fits(model: PreTrainedModel, prompt_tokens: int, sampling: Sampling) 
             )
         raise QuestValueError(
             "prompt",
-            f"{prompt_tokens} tokens",
-            f"at most {room}: the model's {positions} positions, less {sampling.max_new_tokens} new tokens",
+            counted(prompt_tokens, "token"),
+            f"at most {room}: the model's {positions} positions, less {counted(sampling.max_new_tokens, 'new token')}",
         )
 
 

@@ -19,6 +19,7 @@ from quest_attention.eval.frame import plain_frame
 from quest_attention.eval.methods import Full, LayerReads, Method, Quest, SlidingWindow
 from quest_attention.eval.page_reads import PageReads
 from quest_attention.eval.tasks import Sample, is_correct, make_sample
+from quest_attention.eval.wording import counted
 
 __all__ = [
     "TASK",
@@ -238,9 +239,8 @@ def check_fits(model: PreTrainedModel, length: int, config: QuestConfig) -> None
     if positions is not None and length > positions:
         raise QuestValueError("length", length, f"at most {positions}, the model's positions")
     if config.num_dense_layers >= text.num_hidden_layers:
-        raise QuestValueError(
-            "num_dense_layers", config.num_dense_layers, f"less than the model's {text.num_hidden_layers} layers"
-        )
+        layers = counted(text.num_hidden_layers, "layer")
+        raise QuestValueError("num_dense_layers", config.num_dense_layers, f"less than the model's {layers}")
 
 
 def _result(

@@ -69,12 +69,14 @@ class Picture:
         name: Of its file, without the suffix.
         section: The task it belongs to, `perplexity` or `recall`.
         caption: What it shows, for people.
+        width: At which its letters have the size they are drawn with [inches].
         png: The file.
     """
 
     name: str
     section: str
     caption: str
+    width: float
     png: bytes
 
 
@@ -108,7 +110,11 @@ def draw_pictures(results: Results) -> list[Picture]:
             (f"recall_{name}", RECALL, f"{caption}, by budget. {_BARS}", _recall(name, what, results.recall, styles)),
             (f"recall_{name}_by_layer", RECALL, f"{caption}, by layer.", _by_layer(name, what, results.recall, styles)),
         ]
-    return [Picture(name, section, caption, _png(figure)) for name, section, caption, figure in drawings if figure]
+    return [
+        Picture(name, section, caption, round(figure.get_figwidth(), 2), _png(figure))
+        for name, section, caption, figure in drawings
+        if figure
+    ]
 
 
 _BARS = "Bars are 95 % intervals over samples; points of one budget stand a little apart so that all can be seen."

@@ -14,6 +14,7 @@ from quest_attention.eval.longbench import LONGBENCH_PREFIX
 from quest_attention.eval.report.figures import Picture
 from quest_attention.eval.report.results import Results, accuracy_row, accuracy_rows, perplexity_rows, recall_rows
 from quest_attention.eval.tasks import GRID, PERPLEXITY, RECALL
+from quest_attention.eval.wording import counted
 
 __all__ = ["Section", "Table", "make_page"]
 
@@ -66,7 +67,7 @@ def make_page(results: Results, pictures: Sequence[Picture]) -> str:
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template(_TEMPLATE).render(
-        results=results, sections=_sections(results, pictures), settings=_flat(results.settings)
+        results=results, sections=_sections(results, pictures), settings=_flat(results.settings), counted=counted
     )
 
 
@@ -112,7 +113,7 @@ def _task_table(results: Results, task: str) -> Table:
 def _needle_table(results: Results) -> Table:
     headings = ("length", "depth", "method", "budget", "score", "n")
     rows = [(str(cell.length), f"{cell.depth} %", *accuracy_row(cell)) for cell in results.needle]
-    return Table(f"All {len(rows)} cells by depth", headings, rows)
+    return Table(f"All by depth: {counted(len(rows), 'cell')}", headings, rows)
 
 
 def _base64(picture: Picture) -> str:

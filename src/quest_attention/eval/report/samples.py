@@ -12,6 +12,7 @@ from quest_attention.errors import QuestValueError
 from quest_attention.eval.longbench import LONGBENCH_PREFIX
 from quest_attention.eval.rows import parse_rows
 from quest_attention.eval.tasks import PERPLEXITY, RECALL
+from quest_attention.eval.wording import counted
 
 __all__ = ["Answer", "Prediction", "Recollection", "read_samples"]
 
@@ -124,7 +125,9 @@ def _read(key: _Key, fields: _Fields) -> Answer | Prediction | Recollection:
         count = tuple(fields.check("count", each, int, 0) for each in fields.several("count"))
         nll = tuple(float(fields.check("nll", each, float, 0)) for each in fields.several("nll", len(count)))
         if not 0 <= sum(nll) <= _MOST_NATS * sum(count) or not sum(count):
-            raise fields.error("nll", sum(nll), f"at most {_MOST_NATS:.0f} nats for each of {sum(count)} tokens")
+            raise fields.error(
+                "nll", sum(nll), f"at most {_MOST_NATS:.0f} nats for each of {counted(sum(count), 'token')}"
+            )
         return Prediction(**names, bucket=fields.whole("bucket", 1), nll=nll, count=count, **totals)
     score = fields.share("score")
     if not key.task.startswith(LONGBENCH_PREFIX) and score not in {0.0, 1.0}:
