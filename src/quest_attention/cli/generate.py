@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import TextStreamer
 
+from quest_attention.cli.chat import turn_end
 from quest_attention.cli.console import OnProgress, progress_bar, say
 from quest_attention.cli.loading import LoadedModel, load_model, resolve_device, set_threads
 from quest_attention.config import QuestConfig
@@ -117,7 +118,7 @@ def stream_text(
     _check_fits(loaded.model, ids.shape[1], sampling)
     with contextlib.ExitStack() as stack:
         counters = None if config is None else stack.enter_context(enable_quest(loaded.model, config)).counters
-        written = _generate(loaded, ids, sampling, is_silent=as_json, is_quiet=is_quiet)
+        written = _generate(loaded, ids, sampling, is_chat=is_chat, is_silent=as_json, is_quiet=is_quiet)
     if as_json:
         sys.stdout.write(json.dumps(_report(written, config, counters, loaded), indent=2) + "\n")
     elif not is_quiet:
@@ -150,7 +151,9 @@ def _check_fits(model: PreTrainedModel, prompt_tokens: int, sampling: Sampling) 
         )
 
 
-def _generate(loaded: LoadedModel, ids: Tensor, sampling: Sampling, *, is_silent: bool, is_quiet: bool) -> Written:
+def _generate(
+    loaded: LoadedModel, ids: Tensor, sampling: Sampling, *, is_chat: bool, is_silent: bool, is_quiet: bool
+) -> Written:
     model, tokenizer = loaded.model, loaded.tokenizer
     generation = GenerationConfig.from_model_config(model.config)
     # Our own choices, not those that a checkpoint may bring: the options of the command say all there is.
@@ -159,8 +162,7 @@ def _generate(loaded: LoadedModel, ids: Tensor, sampling: Sampling, *, is_silent
     if generation.do_sample:
         generation.temperature, generation.top_p, generation.top_k = sampling.temperature, sampling.top_p, 0
         torch.manual_seed(sampling.seed)
-    ends = model.generation_config.eos_token_id  # may be several, where the tokenizer knows one
-    generation.eos_token_id = tokenizer.eos_token_id if ends is None else ends
+    generation.eos_token_id = _ends(model, tokenizer, is_chat=is_chat)
     generation.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids = ids.to(model.device)
     with contextlib.ExitStack() as until_first_token:
@@ -177,6 +179,16 @@ def _generate(loaded: LoadedModel, ids: Tensor, sampling: Sampling, *, is_silent
         prefill_seconds=streamer.times[0] - started,
         decode_seconds=streamer.times[-1] - streamer.times[0],
     )
+
+
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, is_chat: bool) -> list[int] | None:
+    """Tokens that end the text."""
+    known = model.generation_config.eos_token_id  # may be several, where the tokenizer knows one
+    known = tokenizer.eos_token_id if known is None else known
+    ends = set(known) if isinstance(known, list) else {known}
+    if is_chat:
+        ends.add(turn_end(tokenizer))
+    return sorted(end for end in ends if end is not None) or None
 
 
 class _Stream(TextStreamer):
