@@ -30,6 +30,9 @@ from quest_attention.pages import PagedKV
 triton = pytest.importorskip("triton", reason="Triton is for Linux")
 tl = pytest.importorskip("triton.language")
 
+from triton.runtime import interpreter  # noqa: E402
+
+import quick_interpreter  # noqa: E402
 from quest_attention.ops.triton import decode, selection, tuning, workspace  # noqa: E402 (needs triton)
 from quest_attention.ops.triton.metadata import _round_up  # noqa: E402
 
@@ -42,6 +45,40 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def config(token_budget: int, page_size: int = 8, **options: object) -> QuestConfig:
     return QuestConfig.from_dict({"token_budget": token_budget, "page_size": page_size, "backend": "triton", **options})
+
+
+@triton.jit
+def _wider(low, high, other_low, other_high):
+    lower = tl.minimum(low, other_low, propagate_nan=tl.PropagateNan.ALL)
+    return lower, tl.maximum(high, other_high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _reduce_kernel(given, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr, AXIS: tl.constexpr, KEEP: tl.constexpr):
+    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    block = tl.load(given + row[:, None] * COLUMNS + column[None, :])
+    low, high = tl.reduce((block, block), AXIS, _wider, keep_dims=KEEP)
+    size: tl.constexpr = COLUMNS if AXIS == 0 else ROWS
+    at = tl.arange(0, size)
+    if KEEP:
+        at = at[None, :] if AXIS == 0 else at[:, None]
+    tl.store(out + at, low)
+    tl.store(out + size + at, high)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_quick_interpreter_reduces_as_tritons_own(axis: int, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = torch.randn(8, 4)
+    given[3, 2] = float("nan")
+    found = []
+    for way in (quick_interpreter.one_by_one, quick_interpreter.by_halves):
+        monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", way)
+        found.append(torch.zeros(16))
+        _reduce_kernel[(1,)](given, found[-1], ROWS=8, COLUMNS=4, AXIS=axis, KEEP=keep)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0, equal_nan=True)
+    size = (4, 8)[axis]
+    assert found[0][: 2 * size].isnan().sum() == 2 and (found[0][:size] < found[0][size : 2 * size]).sum() == size - 1
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
