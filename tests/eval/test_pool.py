@@ -43,7 +43,7 @@ class Runner:
 if __name__ == "__main__":
     jobs = [(Job("passkey", 64, index), [Arm("full", None)]) for index in range(4)]
     try:
-        for _ in run_jobs(Runner(), jobs, workers=2, make_runner=Runner):
+        for _ in run_jobs(Runner(), [jobs], workers=2, make_runner=Runner):
             pass
     except QuestError as error:
         sys.exit(str(error))

@@ -17,10 +17,16 @@ from quest_attention import QuestValueError
 from quest_attention.cli.app import run
 from quest_attention.eval.report import read_results, write_report
 from quest_attention.eval.report.figures import _accuracy, _grid, _styles, draw_pictures
-from quest_attention.eval.report.results import accuracy_rows, perplexity_rows, recall_rows
+from quest_attention.eval.report.results import (
+    accuracy_rows,
+    continuation_rows,
+    perplexity_rows,
+    recall_rows,
+    tells_nothing,
+)
 from quest_attention.eval.wilson import wilson_interval
 
-METHODS = ("full", "quest", "oracle", "streaming_llm", "h2o", "tova", "snapkv", "quest:page_size=32")
+METHODS = ("full", "quest", "oracle", "token_oracle", "streaming_llm", "h2o", "tova", "snapkv", "quest:page_size=32")
 TASKS = ("passkey", *(f"niah_{kind}" for kind in ("single_1", "single_2", "multikey_1", "multiquery")))
 SETTINGS = {
     "model": "the bundled model",
@@ -54,6 +60,7 @@ def made_up(tasks: tuple[str, ...] = TASKS, lengths: tuple[int, ...] = (4096, 81
         "full": 9.0,
         "quest": 3.0,
         "oracle": 4.0,
+        "token_oracle": 5.0,
         "streaming_llm": -3.0,
         "h2o": -2.0,
         "tova": -1.5,
@@ -83,6 +90,9 @@ def made_up(tasks: tuple[str, ...] = TASKS, lengths: tuple[int, ...] = (4096, 81
             count = [1023, *[1024] * 7]
             nll = [size * (3.3 - 0.04 * part + worse * part / 7) for part, size in enumerate(count)]
             rows.append({**row, "nll": nll, "count": count})
+            loss = 300 * (1 + worse) + index
+            ends = {"nll": loss, "agreed": 128 - round(99 * worse) - index, "count": 128, "bucket": None}
+            rows.append({**answer("continuation", method, budget, 0, length=8192, index=index), **ends})
         for method in ("quest", "oracle"):
             for budget in (64, 256, 1024):
                 share = 0.4 + 0.05 * math.log2(budget) + (0.05 if method == "oracle" else 0)
@@ -115,12 +125,44 @@ def test_cells_by_hand(tmp_path: Path) -> None:
     (recall,) = results.recall
     assert recall.mass == pytest.approx(75)
     assert recall.top10_by_layer == pytest.approx((100, 20))
-    assert accuracy_rows(results)[0][-1] == "share read"
-    assert ("passkey", "8192", "quest", "64", f"75.0 % ({low:.1f} to {high:.1f})", "4", "10.0 %") in accuracy_rows(
+    assert accuracy_rows(results)[0][-2:] == ("share read", "")
+    assert ("passkey", "8192", "quest", "64", f"75.0 % ({low:.1f} to {high:.1f})", "4", "10.0 %", "") in accuracy_rows(
         results
     )
     assert perplexity_rows(results)[1][3] == "4.482"
     assert recall_rows(results)[1][3] == "75.0 %"
+
+
+def test_continuation_by_hand(tmp_path: Path) -> None:
+    """Loss is compared stretch by stretch: one that is hard for all methods widens no interval."""
+    base = answer("continuation", "full", None, 0, count=100)
+    rows = [{**base, "index": index, "nll": nll, "agreed": 99} for index, nll in enumerate((100.0, 400.0))]
+    rows += [
+        {**base, "method": "quest", "token_budget": 64, "index": index, "nll": nll, "agreed": agreed}
+        for index, (nll, agreed) in enumerate(((110.0, 80), (412.0, 70)))
+    ]
+    full, quest = read_results(write(tmp_path / "both", rows)).continuation
+    assert (full.more, full.agreement, full.perplexity) == pytest.approx((0, 99, math.exp(2.5)))
+    assert quest.more == pytest.approx(100 * math.expm1(0.11))
+    assert quest.more_low == pytest.approx(100 * math.expm1(0.11 - 1.96 * 0.01))
+    assert (quest.agreement, quest.agreement_high) == pytest.approx((75, 75 + 1.96 * 5))
+    (alone,) = read_results(write(tmp_path / "alone", rows[2:])).continuation
+    assert alone.more is None
+    results = read_results(tmp_path / "both")
+    assert continuation_rows(results)[2][4:6] == ("+11.6 % (+9.5 to +13.8)", "75.0 % (65.2 to 84.8)")
+
+
+def test_a_cell_in_which_full_attention_fails_tells_nothing(tmp_path: Path) -> None:
+    rows = [
+        answer(task, method, budget, score, index=index)
+        for task, right in (("passkey", 3), ("needle", 2))
+        for method, budget in (("full", None), ("quest", 64))
+        for index, score in enumerate((1.0,) * right + (0.0,) * (5 - right))
+    ]
+    results = read_results(write(tmp_path, rows))
+    assert not tells_nothing(results, "passkey", 8192) and tells_nothing(results, "needle", 8192)
+    assert [row[-1] for row in accuracy_rows(results)[1:]] == [*["tells nothing: full below 60 %"] * 2, "", ""]
+    assert write_report(tmp_path).read_text(encoding="utf-8").count("tells nothing: full below 60 %") == 2
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +179,8 @@ def test_the_page_needs_nothing_else(reported: Path) -> None:
     assert not re.search(r"""(src|href)\s*=(?!"data:image/png;base64,|"#)""", page)
     figures = sorted(file.stem for file in (folder / "figures").iterdir())
     recall = [f"recall_{name}{by}" for name in ("mass", "top10") for by in ("", "_by_layer")]
-    assert figures == sorted([*(f"accuracy_{task}" for task in TASKS[:2]), "needle_grid", "perplexity", *recall])
+    ends = ["continuation_agreement", "continuation_more"]
+    assert figures == sorted([*(f"accuracy_{task}" for task in TASKS[:2]), "needle_grid", "perplexity", *ends, *recall])
     assert page.count("data:image/png;base64,") == len(figures)
     for words in ("quest eval passkey", "quest:page_size=32", "Perplexity", "a processor"):
         assert words in page
@@ -269,6 +312,8 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
         ({"task": "../x"}, "task: got '../x', expected letters"),
         ({"tokens_read": 101}, "at most tokens_held, 100"),
         ({"length": "long"}, "length"),
+        ({"task": "continuation", "nll": 3.0, "count": 4, "agreed": 5}, "agreed: got 5, expected a whole number from"),
+        ({"task": "continuation", "nll": 3.0, "count": 0, "agreed": 0}, "count"),
     ],
 )
 def test_broken_lines(tmp_path: Path, change: dict[str, Any], message: str) -> None:

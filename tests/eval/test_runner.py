@@ -54,7 +54,7 @@ def runner(**options: Any) -> Runner:
 
 def rows(used: Runner) -> list[Row]:
     jobs = [(job, used.plan.arms(job.task, job.length)) for job in used.jobs]
-    return [row for found in run_jobs(used, jobs) for row in found]
+    return [row for found in run_jobs(used, [jobs]) for row in found]
 
 
 def without_time(found: list[Row]) -> list[Row]:
@@ -397,7 +397,7 @@ def test_several_processes_find_the_same() -> None:
     jobs += [(Job("passkey", LENGTH, 2), plan.arms("passkey", LENGTH))]
     found = [
         row
-        for some in run_jobs(loaded(), jobs, workers=2, make_runner=functools.partial(make_runner, plan))
+        for some in run_jobs(loaded(), [jobs], workers=2, make_runner=functools.partial(make_runner, plan))
         for row in some
     ]
     key = lambda row: (row["index"], row["method"])  # noqa: E731

@@ -220,6 +220,9 @@ def evaluate(
     chat: Annotated[
         str, typer.Option(help="Questions through the model's chat template: auto (where it has one), yes, no.")
     ] = "auto",
+    least_full: Annotated[
+        int, typer.Option(help="Ask other methods only where full is right in at least so many answers [%].")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
     backend: Backend = QuestConfig.backend,
     books: Annotated[
@@ -255,6 +258,7 @@ def evaluate(
         page_size=page_size,
         question=cast("Question", question),  # the plan checks it
         chat=cast("Chat", chat),  # likewise
+        least_full=least_full,
         seed=seed,
         backend=backend,
         books=None if books is None else path_of("books", books),

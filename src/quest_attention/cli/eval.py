@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,11 +19,12 @@ from quest_attention.config import Backend
 from quest_attention.errors import BackendError, QuestValueError
 from quest_attention.eval.journal import Journal
 from quest_attention.eval.longbench import LONGBENCH, document_file
-from quest_attention.eval.methods import Quest
+from quest_attention.eval.methods import Full, Quest
 from quest_attention.eval.plan import Arm, Job, Plan
-from quest_attention.eval.pool import run_jobs
+from quest_attention.eval.pool import Round, run_jobs
 from quest_attention.eval.report import (
     accuracy_rows,
+    continuation_rows,
     perplexity_rows,
     read_results,
     recall_rows,
@@ -30,6 +32,7 @@ from quest_attention.eval.report import (
 )
 from quest_attention.eval.run_folder import hold_folder
 from quest_attention.eval.runner import Runner
+from quest_attention.eval.tasks import TASKS
 from quest_attention.eval.texts import book_files
 from quest_attention.eval.wording import counted
 from quest_attention.ops.dispatch import resolve_backend
@@ -79,7 +82,8 @@ def evaluate(
         on_progress(what, done, total)
         # An answer takes longer the longer its text is.
         pace = Pace(sum(job.length * len(arms) for job, arms in open_jobs), skips_first=workers > 1)
-        with contextlib.closing(run_jobs(runner, open_jobs, workers=workers, make_runner=make)) as measured:
+        rounds = _rounds(plan, open_jobs, output)
+        with contextlib.closing(run_jobs(runner, rounds, workers=workers, make_runner=make)) as measured:
             for rows in measured:
                 journal.add(rows)
                 done += len(rows)
@@ -160,6 +164,29 @@ def _arms_of(open_jobs: list[tuple[Job, list[Arm]]]) -> str:
     return counted(len(methods), "method") + (f" ({len(arms)} with their budgets)" if len(arms) > len(methods) else "")
 
 
+def _rounds(plan: Plan, open_jobs: Round, output: Path) -> Iterator[Round]:
+    """All at once; with `least_full` what full attention has to answer first, then the tasks that it can do."""
+    if not plan.least_full or TASKS.keys().isdisjoint(plan.tasks):
+        yield open_jobs
+        return
+    yield [(job, own) for job, arms in open_jobs if job.task in TASKS and (own := [a for a in arms if _is_full(a)])]
+    found = read_results(output)
+    able = {cell.task for cell in found.accuracy if cell.token_budget is None and cell.score >= plan.least_full}
+    if unable := [task for task in plan.tasks if task in TASKS and task not in able]:
+        say(f"quest: full attention is right in less than {plan.least_full} % of {', '.join(unable)}: left to it alone")
+    rest = [(job, arms) for job, arms in open_jobs if job.task not in TASKS]
+    rest += [
+        (job, others)
+        for job, arms in open_jobs
+        if job.task in able and (others := [arm for arm in arms if not _is_full(arm)])
+    ]
+    yield rest
+
+
+def _is_full(arm: Arm) -> bool:
+    return arm.method == Full.name
+
+
 def _make_runner(plan: Plan, model_name: str | None, device: str, dtype: str) -> Runner:
     loaded = load_model(model_name, device=device, dtype=dtype)
     return Runner(loaded.model, loaded.tokenizer, plan)
@@ -195,6 +222,7 @@ def _command(plan: Plan, output: Path, model_name: str | None, dtype: str) -> st
         "--page-size": plan.page_size,
         "--question": plan.question,
         "--chat": plan.chat,
+        "--least-full": plan.least_full or None,
         "--seed": plan.seed,
         "--backend": plan.backend,
         "--books": plan.books and plan.books.name,
@@ -211,7 +239,7 @@ def _show(folder: Path) -> None:
     console = stdout_console()
     if not console.is_terminal:
         console.width = ANY_WIDTH  # a file or a pipe has none of its own
-    for rows in (accuracy_rows(results), perplexity_rows(results), recall_rows(results)):
+    for rows in (accuracy_rows(results), perplexity_rows(results), continuation_rows(results), recall_rows(results)):
         if rows:
             print_table(console, rows[0], rows[1:])
             console.print()

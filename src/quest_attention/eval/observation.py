@@ -45,9 +45,9 @@ def attention_weights(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if first_position is not None:
-        own = first_position + torch.arange(count, device=query.device)
-        later = torch.arange(key.shape[2], device=query.device) > own[:, None]
-        logits.masked_fill_(later, float("-inf"))
+        own = torch.arange(count, device=query.device)
+        later = torch.arange(key.shape[2] - first_position, device=query.device) > own[:, None]
+        logits[..., first_position:].masked_fill_(later, float("-inf"))  # all see what comes before the first of them
     if s_aux is None:
         return logits.softmax(-1)
     sinks = s_aux.float().view(1, key.shape[1], -1, 1, 1).expand(*logits.shape[:-1], 1)

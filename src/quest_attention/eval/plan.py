@@ -112,6 +112,7 @@ class Plan:
         page_size: Tokens per page [tokens].
         question: Whether the question is decoded or prefilled with the context.
         chat: Whether questions go through the tokenizer's chat template.
+        least_full: Where full attention is right in fewer of the answers to a task, other methods are not asked [%].
         seed: Everything random follows from it.
         backend: Of Quest's verbs.
         books: Folder of texts; the excerpt of the package by default.
@@ -130,6 +131,7 @@ class Plan:
     page_size: int = 16
     question: Question = "decode"
     chat: Chat = "auto"
+    least_full: int = 0
     seed: int = 0
     backend: str = "auto"
     books: Path | None = None
@@ -149,14 +151,21 @@ class Plan:
         QuestConfig(max(1, self.page_size), self.page_size, self.num_dense_layers)
         if self.num_samples < 1:
             raise QuestValueError("num_samples", self.num_samples, "a positive integer")
-        if self.question not in get_args(Question):
-            raise QuestValueError("question", self.question, f"one of {', '.join(get_args(Question))}")
-        if self.chat not in get_args(Chat):
-            raise QuestValueError("chat", self.chat, f"one of {', '.join(get_args(Chat))}")
+        self._check_options()
         for task in self.tasks:
             for length in self.lengths:
                 if not self.arms(task, length):
                     raise QuestValueError("method", ", ".join(self.methods), f"quest or an oracle, for {task}")
+
+    def _check_options(self) -> None:
+        if not 0 <= self.least_full <= 100:
+            raise QuestValueError("least_full", self.least_full, "a percentage from 0 to 100")
+        if self.least_full and Full.name not in self.methods:
+            raise QuestValueError("least_full", self.least_full, "0 where full is not among the methods")
+        if self.question not in get_args(Question):
+            raise QuestValueError("question", self.question, f"one of {', '.join(get_args(Question))}")
+        if self.chat not in get_args(Chat):
+            raise QuestValueError("chat", self.chat, f"one of {', '.join(get_args(Chat))}")
 
     def _check_each_once(self) -> None:
         for name in ("methods", "lengths"):

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -20,8 +20,10 @@ from quest_attention.errors import QuestStateError, QuestValueError
 from quest_attention.eval.plan import Arm, Job, Shapes, Work, divide
 from quest_attention.eval.runner import Runner
 
-__all__ = ["MakeRunner", "run_jobs"]
+__all__ = ["MakeRunner", "Round", "run_jobs"]
 
+Round = Sequence[tuple[Job, list[Arm]]]
+"""Samples with the arms that are to answer them."""
 MakeRunner = Callable[[], Runner]
 """Loads the model; it is called in each process, so it can be pickled."""
 _AHEAD = 2
@@ -33,7 +35,7 @@ _runner: Runner | None = None
 
 def run_jobs(
     runner: Runner,
-    jobs: Iterable[tuple[Job, list[Arm]]],
+    rounds: Iterable[Round],
     *,
     workers: int = 1,
     make_runner: MakeRunner | None = None,
@@ -44,7 +46,8 @@ def run_jobs(
 
     Args:
         runner: Divides the work, and does it where there is one process.
-        jobs: Samples with the arms that are to answer them.
+        rounds: Samples with the arms that are to answer them. A round is asked for when the rows of the one before
+            have been taken, so that it may depend on them.
         workers: Processes, each with a model of its own; where the device is `cuda` they share all GPUs.
         make_runner: Makes the runner of a process; needed for more than one.
 
@@ -54,42 +57,26 @@ def run_jobs(
     """
     if workers < 1:
         raise QuestValueError("workers", workers, "a positive integer")
-    asked = list(jobs)
     if workers > 1 and make_runner is not None:
-        yield from _in_processes(runner, asked, workers, make_runner)
+        yield from _in_processes(runner, rounds, workers, make_runner)
         return
-    shapes = [runner.shape(job) for job, _ in asked] if runner.is_batched else None
-    for work in divide(asked, runner.batch_size, shapes):
-        yield list(runner.measure(work))
+    for jobs in rounds:
+        shapes = [runner.shape(job) for job, _ in jobs] if runner.is_batched else None
+        for work in divide(jobs, runner.batch_size, shapes):
+            yield list(runner.measure(work))
 
 
 def _in_processes(
-    runner: Runner, asked: list[tuple[Job, list[Arm]]], workers: int, make_runner: MakeRunner
+    runner: Runner, rounds: Iterable[Round], workers: int, make_runner: MakeRunner
 ) -> Generator[list[dict[str, Any]], None, None]:
     context = multiprocessing.get_context("spawn")  # a fork would share the GPU's state
     started = context.Value("i", 0)
     # Nothing is ever sent: the processes hold the one end, this one the other, which closes with it, even when killed.
     theirs, ours = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(make_runner, started, theirs))
-    waiting: set[Future[list[dict[str, Any]]]] = set()
-    shapes: Shapes = None
     try:
-        if runner.is_batched:
-            with _interrupts_held():
-                found = pool.map(_shape, [job for job, _ in asked], chunksize=_SHAPES_AT_ONCE)
-            shapes = list(found)
-        source = iter(divide(asked, runner.batch_size, shapes))
-        while True:
-            for work in source:
-                with _interrupts_held():
-                    waiting.add(pool.submit(_measure, work))
-                if len(waiting) >= _AHEAD * workers:
-                    break
-            if not waiting:
-                return
-            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
+        for jobs in rounds:
+            yield from _round_in_processes(pool, runner, jobs, workers)
     except BrokenProcessPool:
         raise QuestStateError(
             f"one of {workers} worker processes ended by itself, as where memory runs out: try fewer --workers"
@@ -101,6 +88,29 @@ def _in_processes(
         pool.shutdown(wait=True, cancel_futures=True)
         ours.close()
         theirs.close()
+
+
+def _round_in_processes(
+    pool: ProcessPoolExecutor, runner: Runner, jobs: Round, workers: int
+) -> Iterator[list[dict[str, Any]]]:
+    shapes: Shapes = None
+    if runner.is_batched:
+        with _interrupts_held():
+            found = pool.map(_shape, [job for job, _ in jobs], chunksize=_SHAPES_AT_ONCE)
+        shapes = list(found)
+    source = iter(divide(jobs, runner.batch_size, shapes))
+    waiting: set[Future[list[dict[str, Any]]]] = set()
+    while True:
+        for work in source:
+            with _interrupts_held():
+                waiting.add(pool.submit(_measure, work))
+            if len(waiting) >= _AHEAD * workers:
+                break
+        if not waiting:
+            return
+        done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+        for future in done:
+            yield future.result()
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,9 @@ from quest_attention.eval.excerpt import SOUTH
 from quest_attention.eval.tasks import Encode
 
 __all__ = ["Texts", "book_files", "load_texts"]
+
+_MOST_THREADS = 8
+"""That read books side by side: a tokenizer takes seconds for one."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,9 @@ def load_texts(folder: Path | None, encode: Encode) -> Texts:
     if folder is None:
         return Texts((str(SOUTH),), (tuple(encode(SOUTH.text())),))
     files = book_files(folder)
-    return Texts(tuple(file.stem for file in files), tuple(tuple(encode(_read(file))) for file in files))
+    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:  # tokenizers let other threads run
+        tokens = pool.map(lambda file: tuple(encode(_read(file))), files)
+        return Texts(tuple(file.stem for file in files), tuple(tokens))
 
 
 def book_files(folder: Path) -> list[Path]:

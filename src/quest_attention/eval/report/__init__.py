@@ -10,6 +10,7 @@ from quest_attention.eval.report.results import (
     SUMMARY,
     Results,
     accuracy_rows,
+    continuation_rows,
     from_summary,
     perplexity_rows,
     read_results,
@@ -17,7 +18,15 @@ from quest_attention.eval.report.results import (
 )
 from quest_attention.eval.run_folder import write_whole
 
-__all__ = ["Results", "accuracy_rows", "perplexity_rows", "read_results", "recall_rows", "write_report"]
+__all__ = [
+    "Results",
+    "accuracy_rows",
+    "continuation_rows",
+    "perplexity_rows",
+    "read_results",
+    "recall_rows",
+    "write_report",
+]
 
 _FIGURES = "figures"
 _PAGE = "report.html"

@@ -11,15 +11,17 @@ from typing import TypeVar
 
 from quest_attention.errors import QuestValueError
 from quest_attention.eval.longbench import LONGBENCH_PREFIX
-from quest_attention.eval.report.samples import Answer, Prediction, Recollection
+from quest_attention.eval.report.samples import Answer, Continued, Prediction, Recollection
 from quest_attention.eval.wilson import wilson_interval
 
 __all__ = [
     "AccuracyCell",
+    "ContinuationCell",
     "NeedleCell",
     "PerplexityCell",
     "RecallCell",
     "accuracy_cells",
+    "continuation_cells",
     "needle_cells",
     "perplexity_cells",
     "recall_cells",
@@ -115,6 +117,40 @@ class PerplexityCell:
 
 
 @dataclass(frozen=True)
+class ContinuationCell:
+    """Ends of stretches at one length as predicted by one method with one budget.
+
+    Attributes:
+        length: Of a stretch [tokens].
+        method: As it was asked for, options included.
+        token_budget: None for full attention [tokens].
+        n: Stretches.
+        perplexity: exp of the mean negative log-likelihood of all tokens predicted.
+        more: Perplexity above that of full attention on the same stretches [%]. None where it lacks one.
+        more_low: Lower end of the 95 % interval: 1.96 standard errors of the mean difference in negative
+            log-likelihood [%]. None for one stretch.
+        more_high: Upper end, likewise [%].
+        agreement: Share of predictions that are those of full attention [%].
+        agreement_low: Lower end of the 95 % interval: 1.96 standard errors over the stretches [%].
+        agreement_high: Upper end, likewise [%].
+        share_read: As of `AccuracyCell`.
+    """
+
+    length: int
+    method: str
+    token_budget: int | None
+    n: int
+    perplexity: float
+    more: float | None
+    more_low: float | None
+    more_high: float | None
+    agreement: float
+    agreement_low: float | None
+    agreement_high: float | None
+    share_read: float | None
+
+
+@dataclass(frozen=True)
 class RecallCell:
     """What the pages that one method selected with one budget at one length hold of full attention.
 
@@ -188,6 +224,29 @@ def perplexity_cells(predictions: Iterable[Prediction]) -> list[PerplexityCell]:
     return cells
 
 
+def continuation_cells(continued: Iterable[Continued]) -> list[ContinuationCell]:
+    """Cells by length, method and budget."""
+    every = list(continued)
+    full = {(each.length, each.index): each.nll / each.count for each in every if each.token_budget is None}
+    cells = []
+    for key, group in _grouped(every, lambda each: (each.length, each.method, each.token_budget)):
+        places = [(each.length, each.index) for each in group]
+        more: tuple[float | None, float | None, float | None] = (None, None, None)
+        if all(place in full for place in places):
+            more = _more([each.nll / each.count - full[place] for each, place in zip(group, places, strict=True)])
+        cells.append(
+            ContinuationCell(
+                *key,
+                len(group),
+                math.exp(sum(each.nll for each in group) / sum(each.count for each in group)),
+                *more,
+                *_mean([100 * each.agreed / each.count for each in group]),
+                _share_read(group),
+            )
+        )
+    return cells
+
+
 def recall_cells(recollections: Iterable[Recollection]) -> list[RecallCell]:
     """Cells by length, method and budget.
 
@@ -239,7 +298,16 @@ def _mean(values: Sequence[float]) -> tuple[float, float | None, float | None]:
     return mean, max(0.0, mean - half), min(100.0, mean + half)
 
 
-def _share_read(group: Sequence[Answer] | Sequence[Prediction]) -> float | None:
+def _more(differences: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """What mean differences in log-likelihood make of perplexity, with the 95 % interval [%]."""
+    mean = statistics.fmean(differences)
+    if len(differences) == 1:
+        return 100 * math.expm1(mean), None, None
+    half = _NORMAL_QUANTILE * statistics.stdev(differences) / math.sqrt(len(differences))
+    return 100 * math.expm1(mean), 100 * math.expm1(mean - half), 100 * math.expm1(mean + half)
+
+
+def _share_read(group: Sequence[Answer] | Sequence[Prediction] | Sequence[Continued]) -> float | None:
     held = sum(each.tokens_held for each in group)
     if not held:
         return 1.0 if group[0].token_budget is None else None  # full attention reads everything, counted or not

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,9 +18,15 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from quest_attention.eval.report.cells import AccuracyCell, NeedleCell, PerplexityCell, RecallCell
+from quest_attention.eval.report.cells import (
+    AccuracyCell,
+    ContinuationCell,
+    NeedleCell,
+    PerplexityCell,
+    RecallCell,
+)
 from quest_attention.eval.report.results import Results, method_rank
-from quest_attention.eval.tasks import GRID, PERPLEXITY, RECALL
+from quest_attention.eval.tasks import CONTINUATION, GRID, PERPLEXITY, RECALL
 
 __all__ = ["Picture", "draw_pictures"]
 
@@ -29,6 +35,7 @@ _COLOURS = {
     "full": "#000000",
     "quest": "#0072b2",
     "oracle": "#7f7f7f",
+    "token_oracle": "#5c8a00",
     "streaming_llm": "#e69f00",
     "h2o": "#d55e00",
     "tova": "#009e73",
@@ -37,7 +44,15 @@ _COLOURS = {
 """Okabe and Ito's palette, which colour-blind people tell apart (Color Universal Design, 2008)."""
 _VARIANTS = ("#56b4e9", "#8c564b", "#5e3c99", "#b2ab02", "#1b4965")
 """Methods with options, and methods without a colour of their own."""
-_MARKERS = {"quest": "o", "oracle": "x", "streaming_llm": "s", "h2o": "^", "tova": "v", "snapkv": "D"}
+_MARKERS = {
+    "quest": "o",
+    "oracle": "x",
+    "token_oracle": "+",
+    "streaming_llm": "s",
+    "h2o": "^",
+    "tova": "v",
+    "snapkv": "D",
+}
 _VARIANT_MARKERS = ("P", "*", "h", "X", "<")
 _FONT, _SMALL, _TINY = 9, 8, 6
 """Sizes of titles and axes, of ticks and legends, and of numbers in a heat map [points]."""
@@ -95,7 +110,12 @@ def draw_pictures(results: Results) -> list[Picture]:
     Figures follow those of the Quest paper (arXiv:2406.10774): accuracy by budget (Figure 7), perplexity by position
     (Figure 6), recall by budget and by layer (Figures 3 and 4); and a heat map of needles, depth by length.
     """
-    kinds = (results.accuracy, results.perplexity, results.recall)
+    kinds: tuple[tuple[Any, ...], ...] = (
+        results.accuracy,
+        results.perplexity,
+        results.continuation,
+        results.recall,
+    )
     styles = _styles(cell.method for cells in kinds for cell in cells)
     drawings: list[tuple[str, str, str, Figure | None]] = [
         (f"accuracy_{task}", task, f"{task}: accuracy by token budget. {_BARS}", _accuracy(task, results, styles))
@@ -104,6 +124,10 @@ def draw_pictures(results: Results) -> list[Picture]:
     ]
     drawings.append((GRID, GRID, _NEEDLE_CAPTION, _heat_maps(results.needle)))
     drawings.append(("perplexity", PERPLEXITY, _PERPLEXITY_CAPTION, _perplexity(results.perplexity, styles)))
+    drawings += [
+        ("continuation_more", CONTINUATION, f"{_MORE_CAPTION} {_BARS}", _more(results.continuation, styles)),
+        ("continuation_agreement", CONTINUATION, f"{_AGREEMENT_CAPTION} {_BARS}", _agreement(results, styles)),
+    ]
     for name, what in (("mass", "attention mass"), ("top10", "ten largest weights")):
         caption = f"Share of the {what} of full attention that lies on the pages read"
         drawings += [
@@ -121,6 +145,10 @@ _BARS = "Bars are 95 % intervals over samples; points of one budget stand a litt
 _NEEDLE_CAPTION = (
     "Needle in a haystack: share found by depth (0 % is the start of the context) and length. Grey was not measured."
 )
+_MORE_CAPTION = (
+    "Perplexity of the ends of stretches above that of full attention, by budget; the axis is logarithmic above 1 %."
+)
+_AGREEMENT_CAPTION = "Share of next tokens that are those of full attention, by budget."
 _PERPLEXITY_CAPTION = "Perplexity of all tokens up to a position; lower is better."
 
 
@@ -131,7 +159,7 @@ def _styles(methods: Iterable[str]) -> dict[str, _Style]:
     styles = {}
     for name in names:
         if name in _COLOURS:
-            line: _Line = "--" if name in {"full", "oracle"} else "-"
+            line: _Line = "--" if name in {"full", "oracle", "token_oracle"} else "-"
             width, layer = (2.2, 5) if name == "quest" else (1.3, 6 if name == "full" else 4)
             styles[name] = _Style(_COLOURS[name], _MARKERS.get(name, ""), line, width, layer)
         else:
@@ -147,6 +175,21 @@ def _accuracy(task: str, results: Results, styles: dict[str, _Style]) -> Figure 
     cells = [cell for cell in results.accuracy if cell.task == task]
     points = [_Point(c.length, c.method, c.token_budget, c.score, c.low, c.high) for c in cells]
     return _by_budget(task, "accuracy [%]", points, styles)
+
+
+def _more(cells: Sequence[ContinuationCell], styles: dict[str, _Style]) -> Figure | None:
+    points = [
+        _Point(c.length, c.method, c.token_budget, c.more, c.more_low, c.more_high) for c in cells if c.more is not None
+    ]
+    return _by_budget("perplexity", "above full attention [%]", points, styles, is_share=False)
+
+
+def _agreement(results: Results, styles: dict[str, _Style]) -> Figure | None:
+    points = [
+        _Point(c.length, c.method, c.token_budget, c.agreement, c.agreement_low, c.agreement_high)
+        for c in results.continuation
+    ]
+    return _by_budget("next tokens", "agreement [%]", points, styles)
 
 
 def _recall(name: str, what: str, cells: Sequence[RecallCell], styles: dict[str, _Style]) -> Figure | None:
@@ -174,7 +217,9 @@ class _Point:
     high: float | None
 
 
-def _by_budget(title: str, label: str, points: Sequence[_Point], styles: dict[str, _Style]) -> Figure | None:
+def _by_budget(
+    title: str, label: str, points: Sequence[_Point], styles: dict[str, _Style], *, is_share: bool = True
+) -> Figure | None:
     """A panel for each length with budgets in it; full attention as a dashed line through all budgets."""
     lengths = _sorted(p.length for p in points if p.token_budget is not None)
     budgets = _sorted(p.token_budget for p in points if p.token_budget is not None)
@@ -198,8 +243,11 @@ def _by_budget(title: str, label: str, points: Sequence[_Point], styles: dict[st
             shift = 2 ** (dodge * (place - (len(choosing) - 1) / 2))
             _draw_line(panel, [p for p in here if p.method == name and p.token_budget is not None], styles[name], shift)
         _budget_axis(panel, budgets)
-        panel.set_ylim(-4, 104)
-        panel.set_yticks(range(0, 101, 25))
+        if is_share:
+            panel.set_ylim(-4, 104)
+            panel.set_yticks(range(0, 101, 25))
+        else:
+            _excess_axis(panel, max(point.value for point in points))
         panel.set_title(f"{title}, {_tokens(length)} tokens", fontsize=_FONT)
     _label(figure, panels, "token budget", label)
     _legend(figure, methods, styles)
@@ -230,6 +278,16 @@ def _draw_line(panel: Axes, points: Sequence[_Point], style: _Style, shift: floa
         zorder=style.layer,
         clip_on=False,
     )
+
+
+def _excess_axis(panel: Axes, most: float) -> None:
+    """Per cent above a base: linear up to 1, logarithmic beyond."""
+    panel.set_yscale("symlog", linthresh=1)
+    panel.set_ylim(-1, max(1.0, most) * 1.5)
+    ticks = [0, *(10.0**power for power in range(math.ceil(math.log10(max(1.0, most))) + 1))]
+    panel.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if tick <= max(1.0, most) * 1.5]))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.yaxis.set_minor_locator(NullLocator())
 
 
 def _budget_axis(panel: Axes, budgets: Sequence[int]) -> None:

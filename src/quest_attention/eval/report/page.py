@@ -12,8 +12,15 @@ import jinja2
 
 from quest_attention.eval.longbench import LONGBENCH_PREFIX
 from quest_attention.eval.report.figures import Picture
-from quest_attention.eval.report.results import Results, accuracy_row, accuracy_rows, perplexity_rows, recall_rows
-from quest_attention.eval.tasks import GRID, PERPLEXITY, RECALL
+from quest_attention.eval.report.results import (
+    Results,
+    accuracy_row,
+    accuracy_rows,
+    continuation_rows,
+    perplexity_rows,
+    recall_rows,
+)
+from quest_attention.eval.tasks import CONTINUATION, GRID, PERPLEXITY, RECALL
 from quest_attention.eval.wording import counted
 
 __all__ = ["Section", "Table", "make_page"]
@@ -78,6 +85,7 @@ def _sections(results: Results, pictures: Sequence[Picture]) -> list[Section]:
     ]
     for name, note, rows in (
         (PERPLEXITY, _PERPLEXITY_NOTE, perplexity_rows(results)),
+        (CONTINUATION, _CONTINUATION_NOTE, continuation_rows(results)),
         (RECALL, _RECALL_NOTE, recall_rows(results)),
     ):
         if rows:
@@ -92,6 +100,12 @@ _PERPLEXITY_NOTE = (
     "exp of the mean negative log-likelihood over all tokens of all books; lower is better. No interval is given: "
     "books differ from each other by far more than methods do on the same book, and every method reads the same books."
 )
+_CONTINUATION_NOTE = (
+    "The last tokens of stretches of books, each predicted from what a method reads of all before it: perplexity "
+    "against full attention's on the same stretches, and agreement, the share of next tokens that are those of full "
+    "attention. Intervals are 95 % (1.96 standard errors over the stretches). Full attention read token by token "
+    "differs a little from full attention read at once, by rounding: that is the most a method can agree."
+)
 _RECALL_NOTE = (
     "What full attention would weigh, and how much of it lies on the pages that were selected: mean over samples, "
     "layers and KV heads, with the 95 % interval over samples (1.96 standard errors)."
@@ -105,9 +119,13 @@ def _note(task: str) -> str:
 
 
 def _task_table(results: Results, task: str) -> Table:
-    headings = accuracy_rows(results)[0][1:]
-    rows = [(str(cell.length), *accuracy_row(cell)) for cell in results.accuracy if cell.task == task]
-    return Table("", headings, rows)
+    headings, *found = accuracy_rows(results)
+    rows = [
+        (str(cell.length), *row[_PLACES:])
+        for cell, row in zip(results.accuracy, found, strict=True)
+        if cell.task == task
+    ]
+    return Table("", headings[1:], rows)
 
 
 def _needle_table(results: Results) -> Table:

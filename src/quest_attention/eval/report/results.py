@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -13,15 +14,17 @@ from quest_attention.errors import QuestValueError
 from quest_attention.eval.longbench import LONGBENCH_PREFIX
 from quest_attention.eval.report.cells import (
     AccuracyCell,
+    ContinuationCell,
     NeedleCell,
     PerplexityCell,
     RecallCell,
     accuracy_cells,
+    continuation_cells,
     needle_cells,
     perplexity_cells,
     recall_cells,
 )
-from quest_attention.eval.report.samples import Answer, Prediction, Recollection, read_samples
+from quest_attention.eval.report.samples import Answer, Continued, Prediction, Recollection, read_samples
 from quest_attention.eval.run_folder import SAMPLES, SETTINGS
 from quest_attention.eval.tasks import GRID
 
@@ -31,22 +34,26 @@ __all__ = [
     "Results",
     "accuracy_row",
     "accuracy_rows",
+    "continuation_rows",
     "from_summary",
     "method_rank",
     "perplexity_rows",
     "read_results",
     "recall_rows",
+    "tells_nothing",
 ]
 
-METHOD_ORDER = ("full", "quest", "oracle", "streaming_llm", "h2o", "tova", "snapkv")
+METHOD_ORDER = ("full", "quest", "oracle", "token_oracle", "streaming_llm", "h2o", "tova", "snapkv")
 """Of tables and legends; what is not named here comes last, by name."""
 SUMMARY = "summary.json"
 """Cells and settings, without the samples."""
 _NEEDED = ("model", "description", "seed", "num_samples", "command", "machine")
 """Settings without which a report cannot say what was measured."""
+LEAST_TELLING = 60.0
+"""Where full attention is right in a smaller share of the answers, a cell tells nothing about other methods [%]."""
 _DECIMALS = 4
 """Of numbers in a summary: far finer than any interval here."""
-_C = TypeVar("_C", AccuracyCell, NeedleCell, PerplexityCell, RecallCell)
+_C = TypeVar("_C", AccuracyCell, NeedleCell, PerplexityCell, ContinuationCell, RecallCell)
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class Results:
         needle: Cells of `GRID` by depth.
         perplexity: Cells by length, method and budget.
         recall: Likewise.
+        continuation: Likewise.
     """
 
     settings: dict[str, Any]
@@ -68,6 +76,7 @@ class Results:
     needle: tuple[NeedleCell, ...]
     perplexity: tuple[PerplexityCell, ...]
     recall: tuple[RecallCell, ...]
+    continuation: tuple[ContinuationCell, ...] = ()
 
     @property
     def tasks(self) -> list[str]:
@@ -78,16 +87,16 @@ class Results:
     def is_uneven(self) -> bool:
         """Whether some method has taken fewer samples than another: a run that was interrupted."""
         counts: dict[tuple[object, ...], set[int]] = {}
-        for name, cells in (("", self.accuracy), ("perplexity", self.perplexity), ("recall", self.recall)):
-            for cell in cells:
-                counts.setdefault((getattr(cell, "task", name), cell.length), set()).add(cell.n)
+        kinds: tuple[tuple[Any, ...], ...] = (self.accuracy, self.perplexity, self.continuation, self.recall)
+        for cell in itertools.chain(*kinds):
+            counts.setdefault((getattr(cell, "task", type(cell)), cell.length), set()).add(cell.n)
         return any(len(found) > 1 for found in counts.values())
 
     @property
     def is_short(self) -> bool:
         """Whether some cell has fewer samples than were asked for, where tasks can make as many as are asked."""
         counts = [cell.n for cell in self.accuracy if not cell.task.startswith(LONGBENCH_PREFIX)]
-        counts += [cell.n for cell in self.recall]
+        counts += [cell.n for cell in self.recall] + [cell.n for cell in self.continuation]
         return any(count < self.settings["num_samples"] for count in counts)
 
     def summary(self) -> dict[str, Any]:
@@ -97,6 +106,7 @@ class Results:
             "needle": self.needle,
             "perplexity": self.perplexity,
             "recall": self.recall,
+            "continuation": self.continuation,
         }
         cells = {name: [_rounded(asdict(cell)) for cell in found] for name, found in kinds.items()}
         return {"settings": self.settings, **cells}
@@ -126,7 +136,7 @@ def read_results(folder: Path) -> Results:
     tasks = [str(task) for task in asked] if isinstance(asked, list) else []
     answers = [each for each in samples if isinstance(each, Answer)]
 
-    def place(cell: AccuracyCell | NeedleCell | PerplexityCell | RecallCell) -> tuple[object, ...]:
+    def place(cell: AccuracyCell | NeedleCell | PerplexityCell | ContinuationCell | RecallCell) -> tuple[object, ...]:
         task = cell.task if isinstance(cell, AccuracyCell | NeedleCell) else ""
         rank = tasks.index(task) if task in tasks else len(tasks)
         depth = cell.depth if isinstance(cell, NeedleCell) else 0
@@ -139,6 +149,9 @@ def read_results(folder: Path) -> Results:
         needle=tuple(sorted(needle_cells(each for each in answers if each.task == GRID), key=place)),
         perplexity=tuple(sorted(perplexity_cells(each for each in samples if isinstance(each, Prediction)), key=place)),
         recall=tuple(sorted(recall_cells(each for each in samples if isinstance(each, Recollection)), key=place)),
+        continuation=tuple(
+            sorted(continuation_cells(each for each in samples if isinstance(each, Continued)), key=place)
+        ),
     )
 
 
@@ -153,17 +166,28 @@ def method_rank(method: str) -> tuple[int, tuple[int | str, ...]]:
     return (METHOD_ORDER.index(name) if name in METHOD_ORDER else len(METHOD_ORDER), parts)
 
 
+def tells_nothing(results: Results, task: str, length: int) -> bool:
+    """Whether full attention finds too few answers for a cell of this task and length to say what a method loses."""
+    full = (cell for cell in results.accuracy if cell.token_budget is None)
+    return any(cell.score < LEAST_TELLING for cell in full if (cell.task, cell.length) == (task, length))
+
+
 def accuracy_rows(results: Results) -> list[tuple[str, ...]]:
     """The retrieval tasks as a table of plain strings: headings first, then a row for each method and budget.
 
-    Task and length stand in the first row of their block alone. Without such tasks there are no rows, nor headings.
+    Task and length stand in the first row of their block alone. Without such tasks there are no rows, nor headings. A
+    block in which full attention itself fails is said to tell nothing.
     """
     rows = []
     block: tuple[str, int] | None = None
     for cell in results.accuracy:
         is_first, block = block != (cell.task, cell.length), (cell.task, cell.length)
-        rows.append((cell.task if is_first else "", f"{cell.length}" if is_first else "", *accuracy_row(cell)))
-    return _headed(("task", "length", "method", "budget", "score", "n", "share read"), rows)
+        remark = (
+            f"tells nothing: full below {LEAST_TELLING:.0f} %" if tells_nothing(results, cell.task, cell.length) else ""
+        )
+        names = (cell.task if is_first else "", f"{cell.length}" if is_first else "")
+        rows.append((*names, *accuracy_row(cell), remark))
+    return _headed(("task", "length", "method", "budget", "score", "n", "share read", ""), rows)
 
 
 def accuracy_row(cell: AccuracyCell | NeedleCell) -> tuple[str, ...]:
@@ -183,6 +207,26 @@ def perplexity_rows(results: Results) -> list[tuple[str, ...]]:
         names = (str(cell.length), cell.method, _budget(cell.token_budget))
         rows.append((*names, f"{cell.perplexity:.4g}", change, str(cell.n), _share(cell.share_read)))
     return _headed(("length", "method", "budget", "perplexity", "against full", "books", "share read"), rows)
+
+
+def continuation_rows(results: Results) -> list[tuple[str, ...]]:
+    """Ends of stretches as a table of plain strings, headings first."""
+    rows = [
+        (
+            str(cell.length),
+            cell.method,
+            _budget(cell.token_budget),
+            f"{cell.perplexity:.4g}",
+            "" if cell.more is None else _with_interval(cell.more, cell.more_low, cell.more_high, sign="+"),
+            _with_interval(cell.agreement, cell.agreement_low, cell.agreement_high),
+            str(cell.n),
+            _share(cell.share_read),
+        )
+        for cell in results.continuation
+    ]
+    return _headed(
+        ("length", "method", "budget", "perplexity", "against full", "agreement", "stretches", "share read"), rows
+    )
 
 
 def recall_rows(results: Results) -> list[tuple[str, ...]]:
@@ -206,8 +250,9 @@ def _headed(headings: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[
     return [headings, *found] if found else []
 
 
-def _with_interval(mean: float, low: float | None, high: float | None) -> str:
-    return f"{mean:.1f} %" if low is None or high is None else f"{mean:.1f} % ({low:.1f} to {high:.1f})"
+def _with_interval(mean: float, low: float | None, high: float | None, sign: str = "") -> str:
+    shown = f"{mean:{sign}.1f} %"
+    return shown if low is None or high is None else f"{shown} ({low:{sign}.1f} to {high:{sign}.1f})"
 
 
 def _budget(token_budget: int | None) -> str:
@@ -247,8 +292,9 @@ def from_summary(found: Mapping[str, Any], path: Path) -> Results:
 
     accuracy, needle = cells("accuracy", AccuracyCell), cells("needle", NeedleCell)
     perplexity, recall = cells("perplexity", PerplexityCell), cells("recall", RecallCell)
-    lines = sum(cell.n for kind in (accuracy, perplexity, recall) for cell in kind)
-    return Results(settings, lines, accuracy, needle, perplexity, recall)
+    continuation = cells("continuation", ContinuationCell) if "continuation" in found else ()  # older ones have none
+    lines = sum(cell.n for kind in (accuracy, perplexity, recall, continuation) for cell in kind)
+    return Results(settings, lines, accuracy, needle, perplexity, recall, continuation)
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

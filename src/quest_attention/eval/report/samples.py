@@ -1,4 +1,4 @@
-"""`Answer`, `Prediction` and `Recollection`: the three kinds of lines of a run, read with every number checked."""
+"""`Answer`, `Prediction`, `Continued` and `Recollection`: the kinds of lines of a run, with every number checked."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 from quest_attention.errors import QuestValueError
 from quest_attention.eval.longbench import LONGBENCH_PREFIX
 from quest_attention.eval.rows import parse_rows
-from quest_attention.eval.tasks import PERPLEXITY, RECALL
+from quest_attention.eval.tasks import CONTINUATION, PERPLEXITY, RECALL
 from quest_attention.eval.wording import counted
 
-__all__ = ["Answer", "Prediction", "Recollection", "read_samples"]
+__all__ = ["Answer", "Continued", "Prediction", "Recollection", "Sample", "read_samples"]
 
 _MOST_NATS = 700.0
 """More than this per token, and the perplexity is no float any more [nats]."""
@@ -76,6 +76,25 @@ class Prediction(_Key):
 
 
 @dataclass(frozen=True)
+class Continued(_Key):
+    """How well the end of a stretch was predicted.
+
+    Attributes:
+        nll: Negative log-likelihood of its tokens, summed [nats].
+        agreed: Predictions that are those of full attention [tokens].
+        count: Tokens predicted [tokens].
+        tokens_read: As of `Answer` [tokens].
+        tokens_held: As of `Answer` [tokens].
+    """
+
+    nll: float
+    agreed: int
+    count: int
+    tokens_read: int
+    tokens_held: int
+
+
+@dataclass(frozen=True)
 class Recollection(_Key):
     """What the selected pages hold of full attention.
 
@@ -90,14 +109,17 @@ class Recollection(_Key):
     top10: tuple[tuple[float, ...], ...]
 
 
-def read_samples(path: Path) -> list[Answer | Prediction | Recollection]:
+Sample = Answer | Prediction | Continued | Recollection
+
+
+def read_samples(path: Path) -> list[Sample]:
     """Read every line of a run.
 
     Raises:
         QuestValueError: A line is no JSON, lacks a field, holds a number out of range or says something else than
             another of the same sample; the message names the line.
     """
-    found: list[Answer | Prediction | Recollection] = []
+    found: list[Sample] = []
     for row in parse_rows(path.name, path.read_bytes()).values():
         fields = _Fields(row.place, row.fields)
         key = _Key(
@@ -111,7 +133,7 @@ def read_samples(path: Path) -> list[Answer | Prediction | Recollection]:
     return found
 
 
-def _read(key: _Key, fields: _Fields) -> Answer | Prediction | Recollection:
+def _read(key: _Key, fields: _Fields) -> Sample:
     names: dict[str, Any] = vars(key)
     if key.task == RECALL:
         layers = tuple(fields.check("layers", each, int, 0) for each in fields.several("layers"))
@@ -129,6 +151,11 @@ def _read(key: _Key, fields: _Fields) -> Answer | Prediction | Recollection:
                 "nll", sum(nll), f"at most {_MOST_NATS:.0f} nats for each of {counted(sum(count), 'token')}"
             )
         return Prediction(**names, bucket=fields.whole("bucket", 1), nll=nll, count=count, **totals)
+    if key.task == CONTINUATION:
+        number = fields.whole("count", 1)
+        agreed = int(fields.check("agreed", fields.get("agreed"), int, 0, number))
+        loss = float(fields.check("nll", fields.get("nll"), float, 0, _MOST_NATS * number))
+        return Continued(**names, nll=loss, agreed=agreed, count=number, **totals)
     score = fields.share("score")
     if not key.task.startswith(LONGBENCH_PREFIX) and score not in {0.0, 1.0}:
         raise fields.error("score", score, f"0 or 1: {key.task} is matched exactly")
