@@ -29,7 +29,7 @@ def test_it_is_frozen() -> None:
         ({"token_budget": -16}, "token_budget", "a positive integer"),
         ({"token_budget": 64.0}, "token_budget", "a positive integer"),
         ({"token_budget": True}, "token_budget", "a positive integer"),
-        ({"token_budget": 15}, "token_budget", "at least 16: 1 forced pages of 16 tokens"),
+        ({"token_budget": 15}, "token_budget", "at least 16: 1 forced page of 16 tokens"),
         ({"token_budget": 47, "num_sink_pages": 2}, "token_budget", "at least 48"),
         ({"token_budget": 64, "num_recent_pages": 5}, "token_budget", "at least 80"),
         ({"page_size": 0}, "page_size", "a positive integer"),
