@@ -43,7 +43,7 @@ test-oldest: $(OLDEST)/.installed ## The same with the oldest supported transfor
 	$(call PYTEST,$(OLDEST))
 
 # One process with all the cores, as a user has it: every test waits for the same model.
-test-real: MODELS = smollm2
+test-real: override MODELS = smollm2
 test-real: real-models ## The command line and generate() on a real model, end to end (about three minutes)
 	OMP_NUM_THREADS=$(WORKERS) TOKENIZERS_PARALLELISM=false QUEST_REAL_MODELS="$(abspath $(MODELS_DIR))" \
 		$(NEWEST)/bin/python -m pytest tests/real $(PYTEST_ARGS)
