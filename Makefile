@@ -3,6 +3,8 @@
 PYTHON ?= python3
 WORKERS ?= 2
 PYTEST_ARGS ?=
+MODELS ?= smollm2
+MODELS_DIR ?= .models
 
 NEWEST := .venv
 OLDEST := .venv-oldest
@@ -19,7 +21,7 @@ SANITIZE = PYTHONPATH=src PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --e
 SMALL_GPU_TESTS = $(PYTHON) -m pytest -m gpu tests/gpu -k test_small_shapes $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-vllm demo test test-oldest test-vllm test-gpu sanitize-gpu lint format clean
+.PHONY: help venv venv-vllm demo real-models test test-oldest test-real test-vllm test-gpu sanitize-gpu lint format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -31,11 +33,20 @@ venv-vllm: $(VLLM)/.installed ## Make the environment with vLLM's CPU build in .
 demo: $(NEWEST)/.installed ## Hide a fact in a book, ask for it with full attention, Quest and a sliding window
 	$(NEWEST)/bin/quest demo
 
+real-models: $(NEWEST)/.installed ## Fetch a small public model into .models (98 MB; MODELS="smollm2 qwen gemma" for all)
+	$(NEWEST)/bin/python tools/real_models.py --folder "$(MODELS_DIR)" $(MODELS)
+
 test: $(NEWEST)/.installed ## Run the tests and the examples in docstrings, with the newest transformers
 	$(call PYTEST,$(NEWEST))
 
 test-oldest: $(OLDEST)/.installed ## The same with the oldest supported transformers
 	$(call PYTEST,$(OLDEST))
+
+# One process with all the cores, as a user has it: every test waits for the same model.
+test-real: override MODELS = smollm2
+test-real: real-models ## The command line and generate() on a real model, end to end (about three minutes)
+	OMP_NUM_THREADS=$(WORKERS) TOKENIZERS_PARALLELISM=false QUEST_REAL_MODELS="$(abspath $(MODELS_DIR))" \
+		$(NEWEST)/bin/python -m pytest tests/real $(PYTEST_ARGS)
 
 test-vllm: $(VLLM)/.installed ## The plugin inside vLLM on a CPU: engine, OpenAI server, two ranks (about ten minutes)
 	$(VLLM)/bin/python -m pytest tests/serving $(PYTEST_ARGS)

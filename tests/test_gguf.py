@@ -7,10 +7,12 @@ import json
 import shutil
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 import transformers
 from packaging.version import Version
+from transformers import modeling_gguf_pytorch_utils
 
 from gguf_files import SPECIAL, make_llama, make_tokenizer, write_gguf
 from quest_attention.cli import gguf_model, run
@@ -127,6 +129,23 @@ def test_accents_are_composed_as_qwens_tokenizer_does(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "x.gguf", make_llama(), make_tokenizer(), tokenizer__ggml__pre="qwen2")
     tokenizer = load_model(str(path), device="cpu").tokenizer
     assert tokenizer("e\u0301").input_ids == tokenizer("\xe9").input_ids
+
+
+@needs_right_tokenizers
+def test_a_load_leaves_the_reader_as_it_was(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+        def __init__(self, path: str) -> None:
+            reads.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Reader)
+    bar, names = modeling_gguf_pytorch_utils.tqdm, gguf.get_tensor_name_map
+    load_model(str(file), device="cpu")
+    assert len(reads) == 1
+    assert (modeling_gguf_pytorch_utils.tqdm, gguf.get_tensor_name_map) == (bar, names)
+    assert gguf.GGUFReader is Reader
 
 
 @needs_right_tokenizers

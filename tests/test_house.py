@@ -233,7 +233,7 @@ def test_the_bundled_model_is_there() -> None:
 def texts() -> list[Path]:
     """Every text of the repository that a reader may open."""
     suffixes = {".py", ".md", ".toml", ".txt", ".cff", ".json", ".yml", ".yaml", ".sh", ".svg"}
-    folders = ["src", "tests", "docs", "examples", "benchmarks", "training", "constraints", ".ci"]
+    folders = ["src", "tests", "docs", "examples", "benchmarks", "training", "tools", "constraints", ".ci"]
     found = [path for path in ROOT.iterdir() if path.is_file() and (path.suffix in suffixes or path.name == "Makefile")]
     for folder in folders:
         found += [p for p in (ROOT / folder).rglob("*") if p.is_file() and (p.suffix in suffixes or folder == ".ci")]
