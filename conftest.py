@@ -62,6 +62,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    """All of it may go in the end, or nanobind tells of leaks."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _quick_interpreter() -> None:
     """Kernels in Triton's interpreter take a third of the time."""

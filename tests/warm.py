@@ -79,6 +79,7 @@ def _serve() -> tuple[str, list[str]] | None:
         _, status = os.waitpid(child, 0)
         sys.stdout.write(f"{os.waitstatus_to_exitcode(status)}\n")
         sys.stdout.flush()
+    gc.unfreeze()  # or nanobind tells of leaks
     return None
 
 
