@@ -11,9 +11,9 @@ OLDEST := .venv-oldest
 VLLM := .venv-vllm
 PIP := -m pip --disable-pip-version-check
 
-# One thread per test process: the workers share the cores.
+# One thread per test process: the workers share the cores. A file is one worker's, so that what it sets up is made once.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-PYTEST = $(TEST_ENV) $(1)/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+PYTEST = $(TEST_ENV) $(1)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 # Without PyTorch's own memory pool, whose blocks would hide an access past the end of a tensor.
 # Races are looked for in our kernels: cuDNN's attention, with which the tests compare, has reports of its own.

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +19,24 @@ from quest_attention.eval.excerpt import SOUTH
 from quest_attention.models import bundled_model_path
 from quest_attention.ops import quest_decode
 from quest_attention.pages import KEY_MAX, KEY_MIN
+from warm import Warm
 
 FIXED = {"0.4", "0.3", "0.5"}
 """Numbers of docs/results.md that nothing printed: bounds on intervals, and what was expected."""
 ROOT = Path(__file__).resolve().parent.parent
+WARM = Warm()
 
 
 def run(script: str, *arguments: str) -> str:
-    command = [sys.executable, str(ROOT / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    code, out, err = WARM.run(ROOT / script, arguments, ROOT)
+    assert code == 0, err[-3000:]
+    return out
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _warm() -> Iterator[None]:
+    yield
+    WARM.stop()
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import operator
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,8 @@ def without_time(found: list[Row]) -> list[Row]:
 
 
 def test_batch_that_finds_too_little_memory_is_measured_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
-    used = runner(tasks=(RECALL,), methods=("quest", "oracle"), num_samples=5)  # of any shape
-    arms = tuple(used.plan.arms(RECALL, LENGTH))
+    used = runner(tasks=(RECALL,), methods=("quest", "oracle"), lengths=(256,), num_samples=5)  # of any shape
+    arms = tuple(used.plan.arms(RECALL, 256))
     whole, sizes = Runner._recall, []
 
     def short_of_memory(self: Runner, work: Work) -> Iterator[Row]:
@@ -151,8 +152,8 @@ def test_every_method_answers_and_reads_its_budget() -> None:
 
 
 def test_a_sample_is_the_same_whoever_answers_it() -> None:
-    both = rows(runner())
-    alone = rows(runner(methods=("quest",)))
+    both = rows(runner(lengths=(256,)))
+    alone = rows(runner(methods=("quest",), lengths=(256,)))
     assert without_time(alone) == [row for row in without_time(both) if row["method"] == "quest"]
 
 
@@ -209,9 +210,9 @@ def test_perplexity_by_position() -> None:
 
 
 def test_perplexity_rows() -> None:
-    (row,) = rows(runner(tasks=(PERPLEXITY,), methods=("quest",), num_samples=3))
-    assert row["count"] == [LENGTH - 1]
-    assert row["sparse_steps"] == (LENGTH - 64) * 4
+    (row,) = rows(runner(tasks=(PERPLEXITY,), methods=("quest",), lengths=(256,), num_samples=3))
+    assert row["count"] == [256 - 1]
+    assert row["sparse_steps"] == (256 - 64) * 4
     assert row["book"].startswith("South")
 
 
@@ -241,8 +242,9 @@ def test_perplexity_of_books_side_by_side_is_that_of_each(tmp_path: Path, method
 @pytest.mark.parametrize("question", ["decode", "prefill"])
 def test_samples_side_by_side_are_answered_as_each(question: str) -> None:
     methods = ("full", "quest", "oracle", "streaming_llm", "h2o", "tova", "snapkv")
-    used = runner(tasks=("niah_multivalue",), methods=methods, lengths=(512,), num_samples=6, question=question)
+    used = runner(tasks=("niah_multikey_1",), methods=methods, lengths=(256,), num_samples=3, question=question)
     ends = {"tokens_read": None, "tokens_held": None, "sparse_steps": None}  # a batch goes on until its last has ended
+    assert sorted(Counter(map(used.shape, used.jobs)).values()) == [1, 2], "a batch of several, and one of one"
     for both, one in zip(in_order(side_by_side(used)), in_order(rows(used)), strict=True):
         assert {**both, "seconds": 0, **ends} == {**one, "seconds": 0, **ends}
         assert both["tokens_read"] >= one["tokens_read"]
