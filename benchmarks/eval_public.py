@@ -4,11 +4,14 @@
     python benchmarks/eval_public.py --books books --output runs
 
 Each model and length is a run in a folder of its own. Where full attention cannot do a task, the other methods are not
-asked. An interrupted run goes on with the same command. Written for NVIDIA GPUs.
+asked. An interrupted run goes on with the same command, and a new one from the answers that are committed beside the
+summaries. Written for NVIDIA GPUs. `quest report FOLDER` then writes the summary of a run.
 """
 
 from __future__ import annotations
 
+import json
+import lzma
 import os
 import subprocess
 import sys
@@ -22,6 +25,8 @@ import typer
 
 TASKS = ("passkey", "needle_of_30", "niah_multikey_2", "niah_multikey_3", "niah_multivalue", "variable_tracking")
 METHODS = "full,quest,quest:group_reduction=mean,oracle,token_oracle,streaming_llm,h2o,tova,snapkv"
+RESULTS = Path(__file__).parent / "results" / "accuracy"
+SAMPLES = "samples.jsonl.xz"
 BUDGETS = (128, 512, 1024, 2048, 4096)
 LEAST_FULL = 60
 """Where full attention is right in fewer of the answers, other methods are not asked [%]."""
@@ -62,6 +67,7 @@ RUNS = (
 def evaluate(run: Run, number: int, models: Path, books: Path, output: Path) -> None:
     """Do one run."""
     folder = output / run.name
+    begin_from_committed(folder)
 
     def quest_eval(*arguments: str) -> None:
         gpus = torch.cuda.device_count()
@@ -83,6 +89,17 @@ def evaluate(run: Run, number: int, models: Path, books: Path, output: Path) -> 
     quest_eval(*TASKS, "continuation", "recall", *options, "-n", str(run.samples))
     if run.stretches > run.samples:
         quest_eval("continuation", *options, "-n", str(run.stretches))
+
+
+def begin_from_committed(folder: Path) -> None:
+    """Fill the folder of a run with the answers that the repository has of it; one that was begun stays as it is."""
+    committed = RESULTS / folder.name
+    if folder.exists() or not (committed / SAMPLES).exists():
+        return
+    folder.mkdir(parents=True)
+    settings = json.loads((committed / "summary.json").read_text(encoding="utf-8"))["settings"]
+    (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "samples.jsonl").write_bytes(lzma.decompress((committed / SAMPLES).read_bytes()))
 
 
 def main(

@@ -1,4 +1,4 @@
-"""Print the tables of docs/results.md from the committed summaries, and draw its figures from them.
+"""Print the tables of docs/results_bundled.md from the committed summaries, and draw its figures from them.
 
     python benchmarks/tables_accuracy.py --figures docs/figures/accuracy
 
@@ -7,6 +7,7 @@ A summary holds the command that made it; `quest report` wrote it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,16 @@ from quest_attention.eval.report.figures import draw_pictures
 from quest_attention.eval.wilson import wilson_interval
 
 RESULTS = Path(__file__).parent / "results" / "accuracy"
+RUNS = (
+    "passkey",
+    "ruler",
+    "ruler_more",
+    "perplexity",
+    "perplexity_oracle",
+    "recall",
+    "ablations",
+    "ablations_passkey",
+)
 FIGURES = {
     "passkey": ("accuracy_passkey",),
     "ruler": ("accuracy_niah_multikey_2",),
@@ -70,7 +81,8 @@ def place(results: Results) -> str:
     """Where a run was made: model, device, versions and seed."""
     settings = results.settings
     machine = settings["machine"]
-    device = ", ".join(machine["gpu"] or [machine["cpu"]])
+    devices = machine["gpu"] or [machine["cpu"]]
+    device = ", ".join(f"{count} x {name}" if count > 1 else name for name, count in Counter(devices).items())
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "transformers", "triton"))
     where = f"{settings['description']}; {device}; {machine['python']}, {versions}"
     return f"{where}; commit {machine['commit'][:7]}; seed {settings['seed']}."
@@ -208,12 +220,12 @@ def is_one_eighth(cell: RecallCell) -> bool:
 
 def read_runs() -> dict[str, Results]:
     """The committed runs by name. One was cut short: what another measured in its stead is counted with it."""
-    read = {path.name: read_results(path) for path in sorted(RESULTS.iterdir()) if path.is_dir()}
+    read = {name: read_results(RESULTS / name) for name in RUNS}
     return {**read, "ruler": pooled(read["ruler"], read["ruler_more"])}
 
 
 def tables(read: dict[str, Results]) -> list[str]:
-    """All tables of docs/results.md, in order, and how each run was made."""
+    """All tables of docs/results_bundled.md, in order, and how each run was made."""
     ablations = [read["ablations"], read["ablations_passkey"]]
     return [
         *passkey_tables(read["passkey"]),

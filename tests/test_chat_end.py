@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gguf_files import CHAT_TEMPLATE, make_llama, make_tokenizer
 from quest_attention.cli import run
-from quest_attention.cli.chat import turn_end
+from quest_attention.eval.frame import turn_end
 
 FIRST = 0  # id of <|endoftext|>, which ends the turns of this file's template
 

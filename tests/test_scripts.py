@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import re
 from collections.abc import Iterator
@@ -16,13 +17,15 @@ from quest_attention import QuestConfig
 from quest_attention.bench.caches import in_8_bits, make_caches
 from quest_attention.bench.steps import quest_steps
 from quest_attention.eval.excerpt import SOUTH
+from quest_attention.eval.journal import Journal
+from quest_attention.eval.report import read_results
 from quest_attention.models import bundled_model_path
 from quest_attention.ops import quest_decode
 from quest_attention.pages import KEY_MAX, KEY_MIN
 from warm import Warm
 
 FIXED = {"0.4", "0.3", "0.5"}
-"""Numbers of docs/results.md that nothing printed: bounds on intervals, and what was expected."""
+"""Numbers of docs/results_bundled.md that nothing printed: bounds on intervals, and what was expected."""
 ROOT = Path(__file__).resolve().parent.parent
 WARM = Warm()
 
@@ -126,15 +129,15 @@ def test_the_table_of_the_page_on_speed_is_that_of_the_results() -> None:
 @pytest.mark.parametrize("page", ["README.md", "docs/speed.md", "docs/gpu.md", "docs/vllm.md"])
 def test_ratios_times_and_shares_in_a_text_are_printed(page: str) -> None:
     """Every `1.23x`, `4.5 ms` and `6.7 %` outside of the tables is a number of some table that a script prints."""
-    scripts = ("tables_accuracy", "tables_cpu", "tables_gpu", "tables_vllm")
+    scripts = ("tables_accuracy", "tables_cpu", "tables_gpu", "tables_public", "tables_vllm")
     known = set(re.findall(r"\d+\.\d+", "".join(printed(script) for script in scripts)))
     text = (ROOT / page).read_text(encoding="utf-8")
     found = set(re.findall(r"(\d+\.\d+)(?:x| ms| %)", text))
     assert found and found <= known, found - known
 
 
-def test_the_page_of_results_is_that_of_the_summaries() -> None:
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+def test_the_page_of_the_bundled_model_is_that_of_the_summaries() -> None:
+    page = (ROOT / "docs" / "results_bundled.md").read_text(encoding="utf-8")
     lines = [line for line in printed("tables_accuracy").splitlines() if line]
     assert len(lines) > 50
     place = 0
@@ -149,14 +152,41 @@ def test_the_page_of_results_is_that_of_the_summaries() -> None:
     ) | FIXED
 
 
-def test_the_figures_of_the_page_of_results(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="an extra of its own")
-    run("benchmarks/tables_accuracy.py", "--figures", str(tmp_path))
+def test_the_page_on_public_models_is_that_of_the_summaries() -> None:
+    """Every table, and every number of the text; so are the rows that README and the page on vLLM quote."""
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    shown = re.findall(r"\(figures/accuracy/(\w+\.png)\)", page)
+    tables, _, rest = printed("tables_public").partition("```sh")
+    commands, _, budgets = rest.partition("| pass key found")
+    parts = [f"| pass key found{budgets}", tables, f"```sh{commands}"]  # as they stand on the page
+    lines = [line for part in parts for line in part.splitlines() if line]
+    assert len(lines) > 100
+    place = 0
+    for line in lines:
+        place = page.index(line, place)
+    for line in page.splitlines():
+        assert line in lines or not line.startswith(("quest eval", "| ")), line
+    decimals = re.compile(r"(?<![\w.:-])\d+\.\d+(?![\w.])")  # not of versions or of names
+    known = set(decimals.findall(printed("tables_public")))
+    assert {number for line in page.splitlines() if line not in lines for number in decimals.findall(line)} <= known
+    vllm = (ROOT / "docs" / "vllm.md").read_text(encoding="utf-8")
+    assert parts[0].strip() in vllm
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    quoted = [line for line in readme.splitlines() if re.match(r"\| (full|quest|token_oracle|h2o)", line)]
+    assert quoted and set(quoted) <= set(lines)
+
+
+@pytest.mark.parametrize(
+    ("script", "page", "folder"),
+    [("tables_accuracy", "results_bundled", "accuracy"), ("tables_public", "results", "public")],
+)
+def test_the_figures_of_the_pages_of_results(tmp_path: Path, script: str, page: str, folder: str) -> None:
+    pytest.importorskip("matplotlib", reason="an extra of its own")
+    run(f"benchmarks/{script}.py", "--figures", str(tmp_path))
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    shown = re.findall(rf"\(figures/{folder}/(\w+\.png)\)", text)
     assert shown
     made = {path.name for path in tmp_path.iterdir()}
-    assert set(shown) == made == {path.name for path in (ROOT / "docs" / "figures" / "accuracy").iterdir()}
+    assert set(shown) == made == {path.name for path in (ROOT / "docs" / "figures" / folder).iterdir()}
 
 
 def test_decode_gpu_on_a_cpu(tmp_path: Path) -> None:
@@ -208,3 +238,24 @@ def test_caches_of_benchmarks_hold_bounds_of_their_keys() -> None:
         narrow = in_8_bits(kv, lengths).metadata.float()
         assert (narrow[:, :, KEY_MIN] <= kv.metadata[:, :, KEY_MIN]).all()
         assert (narrow[:, :, KEY_MAX] >= kv.metadata[:, :, KEY_MAX]).all()
+
+
+def test_runs_on_public_models_go_on_from_the_committed_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every summary is that of the answers beside it, and `quest eval` would take the folder for a run of its own."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    eval_public = importlib.import_module("eval_public")
+    for run_of in eval_public.RUNS:
+        folder = tmp_path / run_of.name
+        eval_public.begin_from_committed(folder)
+        committed = json.loads((eval_public.RESULTS / run_of.name / "summary.json").read_text(encoding="utf-8"))
+        assert read_results(folder).summary() == committed
+        assert (committed["settings"]["model"], committed["settings"]["lengths"]) == (
+            f"{run_of.model}.gguf",
+            [run_of.length],
+        )
+        Journal(folder, committed["settings"])
+    before = (folder / "samples.jsonl").read_bytes()
+    eval_public.begin_from_committed(folder)
+    assert (folder / "samples.jsonl").read_bytes() == before

@@ -48,8 +48,6 @@ WORK = {
     "env": "quest_attention.cli.env.show_environment",
 }
 """Where the work of each command begins, once its options are checked."""
-NOT_YET = {"make real-models": "the target comes in a change of its own"}
-"""What a page names before it is there."""
 BOOK = 6_000
 """Characters of the book that `quest generate` gets: more tokens than the budgets of the pages."""
 LONGEST = 600
@@ -158,8 +156,6 @@ def is_short(words: tuple[str, ...]) -> bool:
 
 def expect(found: object, what: str) -> None:
     """Fail where something that a page names is not there."""
-    if not found and what in NOT_YET:
-        pytest.skip(f"{what}: {NOT_YET[what]}")
     assert found, f"{what}: there is none"
 
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import TextStreamer
 
-from quest_attention.cli.chat import turn_end
 from quest_attention.cli.console import OnProgress, progress_bar, say
 from quest_attention.cli.loading import LoadedModel, load_model, resolve_device, set_threads
 from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestValueError
+from quest_attention.eval.frame import turn_end
 from quest_attention.eval.wording import counted
 from quest_attention.hf import QuestCounters, enable_quest
 from quest_attention.ops.dispatch import resolve_backend

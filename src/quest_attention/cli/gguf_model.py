@@ -107,7 +107,7 @@ def _quiet_and_quick() -> Iterator[None]:
     """Change how transformers reads GGUF for a while.
 
     Its progress bar alone does not ask the setting for them. And it parses the file twice and lists the names that
-    tensors may have once for every module of the model, which together is half of the time a load takes.
+    tensors may have once for every module of the model, which together is a large part of the time a load takes.
     """
     import gguf
     from transformers import modeling_gguf_pytorch_utils

@@ -9,12 +9,15 @@ from transformers import PreTrainedTokenizerBase
 
 from quest_attention.errors import QuestValueError
 
-__all__ = ["NO_FRAME", "Chat", "Frame", "chat_frame", "plain_frame", "start_tokens"]
+__all__ = ["NO_FRAME", "Chat", "Frame", "chat_frame", "plain_frame", "start_tokens", "turn_end"]
 
 Chat = Literal["auto", "yes", "no"]
 """Whether questions go through the chat template: where there is one, always, never."""
 _MARK = "\N{LEFT WHITE SQUARE BRACKET}what the user says\N{RIGHT WHITE SQUARE BRACKET}"
 """Stands for the user's turn while a template is taken apart; without spaces at its ends, which templates may strip."""
+
+_ANSWER = "quest"
+"""Written into the template, to see what follows it."""
 
 
 @dataclass(frozen=True)
@@ -71,3 +74,20 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase, chat: Chat = "auto") -> Frame
         raise QuestValueError("chat", chat, "no: the chat template does not say once what the user says")
     head, tail = (tuple(tokenizer(part, add_special_tokens=False).input_ids) for part in parts)
     return Frame(head, tail)
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that the chat template writes after an answer; None where there is no such token.
+
+    A model trained on the template ends its answers with it. Neither its configuration nor the tokenizer need know:
+    their end of text is often another, and a model that is not stopped goes on with both roles.
+    """
+    turns = [{"role": "user", "content": _ANSWER}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except Exception:  # noqa: BLE001 - a template is a program: one that takes no answers may raise anything
+        return None
+    _, answer, after = text.rpartition(_ANSWER)
+    following = tokenizer(after.lstrip(), add_special_tokens=False).input_ids
+    is_token = bool(answer and following) and following[0] in tokenizer.added_tokens_decoder
+    return int(following[0]) if is_token else None

@@ -18,7 +18,7 @@ from quest_attention.errors import QuestStateError, QuestValueError
 from quest_attention.eval.context import PREFILL_CHUNK, Context, read_context
 from quest_attention.eval.continuation import follow_text, next_tokens
 from quest_attention.eval.decode import decode_answers
-from quest_attention.eval.frame import Frame, chat_frame, plain_frame
+from quest_attention.eval.frame import Frame, chat_frame, plain_frame, turn_end
 from quest_attention.eval.longbench import LONGBENCH, Document, load_documents, score
 from quest_attention.eval.methods import LayerReads, Method
 from quest_attention.eval.perplexity import BUCKET, predict_tokens
@@ -86,9 +86,10 @@ class Runner:
 
     @cached_property
     def stop_tokens(self) -> frozenset[int]:
-        """Token ids that end an answer: the tokenizer's, and those of the model's generation settings."""
+        """Token ids that end an answer: the tokenizer's, those of the model's generation settings, and of a turn."""
         own = getattr(self.model.generation_config, "eos_token_id", None)
-        found = [self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+        turn = turn_end(self.tokenizer) if self.frame.is_chat else None
+        found = [self.tokenizer.eos_token_id, turn, *(own if isinstance(own, list) else [own])]
         return frozenset(token for token in found if token is not None)
 
     @cached_property
