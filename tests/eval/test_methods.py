@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 
-from quest_attention import QuestStateError, QuestValueError
+from families import FAMILIES, build
+from quest_attention import QuestConfig, QuestStateError, QuestValueError
 from quest_attention.eval.context import read_context
 from quest_attention.eval.decode import decode_answer
 from quest_attention.eval.methods import METHODS, Full, Method, Oracle, Quest, Session, make_method
@@ -19,9 +20,10 @@ from quest_attention.eval.methods.h2o import H2O
 from quest_attention.eval.methods.oracle import true_scores
 from quest_attention.eval.methods.snapkv import _KERNEL, SnapKV
 from quest_attention.eval.methods.streaming_llm import StreamingLLM
+from quest_attention.eval.methods.token_oracle import heaviest_tokens
 from quest_attention.eval.methods.tova import TOVA
 from quest_attention.eval.observation import WINDOW, Observation, attention_weights
-from quest_attention.hf import cache_argument
+from quest_attention.hf import cache_argument, layer_kinds
 from tiny import VOCABULARY, make_llama
 
 LAYERS, DENSE, HEADS, KV_HEADS, DIM = 3, 1, 4, 2, 8
@@ -293,3 +295,51 @@ def test_options_of_quest() -> None:
     used = method("quest:page_size=8,num_sink_pages=1", 64)
     assert isinstance(used, Quest)
     assert (used.config.page_size, used.config.num_sink_pages, used.config.token_budget) == (8, 1, 64)
+
+
+def test_the_token_oracle_against_loops(model: LlamaForCausalLM) -> None:
+    """It reads the tokens with the largest mean weight over the heads of a group, and the one being written."""
+    seen: list[Tensor] = []
+    weights: list[Tensor] = []
+
+    def on_read(_: int, selected: Any, query: Tensor, keys: Tensor, **kwargs: Any) -> None:
+        seen.append(selected.pages[0])
+        weights.append(attention_weights(query, keys, **kwargs)[0, :, :, 0])  # [HKV, G, T]
+
+    context = read_context(model, tokens(CONTEXT))
+    with torch.inference_mode(), method("token_oracle", 16).session(model) as session:
+        session.load(context)
+        for layer in session.cache.layers:
+            if hasattr(layer, "on_read"):
+                layer.on_read = on_read
+        model(torch.tensor([tokens(1)]), **cache_argument(session.cache))
+    assert len(seen) == LAYERS - DENSE
+    for selected, each in zip(seen, weights, strict=True):
+        for head in range(KV_HEADS):
+            mass = [sum(float(w) for w in each[head, :, t]) / (HEADS // KV_HEADS) for t in range(CONTEXT + 1)]
+            older = sorted(range(CONTEXT), key=lambda t: -mass[t])[:15]
+            assert selected[head].tolist() == sorted([*older, CONTEXT])
+
+
+def test_heaviest_tokens_normalise_each_head_before_they_compare() -> None:
+    """One head with large logits everywhere does not speak for the others: its weights sum to one as theirs do."""
+    weights = torch.tensor([[[[0.8, 0.1, 0.05, 0.05], [0.0, 0.6, 0.4, 0.0]]]])
+    assert heaviest_tokens(weights, 2).tolist() == [[[0, 3]]]
+    assert heaviest_tokens(weights, 3).tolist() == [[[0, 1, 3]]]
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "full"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt_oss", "qwen3_next"])
+def test_models_with_other_layers_choose_in_their_full_ones(family: str, name: str) -> None:
+    """Windowed and linear layers go along as they are: with everything read, the answer is full attention's."""
+    used = build(FAMILIES[family])
+    kinds = layer_kinds(used.config, QuestConfig(num_dense_layers=DENSE))
+    assert set(kinds.values()) > {"quest"} or family == "qwen3_next"
+    expected, full = answer(used, Full())
+    assert answer(used, method(name, 4 * CONTEXT))[0] == expected
+    _, session = answer(used, method(name, 16))
+    choosing = [reads for reads in session.reads() if kinds[reads.layer] == "quest"]
+    assert [reads.layer for reads in choosing] == [index for index, kind in kinds.items() if kind == "quest"]
+    assert {reads.layer for reads in full.reads()} >= {reads.layer for reads in choosing}
+    for reads in choosing:
+        assert reads.is_sparse and reads.tokens_read == 16 * (QUESTION + NEW - 1)

@@ -431,3 +431,24 @@ def test_recall_of_stretches_side_by_side_is_that_of_each() -> None:
         for name in ("mass", "top10"):
             torch.testing.assert_close(torch.tensor(both[name]), torch.tensor(one[name]), rtol=0, atol=2e-5)
         assert {**both, "mass": 0, "top10": 0} == {**one, "mass": 0, "top10": 0}
+
+
+def test_methods_are_asked_where_full_attention_can_do_a_task(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bundled model finds a pass key and counts no words; a run that goes on asks nobody again."""
+    given = ["eval", "passkey", "common_words", "continuation", "-o", str(tmp_path / "run"), "--method", "full,quest"]
+    given += ["-b", "64", "-l", str(LENGTH), "-n", "2", "--threads", "1", "--least-full", "60"]
+    assert run(given) == 0
+    assert "full attention is right in less than 60 % of common_words" in capsys.readouterr().err
+    rows_of = [json.loads(line) for line in (tmp_path / "run" / SAMPLES).read_text().splitlines()]
+    asked = {(row["task"], row["method"]) for row in rows_of}
+    assert asked == {
+        ("passkey", "full"),
+        ("passkey", "quest"),
+        ("common_words", "full"),
+        (CONTINUATION, "full"),
+        (CONTINUATION, "quest"),
+    }
+    assert run(given) == 0
+    assert len((tmp_path / "run" / SAMPLES).read_text().splitlines()) == len(rows_of) == 10
