@@ -153,9 +153,11 @@ def test_a_shell_completes_without_heavy_imports(shell: str, typed: dict[str, st
 
 def test_completion_keeps_out_of_the_help(quest: Cli, capsys: pytest.CaptureFixture[str]) -> None:
     assert "completion" not in quest("--help").out
-    with pytest.raises(SystemExit) as ended:
-        run(["--show-completion"])
-    assert not ended.value.code or "not supported" in capsys.readouterr().out  # started from no shell
+    try:
+        code: object = run(["--show-completion"])
+    except SystemExit as ended:  # typer's own end, in some shells
+        code = ended.code
+    assert not code or "not supported" in capsys.readouterr().out  # started from no shell
 
 
 def test_help_does_not_import_transformers() -> None:

@@ -62,6 +62,13 @@ def without_time(found: list[Row]) -> list[Row]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in found]
 
 
+def assert_recall_is_alike(one: Row, other: Row) -> None:
+    """Equal but for the last of the five decimals, which a batch may round differently."""
+    for name in ("mass", "top10"):
+        torch.testing.assert_close(torch.tensor(one[name]), torch.tensor(other[name]), rtol=0, atol=2e-5)
+    assert {**one, "mass": 0, "top10": 0} == {**other, "mass": 0, "top10": 0}
+
+
 def test_batch_that_finds_too_little_memory_is_measured_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     used = runner(tasks=(RECALL,), methods=("quest", "oracle"), lengths=(256,), num_samples=5)  # of any shape
     arms = tuple(used.plan.arms(RECALL, 256))
@@ -77,7 +84,9 @@ def test_batch_that_finds_too_little_memory_is_measured_in_halves(monkeypatch: p
     monkeypatch.setattr(Runner, "_recall", short_of_memory)
     found = without_time(list(used.measure(Work(tuple(used.jobs), arms))))
     key = operator.itemgetter("index", "method")
-    assert sorted(found, key=key) == sorted(expected, key=key) and sizes == [5, 2, 3, 1, 2]
+    for one, other in zip(sorted(found, key=key), sorted(expected, key=key), strict=True):
+        assert_recall_is_alike(one, other)
+    assert sizes == [5, 2, 3, 1, 2]
     monkeypatch.setattr(Runner, "_recall", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")))
     with pytest.raises(torch.OutOfMemoryError, match="none at all"):
         list(used.measure(Work(tuple(used.jobs), arms)))
@@ -242,7 +251,7 @@ def test_perplexity_of_books_side_by_side_is_that_of_each(tmp_path: Path, method
 @pytest.mark.parametrize("question", ["decode", "prefill"])
 def test_samples_side_by_side_are_answered_as_each(question: str) -> None:
     methods = ("full", "quest", "oracle", "streaming_llm", "h2o", "tova", "snapkv")
-    used = runner(tasks=("niah_multikey_1",), methods=methods, lengths=(256,), num_samples=3, question=question)
+    used = runner(tasks=("niah_multiquery",), methods=methods, lengths=(256,), num_samples=3, question=question)
     ends = {"tokens_read": None, "tokens_held": None, "sparse_steps": None}  # a batch goes on until its last has ended
     assert sorted(Counter(map(used.shape, used.jobs)).values()) == [1, 2], "a batch of several, and one of one"
     for both, one in zip(in_order(side_by_side(used)), in_order(rows(used)), strict=True):
@@ -428,9 +437,7 @@ def test_continuation_follows_full_attention() -> None:
 def test_recall_of_stretches_side_by_side_is_that_of_each() -> None:
     used = runner(tasks=(RECALL,), methods=("quest", "oracle", "token_oracle"), num_samples=3, lengths=(512,))
     for both, one in zip(in_order(side_by_side(used)), in_order(rows(used)), strict=True):
-        for name in ("mass", "top10"):
-            torch.testing.assert_close(torch.tensor(both[name]), torch.tensor(one[name]), rtol=0, atol=2e-5)
-        assert {**both, "mass": 0, "top10": 0} == {**one, "mass": 0, "top10": 0}
+        assert_recall_is_alike(both, one)
 
 
 def test_methods_are_asked_where_full_attention_can_do_a_task(

@@ -29,6 +29,7 @@ from quest_attention.eval.run_folder import SAMPLES, SETTINGS
 from quest_attention.eval.tasks import GRID
 
 __all__ = [
+    "LEAST_TELLING",
     "METHOD_ORDER",
     "SUMMARY",
     "Results",
