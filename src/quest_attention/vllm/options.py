@@ -10,12 +10,15 @@ from typing import Any, cast
 from quest_attention.config import Backend, QuestConfig
 from quest_attention.errors import QuestValueError
 
-__all__ = ["KEY", "QuestOptions", "read_options"]
+__all__ = ["KEY", "QuestOptions", "advice_on_budget", "read_options"]
 
 KEY = "quest"
 """Where the options stand in `--additional-config`."""
 _LOG_INTERVAL = 10.0
 """Seconds between lines of counters in the log, as between vLLM's own [s]."""
+_MOST_TIMES = 16
+"""Budgets into which the longest sequence may go before the log warns: with fewer tokens the small public models that
+docs/results.md measures lost facts."""
 _PAGE_SIZE = "page_size"
 _OF_SERVING = ("log_interval",)
 _OURS_ALONE = tuple(one.name for one in fields(QuestConfig) if one.name not in ("backend", _PAGE_SIZE))
@@ -119,3 +122,21 @@ def read_options(vllm_config: Any) -> QuestOptions | None:
         if name in additional:
             raise QuestValueError(f"additional_config.{name}", additional[name], f"it under {KEY!r}: {KEY}.{name}")
     return QuestOptions.from_mapping(additional[KEY])
+
+
+def advice_on_budget(token_budget: int, max_model_len: int) -> str | None:
+    """What an operator should know of a budget that is small for the longest sequence, or None.
+
+    Args:
+        token_budget: Most tokens that a decode row reads [tokens].
+        max_model_len: Of the longest sequence [tokens].
+
+    >>> advice_on_budget(2048, 32768) is None
+    True
+    """
+    if token_budget * _MOST_TIMES >= max_model_len:
+        return None
+    return (
+        f"token_budget {token_budget} is less than 1/{_MOST_TIMES} of {max_model_len} positions: over sequences that "
+        "long, small models lost facts with such a budget (docs/vllm.md, Which budget for which context). Measure yours"
+    )
