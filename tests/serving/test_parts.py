@@ -19,7 +19,7 @@ from quest_attention.vllm import plugin
 from quest_attention.vllm.counters import StepCounters, worker_label
 from quest_attention.vllm.folding import Fold
 from quest_attention.vllm.layout import PaddedBlocks, RowedBlocks, layout_of
-from quest_attention.vllm.options import QuestOptions, read_options
+from quest_attention.vllm.options import QuestOptions, advice_on_budget, read_options
 from quest_attention.vllm.refusals import check_vllm_config
 from quest_attention.vllm.step import read_lengths
 
@@ -47,6 +47,11 @@ class FullAttentionSpec:
 
 class ChunkedLocalAttentionSpec(FullAttentionSpec):
     """Of a layer that is not full attention."""
+
+
+def test_an_operator_is_told_of_a_budget_that_is_small_for_the_longest_sequence() -> None:
+    assert advice_on_budget(512, 8192) is None
+    assert str(advice_on_budget(511, 8192)).startswith("token_budget 511 is less than 1/16 of 8192 positions")
 
 
 def test_options_of_reading_and_of_serving() -> None:

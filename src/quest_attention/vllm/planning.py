@@ -15,7 +15,7 @@ from quest_attention.ops import resolve_backend
 from quest_attention.pages import num_pages
 from quest_attention.vllm.counters import StepCounters, worker_label
 from quest_attention.vllm.layout import check_full
-from quest_attention.vllm.options import KEY, read_options
+from quest_attention.vllm.options import KEY, advice_on_budget, read_options
 from quest_attention.vllm.refusals import BACKEND_NAME
 from quest_attention.vllm.step import QuestStep
 
@@ -65,6 +65,8 @@ class QuestPlanner:
                 backend.name,
                 backend.reason,
             )
+            if advice := advice_on_budget(self.config.token_budget, self._max_model_len):
+                _logger.warning("Quest: %s.", advice)
         else:
             _logger.warning(
                 "Quest reads everything: token_budget %d of %d positions, %d dense layers of %d.",
