@@ -26,6 +26,7 @@ from quest_attention import models as models_package
 from quest_attention.cli import run
 from quest_attention.cli.failures import INTERRUPTED, PIPE_CLOSED, reports_failures
 from quest_attention.cli.pace import Pace
+from quest_attention.cli.page_picture import LABEL, MARGIN, _groups, _label
 from quest_attention.cli.prompt import read_prompt
 from quest_attention.errors import QuestStateError, QuestValueError
 from quest_attention.eval.excerpt import SOUTH
@@ -515,6 +516,12 @@ def test_the_fact_lies_where_the_demo_says(quest: Cli, demo_arguments: list[str]
         start, stop = report["fact"]["tokens"]
         assert report["fact"]["pages"] == list(range(start // 16, (stop - 1) // 16 + 1))
         assert report["expected"] in report["fact"]["text"]
+
+
+def test_labels_of_deep_models_have_room() -> None:
+    for count in (4, 24, 40, 126, 1000):
+        labels = [_label(layers) for layers in _groups(range(2, count))]
+        assert max(map(len, labels)) <= LABEL - MARGIN, labels
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 120])

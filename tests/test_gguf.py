@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import gguf
@@ -168,6 +169,9 @@ def test_files_that_are_no_model(file: Path, tmp_path: Path) -> None:
     assert refused(made("text.gguf", b"Weddell")) == "a GGUF file; this one begins with b'Wedd'"
     assert refused(made("short.gguf", whole[:3000])) == "a whole GGUF file; this one is cut off or damaged"
     assert refused(made("magic.gguf", b"GGUF")) == "a whole GGUF file; this one is cut off or damaged"
+    key = struct.pack("<Q17sI", 17, b"general.alignment", 4)  # 4: a number of 32 bits
+    unaligned = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key + struct.pack("<I", 0)
+    assert "not damaged; this one aligns its tensors to 0" in refused(made("unaligned.gguf", unaligned))
     cut = refused(made("cut.gguf", whole[:-5000]))
     assert cut == f"a whole GGUF file; this one has {len(whole) - 5000:,} of {len(whole):,} bytes"
     assert "version 1" in refused(made("old.gguf", b"GGUF" + (1).to_bytes(4, "little") + whole[8:]))
@@ -186,6 +190,7 @@ def test_a_whole_file_has_all_its_bytes(file: Path) -> None:
         ({"general__architecture": "clip"}, "this file is the projector of one"),
         ({"general__type": "mmproj"}, "this file is the projector of one"),
         ({"general__type": "adapter"}, "by its general.type this file is: adapter"),
+        ({"split__count": "3"}, "this file has the split.count '3'"),
         ({"split__count": 3}, "this is one of 3: join them with llama-gguf-split --merge"),
         ({"tokenizer__ggml__model": None}, "this file has no tokenizer.ggml.model"),
     ],

@@ -36,6 +36,21 @@ def test_a_start_token_that_the_tokenizer_never_writes_is_none() -> None:
     assert plain_frame(named) == NO_FRAME
 
 
+def test_a_start_that_is_also_the_end_stays_and_an_end_goes() -> None:
+    class Ids:
+        """As much of a tokenizer as matters."""
+
+        def __init__(self, ids: list[int], bos: int | None, eos: int) -> None:
+            self.input_ids, self.bos_token_id, self.eos_token_id = ids, bos, eos
+
+        def __call__(self, _: str) -> Ids:
+            return self
+
+    assert start_tokens(Ids([7, 8], 7, 8)) == (7,)  # type: ignore[arg-type]
+    assert start_tokens(Ids([8], None, 8)) == ()  # type: ignore[arg-type]
+    assert start_tokens(Ids([8], 8, 8)) == (8,)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, STRIPPING])
 def test_a_template_is_taken_apart_around_what_the_user_says(template: str) -> None:
     frame = chat_frame(tokenizer(template))

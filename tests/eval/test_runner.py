@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from quest_attention import QuestConfig, QuestStateError, QuestValueError
 from quest_attention.cli.app import integers, run, split_list
+from quest_attention.cli.eval import _rounds
 from quest_attention.eval.context import read_context
 from quest_attention.eval.excerpt import SOUTH
 from quest_attention.eval.journal import SAMPLES, SETTINGS, Journal
@@ -440,6 +441,35 @@ def test_recall_of_stretches_side_by_side_is_that_of_each() -> None:
         assert_recall_is_alike(both, one)
 
 
+@pytest.mark.parametrize(
+    ("task", "length", "budget", "least"),
+    [(CONTINUATION, 100, "32", 161), (CONTINUATION, 193, "64", 193), (RECALL, 97, "64", 97)],
+)
+def test_a_length_that_leaves_nothing_before_what_is_decoded(task: str, length: int, budget: str, least: int) -> None:
+    with pytest.raises(QuestValueError, match=f"length: got {length}, expected more than {least} for {task}"):
+        runner(tasks=(task,), methods=("quest",), token_budgets=(budget,), lengths=(length,)).jobs  # noqa: B018
+    assert runner(tasks=(task,), methods=("quest",), token_budgets=(budget,), lengths=(least + 1,)).jobs
+
+
+def test_least_full_looks_at_each_length(tmp_path: Path) -> None:
+    plan = make_plan(lengths=(512, LENGTH), num_samples=1, least_full=60)
+    jobs = [(Job("passkey", length, 0), plan.arms("passkey", length)) for length in plan.lengths]
+    said: list[str] = []
+    rounds = _rounds(plan, jobs, tmp_path, said.append)
+    first = next(rounds)
+    assert [(job.length, [arm.method for arm in arms]) for job, arms in first] == [(512, ["full"]), (LENGTH, ["full"])]
+    settings = {"model": "m", "description": "d", "seed": 0, "num_samples": 1, "command": "c", "machine": {}}
+    (tmp_path / SETTINGS).write_text(json.dumps(settings))
+    answers = [
+        {**ROW, "method": "full", "token_budget": None, "length": length, "score": score}
+        for length, score in ((512, 0.0), (LENGTH, 1.0))
+    ]
+    more = {"answer": "", "depth": None, "tokens_read": 1, "tokens_held": 1, "sparse_steps": 0}
+    (tmp_path / SAMPLES).write_text("".join(json.dumps({**row, **more}) + "\n" for row in answers))
+    assert [(job.length, [arm.method for arm in arms]) for job, arms in next(rounds)] == [(LENGTH, ["quest"])]
+    assert said == ["quest: full attention is right in less than 60 % of passkey at 512 tokens: left to it alone"]
+
+
 def test_methods_are_asked_where_full_attention_can_do_a_task(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -447,7 +477,9 @@ def test_methods_are_asked_where_full_attention_can_do_a_task(
     given = ["eval", "passkey", "common_words", "continuation", "-o", str(tmp_path / "run"), "--method", "full,quest"]
     given += ["-b", "64", "-l", str(LENGTH), "-n", "2", "--threads", "1", "--least-full", "60"]
     assert run(given) == 0
-    assert "full attention is right in less than 60 % of common_words" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"full attention is right in less than 60 % of common_words at {LENGTH} tokens" in said
+    assert "fewer where full attention cannot do a task" in said
     rows_of = [json.loads(line) for line in (tmp_path / "run" / SAMPLES).read_text().splitlines()]
     asked = {(row["task"], row["method"]) for row in rows_of}
     assert asked == {

@@ -201,12 +201,12 @@ def generate(
 @app.command(name="eval")
 @reports_failures
 def evaluate(
-    tasks: Annotated[list[str], typer.Argument(help="passkey, niah_single_1, ..., perplexity, recall, needle_grid.")],
+    tasks: Annotated[list[str], typer.Argument(help="passkey, niah_single_1, ..., continuation, perplexity, recall.")],
     output: Annotated[str, typer.Option("--output", "-o", help="Folder of the run; it goes on if it was begun.")],
     model: Model = None,
-    methods: Annotated[str, typer.Option("--method", help="full, quest, oracle, streaming_llm, h2o, tova, snapkv.")] = (
-        "full,quest,streaming_llm"
-    ),
+    methods: Annotated[
+        str, typer.Option("--method", help="full, quest, oracle, token_oracle, streaming_llm, h2o ...")
+    ] = ("full,quest,streaming_llm"),
     token_budgets: Annotated[
         str, typer.Option("--token-budget", "-b", help="Tokens a step may read, or shares of the length as 1/16.")
     ] = "64,128,256",  # noqa: S107 (tokens of a model, no secret)

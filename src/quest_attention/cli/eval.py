@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,6 +39,8 @@ from quest_attention.ops.dispatch import resolve_backend
 
 __all__ = ["evaluate", "report"]
 
+_AT_MOST = "; fewer where full attention cannot do a task"
+"""Behind how many answers are to make, with `--least-full`."""
 _OWN_DTYPE = "auto"
 """Of `--dtype`: what the model and the device call for."""
 
@@ -76,13 +78,13 @@ def evaluate(
         total = sum(len(plan.arms(job.task, job.length)) for job in jobs)
         done = total - sum(len(arms) for _, arms in open_jobs)
         if not is_quiet:
-            say(f"quest: {_to_do(open_jobs, done, total, output)}")
+            say(f"quest: {_to_do(open_jobs, done, total, output)}{_AT_MOST if plan.least_full else ''}")
         make = functools.partial(_make_runner, plan, model_name, device, dtype)
         what = plan.tasks[0] if len(plan.tasks) == 1 else f"{len(plan.tasks)} tasks"
         on_progress(what, done, total)
         # An answer takes longer the longer its text is.
         pace = Pace(sum(job.length * len(arms) for job, arms in open_jobs), skips_first=workers > 1)
-        rounds = _rounds(plan, open_jobs, output)
+        rounds = _rounds(plan, open_jobs, output, say if not is_quiet else lambda _: None)
         with contextlib.closing(run_jobs(runner, rounds, workers=workers, make_runner=make)) as measured:
             for rows in measured:
                 journal.add(rows)
@@ -164,21 +166,24 @@ def _arms_of(open_jobs: list[tuple[Job, list[Arm]]]) -> str:
     return counted(len(methods), "method") + (f" ({len(arms)} with their budgets)" if len(arms) > len(methods) else "")
 
 
-def _rounds(plan: Plan, open_jobs: Round, output: Path) -> Iterator[Round]:
+def _rounds(plan: Plan, open_jobs: Round, output: Path, tell: Callable[[str], None]) -> Iterator[Round]:
     """All at once; with `least_full` what full attention has to answer first, then the tasks that it can do."""
     if not plan.least_full or TASKS.keys().isdisjoint(plan.tasks):
         yield open_jobs
         return
     yield [(job, own) for job, arms in open_jobs if job.task in TASKS and (own := [a for a in arms if _is_full(a)])]
     found = read_results(output)
-    able = {cell.task for cell in found.accuracy if cell.token_budget is None and cell.score >= plan.least_full}
-    if unable := [task for task in plan.tasks if task in TASKS and task not in able]:
-        say(f"quest: full attention is right in less than {plan.least_full} % of {', '.join(unable)}: left to it alone")
+    full = {(cell.task, cell.length): cell.score for cell in found.accuracy if cell.token_budget is None}
+    able = {place for place, score in full.items() if score >= plan.least_full}
+    for length in plan.lengths:
+        if unable := [task for task in plan.tasks if task in TASKS and (task, length) not in able]:
+            what = f"{', '.join(unable)} at {length} tokens"
+            tell(f"quest: full attention is right in less than {plan.least_full} % of {what}: left to it alone")
     rest = [(job, arms) for job, arms in open_jobs if job.task not in TASKS]
     rest += [
         (job, others)
         for job, arms in open_jobs
-        if job.task in able and (others := [arm for arm in arms if not _is_full(arm)])
+        if (job.task, job.length) in able and (others := [arm for arm in arms if not _is_full(arm)])
     ]
     yield rest
 

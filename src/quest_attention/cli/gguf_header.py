@@ -90,8 +90,10 @@ def _check_is_a_model(values: dict[str, Any], path: Path) -> None:
         raise _refusal(path, "a language model; this file is the projector of one, for pictures or sound")
     if kind != "model":
         raise _refusal(path, f"a language model; by its general.type this file is: {kind}")
-    if values.get("split.count", 1) > 1:
-        parts = values["split.count"]
+    parts = values.get("split.count", 1)
+    if not isinstance(parts, int):
+        raise _refusal(path, f"a number of parts; this file has the split.count {parts!r}")
+    if parts > 1:
         raise _refusal(path, f"a model in one file; this is one of {parts}: join them with llama-gguf-split --merge")
     for key in ("general.architecture", "tokenizer.ggml.model"):
         if key not in values:
@@ -115,6 +117,8 @@ def _read(data: mmap.mmap, path: Path) -> tuple[GgufHeader, int]:
         kind, offset = cursor.take("I"), cursor.take("Q")
         end = max(end, offset + _bytes_of(kind, math.prod(shape)))
     alignment = values.get("general.alignment", DEFAULT_ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise _refusal(path, f"a file that is not damaged; this one aligns its tensors to {alignment!r}")
     start = -(-cursor.position // alignment) * alignment
     return GgufHeader(values), start + end
 

@@ -163,6 +163,8 @@ def _locate(name: str) -> tuple[str, bool]:
     Raises:
         QuestValueError: It is neither a model's folder nor, as far as can be known, a model on the Hub.
     """
+    if not name.strip():  # as an unset variable of a shell is: it would be the folder one is in
+        raise QuestValueError("model", name, "a folder, a GGUF file, or an id on the Hub")
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():

@@ -15,7 +15,8 @@ __all__ = ["page_picture"]
 MOST_LINES = 8
 """Layers of a deep model are shown in groups, so that the picture stays a picture."""
 MOST_COLUMNS = 100
-LABEL = 13  # columns, its margin included
+LABEL = 14  # columns, its margin included: room for "layers 10-13"
+MARGIN = 2  # columns
 FRAME = 2  # columns
 CYAN, GREEN, RED = "cyan", "bold green", "bold red"
 
@@ -79,14 +80,15 @@ def _groups(layers: Sequence[int]) -> list[Sequence[int]]:
 
 
 def _label(layers: Sequence[int]) -> str:
-    return f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
+    name = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
+    return name if len(name) <= LABEL - MARGIN else f"{layers[0]}-{layers[-1]}"
 
 
 def _line(
     picture: Text, label: str, strip: list[float], glyphs: _Glyphs, marked: set[int], style: str, fact_style: str
 ) -> None:
     """One strip of the picture; `strip` holds a share from 0 to 1 for each column."""
-    picture.append(f"  {label:<{LABEL - 2}}{glyphs.edge}", style="dim")
+    picture.append(f"{'':<{MARGIN}}{label:<{LABEL - MARGIN}}{glyphs.edge}", style="dim")
     for index, share in enumerate(strip):
         # Any read shows, however seldom; the darkest shade is the last quarter.
         shade = 0 if share == 0 else min(len(glyphs.shades) - 1, 1 + int(share * (len(glyphs.shades) - 1)))

@@ -60,13 +60,13 @@ def follow_text(
 
     Args:
         model: In evaluation mode.
-        method: What reads.
+        method: What reads. Quest replays CUDA graphs where it can, whatever its `cuda_graphs` was.
         context: From `read_context`, of `B` sequences; it stays as it is.
         following: `[B, t + 1]` int64; the first is fed and not predicted, the last predicted and not fed.
         expected: `[B, t]` int64, from `next_tokens` of the tokens that are fed.
     """
     if type(method) is Quest:
-        method.cuda_graphs = None  # a hundred steps are worth a capture
+        method.cuda_graphs = None  # so many steps are worth a capture
     count = following.shape[1] - 1
     following, expected = following.to(model.device), expected.to(model.device)
     nll = torch.zeros(following.shape[0], dtype=torch.float64, device=model.device)

@@ -45,7 +45,10 @@ NO_FRAME = Frame()
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Token ids that the tokenizer itself puts before a text: none for many models that have a start token."""
     ids: list[int] = tokenizer("").input_ids
-    return tuple(token for token in ids if token != tokenizer.eos_token_id)
+    ends = {tokenizer.eos_token_id} - {
+        tokenizer.bos_token_id
+    }  # some tokenizers end every text; some start with its end
+    return tuple(token for token in ids if token not in ends)
 
 
 def plain_frame(tokenizer: PreTrainedTokenizerBase) -> Frame:

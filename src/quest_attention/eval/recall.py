@@ -55,11 +55,11 @@ class _Sums:
     def add(self, layer: int, selected: Selection, query: Tensor, keys: Tensor, **kwargs: Any) -> None:
         """An `on_read` of a layer."""
         weights = attention_weights(query, keys, **kwargs)[:, :, :, 0]  # [B, HKV, G, T]
-        page = torch.arange(keys.shape[2], device=keys.device) // self._unit
-        pages = selected.pages.long()
-        is_read = torch.zeros(*pages.shape[:2], int(page[-1]) + 2, dtype=torch.bool, device=keys.device)
-        is_read.scatter_(2, pages.masked_fill(pages < 0, is_read.shape[2] - 1), value=True)  # unused slots hold -1
-        read = is_read[:, :, page][:, :, None].expand_as(weights)
+        unit = torch.arange(keys.shape[2], device=keys.device) // self._unit  # of each token
+        units = selected.pages.long()
+        is_read = torch.zeros(*units.shape[:2], int(unit[-1]) + 2, dtype=torch.bool, device=keys.device)
+        is_read.scatter_(2, units.masked_fill(units < 0, is_read.shape[2] - 1), value=True)  # unused slots hold -1
+        read = is_read[:, :, unit][:, :, None].expand_as(weights)
         top = weights.topk(TOP_TOKENS, -1).indices
         mass = (weights * read).sum(-1).mean(2)  # [B, HKV]
         hits = read.gather(-1, top).float().mean((2, 3))

@@ -47,7 +47,8 @@ def hold_folder(folder: Path) -> Iterator[None]:
     A folder that was made here and stays empty is taken away again.
 
     Raises:
-        QuestValueError: Another run writes to it (the message says which), it cannot be written, or `check_folder`.
+        QuestValueError: Another run writes to it (the message says which), it cannot be written, or
+            `check_folder` refuses it.
     """
     made: list[Path] = []
     lock = FileLock(folder / _LOCK)

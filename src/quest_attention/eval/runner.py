@@ -102,13 +102,15 @@ class Runner:
         """Every sample of the plan that there is text for.
 
         Raises:
-            QuestValueError: A length is more than the model's positions, or than every text.
+            QuestValueError: A length is more than the model's positions or than every text, or too short for what is
+            measured.
         """
         text = self.model.config.get_text_config(decoder=True)
         positions = getattr(text, "max_position_embeddings", None)
         for length in self.plan.lengths:
             if positions is not None and length > positions:
                 raise QuestValueError("length", length, f"at most {positions}, the model's positions")
+            self._check_room(length)
         if not set(_FROM_BOOKS).isdisjoint(self.plan.tasks):
             self.texts.at_least(max(self.plan.lengths))
         jobs = []
@@ -119,6 +121,21 @@ class Runner:
                 continue
             jobs.append(job)
         return jobs
+
+    def _check_room(self, length: int) -> None:
+        """Refuse a length that leaves too little before the tokens that are decoded: budgets must leave something out.
+
+        Raises:
+            QuestValueError: As said.
+        """
+        for task, steps in ((CONTINUATION, CONTINUATION_STEPS), (RECALL, RECALL_STEPS)):
+            if task not in self.plan.tasks:
+                continue
+            budgets = [arm.token_budget or 0 for arm in self.plan.arms(task, length)]
+            least = max(budgets) + steps + len(self.start) + 1
+            if length <= least:
+                expected = f"more than {least} for {task}: its last {steps} tokens are decoded, past the largest budget"
+                raise QuestValueError("length", length, expected)
 
     @property
     def is_batched(self) -> bool:

@@ -54,9 +54,11 @@ Encode = Callable[[str], list[int]]
 """Text to token ids, without special tokens."""
 
 PERPLEXITY = "perplexity"
-RECALL = "recall"
+"""Whole books, token by token."""
 CONTINUATION = "continuation"
-"""What is measured beside the tasks made here."""
+"""The last tokens of stretches of books."""
+RECALL = "recall"
+"""What of the attention is read."""
 GRID = "needle_grid"
 """One needle at fixed depths, for a picture of depth by length."""
 

@@ -24,7 +24,7 @@ __all__ = ["TokenOracle", "heaviest_tokens"]
 
 
 class TokenOracle(Method):
-    """The tokens with the largest mean weight over the query heads of a group: the ceiling for choices of this size.
+    """The tokens with the largest mean weight over the query heads of a group: what a better choice could read.
 
     It reads every key to choose, so it is no method to serve with. A weight is that of full attention, so each query
     head's logits are normalised before heads are compared; the token being written is always read.
@@ -57,7 +57,7 @@ def heaviest_tokens(weights: Tensor, count: int) -> Tensor:
     """The tokens with the largest mean weight over a group's query heads, the last always among them.
 
     Args:
-        weights: `[B, HKV, G, T]`, of full attention.
+        weights: `[B, HKV, G, T]` float32, of full attention.
         count: At most T [tokens].
 
     Returns:
@@ -109,7 +109,7 @@ class _TokenOracleLayer(ReadingLayer):
         read_keys, read_values = (
             all_of.gather(2, tokens[..., None].expand(-1, -1, -1, all_of.shape[3])) for all_of in (key, value)
         )
-        if self.on_read is not None:
+        if self.on_read is not None:  # whose units are tokens here, as `TokenOracle.unit` says
             counts = torch.full((batch,), self._token_budget, dtype=torch.int32, device=key.device)
             self.on_read(self.index, Selection(tokens.int(), counts), query, key, **kwargs)
         read = attention_weights(query, read_keys, **kwargs)[:, :, :, 0]  # [B, HKV, G, K]

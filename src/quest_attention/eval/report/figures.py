@@ -70,6 +70,10 @@ _NAME, _HANDLE, _LETTER = 1.6, 0.55, 0.065
 """Width of a short name in a legend, and of what stands before a long one and of each of its letters [inches]."""
 _LOG_FROM = 4.0
 """Perplexities that differ by more than this factor are drawn on a logarithmic axis."""
+_LINEAR = 1.0
+"""Up to so much above full attention an axis is linear, that zero has a place on it [%]."""
+_ROOM = 1.5
+"""Factor between the largest value of such an axis and its end."""
 _MISSING = "#dddddd"
 
 _Line = Literal["-", "--", "-."]
@@ -247,7 +251,7 @@ def _by_budget(
             panel.set_ylim(-4, 104)
             panel.set_yticks(range(0, 101, 25))
         else:
-            _excess_axis(panel, max(point.value for point in points))
+            _excess_axis(panel, points)
         panel.set_title(f"{title}, {_tokens(length)} tokens", fontsize=_FONT)
     _label(figure, panels, "token budget", label)
     _legend(figure, methods, styles)
@@ -280,12 +284,16 @@ def _draw_line(panel: Axes, points: Sequence[_Point], style: _Style, shift: floa
     )
 
 
-def _excess_axis(panel: Axes, most: float) -> None:
-    """Per cent above a base: linear up to 1, logarithmic beyond."""
-    panel.set_yscale("symlog", linthresh=1)
-    panel.set_ylim(-1, max(1.0, most) * 1.5)
-    ticks = [0, *(10.0**power for power in range(math.ceil(math.log10(max(1.0, most))) + 1))]
-    panel.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if tick <= max(1.0, most) * 1.5]))
+def _excess_axis(panel: Axes, points: Sequence[_Point]) -> None:
+    """Per cent above a base: linear within `_LINEAR`, logarithmic beyond; room for every interval."""
+    least = min(point.value if point.low is None else point.low for point in points)
+    most = max(point.value if point.high is None else point.high for point in points)
+    bottom, top = min(-_LINEAR, least * _ROOM), max(_LINEAR, most * _ROOM)
+    panel.set_yscale("symlog", linthresh=_LINEAR)
+    panel.set_ylim(bottom, top)
+    powers = [_LINEAR * 10.0**power for power in range(math.ceil(math.log10(max(-bottom, top) / _LINEAR)) + 1)]
+    ticks = [*(-tick for tick in reversed(powers)), 0, *powers]
+    panel.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if bottom <= tick <= top]))
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     panel.yaxis.set_minor_locator(NullLocator())
 
