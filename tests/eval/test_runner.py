@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from quest_attention import QuestConfig, QuestStateError, QuestValueError
 from quest_attention.cli.app import integers, run, split_list
-from quest_attention.cli.eval import _rounds
 from quest_attention.eval.context import read_context
 from quest_attention.eval.excerpt import SOUTH
 from quest_attention.eval.journal import SAMPLES, SETTINGS, Journal
@@ -25,6 +24,7 @@ from quest_attention.eval.perplexity import BUCKET, predict_tokens
 from quest_attention.eval.plan import Arm, Job, Plan, Work, divide
 from quest_attention.eval.pool import run_jobs
 from quest_attention.eval.recall import TOP_TOKENS, measure_recall
+from quest_attention.eval.rounds import make_rounds
 from quest_attention.eval.runner import CONTINUATION_STEPS, RECALL_STEPS, Runner
 from quest_attention.eval.tasks import CONTINUATION, GRID, PERPLEXITY, RECALL
 from quest_attention.hf import cache_argument
@@ -455,7 +455,7 @@ def test_least_full_looks_at_each_length(tmp_path: Path) -> None:
     plan = make_plan(lengths=(512, LENGTH), num_samples=1, least_full=60)
     jobs = [(Job("passkey", length, 0), plan.arms("passkey", length)) for length in plan.lengths]
     said: list[str] = []
-    rounds = _rounds(plan, jobs, tmp_path, said.append)
+    rounds = make_rounds(plan, jobs, tmp_path, said.append)
     first = next(rounds)
     assert [(job.length, [arm.method for arm in arms]) for job, arms in first] == [(512, ["full"]), (LENGTH, ["full"])]
     settings = {"model": "m", "description": "d", "seed": 0, "num_samples": 1, "command": "c", "machine": {}}

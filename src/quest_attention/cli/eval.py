@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import shlex
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,9 +18,9 @@ from quest_attention.config import Backend
 from quest_attention.errors import BackendError, QuestValueError
 from quest_attention.eval.journal import Journal
 from quest_attention.eval.longbench import LONGBENCH, document_file
-from quest_attention.eval.methods import Full, Quest
+from quest_attention.eval.methods import Quest
 from quest_attention.eval.plan import Arm, Job, Plan
-from quest_attention.eval.pool import Round, run_jobs
+from quest_attention.eval.pool import run_jobs
 from quest_attention.eval.report import (
     accuracy_rows,
     continuation_rows,
@@ -30,9 +29,9 @@ from quest_attention.eval.report import (
     recall_rows,
     write_report,
 )
+from quest_attention.eval.rounds import make_rounds
 from quest_attention.eval.run_folder import hold_folder
 from quest_attention.eval.runner import Runner
-from quest_attention.eval.tasks import TASKS
 from quest_attention.eval.texts import book_files
 from quest_attention.eval.wording import counted
 from quest_attention.ops.dispatch import resolve_backend
@@ -84,7 +83,7 @@ def evaluate(
         on_progress(what, done, total)
         # An answer takes longer the longer its text is.
         pace = Pace(sum(job.length * len(arms) for job, arms in open_jobs), skips_first=workers > 1)
-        rounds = _rounds(plan, open_jobs, output, say if not is_quiet else lambda _: None)
+        rounds = make_rounds(plan, open_jobs, output, say if not is_quiet else lambda _: None)
         with contextlib.closing(run_jobs(runner, rounds, workers=workers, make_runner=make)) as measured:
             for rows in measured:
                 journal.add(rows)
@@ -164,32 +163,6 @@ def _arms_of(open_jobs: list[tuple[Job, list[Arm]]]) -> str:
     arms = dict.fromkeys((arm.method, arm.token_budget) for _, some in open_jobs for arm in some)
     methods = dict.fromkeys(method for method, _ in arms)
     return counted(len(methods), "method") + (f" ({len(arms)} with their budgets)" if len(arms) > len(methods) else "")
-
-
-def _rounds(plan: Plan, open_jobs: Round, output: Path, tell: Callable[[str], None]) -> Iterator[Round]:
-    """All at once; with `least_full` what full attention has to answer first, then the tasks that it can do."""
-    if not plan.least_full or TASKS.keys().isdisjoint(plan.tasks):
-        yield open_jobs
-        return
-    yield [(job, own) for job, arms in open_jobs if job.task in TASKS and (own := [a for a in arms if _is_full(a)])]
-    found = read_results(output)
-    full = {(cell.task, cell.length): cell.score for cell in found.accuracy if cell.token_budget is None}
-    able = {place for place, score in full.items() if score >= plan.least_full}
-    for length in plan.lengths:
-        if unable := [task for task in plan.tasks if task in TASKS and (task, length) not in able]:
-            what = f"{', '.join(unable)} at {length} tokens"
-            tell(f"quest: full attention is right in less than {plan.least_full} % of {what}: left to it alone")
-    rest = [(job, arms) for job, arms in open_jobs if job.task not in TASKS]
-    rest += [
-        (job, others)
-        for job, arms in open_jobs
-        if (job.task, job.length) in able and (others := [arm for arm in arms if not _is_full(arm)])
-    ]
-    yield rest
-
-
-def _is_full(arm: Arm) -> bool:
-    return arm.method == Full.name
 
 
 def _make_runner(plan: Plan, model_name: str | None, device: str, dtype: str) -> Runner:
