@@ -49,6 +49,13 @@ class ChunkedLocalAttentionSpec(FullAttentionSpec):
     """Of a layer that is not full attention."""
 
 
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_a_budget_that_cannot_hold_what_is_always_read_names_the_block(sinks: int) -> None:
+    options = QuestOptions.from_mapping({"token_budget": 64, "num_sink_pages": sinks})
+    with pytest.raises(QuestValueError, match=rf"expected at least {128 * (sinks + 1)}: .*--block-size"):
+        options.config(128)
+
+
 def test_an_operator_is_told_of_a_budget_that_is_small_for_the_longest_sequence() -> None:
     assert advice_on_budget(512, 8192) is None
     assert str(advice_on_budget(511, 8192)).startswith("token_budget 511 is less than 1/16 of 8192 positions")

@@ -70,7 +70,7 @@ class QuestOptions:
         try:
             return QuestConfig.from_dict({**self.reading, _PAGE_SIZE: block_size})
         except QuestValueError as error:
-            block = " (a page is a block of vLLM: --block-size)" if "forced pages" in error.expected else ""
+            block = " (a page is a block of vLLM: --block-size)" if "forced page" in error.expected else ""
             raise QuestValueError(f"{KEY}.{error.argument}", error.got, error.expected + block) from None
 
     @classmethod
