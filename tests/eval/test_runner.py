@@ -420,8 +420,8 @@ METHODS_OF_A_STEP = ("full", "quest", "oracle", "token_oracle", "streaming_llm",
 
 
 def test_continuation_follows_full_attention() -> None:
-    """With everything read, the loss is that of the model and every next token agrees; with less, fewer do."""
-    used = runner(tasks=(CONTINUATION,), methods=METHODS_OF_A_STEP, token_budgets=("64", "1008"), num_samples=1)
+    """The loss is that of the model and every next token agrees; with fewer tokens read, fewer do."""
+    used = runner(tasks=(CONTINUATION,), methods=METHODS_OF_A_STEP, token_budgets=("64", "880"), num_samples=1)
     found = {(row["method"], row["token_budget"]): row for row in rows(used)}
     tokens = used._stretch(used.jobs[0])
     truth = float(model_loss(used.model, torch.tensor([tokens]))[-CONTINUATION_STEPS:].sum())
@@ -429,7 +429,7 @@ def test_continuation_follows_full_attention() -> None:
     assert full["nll"] == pytest.approx(truth, rel=1e-4)
     assert full["agreed"] == full["count"] == CONTINUATION_STEPS and full["sparse_steps"] == 0
     for name in METHODS_OF_A_STEP[1:]:
-        assert found[name, 1008]["agreed"] >= found[name, 64]["agreed"]
+        assert found[name, 880]["agreed"] >= found[name, 64]["agreed"]
         assert found[name, 64]["sparse_steps"] == 4 * CONTINUATION_STEPS
         assert found[name, 64]["tokens_read"] <= 64 * 4 * CONTINUATION_STEPS
     assert found["token_oracle", 64]["nll"] < found["streaming_llm", 64]["nll"]
