@@ -17,14 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quest_attention.config import QuestConfig
-from quest_attention.errors import QuestStateError, QuestValueError, UnsupportedModelError
+from quest_attention.errors import QuestStateError, QuestValueError
 from quest_attention.eval.context import Context
 from quest_attention.eval.methods.method import Method, Session
-from quest_attention.eval.methods.reading import ReadingLayer, ReadingSession
+from quest_attention.eval.methods.reading import ReadingLayer, ReadingSession, refuse_mask
 from quest_attention.eval.observation import Observation, attention_weights
 from quest_attention.hf import QuestHandle, enable_quest
 from quest_attention.hf.attention import AttentionForward
-from quest_attention.hf.layer import LAYER_ATTRIBUTE
 
 __all__ = ["Evicting", "Policy", "last_indices", "top_indices"]
 
@@ -141,8 +140,6 @@ class _EvictingLayer(ReadingLayer):
         if self._scores is not None:
             self._scores = torch.nn.functional.pad(self._scores, (0, new))
             self.tokens_read += keys.shape[2]
-        keys = keys[:, :, :]  # a view, so that the stored tensor does not hold the layer that holds it
-        setattr(keys, LAYER_ATTRIBUTE, self)
         return keys, values
 
     def _evict(self) -> None:
@@ -179,10 +176,7 @@ class _EvictingLayer(ReadingLayer):
             if self.policy.observes and self.observation is not None:
                 self.observation.observe(query, key, **kwargs)
             return dense(query, key, value, attention_mask, **kwargs)
-        if attention_mask is not None:
-            raise UnsupportedModelError(
-                "attention_mask: got a tensor, expected None: sequences of one length, unpadded"
-            )
+        refuse_mask(attention_mask)
         if self.policy.observes:
             weights = attention_weights(query, key, **kwargs)[:, :, :, 0]
             self._scores = self.policy.step(self._scores, weights)

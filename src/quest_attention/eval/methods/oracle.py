@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quest_attention.errors import UnsupportedModelError
 from quest_attention.eval.methods.quest import Quest, QuestSession
+from quest_attention.eval.methods.reading import refuse_mask
 from quest_attention.hf import QuestHandle, QuestLayer
 from quest_attention.hf.attention import AttentionForward
 from quest_attention.ops import select_pages, sparse_decode_attention
@@ -82,10 +82,7 @@ class _OracleLayer(QuestLayer):
         if length <= config.token_budget:
             self.counter.count_dense("within budget", batch * self.num_pages)
             return dense(query, key, value, attention_mask, **kwargs)
-        if attention_mask is not None:
-            raise UnsupportedModelError(
-                "attention_mask: got a tensor, expected None: sequences of one length, unpadded"
-            )
+        refuse_mask(attention_mask)
         selected = select_pages(
             true_scores(query[:, :, 0], key, config.page_size),
             length,

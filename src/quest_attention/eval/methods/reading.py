@@ -9,12 +9,14 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from quest_attention.errors import UnsupportedModelError
 from quest_attention.eval.context import Context, copy_cache
 from quest_attention.eval.methods.method import LayerReads, Session
 from quest_attention.hf import QuestHandle, QuestLayer
 from quest_attention.hf.attention import AttentionForward
+from quest_attention.hf.layer import LAYER_ATTRIBUTE
 
-__all__ = ["ReadingLayer", "ReadingSession"]
+__all__ = ["ReadingLayer", "ReadingSession", "refuse_mask"]
 
 
 class ReadingLayer(DynamicLayer):
@@ -30,6 +32,13 @@ class ReadingLayer(DynamicLayer):
         self.index = index
         self.tokens_read = 0
 
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Views of all keys and values so far, the keys with the layer itself, by which `attend` is found."""
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        keys = keys[:, :, :]  # a view, so that the stored tensor does not hold the layer that holds it
+        setattr(keys, LAYER_ATTRIBUTE, self)
+        return keys, values
+
     @abstractmethod
     def attend(
         self,
@@ -41,6 +50,16 @@ class ReadingLayer(DynamicLayer):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """See `hf.attention.Reader`."""
+
+
+def refuse_mask(attention_mask: Tensor | None) -> None:
+    """Refuse a decode step of padded sequences, among which methods would have to choose row by row.
+
+    Raises:
+        UnsupportedModelError: There is a mask.
+    """
+    if attention_mask is not None:
+        raise UnsupportedModelError("attention_mask: got a tensor, expected None: sequences of one length, unpadded")
 
 
 class ReadingSession(Session):

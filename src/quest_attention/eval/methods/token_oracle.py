@@ -11,13 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quest_attention.config import QuestConfig
-from quest_attention.errors import UnsupportedModelError
 from quest_attention.eval.methods.method import Method, Session
-from quest_attention.eval.methods.reading import ReadingLayer, ReadingSession
+from quest_attention.eval.methods.reading import ReadingLayer, ReadingSession, refuse_mask
 from quest_attention.eval.observation import attention_weights
 from quest_attention.hf import enable_quest
 from quest_attention.hf.attention import AttentionForward
-from quest_attention.hf.layer import LAYER_ATTRIBUTE, OnRead
+from quest_attention.hf.layer import OnRead
 from quest_attention.ops import Selection
 
 __all__ = ["TokenOracle", "heaviest_tokens"]
@@ -74,12 +73,6 @@ class _TokenOracleLayer(ReadingLayer):
         self.on_read: OnRead | None = None
         self._token_budget = token_budget
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
-        keys = keys[:, :, :]  # a view, so that the stored tensor does not hold the layer that holds it
-        setattr(keys, LAYER_ATTRIBUTE, self)
-        return keys, values
-
     def attend(
         self,
         dense: AttentionForward,
@@ -100,10 +93,7 @@ class _TokenOracleLayer(ReadingLayer):
         self.tokens_read += min(self._token_budget, length)
         if length <= self._token_budget:
             return dense(query, key, value, attention_mask, **kwargs)
-        if attention_mask is not None:
-            raise UnsupportedModelError(
-                "attention_mask: got a tensor, expected None: sequences of one length, unpadded"
-            )
+        refuse_mask(attention_mask)
         weights = attention_weights(query, key, **kwargs)[:, :, :, 0]  # [B, HKV, G, T]
         tokens = heaviest_tokens(weights, self._token_budget)
         read_keys, read_values = (
