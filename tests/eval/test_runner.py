@@ -88,6 +88,21 @@ def test_batch_that_finds_too_little_memory_is_measured_in_halves(monkeypatch: p
     for one, other in zip(sorted(found, key=key), sorted(expected, key=key), strict=True):
         assert_recall_is_alike(one, other)
     assert sizes == [5, 2, 3, 1, 2]
+
+    asked: list[tuple[int, list[str]]] = []
+
+    def short_of_memory_later(self: Runner, work: Work) -> Iterator[Row]:
+        asked.append((len(work.jobs), [arm.method for arm in work.arms]))
+        for row in whole(self, work):
+            if len(work.jobs) > 3 and row["method"] == "oracle":
+                raise torch.OutOfMemoryError("no more")
+            yield row
+
+    monkeypatch.setattr(Runner, "_recall", short_of_memory_later)
+    found = without_time(list(used.measure(Work(tuple(used.jobs), arms))))
+    for one, other in zip(sorted(found, key=key), sorted(expected, key=key), strict=True):
+        assert_recall_is_alike(one, other)
+    assert asked == [(5, ["quest", "oracle"]), (2, ["oracle"]), (3, ["oracle"])]  # what quest answered stays
     monkeypatch.setattr(Runner, "_recall", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")))
     with pytest.raises(torch.OutOfMemoryError, match="none at all"):
         list(used.measure(Work(tuple(used.jobs), arms)))

@@ -39,12 +39,12 @@ _TAIL = 8
 whose questions differ by little can then be one batch [tokens]."""
 _FROM_BOOKS = (PERPLEXITY, CONTINUATION, RECALL)
 """Tasks that are made of nothing but a text."""
-_GPU_PASS = 1 << 13
+_GPU_PASS = 1 << 14
 """Tokens of all sequences per forward pass of a prefill on a GPU, where launches cost more than memory. The mask of a
 pass has a row for each of them, as wide as the context."""
-_GPU_BATCH = 32
+_GPU_BATCH = 64
 """Samples measured as one batch on a GPU, where a step of many takes as long as a step of one [sequences]."""
-_GPU_TOKENS = 1 << 18
+_GPU_TOKENS = 1 << 19
 """Tokens of their contexts together, which are in memory once for all methods and once for the one at work [tokens]."""
 _SPARE = 64
 """Tokens more of a book than a sample has, so that none is too short after a start token."""
@@ -158,27 +158,30 @@ class Runner:
         return len(sample.context_ids) + len(sample.question_ids), self._tail(sample)
 
     def measure(self, work: Work) -> Iterator[dict[str, Any]]:
-        """A row for each sample and arm. A batch that finds too little memory is measured in halves.
+        """A row for each sample and arm. Where a batch finds too little memory, its halves answer the arms left over.
 
         Raises:
             QuestStateError: A method did not take its sparse path, or read more than its budget.
             torch.OutOfMemoryError: There is too little memory for a single sample.
         """
         measures = {PERPLEXITY: self._perplexity, CONTINUATION: self._continuation, RECALL: self._recall}
+        made = 0
         try:
-            rows = list(measures.get(work.jobs[0].task, self._retrieval)(work))
+            for row in measures.get(work.jobs[0].task, self._retrieval)(work):
+                made += 1
+                yield row
         except torch.OutOfMemoryError:
             if len(work.jobs) == 1:
                 raise
-            rows = None  # what the failed batch held is free again when this block is left
-        if rows is not None:
-            yield from rows
+        # What a failed batch held is free again, now that the block is left. An arm's rows are made together.
+        left = work.arms[made // len(work.jobs) :]
+        if not left:
             return
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
         half = len(work.jobs) // 2
-        yield from self.measure(Work(work.jobs[:half], work.arms))
-        yield from self.measure(Work(work.jobs[half:], work.arms))
+        yield from self.measure(Work(work.jobs[:half], left))
+        yield from self.measure(Work(work.jobs[half:], left))
 
     def _retrieval(self, work: Work) -> Iterator[dict[str, Any]]:
         samples = [self._sample(job) for job in work.jobs]
