@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -177,11 +178,24 @@ def test_observing_in_pieces() -> None:
     whole.observe(query, key)
     for start, stop in ((0, 3), (3, 40), (40, 69), (69, 70)):
         pieces.observe(query[:, :, start:stop], key[:, :, :stop])
-    assert whole.received is not None and whole.window is not None
-    assert pieces.received is not None and pieces.window is not None
+    assert whole.received is not None and pieces.received is not None
     torch.testing.assert_close(pieces.received, whole.received)
     torch.testing.assert_close(pieces.window, whole.window)
     torch.testing.assert_close(whole.received.sum(), torch.tensor(2.0 * HEADS * 70))  # each query gives 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("count", "length", "dim"), [(1, 1, 8), (70, 70, 8), (5, 130, 24), (129, 200, 16)])
+def test_received_attention_of_the_kernel(dtype: torch.dtype, count: int, length: int, dim: int) -> None:
+    pytest.importorskip("triton", reason="Triton is for Linux")
+    from quest_attention.eval.received_triton import received_attention  # noqa: PLC0415 - needs triton
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(6)
+    query = torch.randn(2, count, HEADS, dim, generator=generator).to(device, dtype).transpose(1, 2)  # as models do
+    key = torch.randn(2, length, 2, dim, generator=generator).to(device, dtype).transpose(1, 2)
+    weights = attention_weights(query, key, first_position=length - count, scaling=0.4)
+    torch.testing.assert_close(received_attention(query, key, 0.4), weights.sum((2, 3)))
 
 
 def test_attention_weights_with_softcap_and_sinks() -> None:
@@ -201,9 +215,8 @@ def test_policies_over_many_steps(used: Any) -> None:
     """Twenty decode steps with made-up weights, against lists of (position, score)."""
     generator = torch.Generator().manual_seed(5)
     room, start = used.token_budget - 1, 14
-    observation = Observation()
-    observation.received = torch.rand(1, 1, start, generator=generator)
-    observation.window = torch.rand(1, 1, 9, start, generator=generator)
+    received = torch.rand(1, 1, start, generator=generator)
+    observation: Any = SimpleNamespace(received=received, window=torch.rand(1, 1, 9, start, generator=generator))
     policy: Policy = used.policy()
     scores = policy.start(observation) if policy.observes else torch.zeros(1, 1, start)
     position = torch.arange(start)[None, None]

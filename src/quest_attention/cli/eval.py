@@ -85,11 +85,15 @@ def evaluate(
         pace = Pace(sum(job.length * len(arms) for job, arms in open_jobs), skips_first=workers > 1)
         rounds = make_rounds(plan, open_jobs, output, say if not is_quiet else lambda _: None)
         with contextlib.closing(run_jobs(runner, rounds, workers=workers, make_runner=make)) as measured:
+            amount = 0
             for rows in measured:
-                journal.add(rows)
-                done += len(rows)
-                on_progress(what, done, total)
-                left = pace.take(sum(row["length"] for row in rows))
+                if rows:
+                    journal.add(rows)
+                    done += len(rows)
+                    amount += sum(row["length"] for row in rows)
+                    on_progress(what, done, total)
+                    continue
+                left, amount = pace.take(amount), 0
                 if left is not None and not is_quiet:
                     say(f"quest: {done} of {total} answers are made; the others take about {left} at this pace")
     if not is_quiet:

@@ -102,6 +102,7 @@ class _ObservedLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys, values = super().update(key_states, value_states, *args, **kwargs)
+        keys = keys[:, :, :]  # a view, so that the stored tensor does not hold the layer that holds it
         setattr(keys, LAYER_ATTRIBUTE, self)
         return keys, values
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ WINDOW = 32
 """Last queries whose attention is kept row by row: SnapKV's observation window [tokens]."""
 _BLOCK_BYTES = 1 << 28
 """Float32 weights held at a time [bytes]: queries of a prefill are taken in blocks."""
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+"""What a kernel multiplies exactly on tensor cores."""
 
 
 def attention_weights(
@@ -59,44 +62,66 @@ class Observation:
 
     Attributes:
         received: `[B, HKV, T]` float32: attention each token received, summed over queries and their heads.
-        window: `[B, HKV, w, T]` float32: what the last queries, at most `WINDOW`, gave each token, mean over the heads
-            of a group.
     """
 
     def __init__(self) -> None:
         self.received: Tensor | None = None
-        self.window: Tensor | None = None
+        self._keys: Tensor | None = None
+        self._last_queries: Tensor | None = None  # [B, HQ, w, D]
+        self._options: dict[str, Any] = {}
+
+    @property
+    def window(self) -> Tensor:
+        """What the last queries, at most `WINDOW`, gave each token, mean over the heads of a group.
+
+        Returns:
+            `[B, HKV, w, T]` float32, made anew each time: most passes are not the last one.
+        """
+        assert self._keys is not None and self._last_queries is not None, "a context was read"
+        first = self._keys.shape[2] - self._last_queries.shape[2]
+        each = [
+            attention_weights(queries[None], keys[None], first_position=first, **self._options).mean(2)
+            for queries, keys in zip(self._last_queries, self._keys, strict=True)
+        ]  # one by one, since all weights together are far more than their mean
+        return torch.cat(each)
 
     def observe(self, query: Tensor, key: Tensor, **kwargs: Any) -> None:
         """Take the attention of one pass: `query` `[B, HQ, t, D]` are the last of the tokens of `key` `[B, HKV, T, D]`.
 
         Further arguments are those of `attention_weights`, and whatever else a model gives to its attention.
         """
-        each = [
-            _observe_sequence(query[b : b + 1], key[b : b + 1], **kwargs) for b in range(query.shape[0])
-        ]  # one by one, so that a block holds many queries and the keys are read few times
-        received, rows = (torch.cat(parts) for parts in zip(*each, strict=True))
-        self._add(received, rows)
-
-    def _add(self, received: Tensor, rows: Tensor) -> None:
-        if self.received is not None and self.window is not None:
-            new = received.shape[2] - self.received.shape[2]
+        received = _received(query, key, **kwargs)
+        if self.received is not None:
             received[:, :, : self.received.shape[2]] += self.received
-            rows = torch.cat((torch.nn.functional.pad(self.window, (0, new)), rows), 2)[:, :, -WINDOW:]
-        self.received, self.window = received, rows
+        self.received = received
+        before = [] if self._last_queries is None else [self._last_queries]
+        self._last_queries = torch.cat((*before, query[:, :, -WINDOW:]), 2)[:, :, -WINDOW:]
+        self._keys = key[:, :]  # without what a layer hangs on its keys to be found by
+        self._options = kwargs
 
 
-def _observe_sequence(query: Tensor, key: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """What `received` `[1, HKV, T]` and `window` `[1, HKV, w, T]` would be after this pass alone."""
+def _received(query: Tensor, key: Tensor, **kwargs: Any) -> Tensor:
+    """Attention each token received in a pass, `[B, HKV, T]` float32."""
+    has_plain_logits = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
+    if query.is_cuda and query.dtype in _KERNEL_DTYPES and has_plain_logits and find_spec("triton") is not None:
+        from quest_attention.eval.received_triton import received_attention  # noqa: PLC0415 - needs triton
+
+        scaling = kwargs.get("scaling")
+        return received_attention(query, key, query.shape[3] ** -0.5 if scaling is None else scaling)
+    each = [
+        _received_by_sequence(query[b : b + 1], key[b : b + 1], **kwargs) for b in range(query.shape[0])
+    ]  # one by one, so that a block holds many queries and the keys are read few times
+    return torch.cat(each)
+
+
+def _received_by_sequence(query: Tensor, key: Tensor, **kwargs: Any) -> Tensor:
+    """The same of one sequence, its weights held in blocks of queries."""
     count, length = query.shape[2], key.shape[2]
     block = max(1, _BLOCK_BYTES // (4 * query.shape[1] * length))
     received = torch.zeros(1, key.shape[1], length, device=key.device)
-    window = received.new_empty(1, key.shape[1], 0, length)
     for start in range(0, count, block):
         some, first = query[:, :, start : start + block], length - count + start
         seen = first + some.shape[2]  # tokens that the last of these queries sees
         weights = attention_weights(some, key[:, :, :seen], first_position=first, **kwargs)
         received[:, :, :seen] += weights.sum((2, 3))
-        rows = torch.nn.functional.pad(weights[..., -WINDOW:, :].mean(2), (0, length - seen))
-        window = torch.cat((window, rows), 2)[:, :, -WINDOW:]
-    return received, window
+    return received

@@ -40,7 +40,7 @@ def run_jobs(
     workers: int = 1,
     make_runner: MakeRunner | None = None,
 ) -> Generator[list[dict[str, Any]], None, None]:
-    """Measure jobs, and give the rows of each when it is done, in any order.
+    """Measure jobs, and give their rows as they are made, in any order; an empty list says that a batch is done.
 
     The processes end with this one, however it ends, and at once where the iterator is closed or an error leaves it.
 
@@ -63,7 +63,9 @@ def run_jobs(
     for jobs in rounds:
         shapes = [runner.shape(job) for job, _ in jobs] if runner.is_batched else None
         for work in divide(jobs, runner.batch_size, shapes):
-            yield list(runner.measure(work))
+            for row in runner.measure(work):
+                yield [row]  # at once, so that an interruption loses nothing
+            yield []
 
 
 def _in_processes(
@@ -111,6 +113,7 @@ def _round_in_processes(
         done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
         for future in done:
             yield future.result()
+            yield []
 
 
 @contextmanager

@@ -44,8 +44,8 @@ _GPU_PASS = 1 << 14
 pass has a row for each of them, as wide as the context."""
 _GPU_BATCH = 64
 """Samples measured as one batch on a GPU, where a step of many takes as long as a step of one [sequences]."""
-_GPU_TOKENS = 1 << 19
-"""Tokens of their contexts together, which are in memory once for all methods and once for the one at work [tokens]."""
+_GPU_BYTES = 7 << 29
+"""Their keys and values together, which are in memory once for all methods and once for the one at work [bytes]."""
 _SPARE = 64
 """Tokens more of a book than a sample has, so that none is too short after a start token."""
 
@@ -146,7 +146,18 @@ class Runner:
         """Most samples in a batch with this one [sequences]."""
         if not self.is_batched:
             return 1
-        return _GPU_BATCH if job.task == PERPLEXITY else max(1, min(_GPU_BATCH, _GPU_TOKENS // job.length))
+        return _GPU_BATCH if job.task == PERPLEXITY else max(1, min(_GPU_BATCH, self._room // job.length))
+
+    @cached_property
+    def _room(self) -> int:
+        """Tokens whose keys and values are held at a time on a GPU [tokens]."""
+        text = self.model.config.get_text_config(decoder=True)
+        heads = text.num_attention_heads
+        dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        kinds = layer_kinds(self.model.config, QuestConfig()).values()
+        layers = sum(kind in {"quest", "dense"} for kind in kinds)  # others hold a window or a state
+        vectors = 2 * max(1, layers) * (getattr(text, "num_key_value_heads", None) or heads)
+        return int(_GPU_BYTES // (vectors * dim * self.model.dtype.itemsize))
 
     def shape(self, job: Job) -> Hashable:
         """What samples of a task and length must have in common to be one batch: methods take no padding."""

@@ -148,6 +148,7 @@ class _EvictingLayer(ReadingLayer):
             if self.policy.observes:
                 assert self.observation is not None, "the layer observes itself where nobody else did"
                 self._scores = self.policy.start(self.observation)
+                self.observation = None  # it holds the keys that go now
             else:
                 self._scores = torch.zeros(self.keys.shape[:3], device=self.keys.device)
         if self._scores.shape[2] > self._room:

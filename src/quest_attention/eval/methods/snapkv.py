@@ -40,7 +40,6 @@ class _Votes(Policy):
         self._window = window
 
     def start(self, observation: Observation) -> Tensor:
-        assert observation.window is not None, "a context was read"
         votes = observation.window[:, :, -self._window :].sum(2)  # [B, HKV, n]
         return F.avg_pool1d(votes, _KERNEL, stride=1, padding=_KERNEL // 2, count_include_pad=False)
 
