@@ -364,6 +364,8 @@ def test_every_kernel_compiles_for_a_hopper_gpu() -> None:
         "_count_kernel",
         "_decode_kernel",
         "_merge_sections_kernel",
+        "_normalise_kernel",
+        "_receive_kernel",
         "_score_kernel",
         "_select_kernel",
         "_slot_kernel",
