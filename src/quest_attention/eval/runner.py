@@ -44,7 +44,7 @@ _GPU_PASS = 1 << 14
 pass has a row for each of them, as wide as the context."""
 _GPU_BATCH = 64
 """Samples measured as one batch on a GPU, where a step of many takes as long as a step of one [sequences]."""
-_GPU_BYTES = 7 << 29
+_GPU_BYTES = 15 << 28
 """Their keys and values together, which are in memory once for all methods and once for the one at work [bytes]."""
 _SPARE = 64
 """Tokens more of a book than a sample has, so that none is too short after a start token."""
