@@ -41,7 +41,7 @@ def sparse_decode_attention(
     slots = selected.pages.shape[2]
     output = torch.empty(batch, query.shape[1], width, dtype=query.dtype, device=device)
     lse = torch.empty(batch, query.shape[1], dtype=torch.float32, device=device) if return_lse else None
-    splits = attending_programs(slots, kv.page_size, batch * heads)
+    splits = attending_programs(slots, kv.page_size, batch * heads, device)
     partial = torch.empty(batch * heads, splits, group, width, dtype=torch.float32, device=device)
     partial_lse = torch.empty(batch * heads, splits, group, dtype=torch.float32, device=device)
     physical = torch.empty(batch * heads, slots, dtype=torch.int32, device=device)

@@ -49,7 +49,7 @@ def score_pages(
     lengths, length = lengths_argument(seq_lens, kv)
     mask = query if token_mask is None else token_mask
     block, stages = scored_block(kv, group)
-    splits = scoring_programs(kv.max_pages, block, batch * heads)
+    splits = scoring_programs(kv.max_pages, block, batch * heads, query.device)
     launch(
         _score_kernel,
         (batch * heads * splits,),
