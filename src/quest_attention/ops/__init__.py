@@ -40,7 +40,7 @@ from quest_attention.ops.checks import (
     check_token,
     check_token_mask,
 )
-from quest_attention.ops.dispatch import ResolvedBackend, resolve_backend
+from quest_attention.ops.dispatch import ResolvedBackend, Verbs, resolve_backend
 from quest_attention.ops.selection import DecodeWorkspace, Selection, Workspace
 from quest_attention.pages import PagedKV
 
@@ -92,7 +92,8 @@ def update_page_metadata(
         backend: Which implementation runs.
 
     Raises:
-        QuestValueError: A length is out of range or its shape or dtype is wrong.
+        QuestValueError: A length is out of range, its shape or dtype is wrong, or the backend does not compute in the
+            dtype of the cache.
         BackendError: The backend cannot run here.
 
     >>> import torch
@@ -107,7 +108,7 @@ def update_page_metadata(
     check_lengths("num_new_tokens", num_new_tokens, kv.batch_size, most, kv.keys.device)
     if isinstance(seq_lens, int) and isinstance(num_new_tokens, int) and num_new_tokens > seq_lens:
         raise QuestValueError("num_new_tokens", num_new_tokens, f"at most seq_lens, {seq_lens}")
-    resolve_backend(backend, kv.keys.device).verbs.update_page_metadata(kv, seq_lens, num_new_tokens)
+    _verbs(backend, kv.keys).update_page_metadata(kv, seq_lens, num_new_tokens)
 
 
 def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: Tensor, backend: Backend = "auto") -> None:
@@ -135,7 +136,7 @@ def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: Tensor, ba
     check_token("keys", keys, kv.keys, kv.batch_size)
     check_token("values", values, kv.values, kv.batch_size)
     check_lengths("seq_lens", seq_lens, kv.batch_size, kv.max_pages * kv.page_size, kv.keys.device)
-    resolve_backend(backend, kv.keys.device).verbs.append_token(kv, keys, values, seq_lens)
+    _verbs(backend, kv.keys).append_token(kv, keys, values, seq_lens)
 
 
 def append_slots(kv: PagedKV, keys: Tensor, values: Tensor, slots: Tensor, backend: Backend = "auto") -> None:
@@ -167,7 +168,7 @@ def append_slots(kv: PagedKV, keys: Tensor, values: Tensor, slots: Tensor, backe
     check_slots(slots, keys.shape[0], kv.keys.shape[0] * kv.page_size, kv.keys.device)
     check_token("keys", keys, kv.keys, slots.shape[0])
     check_token("values", values, kv.values, slots.shape[0])
-    resolve_backend(backend, kv.keys.device).verbs.append_slots(kv, keys, values, slots)
+    _verbs(backend, kv.keys).append_slots(kv, keys, values, slots)
 
 
 def update_slot_metadata(
@@ -188,7 +189,7 @@ def update_slot_metadata(
     """
     check_slot_metadata(metadata, keys)
     check_slots(slots, keys.shape[0], metadata.shape[0] * page_size, metadata.device)
-    resolve_backend(backend, metadata.device).verbs.update_slot_metadata(metadata, keys, slots, page_size)
+    _verbs(backend, keys).update_slot_metadata(metadata, keys, slots, page_size)
 
 
 def score_pages(
@@ -230,8 +231,7 @@ def score_pages(
         raise QuestValueError("group_reduction", group_reduction, "'max' or 'mean'")
     if out is not None:
         check_scores(out, "out", (kv.batch_size, kv.num_kv_heads, kv.max_pages))
-    verbs = resolve_backend(backend, query.device).verbs
-    return verbs.score_pages(query, kv, seq_lens, token_mask, group_reduction, out)
+    return _verbs(backend, kv.keys).score_pages(query, kv, seq_lens, token_mask, group_reduction, out)
 
 
 def select_pages(
@@ -279,8 +279,9 @@ def select_pages(
     QuestConfig(token_budget, page_size, num_sink_pages=num_sink_pages, num_recent_pages=num_recent_pages)
     check_lengths("seq_lens", seq_lens, scores.shape[0], scores.shape[2] * page_size, scores.device)
     check_token_mask(token_mask, scores.shape[0], scores.device)
-    verbs = resolve_backend(backend, scores.device).verbs
-    return verbs.select_pages(scores, seq_lens, page_size, token_budget, num_sink_pages, num_recent_pages, token_mask)
+    return _verbs(backend, scores).select_pages(
+        scores, seq_lens, page_size, token_budget, num_sink_pages, num_recent_pages, token_mask
+    )
 
 
 def sparse_decode_attention(
@@ -324,8 +325,9 @@ def sparse_decode_attention(
     check_selected(selected, kv)
     scale = kv.head_dim**-0.5 if sm_scale is None else sm_scale
     check_attention(scale, softcap, sinks, query)
-    verbs = resolve_backend(backend, query.device).verbs
-    return verbs.sparse_decode_attention(query, kv, seq_lens, selected, scale, softcap, sinks, token_mask, return_lse)
+    return _verbs(backend, kv.keys).sparse_decode_attention(
+        query, kv, seq_lens, selected, scale, softcap, sinks, token_mask, return_lse
+    )
 
 
 def quest_decode(
@@ -381,7 +383,7 @@ def quest_decode(
         check_output(out, query, kv)
     if workspace is not None and not workspace.fits(kv, query.shape[1], config):
         raise QuestValueError("workspace", list(workspace.scores.shape), "one that make_workspace gave for this shape")
-    backend = resolve_backend(config.backend, query.device)
+    backend = resolve_backend(config.backend, query.device, kv.keys.dtype)
     if backend.fused is not None and token_mask is None:
         step = backend.fused(query, kv, seq_lens, config, scale, softcap, sinks, workspace, out)
         if step is not None:
@@ -458,4 +460,10 @@ def make_workspace(
     Raises:
         BackendError: The backend cannot run here.
     """
-    return resolve_backend(config.backend, kv.keys.device).make_workspace(kv, num_query_heads, config, batch_sizes)
+    backend = resolve_backend(config.backend, kv.keys.device, kv.keys.dtype)
+    return backend.make_workspace(kv, num_query_heads, config, batch_sizes)
+
+
+def _verbs(backend: Backend, keys: Tensor) -> Verbs:
+    """The verbs for a tensor of the cache, or for one that the kernels take wherever they take a cache's."""
+    return resolve_backend(backend, keys.device, keys.dtype).verbs

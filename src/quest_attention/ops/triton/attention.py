@@ -35,7 +35,7 @@ def sparse_decode_attention(
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """See `ops.sparse_decode_attention`."""
-    check_kernel_dtype(kv)
+    check_kernel_dtype(kv.keys)
     batch, heads = kv.batch_size, kv.num_kv_heads
     group, width, device = query.shape[1] // heads, kv.values.shape[-1], query.device
     slots = selected.pages.shape[2]

@@ -42,7 +42,7 @@ def quest_decode(
     tuning: Tuning | None = None,
 ) -> tuple[Tensor, Selection] | None:
     """See `ops.quest_decode`. None where the fused kernel cannot hold the problem; the single verbs can."""
-    check_kernel_dtype(kv)
+    check_kernel_dtype(kv.keys)
     tuning = tuning or tune(kv, query.shape[1], config)
     if tuning is None:
         return None

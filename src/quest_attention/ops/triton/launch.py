@@ -14,6 +14,7 @@ from quest_attention.pages import PagedKV
 
 __all__ = [
     "FUSED_ARITHMETIC",
+    "KERNEL_DTYPES",
     "LOG2_E",
     "check_kernel_dtype",
     "dot",
@@ -28,17 +29,18 @@ FUSED_ARITHMETIC = {"enable_fp_fusion": True}
 LOG2_E = tl.constexpr(1.4426950408889634)
 """Kernels work with powers of two, which the hardware has."""
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Dtypes of keys that the kernels compute in."""
 
 
-def check_kernel_dtype(kv: PagedKV) -> None:
-    """Refuse what the kernels do not compute in.
+def check_kernel_dtype(keys: Tensor) -> None:
+    """Refuse what the kernels do not compute in: in float32 a bound of float64 keys may not bound.
 
     Raises:
-        QuestValueError: The cache is float64.
+        QuestValueError: The keys are float64.
     """
-    if kv.keys.dtype not in _DTYPES:
-        raise QuestValueError("keys.dtype", kv.keys.dtype, "bfloat16, float16 or float32 for the Triton kernels")
+    if keys.dtype not in KERNEL_DTYPES:
+        raise QuestValueError("keys.dtype", keys.dtype, "bfloat16, float16 or float32 for the Triton kernels")
 
 
 def is_interpreted() -> bool:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quest_attention.ops.triton.launch import launch, lengths_argument
+from quest_attention.ops.triton.launch import check_kernel_dtype, launch, lengths_argument
 from quest_attention.pages import FP8_METADATA, PagedKV, num_pages
 
 __all__ = ["append_slots", "append_token", "update_page_metadata", "update_slot_metadata"]
@@ -19,6 +19,7 @@ _PAGES_PER_PROGRAM = 4
 
 def update_page_metadata(kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Tensor | int) -> None:
     """See `ops.update_page_metadata`. Reads no length on the host; the grid covers what the pages can hold."""
+    check_kernel_dtype(kv.keys)
     if isinstance(num_new_tokens, int):
         if num_new_tokens == 0:
             return
@@ -58,6 +59,7 @@ def update_page_metadata(kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Te
 
 def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: Tensor) -> None:
     """See `ops.append_token`. One launch."""
+    check_kernel_dtype(kv.keys)
     launch(
         _append_kernel,
         (kv.batch_size * kv.num_kv_heads,),
@@ -104,6 +106,7 @@ def _launch_slots(
     values: Tensor | None = None,
 ) -> None:
     """One program for each token and KV head; K and V are written where a cache is given."""
+    check_kernel_dtype(keys)
     heads, dim = keys.shape[1:]
     # What is not written needs a pointer of some kind.
     stored_keys, stored_values = (keys[:, None], keys[:, None]) if kv is None else (kv.keys, kv.values)

@@ -42,7 +42,7 @@ def score_pages(
     out: Tensor | None = None,
 ) -> Tensor:
     """See `ops.score_pages`."""
-    check_kernel_dtype(kv)
+    check_kernel_dtype(kv.keys)
     batch, heads, group = kv.batch_size, kv.num_kv_heads, query.shape[1] // kv.num_kv_heads
     shape = (batch, heads, kv.max_pages)
     scores = torch.empty(shape, dtype=torch.float32, device=query.device) if out is None else out
