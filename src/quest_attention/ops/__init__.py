@@ -263,7 +263,7 @@ def select_pages(
         backend: Which implementation runs.
 
     Returns:
-        The selected pages, in ascending order.
+        The selected pages, in ascending order, unused slots last.
 
     Raises:
         QuestValueError: A shape, dtype or number is wrong, or the budget cannot hold the forced pages.
@@ -303,7 +303,7 @@ def sparse_decode_attention(
         query: `[B, HQ, D]`, dtype of the cache, HQ a multiple of HKV.
         kv: The cache.
         seq_lens: Tokens per sequence [tokens].
-        selected: Pages to read, from `select_pages`.
+        selected: Pages to read, from `select_pages` or chosen otherwise: see `Selection`.
         sm_scale: Factor on the logits; None is `D ** -0.5`.
         softcap: Cap of the scaled logits, `softcap * tanh(logit / softcap)`, as in Gemma 2.
         sinks: `[HQ]`, one more logit per head that takes weight and gives no value, as in GPT-OSS.
@@ -402,7 +402,11 @@ def quest_decode(
         token_mask,
         workspace,
     )
-    output, _ = verbs.sparse_decode_attention(query, kv, seq_lens, selected, scale, softcap, sinks, token_mask)
+    # Made for this very length, so every list is full and ends with the page being written: nothing to look for.
+    is_whole = isinstance(seq_lens, int) and token_mask is None
+    output, _ = verbs.sparse_decode_attention(
+        query, kv, seq_lens, selected, scale, softcap, sinks, token_mask, is_whole=is_whole
+    )
     return QuestOutput(output if out is None else out.copy_(output), selected)
 
 

@@ -134,7 +134,7 @@ def check_scores(scores: Tensor, name: str = "scores", shape: tuple[int, int, in
 
 
 def check_selected(selected: Selection, kv: PagedKV) -> None:
-    """Pages `[B, HKV, K]` int32 of the cache's sequences and KV heads."""
+    """Pages `[B, HKV, K]` int32 of the cache's sequences and KV heads; any numbers, see `Selection`."""
     pages = selected.pages
     if pages.dim() != 3 or tuple(pages.shape[:2]) != (kv.batch_size, kv.num_kv_heads):
         expected = f"[{kv.batch_size}, {kv.num_kv_heads}, K]"

@@ -69,7 +69,10 @@ class Verbs(Protocol):
         sinks: Tensor | None = None,
         token_mask: Tensor | None = None,
         return_lse: bool = False,
-    ) -> tuple[Tensor, Tensor | None]: ...
+        is_whole: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`is_whole`: the host knows the length, and that every list is full and ends with the sequence's last page."""
+        ...
 
     def count_reads(
         self, selected: Selection, seq_lens: Tensor, counters: Tensor, page_size: int, token_budget: int

@@ -17,8 +17,11 @@ __all__ = ["DecodeWorkspace", "Selection", "Workspace"]
 class Selection(NamedTuple):
     """Pages to read, one list per sequence and KV head.
 
+    `select_pages` gives them in ascending order, unused slots last. `sparse_decode_attention` reads any list of
+    different pages, in any order, and skips what is no page of the sequence: a negative number, or one past its end.
+
     Attributes:
-        pages: `[B, HKV, K]` int32, logical pages in ascending order, -1 in unused slots, which come last.
+        pages: `[B, HKV, K]` int32, logical pages, -1 in unused slots.
         counts: `[B]` int32, used slots [pages].
     """
 

@@ -247,24 +247,30 @@ def sparse_decode_attention(
     sinks: Tensor | None = None,
     token_mask: Tensor | None = None,
     return_lse: bool = False,
+    is_whole: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """See `ops.sparse_decode_attention`."""
     batch, heads, dim = kv.batch_size, kv.num_kv_heads, kv.head_dim
-    grouped = query.view(batch, heads, -1, dim)  # [B, HKV, G, D]: no key is repeated for its group
-    slots = selected.pages.shape[2]
-    if slots == 0:  # no sequence has a token
+    # [B, HKV, G, D]: no key is repeated for its group
+    grouped = query.view(batch, heads, query.shape[1] // heads, dim)
+    pages, slots = selected.pages, selected.pages.shape[2]
+    if slots == 0 or kv.max_pages == 0:  # no page is read
         empty = query.new_full(query.shape[:2], -math.inf, dtype=torch.float32)
         lse = empty if sinks is None else sinks.float().expand(batch, -1)
         return query.new_zeros(*query.shape[:2], kv.values.shape[-1]), lse if return_lse else None
-    keys, values = _gather_pages(kv, selected.pages)  # [B, HKV, K * page_size, D and DV]
 
     mask = None
-    if isinstance(seq_lens, int) and token_mask is None:
-        # Pages ascend, so the part-filled one is last and cutting the tail masks everything there is to mask.
+    if isinstance(seq_lens, int) and token_mask is None and (is_whole or _is_whole(pages, seq_lens, kv.page_size)):
+        # The part-filled page is last, and cutting the tail masks everything there is to mask.
+        keys, values = _gather_pages(kv, pages)  # [B, HKV, K * page_size, D and DV]
         used = (slots - 1) * kv.page_size + (seq_lens - 1) % kv.page_size + 1
         keys, values = keys[:, :, :used], values[:, :, :used]
     else:
-        attendable = _attendable(selected.pages, seq_lens, token_mask, kv.page_size)  # [B, HKV, T]
+        ends = seq_lens[:, None, None] if isinstance(seq_lens, Tensor) else seq_lens
+        is_page = (pages >= 0) & (pages < (ends + kv.page_size - 1) // kv.page_size)
+        pages = pages.masked_fill(~is_page, 0).long()
+        keys, values = _gather_pages(kv, pages, is_page)
+        attendable = _attendable(pages, is_page, ends, token_mask, kv.page_size)  # [B, HKV, T]
         # What was never written may be NaN, and no weight of zero takes NaN away.
         keys = keys.masked_fill(~attendable[..., None], 0)
         values = values.masked_fill(~attendable[..., None], 0)
@@ -312,15 +318,29 @@ def _attend_by_hand(
     return output, lse.view(query.shape[:2]) if return_lse else None
 
 
-def _gather_pages(kv: PagedKV, pages: Tensor) -> tuple[Tensor, Tensor]:
-    """Copy logical pages `[B, HKV, K]` out of the cache; an unused slot gives page 0 of its sequence, to be masked.
+def _is_whole(pages: Tensor, seq_len: int, page_size: int) -> bool:
+    """Whether every slot is used and the last one of each list has the last page of its sequence.
+
+    Seen on a CPU alone: elsewhere the host would have to wait, and masks what it does not know to be so.
+    """
+    if pages.device.type != "cpu" or pages.numel() == 0:
+        return False
+    last = num_pages(seq_len, page_size) - 1
+    low, high = torch.aminmax(pages)
+    return int(low) >= 0 and int(high) == last and int(pages[:, :, -1].min()) == last
+
+
+def _gather_pages(kv: PagedKV, pages: Tensor, is_page: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Copy logical pages `[B, HKV, K]` out of the cache; some page is copied for what is none, to be masked.
 
     Returns:
         Keys `[B, HKV, K * page_size, D]` and values `[B, HKV, K * page_size, DV]`.
     """
-    used = pages.clamp(min=0).long()
+    used = pages.long()
     if kv.contiguous is None:
         physical = kv.page_table[:, None].expand(-1, pages.shape[1], -1).gather(2, used)
+        if is_page is not None:  # the table of a sequence without tokens may hold anything
+            physical = physical.masked_fill(~is_page, 0)
         return _gather(kv.keys, physical), _gather(kv.values, physical)
     rows = (kv.contiguous.first_rows + used).flatten()  # the same for keys and values, and no page table
 
@@ -386,14 +406,15 @@ def _live_pages(
     return _live_tokens(seq_lens, token_mask, max_pages * page_size, like).view(-1, max_pages, page_size).any(-1)
 
 
-def _attendable(pages: Tensor, seq_lens: Tensor | int, token_mask: Tensor | None, page_size: int) -> Tensor:
+def _attendable(
+    pages: Tensor, is_page: Tensor, ends: Tensor | int, token_mask: Tensor | None, page_size: int
+) -> Tensor:
     """`[B, HKV, K * page_size]` bool: tokens of the gathered pages that may be attended to."""
     offsets = torch.arange(page_size, device=pages.device)
-    token = (pages.clamp(min=0).long()[..., None] * page_size + offsets).flatten(2)
-    ends = seq_lens[:, None, None] if isinstance(seq_lens, Tensor) else seq_lens
-    live = (token < ends) & (pages >= 0).repeat_interleave(page_size, -1)
+    token = pages[..., None] * page_size + offsets  # [B, HKV, K, page_size]
+    live = (token < (ends[..., None] if isinstance(ends, Tensor) else ends)) & is_page[..., None]
     if token_mask is None:
-        return live
-    known = token_mask.shape[1]
+        return live.flatten(2)
+    token, known = token.flatten(2), token_mask.shape[1]
     table = token_mask[:, None].expand(-1, pages.shape[1], -1)
-    return live & (token < known) & table.gather(2, token.clamp(max=known - 1))
+    return live.flatten(2) & (token < known) & table.gather(2, token.clamp(max=known - 1))
