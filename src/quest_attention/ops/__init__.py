@@ -14,6 +14,10 @@ Each verb checks its arguments, then runs the backend that `dispatch` resolves. 
 Wherever `seq_lens` is taken it is either `[B]` int32/int64 on the device of the cache, or an int: the length of every
 sequence, known to the host, which spares masks and is the fast form on a CPU.
 
+Tensors may have any strides, be views or expanded, where nothing else is said: what is small is copied if a kernel
+needs it side by side, inside a CUDA graph too. Keys, values, bounds and scores to write to have a last stride of 1.
+Values are checked on a CPU; on any other device that would wait for it, so there they are the caller's to keep right.
+
 Keys that are not finite: a page that holds one scores +inf, so it is read as long as the budget has room and shows in
 the output as it would in dense attention; nothing else is promised.
 """
@@ -21,8 +25,10 @@ the output as it would in dense attention; nothing else is promised.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from quest_attention.config import Backend, GroupReduction, QuestConfig
@@ -31,8 +37,10 @@ from quest_attention.ops.checks import (
     check_attention,
     check_counters,
     check_lengths,
+    check_new_tokens,
     check_output,
     check_query,
+    check_score_output,
     check_scores,
     check_selected,
     check_slot_metadata,
@@ -88,7 +96,8 @@ def update_page_metadata(
     Args:
         kv: The cache; keys of the new tokens are already in it.
         seq_lens: Tokens per sequence, the new ones included [tokens].
-        num_new_tokens: How many of them are new: an int or `[B]` [tokens].
+        num_new_tokens: How many of them are new: an int or `[B]`, at most `seq_lens` [tokens]. On a GPU, where values
+            are not checked, more mean all of them.
         backend: Which implementation runs.
 
     Raises:
@@ -106,21 +115,20 @@ def update_page_metadata(
     most = kv.max_pages * kv.page_size
     check_lengths("seq_lens", seq_lens, kv.batch_size, most, kv.keys.device)
     check_lengths("num_new_tokens", num_new_tokens, kv.batch_size, most, kv.keys.device)
-    if isinstance(seq_lens, int) and isinstance(num_new_tokens, int) and num_new_tokens > seq_lens:
-        raise QuestValueError("num_new_tokens", num_new_tokens, f"at most seq_lens, {seq_lens}")
+    check_new_tokens(num_new_tokens, seq_lens, kv.keys.device)
     _verbs(backend, kv.keys).update_page_metadata(kv, seq_lens, num_new_tokens)
 
 
-def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: Tensor, backend: Backend = "auto") -> None:
+def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: Tensor | int, backend: Backend = "auto") -> None:
     """Write one token of each sequence where its length says, and take it into the bounds of its page, in place.
 
-    For a decode step whose lengths only the device knows, as in a CUDA graph.
+    For a decode step whose lengths only the device knows, as in a CUDA graph; a length of the host's is sent there.
 
     Args:
         kv: The cache.
         keys: `[B, HKV, D]`, dtype of the cache, channels side by side.
         values: `[B, HKV, DV]`, likewise.
-        seq_lens: `[B]`, tokens per sequence, the new one included; 0 leaves a sequence alone [tokens].
+        seq_lens: Tokens per sequence, the new one included; 0 leaves a sequence alone [tokens].
         backend: Which implementation runs.
 
     Raises:
@@ -136,7 +144,7 @@ def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: Tensor, ba
     check_token("keys", keys, kv.keys, kv.batch_size)
     check_token("values", values, kv.values, kv.batch_size)
     check_lengths("seq_lens", seq_lens, kv.batch_size, kv.max_pages * kv.page_size, kv.keys.device)
-    _verbs(backend, kv.keys).append_token(kv, keys, values, seq_lens)
+    _verbs(backend, kv.keys).append_token(kv, keys, values, _per_row(seq_lens, kv.page_table))
 
 
 def append_slots(kv: PagedKV, keys: Tensor, values: Tensor, slots: Tensor, backend: Backend = "auto") -> None:
@@ -165,7 +173,7 @@ def append_slots(kv: PagedKV, keys: Tensor, values: Tensor, slots: Tensor, backe
     >>> kv.keys.flatten().tolist(), kv.metadata[1].flatten().tolist()
     ([0.0, 0.0, 5.0, -1.0, 0.0, 0.0], [5.0, -1.0])
     """
-    check_slots(slots, keys.shape[0], kv.keys.shape[0] * kv.page_size, kv.keys.device)
+    check_slots(slots, len(keys) if keys.dim() else 0, kv.keys.shape[0] * kv.page_size, kv.keys.device)
     check_token("keys", keys, kv.keys, slots.shape[0])
     check_token("values", values, kv.values, slots.shape[0])
     _verbs(backend, kv.keys).append_slots(kv, keys, values, slots)
@@ -177,7 +185,7 @@ def update_slot_metadata(
     """`append_slots` for the bounds alone: where the cache is in a format of its own and somebody else writes it.
 
     Args:
-        metadata: `[N, HKV, 2, D]`, as in `PagedKV`.
+        metadata: `[N, HKV, 2, D]`, channels side by side, as in `PagedKV`.
         keys: `[T, HKV, D]`, channels side by side; their dtype is the metadata's, unless that is float8_e4m3fn.
         slots: See `append_slots`.
         page_size: Tokens per page [tokens].
@@ -187,7 +195,7 @@ def update_slot_metadata(
         QuestValueError: A shape, dtype, device or slot is wrong.
         BackendError: The backend cannot run here.
     """
-    check_slot_metadata(metadata, keys)
+    check_slot_metadata(metadata, keys, page_size)
     check_slots(slots, keys.shape[0], metadata.shape[0] * page_size, metadata.device)
     _verbs(backend, keys).update_slot_metadata(metadata, keys, slots, page_size)
 
@@ -214,7 +222,7 @@ def score_pages(
         token_mask: `[B, T]` bool, True where a token may be attended to (padding is False). A page without such a
             token scores -inf.
         group_reduction: `"max"` or `"mean"` over the heads of a group.
-        out: `[B, HKV, P]` float32 to write to.
+        out: `[B, HKV, P]` float32 to write to, the scores of a row side by side.
         backend: Which implementation runs.
 
     Returns:
@@ -230,7 +238,7 @@ def score_pages(
     if group_reduction not in ("max", "mean"):
         raise QuestValueError("group_reduction", group_reduction, "'max' or 'mean'")
     if out is not None:
-        check_scores(out, "out", (kv.batch_size, kv.num_kv_heads, kv.max_pages))
+        check_score_output(out, kv)
     return _verbs(backend, kv.keys).score_pages(query, kv, seq_lens, token_mask, group_reduction, out)
 
 
@@ -389,8 +397,11 @@ def quest_decode(
         if step is not None:
             return QuestOutput(*step)
     verbs = backend.verbs
-    shape = (kv.batch_size, kv.num_kv_heads, kv.max_pages)
-    scratch = None if workspace is None else workspace.scores.view(shape)
+    scratch = None
+    if workspace is not None:  # which may have been made for more rows, or longer ones
+        shape, scratch = (kv.batch_size, kv.num_kv_heads, kv.max_pages), workspace.scores
+        if scratch.shape != shape:
+            scratch = scratch.view(-1)[: prod(shape)].view(shape)
     scores = verbs.score_pages(query, kv, seq_lens, token_mask, config.group_reduction, scratch)
     selected = verbs.select_pages(
         scores,
@@ -412,7 +423,7 @@ def quest_decode(
 
 def count_reads(
     selected: Selection,
-    seq_lens: Tensor,
+    seq_lens: Tensor | int,
     counters: Tensor,
     *,
     page_size: int,
@@ -423,14 +434,14 @@ def count_reads(
 
     Args:
         selected: The pages that were read.
-        seq_lens: `[B]`, tokens per sequence; a sequence of none counts nowhere [tokens].
+        seq_lens: Tokens per sequence; a sequence of none counts nowhere [tokens].
         counters: `[4]` int64: rows past the budget, rows within it, pages read and pages held per KV head.
         page_size: Tokens per page [tokens].
         token_budget: See `select_pages` [tokens].
         backend: Which implementation runs.
 
     Raises:
-        QuestValueError: A shape or dtype is wrong.
+        QuestValueError: A shape, dtype, device or number is wrong.
         BackendError: The backend cannot run here.
 
     >>> import torch
@@ -440,9 +451,9 @@ def count_reads(
     >>> counters.tolist()
     [1, 1, 3, 7]
     """
-    check_counters(counters, selected, seq_lens)
+    check_counters(counters, selected, seq_lens, page_size, token_budget)
     verbs = resolve_backend(backend, counters.device).verbs
-    verbs.count_reads(selected, seq_lens, counters, page_size, token_budget)
+    verbs.count_reads(selected, _per_row(seq_lens, selected.counts), counters, page_size, token_budget)
 
 
 def make_workspace(
@@ -471,3 +482,10 @@ def make_workspace(
 def _verbs(backend: Backend, keys: Tensor) -> Verbs:
     """The verbs for a tensor of the cache, or for one that the kernels take wherever they take a cache's."""
     return resolve_backend(backend, keys.device, keys.dtype).verbs
+
+
+def _per_row(seq_lens: Tensor | int, rows: Tensor) -> Tensor:
+    """A length for each of some rows, for verbs that read lengths on the device alone."""
+    if isinstance(seq_lens, Tensor):
+        return seq_lens
+    return torch.full(rows.shape[:1], seq_lens, dtype=torch.int32, device=rows.device)

@@ -32,7 +32,7 @@ __all__ = [
 def update_page_metadata(kv: PagedKV, seq_lens: list[int], num_new_tokens: list[int]) -> None:
     """Take the tokens written last into the bounds of their pages, one token at a time."""
     for b, length in enumerate(seq_lens):
-        for token in range(length - num_new_tokens[b], length):
+        for token in range(max(0, length - num_new_tokens[b]), length):
             page, offset = divmod(token, kv.page_size)
             physical = int(kv.page_table[b, page])
             _take_token(kv.metadata[physical], kv.keys[physical, offset], offset)

@@ -34,7 +34,7 @@ class Workspace(Protocol):
 
     @property
     def scores(self) -> Tensor:
-        """Float32, one for each sequence, KV head and page."""
+        """Float32, at least one for each sequence, KV head and page of a step that fits; contiguous."""
         ...
 
     def fits(self, kv: PagedKV, num_query_heads: int, config: QuestConfig) -> bool:

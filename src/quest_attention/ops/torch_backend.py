@@ -44,7 +44,8 @@ def update_page_metadata(kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Te
         _update_contiguous(kv.contiguous, kv.page_size, seq_lens - num_new_tokens, seq_lens)
         return
     lengths, new = _per_row(seq_lens, kv), _per_row(num_new_tokens, kv)
-    first = (lengths - new) // kv.page_size  # [B]
+    begin = (lengths - new).clamp(min=0)  # [B]; where nobody checked values, more new tokens than there are mean all
+    first = begin // kv.page_size
     span = int((_num_pages(lengths, kv.page_size) - first).clamp(min=0).max()) if lengths.numel() else 0
     if span == 0:
         return
@@ -54,7 +55,7 @@ def update_page_metadata(kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Te
     logical = page[b, s]  # [M]
     physical = kv.page_table[b, logical].long()
     token = logical[:, None] * kv.page_size + torch.arange(kv.page_size, device=lengths.device)  # [M, page_size]
-    written = (token >= (lengths - new)[b, None]) & (token < lengths[b, None])
+    written = (token >= begin[b, None]) & (token < lengths[b, None])
     keys = kv.keys[physical]  # [M, page_size, HKV, D]
     outside = ~written[:, :, None, None]
     key_max = keys.masked_fill(outside, -math.inf).amax(1)
@@ -146,16 +147,22 @@ def score_pages(
     """See `ops.score_pages`. All pages in one product: `U = relu(q) . max + min(q, 0) . min`."""
     batch, heads, dim = kv.batch_size, kv.num_kv_heads, kv.head_dim
     scores = out if out is not None else query.new_empty(batch, heads, kv.max_pages, dtype=torch.float32)
-    grouped = query.float().reshape(batch * heads, -1, dim)  # a slice, perhaps, of all that a layer projects
+    # A slice, perhaps, of all that a layer projects.
+    grouped = query.float().reshape(batch * heads, query.shape[1] // heads, dim)
     split = torch.cat([grouped.clamp(min=0), grouped.clamp(max=0)], dim=-1)  # [B * HKV, G, 2D], max first as metadata
     live = num_pages(seq_lens, kv.page_size) if isinstance(seq_lens, int) else kv.max_pages
     chunk = max(1, live)
     if query.device.type == "cpu":
-        chunk = max(16, _CHUNK_BYTES // (batch * heads * 2 * dim * 4))
+        chunk = max(16, _CHUNK_BYTES // max(1, batch * heads * 2 * dim * 4))
+    table, dead = kv.page_table, None
+    if isinstance(seq_lens, Tensor):
+        dead = ~_live_pages(seq_lens, None, kv.page_size, kv.max_pages, scores)
+        if kv.contiguous is None:  # past the end of a sequence the table may hold anything
+            table = table.masked_fill(dead, 0)
     for start in range(0, live, chunk):
         stop = min(live, start + chunk)
-        bounds = _metadata_rows(kv, start, stop).float()  # [B * HKV, pages, 2D]
-        logits = torch.bmm(bounds, split.transpose(1, 2)).view(batch, heads, stop - start, -1)
+        bounds = _metadata_rows(kv, table[:, start:stop], start, stop).float()  # [B * HKV, pages, 2D]
+        logits = torch.bmm(bounds, split.transpose(1, 2)).view(batch, heads, stop - start, grouped.shape[1])
         part = scores[:, :, start:stop]
         if group_reduction == "max":
             torch.amax(logits, 3, out=part)
@@ -166,17 +173,18 @@ def score_pages(
     torch.nan_to_num_(used, nan=math.inf, posinf=math.inf, neginf=math.inf)
     if live < kv.max_pages:
         scores[:, :, live:] = -math.inf
-    if token_mask is not None or not isinstance(seq_lens, int):
+    if token_mask is not None:
         dead = ~_live_pages(seq_lens, token_mask, kv.page_size, kv.max_pages, scores)
+    if dead is not None:
         scores.masked_fill_(dead[:, None], -math.inf)
     return scores
 
 
-def _metadata_rows(kv: PagedKV, start: int, stop: int) -> Tensor:
+def _metadata_rows(kv: PagedKV, physical: Tensor, start: int, stop: int) -> Tensor:
     """Bounds of logical pages `start` to `stop`: `[B * HKV, stop - start, 2D]`, a view of a contiguous cache."""
     if kv.contiguous is not None:
         return kv.contiguous.metadata.flatten(0, 1)[:, start:stop].flatten(2)
-    rows = _gather(kv.metadata.flatten(2)[:, None], kv.page_table[:, None, start:stop].expand(-1, kv.num_kv_heads, -1))
+    rows = _gather(kv.metadata.flatten(2)[:, None], physical[:, None].expand(-1, kv.num_kv_heads, -1))
     return rows.flatten(0, 1)
 
 
@@ -207,6 +215,9 @@ def select_pages(
         return Selection(pages, pages.new_full((batch,), page_budget))
 
     slots = min(max_pages, num_pages(token_budget, page_size) + (token_mask is not None))  # padding may shift a page
+    if slots == 0:
+        counts = torch.zeros(batch, dtype=torch.int32, device=scores.device)
+        return Selection(counts.new_empty(batch, heads, 0), counts)
     alive = _live_pages(seq_lens, token_mask, page_size, max_pages, scores)  # [B, P]
     rank = alive.cumsum(1)  # 1 for the first live page
     total = rank[:, -1:]
@@ -214,7 +225,11 @@ def select_pages(
     keys = _ranking(scores, workspace)
     keys.masked_fill_(forced[:, None], _ALWAYS)
     keys.masked_fill_(~alive[:, None], _NEVER)
-    tokens = _live_tokens(seq_lens, token_mask, max_pages * page_size, scores).sum(1, keepdim=True)
+    if token_mask is None:
+        assert isinstance(seq_lens, Tensor), "an int without a mask was answered above"
+        tokens = seq_lens[:, None]
+    else:
+        tokens = _live_tokens(seq_lens, token_mask, max_pages * page_size, scores).sum(1, keepdim=True)
     counts = torch.where(tokens <= token_budget, total, total.clamp(max=page_budget)).clamp(max=slots)  # [B, 1]
     best = keys.topk(slots, sorted=True).indices
     unused = torch.arange(slots, device=scores.device) >= counts
@@ -346,7 +361,7 @@ def _gather_pages(kv: PagedKV, pages: Tensor, is_page: Tensor | None = None) -> 
 
     def take(storage: Tensor) -> Tensor:
         by_page = storage.view(-1, kv.page_size * storage.shape[3])
-        return by_page.index_select(0, rows).view(*storage.shape[:2], -1, storage.shape[3])
+        return by_page.index_select(0, rows).view(*pages.shape[:2], pages.shape[2] * kv.page_size, storage.shape[3])
 
     return take(kv.contiguous.keys), take(kv.contiguous.values)
 
@@ -359,21 +374,25 @@ def _gather(storage: Tensor, physical: Tensor) -> Tensor:
     else the channels of one token (NHD).
     """
     pages, tokens, heads, dim = storage.shape
+    batch, _, slots = physical.shape
+    if pages == 0:  # and no sequence has any
+        return storage.new_zeros(batch, heads, slots * tokens, dim)
+    if storage.stride(3) != 1 and dim > 1:  # two bounds of one channel, which a cache may have apart
+        storage = storage.contiguous()
     page_stride, token_stride, head_stride, _ = storage.stride()
     head_ids = torch.arange(heads, device=storage.device)[None, :, None]
     if tokens == 1 or token_stride == dim:
-        unit = math.gcd(page_stride, head_stride)
+        unit = math.gcd(page_stride, head_stride) or 1
         index = physical.long() * (page_stride // unit) + head_ids * (head_stride // unit)
         reach, run = (pages - 1) * page_stride + (heads - 1) * head_stride, tokens * dim
     else:
-        unit = math.gcd(page_stride, token_stride, head_stride)
+        unit = math.gcd(page_stride, token_stride, head_stride) or 1
         index = physical.long() * (page_stride // unit) + head_ids * (head_stride // unit)
         steps = torch.arange(tokens, device=storage.device) * (token_stride // unit)
         index = index[..., None] + steps
         reach = (pages - 1) * page_stride + (tokens - 1) * token_stride + (heads - 1) * head_stride
         run = dim
     rows = storage.as_strided((reach // unit + 1, run), (unit, 1), storage.storage_offset())
-    batch, _, slots = physical.shape
     return rows.index_select(0, index.flatten()).view(batch, heads, slots * tokens, dim)
 
 
@@ -388,22 +407,24 @@ def _per_row(value: Tensor | int, kv: PagedKV) -> Tensor:
     return value.long()
 
 
-def _live_tokens(seq_lens: Tensor | int, token_mask: Tensor | None, max_tokens: int, like: Tensor) -> Tensor:
+def _live_tokens(seq_lens: Tensor | int, token_mask: Tensor, max_tokens: int, like: Tensor) -> Tensor:
     """`[B, max_tokens]` bool: tokens a sequence may attend to, by logical position."""
     token = torch.arange(max_tokens, device=like.device)
     ends = seq_lens[:, None] if isinstance(seq_lens, Tensor) else seq_lens
-    live = (token < ends).expand(like.shape[0], -1)
-    if token_mask is None:
-        return live
     known = min(token_mask.shape[1], max_tokens)
-    return live & F.pad(token_mask[:, :known], (0, max_tokens - known), value=False)
+    return (token < ends) & F.pad(token_mask[:, :known], (0, max_tokens - known), value=False)
 
 
 def _live_pages(
     seq_lens: Tensor | int, token_mask: Tensor | None, page_size: int, max_pages: int, like: Tensor
 ) -> Tensor:
     """`[B, P]` bool: pages that hold a token the sequence may attend to."""
-    return _live_tokens(seq_lens, token_mask, max_pages * page_size, like).view(-1, max_pages, page_size).any(-1)
+    if token_mask is None:
+        ends = seq_lens[:, None] if isinstance(seq_lens, Tensor) else seq_lens
+        starts = torch.arange(0, max_pages * page_size, page_size, device=like.device)
+        return (starts < ends).expand(like.shape[0], -1)
+    live = _live_tokens(seq_lens, token_mask, max_pages * page_size, like)
+    return live.view(like.shape[0], max_pages, page_size).any(-1)
 
 
 def _attendable(

@@ -8,7 +8,15 @@ import triton.language as tl
 from torch import Tensor
 
 from quest_attention.ops.selection import Selection
-from quest_attention.ops.triton.launch import LOG2_E, check_kernel_dtype, dot, launch, lengths_argument, narrow
+from quest_attention.ops.triton.launch import (
+    LOG2_E,
+    check_kernel_dtype,
+    dot,
+    launch,
+    lengths_argument,
+    narrow,
+    side_by_side,
+)
 from quest_attention.ops.triton.merge import heads_merged_at_once, merge_kernel, store_partial
 from quest_attention.ops.triton.scores import dot_block, load_query
 from quest_attention.ops.triton.tuning import ATTEND_STAGES, attended_block, attending_programs
@@ -38,9 +46,10 @@ def sparse_decode_attention(
     """See `ops.sparse_decode_attention`; whatever the host knows of the selection, the kernel looks."""
     del is_whole
     check_kernel_dtype(kv.keys)
+    query, table, pages = side_by_side(query), side_by_side(kv.page_table), side_by_side(selected.pages)
     batch, heads = kv.batch_size, kv.num_kv_heads
     group, width, device = query.shape[1] // heads, kv.values.shape[-1], query.device
-    slots = selected.pages.shape[2]
+    slots = pages.shape[2]
     output = torch.empty(batch, query.shape[1], width, dtype=query.dtype, device=device)
     lse = torch.empty(batch, query.shape[1], dtype=torch.float32, device=device) if return_lse else None
     splits = attending_programs(slots, kv.page_size, batch * heads, device)
@@ -48,8 +57,8 @@ def sparse_decode_attention(
     partial_lse = torch.empty(batch * heads, splits, group, dtype=torch.float32, device=device)
     physical = torch.empty(batch * heads, slots, dtype=torch.int32, device=device)
     logical = physical if token_mask is None else torch.empty_like(physical)
-    lengths, length = lengths_argument(seq_lens, kv)
-    mask = query if token_mask is None else token_mask
+    lengths, length = lengths_argument(seq_lens, table)
+    mask = query if token_mask is None else side_by_side(token_mask)
     merge_heads = heads_merged_at_once(group)
     launch(
         _attend_kernel,
@@ -57,10 +66,10 @@ def sparse_decode_attention(
         query,
         kv.keys,
         kv.values,
-        kv.page_table,
+        table,
         lengths,
         length,
-        selected.pages,
+        pages,
         mask,
         0 if token_mask is None else token_mask.shape[1],
         physical,
@@ -72,9 +81,9 @@ def sparse_decode_attention(
         *query.stride()[:2],
         *kv.keys.stride()[:3],
         *kv.values.stride()[:3],
-        kv.page_table.stride(0),
-        *selected.pages.stride()[:2],
-        0 if token_mask is None else token_mask.stride(0),
+        table.stride(0),
+        *pages.stride()[:2],
+        0 if token_mask is None else mask.stride(0),
         heads,
         slots,
         splits,
@@ -99,7 +108,7 @@ def sparse_decode_attention(
         (batch * heads * triton.cdiv(group, merge_heads),),
         partial,
         partial_lse,
-        query if sinks is None else sinks,
+        query if sinks is None else side_by_side(sinks),
         output,
         output if lse is None else lse,
         *output.stride()[:2],

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quest_attention.ops.selection import Selection, Workspace
-from quest_attention.ops.triton.launch import launch
+from quest_attention.ops.triton.launch import launch, lengths_argument, side_by_side
 from quest_attention.pages import num_pages
 
 __all__ = ["DEAD", "FORCED", "choose_pages", "rank_scores", "select_pages", "store_chosen"]
@@ -55,6 +55,7 @@ def select_pages(
 ) -> Selection:
     """See `ops.select_pages`."""
     batch, heads, max_pages = scores.shape
+    scores = side_by_side(scores)
     slots = min(max_pages, num_pages(token_budget, page_size) + (token_mask is not None))  # padding may shift a page
     pages = torch.empty(batch, heads, slots, dtype=torch.int32, device=scores.device)
     counts = torch.empty(batch, dtype=torch.int32, device=scores.device)
@@ -62,8 +63,7 @@ def select_pages(
         return Selection(pages, counts.zero_())
     sections = triton.cdiv(max_pages, _SECTION_PAGES)
     section_pages = _SECTION_PAGES if sections > 1 else max_pages
-    lengths = seq_lens if isinstance(seq_lens, Tensor) else scores
-    length = 0 if isinstance(seq_lens, Tensor) else seq_lens
+    lengths, length = lengths_argument(seq_lens, scores)
     tokens = scores
     if token_mask is not None:
         tokens = _count_tokens(token_mask, seq_lens)
