@@ -219,8 +219,8 @@ def score_pages(
         query: `[B, HQ, D]`, dtype of the cache, HQ a multiple of HKV.
         kv: The cache.
         seq_lens: Tokens per sequence [tokens].
-        token_mask: `[B, T]` bool, True where a token may be attended to (padding is False). A page without such a
-            token scores -inf.
+        token_mask: `[B, T]` bool, True where a token may be attended to (padding is False, and so is what lies past
+            T). A page without such a token scores -inf.
         group_reduction: `"max"` or `"mean"` over the heads of a group.
         out: `[B, HKV, P]` float32 to write to, the scores of a row side by side.
         backend: Which implementation runs.
@@ -258,16 +258,20 @@ def select_pages(
     A sequence of at most `token_budget` tokens selects all its pages; any other `token_budget // page_size`. Ties go to
     the lower page.
 
+    With a mask, a sequence has the tokens that may be attended to, and the pages that hold one. So few tokens may lie
+    in many pages; what a step reads, and the memory for it, stays bounded all the same: no sequence gets more than
+    `ceil(token_budget / page_size) + 1` pages, which hold any `token_budget` tokens that follow one another, as they do
+    where padding is on one side. Where holes spread them wider, the best of their pages are read.
+
     Args:
-        scores: `[B, HKV, P]` float32.
+        scores: `[B, HKV, P]` float32, without NaN.
         seq_lens: Tokens per sequence [tokens].
         page_size: Tokens per page [tokens].
         token_budget: Most tokens to read, forced pages included [tokens].
         num_sink_pages: First pages to read always [pages].
         num_recent_pages: Last pages to read always [pages]; the page being written is read even with 0.
-        token_mask: `[B, T]` bool, True where a token may be attended to. Sink and recent pages are counted among the
-            pages that hold such a token. A sequence padded in its middle may spread few tokens over many pages; it
-            gets at most one page more than the budget.
+        token_mask: `[B, T]` bool, True where a token may be attended to; False past T. Sink and recent pages are
+            counted among the pages that hold such a token.
         backend: Which implementation runs.
 
     Returns:
@@ -315,7 +319,7 @@ def sparse_decode_attention(
         sm_scale: Factor on the logits; None is `D ** -0.5`.
         softcap: Cap of the scaled logits, `softcap * tanh(logit / softcap)`, as in Gemma 2.
         sinks: `[HQ]`, one more logit per head that takes weight and gives no value, as in GPT-OSS.
-        token_mask: `[B, T]` bool, True where a token may be attended to.
+        token_mask: `[B, T]` bool, True where a token may be attended to; False past T.
         return_lse: Give the log-sum-exp of the logits (sinks included) too, with which partial results are merged.
         backend: Which implementation runs.
 
@@ -361,7 +365,7 @@ def quest_decode(
         sm_scale: Factor on the logits; None is `D ** -0.5`.
         softcap: See `sparse_decode_attention`.
         sinks: See `sparse_decode_attention`.
-        token_mask: `[B, T]` bool, True where a token may be attended to.
+        token_mask: `[B, T]` bool, True where a token may be attended to; False past T. See `select_pages`.
         workspace: Memory to reuse, from `make_workspace`; without one the step allocates it.
         out: `[B, HQ, DV]` contiguous, dtype of the query, to write the output to.
 
