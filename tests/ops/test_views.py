@@ -308,3 +308,18 @@ def test_what_one_verb_gives_another_takes(backend: Backend) -> None:
         counters = torch.zeros(4, dtype=torch.int64)
         count_reads(part, lengths[b : b + 1], counters, **CONTEXT, backend=backend)
         assert counters[2] == selected.counts[b]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_view_that_is_rewritten_in_place_is_read_anew(backend: Backend) -> None:
+    """As between the replays of a graph: what a cache was made with is kept, not a copy of it."""
+    plain, viewed = given(), given()
+    viewed["page_table"] = spread(viewed["page_table"])
+    kv, config = cache_of(viewed), QuestConfig(BUDGET, PAGE_SIZE, backend=available(backend))
+    quest_decode(viewed["query"], kv, viewed["seq_lens"], config)
+    for g in (plain, viewed):
+        g["page_table"].copy_(g["page_table"].flip(0))
+    expected = quest_decode(plain["query"], cache_of(plain), plain["seq_lens"], config)
+    found = quest_decode(viewed["query"], kv, viewed["seq_lens"], config)
+    assert torch.equal(found.selected.pages, expected.selected.pages)
+    torch.testing.assert_close(found.output, expected.output)
