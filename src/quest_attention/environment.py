@@ -30,8 +30,8 @@ class DeviceReport:
     Attributes:
         device: Its name in PyTorch.
         hardware: Its name in the world, with what matters of its size.
-        backend: What `backend="auto"` runs here.
-        reason: Why.
+        backend: What `backend="auto"` runs here, for keys of a dtype that every backend computes in.
+        reason: Why; and for the Triton kernels, on which cards the shapes of their launches were measured.
     """
 
     device: str
@@ -90,7 +90,13 @@ def collect_environment() -> Environment:
 
 def _device_report(device: str, hardware: str) -> DeviceReport:
     chosen = resolve_backend("auto", device)
-    return DeviceReport(device, hardware, chosen.name, chosen.reason)
+    reason = chosen.reason
+    if chosen.name == "triton":
+        from quest_attention.ops.triton.tuning import MEASURED_MULTIPROCESSORS, MEASURED_ON
+
+        cards = " and ".join(MEASURED_ON)
+        reason += f"; launch shapes were measured on {cards} ({MEASURED_MULTIPROCESSORS} multiprocessors)"
+    return DeviceReport(device, hardware, chosen.name, reason)
 
 
 def _devices() -> list[tuple[str, str]]:
@@ -98,7 +104,8 @@ def _devices() -> list[tuple[str, str]]:
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         gib = device.total_memory / 2**30
-        found.append((f"cuda:{index}", f"{device.name}, {gib:.0f} GiB, compute {device.major}.{device.minor}"))
+        size = f"{gib:.0f} GiB, {device.multi_processor_count} multiprocessors"
+        found.append((f"cuda:{index}", f"{device.name}, {size}, compute {device.major}.{device.minor}"))
     if torch.backends.mps.is_available():
         found.append(("mps", "Apple GPU"))
     return found

@@ -51,12 +51,14 @@ class ContiguousKV(NamedTuple):
         values: `[B, HKV, capacity, DV]`.
         metadata: `[B, HKV, capacity / page_size, 2, D]`.
         first_rows: `[B, HKV, 1]` int64, where a head's pages begin when all pages are seen as rows.
+        page_table: `[B, P]` int32, the only page table that says what these tensors say.
     """
 
     keys: Tensor
     values: Tensor
     metadata: Tensor
     first_rows: Tensor
+    page_table: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +70,10 @@ class PagedKV:
         values: `[N, page_size, HKV, DV]`, else as `keys`.
         metadata: `[N, HKV, 2, D]`: the largest (`KEY_MAX`) and smallest (`KEY_MIN`) key per channel, in the dtype of
             `keys`, or rounded outward to float8_e4m3fn, where NaN stands for what is beyond its range.
-        page_table: `[B, P]` int32, the physical page of each logical page. Entries past a sequence's end are not read.
-        contiguous: The tensors behind `keys`, `values` and `metadata` when they are one contiguous cache, else None.
+        page_table: `[B, P]` int32, any strides, the physical page of each logical page. Entries past a sequence's end
+            may hold anything.
+        contiguous: The tensors behind `keys`, `values` and `metadata` when they are one contiguous cache, else None;
+            None too for another page table over such a cache.
 
     Raises:
         QuestValueError: Shapes, dtypes, devices or strides do not fit together.
@@ -84,19 +88,26 @@ class PagedKV:
     def __post_init__(self) -> None:
         _check_dims("keys", self.keys, "[N, page_size, HKV, D]")
         pages, page_size, heads, dim = self.keys.shape
+        if 0 in (page_size, heads, dim):
+            expected = "[N, page_size, HKV, D] with at least one token, head and channel"
+            raise QuestValueError("keys.shape", list(self.keys.shape), expected)
         if not self.keys.dtype.is_floating_point or self.keys.dtype.itemsize not in (2, 4, 8):
             raise QuestValueError("keys.dtype", self.keys.dtype, "float32, bfloat16, float16 or float64")
         _check_like("values", self.values, self.keys, (pages, page_size, heads, self.values.shape[-1]))
         _check_metadata(self.metadata, self.keys, (pages, heads, 2, dim))
-        for name in ("keys", "values", "metadata"):
-            stride = getattr(self, name).stride(-1)
-            if stride != 1 and dim > 1:
-                raise QuestValueError(f"{name}.stride(-1)", stride, "1: the channels of a token lie side by side")
+        for name, tensor in (("keys", self.keys), ("values", self.values), ("metadata", self.metadata)):
+            if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+                expected = "1: the channels of a token lie side by side"
+                raise QuestValueError(f"{name}.stride(-1)", tensor.stride(-1), expected)
         _check_dims("page_table", self.page_table, "[B, P]")
         if self.page_table.dtype != torch.int32:
             raise QuestValueError("page_table.dtype", self.page_table.dtype, "torch.int32")
         if self.page_table.device != self.keys.device:
             raise QuestValueError("page_table.device", str(self.page_table.device), f"{self.keys.device}, as keys")
+        if self.contiguous is not None and self.contiguous.page_table is not self.page_table:
+            # The paths that need no page table would not see that it is another.
+            expected = "the page table of from_contiguous, or contiguous=None with another"
+            raise QuestValueError("page_table", "another than the contiguous cache's", expected)
 
     @classmethod
     def from_nhd(cls, keys: Tensor, values: Tensor, metadata: Tensor, page_table: Tensor) -> PagedKV:
@@ -148,7 +159,8 @@ class PagedKV:
             if not tensor.is_contiguous():
                 raise QuestValueError(f"{name}.stride()", tensor.stride(), "a contiguous tensor")
         page_size = capacity // pages
-        reach = (batch - 1) * heads * pages + pages  # head h adds h * pages pages to the id through its stride
+        # Head h adds h * pages pages to the id through its stride.
+        reach = (batch - 1) * heads * pages + pages if batch else 0
 
         def as_pages(tensor: Tensor) -> Tensor:
             width = tensor.shape[-1]
@@ -160,7 +172,7 @@ class PagedKV:
         first = torch.arange(batch, dtype=torch.int32, device=keys.device) * (heads * pages)
         page_table = first[:, None] + torch.arange(pages, dtype=torch.int32, device=keys.device)
         first_rows = (torch.arange(batch * heads, device=keys.device) * pages).view(batch, heads, 1)
-        contiguous = ContiguousKV(keys, values, metadata, first_rows)
+        contiguous = ContiguousKV(keys, values, metadata, first_rows, page_table)
         return cls(as_pages(keys), as_pages(values), meta_pages, page_table, contiguous)
 
     @property

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from quest_attention import (
     sparse_decode_attention,
     update_page_metadata,
 )
-from quest_attention.ops import DecodeWorkspace, resolve_backend
+from quest_attention.ops import DecodeWorkspace, count_reads, resolve_backend, update_slot_metadata
 
 CONFIG = QuestConfig(token_budget=24, page_size=8)
 
@@ -57,6 +59,7 @@ BAD_DECODES: dict[str, tuple[str, dict[str, Any]]] = {
     "scale": ("sm_scale", {"sm_scale": float("nan")}),
     "softcap": ("softcap", {"softcap": 0.0}),
     "sinks": ("sinks.shape", {"sinks": torch.zeros(2)}),
+    "sinks elsewhere": ("sinks.device", {"sinks": torch.zeros(4, device="meta")}),
     "mask shape": ("token_mask.shape", {"token_mask": torch.ones(1, 60, dtype=torch.bool)}),
     "mask dtype": ("token_mask.dtype", {"token_mask": torch.ones(2, 60)}),
     "workspace": ("workspace", {"workspace": DecodeWorkspace.allocate(2, 2, 3, torch.device("cpu"))}),
@@ -91,12 +94,40 @@ def test_other_verbs(cache: Cache) -> None:
         ),
         "out.shape": lambda: score_pages(query, cache.kv, 5, out=torch.zeros(2, 2, 3)),
         "out.dtype": lambda: score_pages(query, cache.kv, 5, out=torch.zeros(2, 2, 9, dtype=torch.float64)),
+        "out.device": lambda: score_pages(query, cache.kv, 5, out=torch.zeros(2, 2, 9, device="meta")),
+        "selected.pages.device": lambda: sparse_decode_attention(
+            query, cache.kv, 5, Selection(torch.zeros(2, 2, 1, dtype=torch.int32, device="meta"), torch.ones(2))
+        ),
     }
     for argument, call in calls.items():
         with pytest.raises(QuestValueError) as caught:
             call()
         assert caught.value.argument == argument
     torch.testing.assert_close(cache.kv.metadata, before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_numbers_that_divide() -> None:
+    ids = torch.zeros(2, dtype=torch.int32)
+    selected, counters = Selection(ids.view(1, 1, 2), ids[:1]), torch.zeros(4, dtype=torch.int64)
+    rows, metadata = torch.zeros(2, 1, 4), torch.zeros(3, 1, 2, 4)
+    with pytest.raises(QuestValueError, match="page_size: got 0"):
+        update_slot_metadata(metadata, rows, ids, page_size=0)
+    with pytest.raises(QuestValueError, match="page_size: got 0"):
+        count_reads(selected, ids[:1], counters, page_size=0, token_budget=2)
+    with pytest.raises(QuestValueError, match="token_budget: got 0"):
+        count_reads(selected, ids[:1], counters, page_size=2, token_budget=0)
+
+
+def test_counts_of_a_selection() -> None:
+    ids, counters = torch.zeros(1, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)
+    for argument, counts in (
+        ("selected.counts", ids[0]),
+        ("selected.counts", ids.float()),
+        ("selected.counts.device", ids.to("meta")),
+    ):
+        with pytest.raises(QuestValueError) as caught:
+            count_reads(Selection(ids.view(1, 1, 1), counts), ids, counters, page_size=2, token_budget=2)
+        assert caught.value.argument == argument
 
 
 def test_backends() -> None:
@@ -122,6 +153,10 @@ TABLE = torch.zeros(1, 5, dtype=torch.int32)
         ("metadata.shape", KEYS, KEYS, torch.zeros(5, 2, 16), TABLE),
         ("metadata.dtype", KEYS, KEYS, torch.zeros(5, 2, 2, 16).half(), TABLE),
         ("metadata.device", KEYS, KEYS, torch.zeros(5, 2, 2, 16, device="meta"), TABLE),
+        ("keys.shape", KEYS[:, :0], KEYS[:, :0], torch.zeros(5, 2, 2, 16), TABLE),
+        ("keys.shape", KEYS[:, :, :0], KEYS[:, :, :0], torch.zeros(5, 0, 2, 16), TABLE),
+        ("values.stride(-1)", KEYS[..., :1], KEYS[..., ::2], torch.zeros(5, 2, 2, 1), TABLE),
+        ("metadata.stride(-1)", KEYS, KEYS, torch.zeros(5, 2, 2, 32)[..., ::2], TABLE),
         ("keys.stride(-1)", torch.zeros(5, 8, 16, 2).transpose(2, 3), KEYS, torch.zeros(5, 2, 2, 16), TABLE),
         ("page_table.shape", KEYS, KEYS, torch.zeros(5, 2, 2, 16), TABLE[0]),
         ("page_table.dtype", KEYS, KEYS, torch.zeros(5, 2, 2, 16), TABLE.long()),
@@ -148,3 +183,14 @@ def test_contiguous_caches(argument: str, keys: torch.Tensor, metadata: torch.Te
     with pytest.raises(QuestValueError) as caught:
         PagedKV.from_contiguous(keys, torch.zeros_like(keys), metadata)
     assert caught.value.argument == argument
+
+
+def test_a_contiguous_cache_keeps_its_page_table() -> None:
+    """The paths that need no page table would read the pages of the first one."""
+    kv = make_cache([40, 33], layout="contiguous").kv
+    for table in (kv.page_table.flip(0), kv.page_table[:1], kv.page_table.clone()):
+        with pytest.raises(QuestValueError, match="page_table: got"):
+            replace(kv, page_table=table)
+        assert replace(kv, page_table=table, contiguous=None).page_table is table
+    assert replace(kv).contiguous is kv.contiguous
+    assert copy.deepcopy(kv).batch_size == 2

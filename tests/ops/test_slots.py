@@ -8,23 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from backends import BACKENDS, FAST_BACKENDS, available
 from caches import LAYOUTS, make_cache
 from quest_attention import QuestValueError
-from quest_attention.ops import Selection, append_slots, count_reads, reference, resolve_backend, update_slot_metadata
-from quest_attention.ops.dispatch import Backend
+from quest_attention.config import Backend
+from quest_attention.ops import Selection, append_slots, count_reads, reference, update_slot_metadata
 from quest_attention.pages import KEY_MAX, KEY_MIN, PagedKV
 
-BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"))]
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-def available(backend: Backend) -> Backend:
-    if backend == "triton":
-        pytest.importorskip("triton", reason="Triton is for Linux")
-        if torch.cuda.is_available():
-            pytest.skip("tests/gpu runs the kernels on the GPU")
-        resolve_backend(backend, "cpu")  # conftest turned the interpreter on
-    return backend
 
 
 def a_servers_batches(page_size: int, num_pages: int, steps: int, seed: int) -> list[Tensor]:
@@ -56,7 +47,7 @@ def a_servers_batches(page_size: int, num_pages: int, steps: int, seed: int) -> 
     return batches
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
 @pytest.mark.parametrize("layout", ["nhd", "hnd"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("narrow", [False, True], ids=["as keys", "8 bits"])
@@ -74,7 +65,7 @@ def test_a_servers_cache_is_the_oracles(backend: Backend, layout: str, dtype: to
             torch.testing.assert_close(ours, exact, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_bounds_alone_leave_the_cache_alone(backend: Backend) -> None:
     mine, oracle = (make_cache([40]).kv for _ in range(2))
     keys = torch.randn(13, mine.num_kv_heads, mine.head_dim)
@@ -86,7 +77,7 @@ def test_bounds_alone_leave_the_cache_alone(backend: Backend) -> None:
     torch.testing.assert_close(mine.keys, before, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_tokens_that_were_taken_back_stay_within_the_bounds(backend: Backend) -> None:
     kv = make_cache([8]).kv
     rows = torch.randn(6, kv.num_kv_heads, kv.head_dim)
@@ -97,7 +88,7 @@ def test_tokens_that_were_taken_back_stay_within_the_bounds(backend: Backend) ->
     assert (kv.metadata[0, :, KEY_MAX] == rows[0]).all() and (kv.metadata[0, :, KEY_MIN] == rows[0]).all()
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_no_tokens(backend: Backend) -> None:
     kv = make_cache([8]).kv
     before = kv.metadata.clone()
@@ -133,7 +124,7 @@ def test_mistakes_are_named_and_nothing_is_written(layout: str) -> None:
     torch.testing.assert_close(kv.metadata, before, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rows", [0, 5, 300])
 def test_reads_are_counted(backend: Backend, rows: int) -> None:
     rng = random.Random(rows)

@@ -14,6 +14,10 @@ Each verb checks its arguments, then runs the backend that `dispatch` resolves. 
 Wherever `seq_lens` is taken it is either `[B]` int32/int64 on the device of the cache, or an int: the length of every
 sequence, known to the host, which spares masks and is the fast form on a CPU.
 
+Tensors may have any strides, be views or expanded, where nothing else is said: what is small is copied if a kernel
+needs it side by side, inside a CUDA graph too. Keys, values, bounds and scores to write to have a last stride of 1.
+Values are checked on a CPU; on any other device that would wait for it, so there they are the caller's to keep right.
+
 Keys that are not finite: a page that holds one scores +inf, so it is read as long as the budget has room and shows in
 the output as it would in dense attention; nothing else is promised.
 """
@@ -21,8 +25,10 @@ the output as it would in dense attention; nothing else is promised.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from quest_attention.config import Backend, GroupReduction, QuestConfig
@@ -31,8 +37,10 @@ from quest_attention.ops.checks import (
     check_attention,
     check_counters,
     check_lengths,
+    check_new_tokens,
     check_output,
     check_query,
+    check_score_output,
     check_scores,
     check_selected,
     check_slot_metadata,
@@ -40,7 +48,7 @@ from quest_attention.ops.checks import (
     check_token,
     check_token_mask,
 )
-from quest_attention.ops.dispatch import ResolvedBackend, resolve_backend
+from quest_attention.ops.dispatch import ResolvedBackend, Verbs, resolve_backend
 from quest_attention.ops.selection import DecodeWorkspace, Selection, Workspace
 from quest_attention.pages import PagedKV
 
@@ -88,11 +96,13 @@ def update_page_metadata(
     Args:
         kv: The cache; keys of the new tokens are already in it.
         seq_lens: Tokens per sequence, the new ones included [tokens].
-        num_new_tokens: How many of them are new: an int or `[B]` [tokens].
+        num_new_tokens: How many of them are new: an int or `[B]`, at most `seq_lens` [tokens]. On a GPU, where values
+            are not checked, more mean all of them.
         backend: Which implementation runs.
 
     Raises:
-        QuestValueError: A length is out of range or its shape or dtype is wrong.
+        QuestValueError: A length is out of range, its shape or dtype is wrong, or the backend does not compute in the
+            dtype of the cache.
         BackendError: The backend cannot run here.
 
     >>> import torch
@@ -105,21 +115,20 @@ def update_page_metadata(
     most = kv.max_pages * kv.page_size
     check_lengths("seq_lens", seq_lens, kv.batch_size, most, kv.keys.device)
     check_lengths("num_new_tokens", num_new_tokens, kv.batch_size, most, kv.keys.device)
-    if isinstance(seq_lens, int) and isinstance(num_new_tokens, int) and num_new_tokens > seq_lens:
-        raise QuestValueError("num_new_tokens", num_new_tokens, f"at most seq_lens, {seq_lens}")
-    resolve_backend(backend, kv.keys.device).verbs.update_page_metadata(kv, seq_lens, num_new_tokens)
+    check_new_tokens(num_new_tokens, seq_lens, kv.keys.device)
+    _verbs(backend, kv.keys).update_page_metadata(kv, seq_lens, num_new_tokens)
 
 
-def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: Tensor, backend: Backend = "auto") -> None:
+def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: Tensor | int, backend: Backend = "auto") -> None:
     """Write one token of each sequence where its length says, and take it into the bounds of its page, in place.
 
-    For a decode step whose lengths only the device knows, as in a CUDA graph.
+    For a decode step whose lengths only the device knows, as in a CUDA graph; a length of the host's is sent there.
 
     Args:
         kv: The cache.
         keys: `[B, HKV, D]`, dtype of the cache, channels side by side.
         values: `[B, HKV, DV]`, likewise.
-        seq_lens: `[B]`, tokens per sequence, the new one included; 0 leaves a sequence alone [tokens].
+        seq_lens: Tokens per sequence, the new one included; 0 leaves a sequence alone [tokens].
         backend: Which implementation runs.
 
     Raises:
@@ -135,7 +144,7 @@ def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: Tensor, ba
     check_token("keys", keys, kv.keys, kv.batch_size)
     check_token("values", values, kv.values, kv.batch_size)
     check_lengths("seq_lens", seq_lens, kv.batch_size, kv.max_pages * kv.page_size, kv.keys.device)
-    resolve_backend(backend, kv.keys.device).verbs.append_token(kv, keys, values, seq_lens)
+    _verbs(backend, kv.keys).append_token(kv, keys, values, _per_row(seq_lens, kv.page_table))
 
 
 def append_slots(kv: PagedKV, keys: Tensor, values: Tensor, slots: Tensor, backend: Backend = "auto") -> None:
@@ -164,10 +173,10 @@ def append_slots(kv: PagedKV, keys: Tensor, values: Tensor, slots: Tensor, backe
     >>> kv.keys.flatten().tolist(), kv.metadata[1].flatten().tolist()
     ([0.0, 0.0, 5.0, -1.0, 0.0, 0.0], [5.0, -1.0])
     """
-    check_slots(slots, keys.shape[0], kv.keys.shape[0] * kv.page_size, kv.keys.device)
+    check_slots(slots, len(keys) if keys.dim() else 0, kv.keys.shape[0] * kv.page_size, kv.keys.device)
     check_token("keys", keys, kv.keys, slots.shape[0])
     check_token("values", values, kv.values, slots.shape[0])
-    resolve_backend(backend, kv.keys.device).verbs.append_slots(kv, keys, values, slots)
+    _verbs(backend, kv.keys).append_slots(kv, keys, values, slots)
 
 
 def update_slot_metadata(
@@ -176,7 +185,7 @@ def update_slot_metadata(
     """`append_slots` for the bounds alone: where the cache is in a format of its own and somebody else writes it.
 
     Args:
-        metadata: `[N, HKV, 2, D]`, as in `PagedKV`.
+        metadata: `[N, HKV, 2, D]`, channels side by side, as in `PagedKV`.
         keys: `[T, HKV, D]`, channels side by side; their dtype is the metadata's, unless that is float8_e4m3fn.
         slots: See `append_slots`.
         page_size: Tokens per page [tokens].
@@ -186,9 +195,9 @@ def update_slot_metadata(
         QuestValueError: A shape, dtype, device or slot is wrong.
         BackendError: The backend cannot run here.
     """
-    check_slot_metadata(metadata, keys)
+    check_slot_metadata(metadata, keys, page_size)
     check_slots(slots, keys.shape[0], metadata.shape[0] * page_size, metadata.device)
-    resolve_backend(backend, metadata.device).verbs.update_slot_metadata(metadata, keys, slots, page_size)
+    _verbs(backend, keys).update_slot_metadata(metadata, keys, slots, page_size)
 
 
 def score_pages(
@@ -210,10 +219,10 @@ def score_pages(
         query: `[B, HQ, D]`, dtype of the cache, HQ a multiple of HKV.
         kv: The cache.
         seq_lens: Tokens per sequence [tokens].
-        token_mask: `[B, T]` bool, True where a token may be attended to (padding is False). A page without such a
-            token scores -inf.
+        token_mask: `[B, T]` bool, True where a token may be attended to (padding is False, and so is what lies past
+            T). A page without such a token scores -inf.
         group_reduction: `"max"` or `"mean"` over the heads of a group.
-        out: `[B, HKV, P]` float32 to write to.
+        out: `[B, HKV, P]` float32 to write to, the scores of a row side by side.
         backend: Which implementation runs.
 
     Returns:
@@ -229,9 +238,8 @@ def score_pages(
     if group_reduction not in ("max", "mean"):
         raise QuestValueError("group_reduction", group_reduction, "'max' or 'mean'")
     if out is not None:
-        check_scores(out, "out", (kv.batch_size, kv.num_kv_heads, kv.max_pages))
-    verbs = resolve_backend(backend, query.device).verbs
-    return verbs.score_pages(query, kv, seq_lens, token_mask, group_reduction, out)
+        check_score_output(out, kv)
+    return _verbs(backend, kv.keys).score_pages(query, kv, seq_lens, token_mask, group_reduction, out)
 
 
 def select_pages(
@@ -250,20 +258,24 @@ def select_pages(
     A sequence of at most `token_budget` tokens selects all its pages; any other `token_budget // page_size`. Ties go to
     the lower page.
 
+    With a mask, a sequence has the tokens that may be attended to, and the pages that hold one. So few tokens may lie
+    in many pages; what a step reads, and the memory for it, stays bounded all the same: no sequence gets more than
+    `ceil(token_budget / page_size) + 1` pages, which hold any `token_budget` tokens that follow one another, as they do
+    where padding is on one side. Where holes spread them wider, the best of their pages are read.
+
     Args:
-        scores: `[B, HKV, P]` float32.
+        scores: `[B, HKV, P]` float32, without NaN.
         seq_lens: Tokens per sequence [tokens].
         page_size: Tokens per page [tokens].
         token_budget: Most tokens to read, forced pages included [tokens].
         num_sink_pages: First pages to read always [pages].
         num_recent_pages: Last pages to read always [pages]; the page being written is read even with 0.
-        token_mask: `[B, T]` bool, True where a token may be attended to. Sink and recent pages are counted among the
-            pages that hold such a token. A sequence padded in its middle may spread few tokens over many pages; it
-            gets at most one page more than the budget.
+        token_mask: `[B, T]` bool, True where a token may be attended to; False past T. Sink and recent pages are
+            counted among the pages that hold such a token.
         backend: Which implementation runs.
 
     Returns:
-        The selected pages, in ascending order.
+        The selected pages, in ascending order, unused slots last.
 
     Raises:
         QuestValueError: A shape, dtype or number is wrong, or the budget cannot hold the forced pages.
@@ -279,8 +291,9 @@ def select_pages(
     QuestConfig(token_budget, page_size, num_sink_pages=num_sink_pages, num_recent_pages=num_recent_pages)
     check_lengths("seq_lens", seq_lens, scores.shape[0], scores.shape[2] * page_size, scores.device)
     check_token_mask(token_mask, scores.shape[0], scores.device)
-    verbs = resolve_backend(backend, scores.device).verbs
-    return verbs.select_pages(scores, seq_lens, page_size, token_budget, num_sink_pages, num_recent_pages, token_mask)
+    return _verbs(backend, scores).select_pages(
+        scores, seq_lens, page_size, token_budget, num_sink_pages, num_recent_pages, token_mask
+    )
 
 
 def sparse_decode_attention(
@@ -302,11 +315,11 @@ def sparse_decode_attention(
         query: `[B, HQ, D]`, dtype of the cache, HQ a multiple of HKV.
         kv: The cache.
         seq_lens: Tokens per sequence [tokens].
-        selected: Pages to read, from `select_pages`.
+        selected: Pages to read, from `select_pages` or chosen otherwise: see `Selection`.
         sm_scale: Factor on the logits; None is `D ** -0.5`.
         softcap: Cap of the scaled logits, `softcap * tanh(logit / softcap)`, as in Gemma 2.
         sinks: `[HQ]`, one more logit per head that takes weight and gives no value, as in GPT-OSS.
-        token_mask: `[B, T]` bool, True where a token may be attended to.
+        token_mask: `[B, T]` bool, True where a token may be attended to; False past T.
         return_lse: Give the log-sum-exp of the logits (sinks included) too, with which partial results are merged.
         backend: Which implementation runs.
 
@@ -324,8 +337,9 @@ def sparse_decode_attention(
     check_selected(selected, kv)
     scale = kv.head_dim**-0.5 if sm_scale is None else sm_scale
     check_attention(scale, softcap, sinks, query)
-    verbs = resolve_backend(backend, query.device).verbs
-    return verbs.sparse_decode_attention(query, kv, seq_lens, selected, scale, softcap, sinks, token_mask, return_lse)
+    return _verbs(backend, kv.keys).sparse_decode_attention(
+        query, kv, seq_lens, selected, scale, softcap, sinks, token_mask, return_lse
+    )
 
 
 def quest_decode(
@@ -351,7 +365,7 @@ def quest_decode(
         sm_scale: Factor on the logits; None is `D ** -0.5`.
         softcap: See `sparse_decode_attention`.
         sinks: See `sparse_decode_attention`.
-        token_mask: `[B, T]` bool, True where a token may be attended to.
+        token_mask: `[B, T]` bool, True where a token may be attended to; False past T. See `select_pages`.
         workspace: Memory to reuse, from `make_workspace`; without one the step allocates it.
         out: `[B, HQ, DV]` contiguous, dtype of the query, to write the output to.
 
@@ -381,14 +395,17 @@ def quest_decode(
         check_output(out, query, kv)
     if workspace is not None and not workspace.fits(kv, query.shape[1], config):
         raise QuestValueError("workspace", list(workspace.scores.shape), "one that make_workspace gave for this shape")
-    backend = resolve_backend(config.backend, query.device)
+    backend = resolve_backend(config.backend, query.device, kv.keys.dtype)
     if backend.fused is not None and token_mask is None:
         step = backend.fused(query, kv, seq_lens, config, scale, softcap, sinks, workspace, out)
         if step is not None:
             return QuestOutput(*step)
     verbs = backend.verbs
-    shape = (kv.batch_size, kv.num_kv_heads, kv.max_pages)
-    scratch = None if workspace is None else workspace.scores.view(shape)
+    scratch = None
+    if workspace is not None:  # which may have been made for more rows, or longer ones
+        shape, scratch = (kv.batch_size, kv.num_kv_heads, kv.max_pages), workspace.scores
+        if scratch.shape != shape:
+            scratch = scratch.view(-1)[: prod(shape)].view(shape)
     scores = verbs.score_pages(query, kv, seq_lens, token_mask, config.group_reduction, scratch)
     selected = verbs.select_pages(
         scores,
@@ -400,13 +417,17 @@ def quest_decode(
         token_mask,
         workspace,
     )
-    output, _ = verbs.sparse_decode_attention(query, kv, seq_lens, selected, scale, softcap, sinks, token_mask)
+    # Made for this very length, so every list is full and ends with the page being written: nothing to look for.
+    is_whole = isinstance(seq_lens, int) and token_mask is None
+    output, _ = verbs.sparse_decode_attention(
+        query, kv, seq_lens, selected, scale, softcap, sinks, token_mask, is_whole=is_whole
+    )
     return QuestOutput(output if out is None else out.copy_(output), selected)
 
 
 def count_reads(
     selected: Selection,
-    seq_lens: Tensor,
+    seq_lens: Tensor | int,
     counters: Tensor,
     *,
     page_size: int,
@@ -417,14 +438,14 @@ def count_reads(
 
     Args:
         selected: The pages that were read.
-        seq_lens: `[B]`, tokens per sequence; a sequence of none counts nowhere [tokens].
+        seq_lens: Tokens per sequence; a sequence of none counts nowhere [tokens].
         counters: `[4]` int64: rows past the budget, rows within it, pages read and pages held per KV head.
         page_size: Tokens per page [tokens].
         token_budget: See `select_pages` [tokens].
         backend: Which implementation runs.
 
     Raises:
-        QuestValueError: A shape or dtype is wrong.
+        QuestValueError: A shape, dtype, device or number is wrong.
         BackendError: The backend cannot run here.
 
     >>> import torch
@@ -434,9 +455,9 @@ def count_reads(
     >>> counters.tolist()
     [1, 1, 3, 7]
     """
-    check_counters(counters, selected, seq_lens)
+    check_counters(counters, selected, seq_lens, page_size, token_budget)
     verbs = resolve_backend(backend, counters.device).verbs
-    verbs.count_reads(selected, seq_lens, counters, page_size, token_budget)
+    verbs.count_reads(selected, _per_row(seq_lens, selected.counts), counters, page_size, token_budget)
 
 
 def make_workspace(
@@ -458,4 +479,17 @@ def make_workspace(
     Raises:
         BackendError: The backend cannot run here.
     """
-    return resolve_backend(config.backend, kv.keys.device).make_workspace(kv, num_query_heads, config, batch_sizes)
+    backend = resolve_backend(config.backend, kv.keys.device, kv.keys.dtype)
+    return backend.make_workspace(kv, num_query_heads, config, batch_sizes)
+
+
+def _verbs(backend: Backend, keys: Tensor) -> Verbs:
+    """The verbs for a tensor of the cache, or for one that the kernels take wherever they take a cache's."""
+    return resolve_backend(backend, keys.device, keys.dtype).verbs
+
+
+def _per_row(seq_lens: Tensor | int, rows: Tensor) -> Tensor:
+    """A length for each of some rows, for verbs that read lengths on the device alone."""
+    if isinstance(seq_lens, Tensor):
+        return seq_lens
+    return torch.full(rows.shape[:1], seq_lens, dtype=torch.int32, device=rows.device)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from quest_attention.config import check_integer
 from quest_attention.errors import QuestValueError
 from quest_attention.ops.selection import Selection
 from quest_attention.pages import FP8_METADATA, PagedKV
@@ -15,8 +16,10 @@ __all__ = [
     "check_attention",
     "check_counters",
     "check_lengths",
+    "check_new_tokens",
     "check_output",
     "check_query",
+    "check_score_output",
     "check_scores",
     "check_selected",
     "check_slot_metadata",
@@ -39,24 +42,41 @@ def check_query(query: Tensor, kv: PagedKV) -> None:
         raise QuestValueError("query.device", str(query.device), f"{kv.keys.device}, as keys")
 
 
+def _is_readable(device: torch.device) -> bool:
+    """Whether the host may look at values: on a CPU it costs nothing, elsewhere it would wait for the device."""
+    return device.type == "cpu"
+
+
 def check_lengths(name: str, lengths: Tensor | int, batch: int, most: int, device: torch.device) -> None:
-    """A length for all sequences, known to the host, or `[B]` int32/int64 on the device (whose values are not read)."""
+    """A length for all sequences, known to the host, or `[B]` int32/int64, whose values are read on a CPU alone."""
     if isinstance(lengths, int):
         if not 0 <= lengths <= most:
             raise QuestValueError(name, lengths, f"0 to {most}: the pages of the page table hold no more")
         return
+    if not isinstance(lengths, Tensor):
+        raise QuestValueError(name, lengths, f"an int or a tensor [{batch}]")
     if lengths.dim() != 1 or lengths.shape[0] != batch:
         raise QuestValueError(f"{name}.shape", list(lengths.shape), f"[{batch}]")
     if lengths.dtype not in (torch.int32, torch.int64):
         raise QuestValueError(f"{name}.dtype", lengths.dtype, "torch.int32 or torch.int64")
     if lengths.device != device:
         raise QuestValueError(f"{name}.device", str(lengths.device), f"{device}, as keys")
-    if not lengths.is_contiguous():
-        raise QuestValueError(f"{name}.stride()", lengths.stride(), "a contiguous tensor")
-    if device.type == "cpu" and batch:  # reading values costs nothing here and would stall a GPU
+    if _is_readable(device) and batch:
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > most:
             raise QuestValueError(name, [low, high], f"values from 0 to {most}: the page table holds no more")
+
+
+def check_new_tokens(num_new_tokens: Tensor | int, seq_lens: Tensor | int, device: torch.device) -> None:
+    """No more new tokens than a sequence has, once both are lengths; on a CPU alone if one of them is a tensor."""
+    if isinstance(seq_lens, int) and isinstance(num_new_tokens, int):
+        if num_new_tokens > seq_lens:
+            raise QuestValueError("num_new_tokens", num_new_tokens, f"at most seq_lens, {seq_lens}")
+    elif _is_readable(device):
+        new, held = torch.broadcast_tensors(torch.as_tensor(num_new_tokens), torch.as_tensor(seq_lens))
+        if bool((new > held).any()):
+            row = int((new > held).int().argmax())
+            raise QuestValueError("num_new_tokens", int(new[row]), f"at most seq_lens, {int(held[row])} in row {row}")
 
 
 def check_token(name: str, token: Tensor, stored: Tensor, batch: int) -> None:
@@ -93,16 +113,17 @@ def check_slots(slots: Tensor, count: int, capacity: int, device: torch.device) 
         raise QuestValueError("slots.dtype", slots.dtype, "torch.int32 or torch.int64")
     if slots.device != device:
         raise QuestValueError("slots.device", str(slots.device), f"{device}, as the cache")
-    if not slots.is_contiguous():
-        raise QuestValueError("slots.stride()", slots.stride(), "a contiguous tensor")
-    if device.type == "cpu" and count and int(slots.max()) >= capacity:
+    if _is_readable(device) and count and int(slots.max()) >= capacity:
         raise QuestValueError("slots", int(slots.max()), f"less than {capacity}: the cache holds no more tokens")
 
 
-def check_slot_metadata(metadata: Tensor, keys: Tensor) -> None:
+def check_slot_metadata(metadata: Tensor, keys: Tensor, page_size: int) -> None:
     """Page metadata `[N, HKV, 2, D]` for keys `[T, HKV, D]`."""
-    if metadata.dim() != 4 or metadata.shape[2] != 2 or metadata.stride(-1) != 1:
-        raise QuestValueError("metadata.shape", list(metadata.shape), "[N, HKV, 2, D], channels side by side")
+    check_integer("page_size", page_size, minimum=1)
+    if metadata.dim() != 4 or metadata.shape[2] != 2 or 0 in metadata.shape[1:]:
+        raise QuestValueError("metadata.shape", list(metadata.shape), "[N, HKV, 2, D]")
+    if metadata.stride(-1) != 1 and metadata.shape[-1] > 1:
+        raise QuestValueError("metadata.stride(-1)", metadata.stride(-1), "1: the channels of a bound lie side by side")
     if keys.dim() != 3 or tuple(keys.shape[1:]) != (metadata.shape[1], metadata.shape[3]):
         raise QuestValueError("keys.shape", list(keys.shape), f"[T, {metadata.shape[1]}, {metadata.shape[3]}]")
     if metadata.dtype not in (keys.dtype, FP8_METADATA):
@@ -125,30 +146,53 @@ def check_token_mask(token_mask: Tensor | None, batch: int, device: torch.device
         raise QuestValueError("token_mask.device", str(token_mask.device), f"{device}, as keys")
 
 
-def check_scores(scores: Tensor, name: str = "scores", shape: tuple[int, int, int] | None = None) -> None:
-    """`[B, HKV, P]` float32, as `score_pages` gives them; of a certain shape where one is known."""
-    if scores.dim() != 3 or (shape is not None and tuple(scores.shape) != shape):
-        raise QuestValueError(f"{name}.shape", list(scores.shape), "[B, HKV, P]" if shape is None else str(list(shape)))
+def check_scores(scores: Tensor) -> None:
+    """`[B, HKV, P]` float32, as `score_pages` gives them."""
+    if scores.dim() != 3 or scores.shape[1] == 0:
+        raise QuestValueError("scores.shape", list(scores.shape), "[B, HKV, P]")
     if scores.dtype != torch.float32:
-        raise QuestValueError(f"{name}.dtype", scores.dtype, "torch.float32")
+        raise QuestValueError("scores.dtype", scores.dtype, "torch.float32")
+
+
+def check_score_output(out: Tensor, kv: PagedKV) -> None:
+    """Room for scores, `[B, HKV, P]` float32, those of a row side by side."""
+    shape = (kv.batch_size, kv.num_kv_heads, kv.max_pages)
+    if tuple(out.shape) != shape:
+        raise QuestValueError("out.shape", list(out.shape), str(list(shape)))
+    if out.dtype != torch.float32:
+        raise QuestValueError("out.dtype", out.dtype, "torch.float32")
+    if out.device != kv.keys.device:
+        raise QuestValueError("out.device", str(out.device), f"{kv.keys.device}, as keys")
+    if out.stride(-1) != 1 and out.shape[-1] > 1:
+        raise QuestValueError("out.stride(-1)", out.stride(-1), "1: the scores of a row lie side by side")
 
 
 def check_selected(selected: Selection, kv: PagedKV) -> None:
-    """Pages `[B, HKV, K]` int32 of the cache's sequences and KV heads."""
+    """Pages `[B, HKV, K]` int32 of the cache's sequences and KV heads; any numbers, see `Selection`."""
     pages = selected.pages
     if pages.dim() != 3 or tuple(pages.shape[:2]) != (kv.batch_size, kv.num_kv_heads):
         expected = f"[{kv.batch_size}, {kv.num_kv_heads}, K]"
         raise QuestValueError("selected.pages.shape", list(pages.shape), expected)
     if pages.dtype != torch.int32:
         raise QuestValueError("selected.pages.dtype", pages.dtype, "torch.int32")
+    if pages.device != kv.keys.device:
+        raise QuestValueError("selected.pages.device", str(pages.device), f"{kv.keys.device}, as keys")
 
 
-def check_counters(counters: Tensor, selected: Selection, seq_lens: Tensor) -> None:
-    """`[4]` int64, and a length for each sequence of the selection."""
+def check_counters(
+    counters: Tensor, selected: Selection, seq_lens: Tensor | int, page_size: int, token_budget: int
+) -> None:
+    """`[4]` int64, and a count and a length for each sequence of the selection."""
     if tuple(counters.shape) != (4,) or counters.dtype != torch.int64:
         raise QuestValueError("counters", f"{list(counters.shape)} {counters.dtype}", "[4] torch.int64")
-    batch = selected.counts.shape[0]
-    check_lengths("seq_lens", seq_lens, batch, torch.iinfo(torch.int32).max, counters.device)
+    counts = selected.counts
+    if counts.dim() != 1 or counts.dtype not in (torch.int32, torch.int64):
+        raise QuestValueError("selected.counts", f"{list(counts.shape)} {counts.dtype}", "[B] torch.int32")
+    if counts.device != counters.device:
+        raise QuestValueError("selected.counts.device", str(counts.device), f"{counters.device}, as counters")
+    check_lengths("seq_lens", seq_lens, counts.shape[0], torch.iinfo(torch.int32).max, counters.device)
+    check_integer("page_size", page_size, minimum=1)
+    check_integer("token_budget", token_budget, minimum=1)
 
 
 def check_attention(sm_scale: float, softcap: float | None, sinks: Tensor | None, query: Tensor) -> None:
@@ -159,3 +203,5 @@ def check_attention(sm_scale: float, softcap: float | None, sinks: Tensor | None
         raise QuestValueError("softcap", softcap, "a positive number or None")
     if sinks is not None and tuple(sinks.shape) != (query.shape[1],):
         raise QuestValueError("sinks.shape", list(sinks.shape), f"[{query.shape[1]}]: one logit per query head")
+    if sinks is not None and sinks.device != query.device:
+        raise QuestValueError("sinks.device", str(sinks.device), f"{query.device}, as the query")

@@ -18,6 +18,12 @@ from quest_attention.pages import PagedKV
 
 __all__ = ["FusedVerb", "ResolvedBackend", "Verbs", "resolve_backend"]
 
+_WHY_TRITON = (
+    "the Triton kernels, a decode step in one launch, or in several where it has a mask or "
+    "both its context and its budget are very large"
+)
+"""True of every problem: which of the two it is, only a problem says (`ops.triton.tuning.tune`)."""
+
 
 class Verbs(Protocol):
     """What a backend offers: the verbs, checked arguments given. `ops` documents them."""
@@ -63,7 +69,10 @@ class Verbs(Protocol):
         sinks: Tensor | None = None,
         token_mask: Tensor | None = None,
         return_lse: bool = False,
-    ) -> tuple[Tensor, Tensor | None]: ...
+        is_whole: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`is_whole`: the host knows the length, and that every list is full and ends with the sequence's last page."""
+        ...
 
     def count_reads(
         self, selected: Selection, seq_lens: Tensor, counters: Tensor, page_size: int, token_budget: int
@@ -105,8 +114,14 @@ class ResolvedBackend(NamedTuple):
     make_workspace: Callable[[PagedKV, int, QuestConfig, Iterable[int] | None], Workspace | None]
 
 
-def resolve_backend(name: Backend, device: torch.device | str) -> ResolvedBackend:
+def resolve_backend(name: Backend, device: torch.device | str, dtype: torch.dtype | None = None) -> ResolvedBackend:
     """Find the implementation of the verbs for a device.
+
+    Args:
+        name: Which; `"auto"` takes what is fastest among those that can run.
+        device: Where the cache is.
+        dtype: Of the keys, for which `"auto"` looks too; None where it is not known, and then it is taken for one that
+            every backend computes in. A backend that is named refuses, when it runs, keys that it does not compute in.
 
     Raises:
         QuestValueError: The name is unknown.
@@ -129,10 +144,10 @@ def resolve_backend(name: Backend, device: torch.device | str) -> ResolvedBacken
     if name == "auto":
         if kind == "cpu":
             return _torch("chosen for device cpu: plain PyTorch is the fast path on a CPU")
-        missing = _why_no_triton(kind)
+        missing = _why_no_triton(kind, dtype)
         if missing is not None:
             return _torch(f"chosen for device {kind}: {missing}")
-        return _triton(f"chosen for device {kind}: one kernel launch for a decode step")
+        return _triton(f"chosen for device {kind}: {_WHY_TRITON}")
     raise QuestValueError("backend", name, f"one of {', '.join(get_args(Backend))}")
 
 
@@ -147,12 +162,14 @@ def _triton(reason: str) -> ResolvedBackend:
 
 
 @cache
-def _why_no_triton(kind: str) -> str | None:
-    """What keeps the Triton kernels from a kind of device, or None."""
+def _why_no_triton(kind: str, dtype: torch.dtype | None = None) -> str | None:
+    """What keeps the Triton kernels from a kind of device, or from keys of a dtype; or None."""
     if find_spec("triton") is None:
         return "Triton is not installed"
-    from quest_attention.ops.triton.launch import is_interpreted
+    from quest_attention.ops.triton.launch import KERNEL_DTYPES, is_interpreted
 
+    if dtype is not None and dtype not in KERNEL_DTYPES:
+        return f"the Triton kernels do not compute in {dtype}"
     interpreted = is_interpreted()
     if kind == "cuda" and torch.version.hip is None:
         return "TRITON_INTERPRET=1 is set, which is for tests on a CPU" if interpreted else None

@@ -32,7 +32,7 @@ __all__ = [
 def update_page_metadata(kv: PagedKV, seq_lens: list[int], num_new_tokens: list[int]) -> None:
     """Take the tokens written last into the bounds of their pages, one token at a time."""
     for b, length in enumerate(seq_lens):
-        for token in range(length - num_new_tokens[b], length):
+        for token in range(max(0, length - num_new_tokens[b]), length):
             page, offset = divmod(token, kv.page_size)
             physical = int(kv.page_table[b, page])
             _take_token(kv.metadata[physical], kv.keys[physical, offset], offset)
@@ -116,7 +116,13 @@ def select_pages(
     num_recent_pages: int = 1,
     token_mask: Tensor | None = None,
 ) -> list[list[list[int]]]:
-    """Logical pages to read, ascending, as `selected[b][h]`: forced ones, then by score; ties go to the lower index."""
+    """Logical pages to read, ascending, as `selected[b][h]`: forced ones, then by score; ties go to the lower index.
+
+    Tokens within the budget are all read, as long as they lie in at most one page more than hold the budget, as they do
+    where padding is on one side. Holes may spread them wider: without this limit what a step reads, and how much memory
+    it needs, would depend on where the holes are, which only the device knows.
+    """
+    most = num_pages(token_budget, page_size) + 1
     selected = []
     for b in range(scores.shape[0]):
         live = _live_pages(b, page_size, seq_lens, token_mask)
@@ -124,11 +130,9 @@ def select_pages(
         forced = live[:num_sink_pages] + live[-max(1, num_recent_pages) :]
         row = []
         for h in range(scores.shape[1]):
-            if len(tokens) <= token_budget:
-                row.append(live)
-                continue
+            count = most if len(tokens) <= token_budget else token_budget // page_size
             ranked = sorted(live, key=lambda page: (page not in forced, -float(scores[b, h, page]), page))
-            row.append(sorted(ranked[: token_budget // page_size]))
+            row.append(sorted(ranked[:count]))
         selected.append(row)
     return selected
 
@@ -222,8 +226,10 @@ def _outward(bounds: Tensor, dtype: torch.dtype, *, upward: bool) -> Tensor:
 
 
 def _live_tokens(b: int, seq_lens: list[int], token_mask: Tensor | None) -> list[int]:
-    """Logical positions of the tokens that sequence `b` may attend to."""
-    return [t for t in range(seq_lens[b]) if token_mask is None or bool(token_mask[b, t])]
+    """Logical positions of the tokens that sequence `b` may attend to; a mask says no to what lies past its end."""
+    if token_mask is None:
+        return list(range(seq_lens[b]))
+    return [t for t in range(min(seq_lens[b], token_mask.shape[1])) if token_mask[b, t]]
 
 
 def _live_pages(b: int, page_size: int, seq_lens: list[int], token_mask: Tensor | None) -> list[int]:

@@ -89,8 +89,10 @@ def sparse_decode_attention(
     sinks: Tensor | None = None,
     token_mask: Tensor | None = None,
     return_lse: bool = False,
+    is_whole: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """See `ops.sparse_decode_attention`."""
+    """See `ops.sparse_decode_attention`; whatever the host knows of the selection, each page is looked up."""
+    del is_whole
     lists = [[[page for page in head if page >= 0] for head in row] for row in selected.pages.tolist()]
     lengths = _per_row(seq_lens, kv.batch_size)
     output, lse = reference.sparse_decode_attention(

@@ -22,11 +22,11 @@ def round_up(bounds: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if dtype != FP8_METADATA:
         return bounds.to(dtype)
-    wide = bounds.float()
+    wide = bounds if bounds.dtype == torch.float64 else bounds.float()  # float32 may lie on the wrong side of it
     nearest = wide.clamp(-_LARGEST, _LARGEST).to(dtype)
     # Neighbours of one sign have neighbouring bit patterns, whose magnitude grows; after the largest comes NaN.
     step = torch.where(wide > 0, 1, -1).to(torch.uint8)
-    bits = nearest.view(torch.uint8) + torch.where(nearest.float() < wide, step, 0)
+    bits = nearest.view(torch.uint8) + torch.where(nearest.to(wide.dtype) < wide, step, 0)
     return bits.view(dtype)
 
 

@@ -17,8 +17,11 @@ __all__ = ["DecodeWorkspace", "Selection", "Workspace"]
 class Selection(NamedTuple):
     """Pages to read, one list per sequence and KV head.
 
+    `select_pages` gives them in ascending order, unused slots last. `sparse_decode_attention` reads any list of
+    different pages, in any order, and skips what is no page of the sequence: a negative number, or one past its end.
+
     Attributes:
-        pages: `[B, HKV, K]` int32, logical pages in ascending order, -1 in unused slots, which come last.
+        pages: `[B, HKV, K]` int32, logical pages, -1 in unused slots.
         counts: `[B]` int32, used slots [pages].
     """
 
@@ -31,7 +34,7 @@ class Workspace(Protocol):
 
     @property
     def scores(self) -> Tensor:
-        """Float32, one for each sequence, KV head and page."""
+        """Float32, at least one for each sequence, KV head and page of a step that fits; contiguous."""
         ...
 
     def fits(self, kv: PagedKV, num_query_heads: int, config: QuestConfig) -> bool:

@@ -44,7 +44,8 @@ def update_page_metadata(kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Te
         _update_contiguous(kv.contiguous, kv.page_size, seq_lens - num_new_tokens, seq_lens)
         return
     lengths, new = _per_row(seq_lens, kv), _per_row(num_new_tokens, kv)
-    first = (lengths - new) // kv.page_size  # [B]
+    begin = (lengths - new).clamp(min=0)  # [B]; where nobody checked values, more new tokens than there are mean all
+    first = begin // kv.page_size
     span = int((_num_pages(lengths, kv.page_size) - first).clamp(min=0).max()) if lengths.numel() else 0
     if span == 0:
         return
@@ -54,7 +55,7 @@ def update_page_metadata(kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Te
     logical = page[b, s]  # [M]
     physical = kv.page_table[b, logical].long()
     token = logical[:, None] * kv.page_size + torch.arange(kv.page_size, device=lengths.device)  # [M, page_size]
-    written = (token >= (lengths - new)[b, None]) & (token < lengths[b, None])
+    written = (token >= begin[b, None]) & (token < lengths[b, None])
     keys = kv.keys[physical]  # [M, page_size, HKV, D]
     outside = ~written[:, :, None, None]
     key_max = keys.masked_fill(outside, -math.inf).amax(1)
@@ -146,16 +147,22 @@ def score_pages(
     """See `ops.score_pages`. All pages in one product: `U = relu(q) . max + min(q, 0) . min`."""
     batch, heads, dim = kv.batch_size, kv.num_kv_heads, kv.head_dim
     scores = out if out is not None else query.new_empty(batch, heads, kv.max_pages, dtype=torch.float32)
-    grouped = query.float().reshape(batch * heads, -1, dim)  # a slice, perhaps, of all that a layer projects
+    # A slice, perhaps, of all that a layer projects.
+    grouped = query.float().reshape(batch * heads, query.shape[1] // heads, dim)
     split = torch.cat([grouped.clamp(min=0), grouped.clamp(max=0)], dim=-1)  # [B * HKV, G, 2D], max first as metadata
     live = num_pages(seq_lens, kv.page_size) if isinstance(seq_lens, int) else kv.max_pages
     chunk = max(1, live)
     if query.device.type == "cpu":
-        chunk = max(16, _CHUNK_BYTES // (batch * heads * 2 * dim * 4))
+        chunk = max(16, _CHUNK_BYTES // max(1, batch * heads * 2 * dim * 4))
+    table, dead = kv.page_table, None
+    if isinstance(seq_lens, Tensor):
+        dead = ~_live_pages(seq_lens, None, kv.page_size, kv.max_pages, scores)
+        if kv.contiguous is None:  # past the end of a sequence the table may hold anything
+            table = table.masked_fill(dead, 0)
     for start in range(0, live, chunk):
         stop = min(live, start + chunk)
-        bounds = _metadata_rows(kv, start, stop).float()  # [B * HKV, pages, 2D]
-        logits = torch.bmm(bounds, split.transpose(1, 2)).view(batch, heads, stop - start, -1)
+        bounds = _metadata_rows(kv, table[:, start:stop], start, stop).float()  # [B * HKV, pages, 2D]
+        logits = torch.bmm(bounds, split.transpose(1, 2)).view(batch, heads, stop - start, grouped.shape[1])
         part = scores[:, :, start:stop]
         if group_reduction == "max":
             torch.amax(logits, 3, out=part)
@@ -166,17 +173,18 @@ def score_pages(
     torch.nan_to_num_(used, nan=math.inf, posinf=math.inf, neginf=math.inf)
     if live < kv.max_pages:
         scores[:, :, live:] = -math.inf
-    if token_mask is not None or not isinstance(seq_lens, int):
+    if token_mask is not None:
         dead = ~_live_pages(seq_lens, token_mask, kv.page_size, kv.max_pages, scores)
+    if dead is not None:
         scores.masked_fill_(dead[:, None], -math.inf)
     return scores
 
 
-def _metadata_rows(kv: PagedKV, start: int, stop: int) -> Tensor:
+def _metadata_rows(kv: PagedKV, physical: Tensor, start: int, stop: int) -> Tensor:
     """Bounds of logical pages `start` to `stop`: `[B * HKV, stop - start, 2D]`, a view of a contiguous cache."""
     if kv.contiguous is not None:
         return kv.contiguous.metadata.flatten(0, 1)[:, start:stop].flatten(2)
-    rows = _gather(kv.metadata.flatten(2)[:, None], kv.page_table[:, None, start:stop].expand(-1, kv.num_kv_heads, -1))
+    rows = _gather(kv.metadata.flatten(2)[:, None], physical[:, None].expand(-1, kv.num_kv_heads, -1))
     return rows.flatten(0, 1)
 
 
@@ -207,6 +215,9 @@ def select_pages(
         return Selection(pages, pages.new_full((batch,), page_budget))
 
     slots = min(max_pages, num_pages(token_budget, page_size) + (token_mask is not None))  # padding may shift a page
+    if slots == 0:
+        counts = torch.zeros(batch, dtype=torch.int32, device=scores.device)
+        return Selection(counts.new_empty(batch, heads, 0), counts)
     alive = _live_pages(seq_lens, token_mask, page_size, max_pages, scores)  # [B, P]
     rank = alive.cumsum(1)  # 1 for the first live page
     total = rank[:, -1:]
@@ -214,7 +225,11 @@ def select_pages(
     keys = _ranking(scores, workspace)
     keys.masked_fill_(forced[:, None], _ALWAYS)
     keys.masked_fill_(~alive[:, None], _NEVER)
-    tokens = _live_tokens(seq_lens, token_mask, max_pages * page_size, scores).sum(1, keepdim=True)
+    if token_mask is None:
+        assert isinstance(seq_lens, Tensor), "an int without a mask was answered above"
+        tokens = seq_lens[:, None]
+    else:
+        tokens = _live_tokens(seq_lens, token_mask, max_pages * page_size, scores).sum(1, keepdim=True)
     counts = torch.where(tokens <= token_budget, total, total.clamp(max=page_budget)).clamp(max=slots)  # [B, 1]
     best = keys.topk(slots, sorted=True).indices
     unused = torch.arange(slots, device=scores.device) >= counts
@@ -247,24 +262,30 @@ def sparse_decode_attention(
     sinks: Tensor | None = None,
     token_mask: Tensor | None = None,
     return_lse: bool = False,
+    is_whole: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """See `ops.sparse_decode_attention`."""
     batch, heads, dim = kv.batch_size, kv.num_kv_heads, kv.head_dim
-    grouped = query.view(batch, heads, -1, dim)  # [B, HKV, G, D]: no key is repeated for its group
-    slots = selected.pages.shape[2]
-    if slots == 0:  # no sequence has a token
+    # [B, HKV, G, D]: no key is repeated for its group
+    grouped = query.view(batch, heads, query.shape[1] // heads, dim)
+    pages, slots = selected.pages, selected.pages.shape[2]
+    if slots == 0 or kv.max_pages == 0:  # no page is read
         empty = query.new_full(query.shape[:2], -math.inf, dtype=torch.float32)
         lse = empty if sinks is None else sinks.float().expand(batch, -1)
         return query.new_zeros(*query.shape[:2], kv.values.shape[-1]), lse if return_lse else None
-    keys, values = _gather_pages(kv, selected.pages)  # [B, HKV, K * page_size, D and DV]
 
     mask = None
-    if isinstance(seq_lens, int) and token_mask is None:
-        # Pages ascend, so the part-filled one is last and cutting the tail masks everything there is to mask.
+    if isinstance(seq_lens, int) and token_mask is None and (is_whole or _is_whole(pages, seq_lens, kv.page_size)):
+        # The part-filled page is last, and cutting the tail masks everything there is to mask.
+        keys, values = _gather_pages(kv, pages)  # [B, HKV, K * page_size, D and DV]
         used = (slots - 1) * kv.page_size + (seq_lens - 1) % kv.page_size + 1
         keys, values = keys[:, :, :used], values[:, :, :used]
     else:
-        attendable = _attendable(selected.pages, seq_lens, token_mask, kv.page_size)  # [B, HKV, T]
+        ends = seq_lens[:, None, None] if isinstance(seq_lens, Tensor) else seq_lens
+        is_page = (pages >= 0) & (pages < (ends + kv.page_size - 1) // kv.page_size)
+        pages = pages.masked_fill(~is_page, 0).long()
+        keys, values = _gather_pages(kv, pages, is_page)
+        attendable = _attendable(pages, is_page, ends, token_mask, kv.page_size)  # [B, HKV, T]
         # What was never written may be NaN, and no weight of zero takes NaN away.
         keys = keys.masked_fill(~attendable[..., None], 0)
         values = values.masked_fill(~attendable[..., None], 0)
@@ -312,21 +333,35 @@ def _attend_by_hand(
     return output, lse.view(query.shape[:2]) if return_lse else None
 
 
-def _gather_pages(kv: PagedKV, pages: Tensor) -> tuple[Tensor, Tensor]:
-    """Copy logical pages `[B, HKV, K]` out of the cache; an unused slot gives page 0 of its sequence, to be masked.
+def _is_whole(pages: Tensor, seq_len: int, page_size: int) -> bool:
+    """Whether every slot is used and the last one of each list has the last page of its sequence.
+
+    Seen on a CPU alone: elsewhere the host would have to wait, and masks what it does not know to be so.
+    """
+    if pages.device.type != "cpu" or pages.numel() == 0:
+        return False
+    last = num_pages(seq_len, page_size) - 1
+    low, high = torch.aminmax(pages)
+    return int(low) >= 0 and int(high) == last and int(pages[:, :, -1].min()) == last
+
+
+def _gather_pages(kv: PagedKV, pages: Tensor, is_page: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Copy logical pages `[B, HKV, K]` out of the cache; some page is copied for what is none, to be masked.
 
     Returns:
         Keys `[B, HKV, K * page_size, D]` and values `[B, HKV, K * page_size, DV]`.
     """
-    used = pages.clamp(min=0).long()
+    used = pages.long()
     if kv.contiguous is None:
         physical = kv.page_table[:, None].expand(-1, pages.shape[1], -1).gather(2, used)
+        if is_page is not None:  # the table of a sequence without tokens may hold anything
+            physical = physical.masked_fill(~is_page, 0)
         return _gather(kv.keys, physical), _gather(kv.values, physical)
     rows = (kv.contiguous.first_rows + used).flatten()  # the same for keys and values, and no page table
 
     def take(storage: Tensor) -> Tensor:
         by_page = storage.view(-1, kv.page_size * storage.shape[3])
-        return by_page.index_select(0, rows).view(*storage.shape[:2], -1, storage.shape[3])
+        return by_page.index_select(0, rows).view(*pages.shape[:2], pages.shape[2] * kv.page_size, storage.shape[3])
 
     return take(kv.contiguous.keys), take(kv.contiguous.values)
 
@@ -339,21 +374,25 @@ def _gather(storage: Tensor, physical: Tensor) -> Tensor:
     else the channels of one token (NHD).
     """
     pages, tokens, heads, dim = storage.shape
+    batch, _, slots = physical.shape
+    if pages == 0:  # and no sequence has any
+        return storage.new_zeros(batch, heads, slots * tokens, dim)
+    if storage.stride(3) != 1 and dim > 1:  # two bounds of one channel, which a cache may have apart
+        storage = storage.contiguous()
     page_stride, token_stride, head_stride, _ = storage.stride()
     head_ids = torch.arange(heads, device=storage.device)[None, :, None]
     if tokens == 1 or token_stride == dim:
-        unit = math.gcd(page_stride, head_stride)
+        unit = math.gcd(page_stride, head_stride) or 1
         index = physical.long() * (page_stride // unit) + head_ids * (head_stride // unit)
         reach, run = (pages - 1) * page_stride + (heads - 1) * head_stride, tokens * dim
     else:
-        unit = math.gcd(page_stride, token_stride, head_stride)
+        unit = math.gcd(page_stride, token_stride, head_stride) or 1
         index = physical.long() * (page_stride // unit) + head_ids * (head_stride // unit)
         steps = torch.arange(tokens, device=storage.device) * (token_stride // unit)
         index = index[..., None] + steps
         reach = (pages - 1) * page_stride + (tokens - 1) * token_stride + (heads - 1) * head_stride
         run = dim
     rows = storage.as_strided((reach // unit + 1, run), (unit, 1), storage.storage_offset())
-    batch, _, slots = physical.shape
     return rows.index_select(0, index.flatten()).view(batch, heads, slots * tokens, dim)
 
 
@@ -368,32 +407,35 @@ def _per_row(value: Tensor | int, kv: PagedKV) -> Tensor:
     return value.long()
 
 
-def _live_tokens(seq_lens: Tensor | int, token_mask: Tensor | None, max_tokens: int, like: Tensor) -> Tensor:
+def _live_tokens(seq_lens: Tensor | int, token_mask: Tensor, max_tokens: int, like: Tensor) -> Tensor:
     """`[B, max_tokens]` bool: tokens a sequence may attend to, by logical position."""
     token = torch.arange(max_tokens, device=like.device)
     ends = seq_lens[:, None] if isinstance(seq_lens, Tensor) else seq_lens
-    live = (token < ends).expand(like.shape[0], -1)
-    if token_mask is None:
-        return live
     known = min(token_mask.shape[1], max_tokens)
-    return live & F.pad(token_mask[:, :known], (0, max_tokens - known), value=False)
+    return (token < ends) & F.pad(token_mask[:, :known], (0, max_tokens - known), value=False)
 
 
 def _live_pages(
     seq_lens: Tensor | int, token_mask: Tensor | None, page_size: int, max_pages: int, like: Tensor
 ) -> Tensor:
     """`[B, P]` bool: pages that hold a token the sequence may attend to."""
-    return _live_tokens(seq_lens, token_mask, max_pages * page_size, like).view(-1, max_pages, page_size).any(-1)
+    if token_mask is None:
+        ends = seq_lens[:, None] if isinstance(seq_lens, Tensor) else seq_lens
+        starts = torch.arange(0, max_pages * page_size, page_size, device=like.device)
+        return (starts < ends).expand(like.shape[0], -1)
+    live = _live_tokens(seq_lens, token_mask, max_pages * page_size, like)
+    return live.view(like.shape[0], max_pages, page_size).any(-1)
 
 
-def _attendable(pages: Tensor, seq_lens: Tensor | int, token_mask: Tensor | None, page_size: int) -> Tensor:
+def _attendable(
+    pages: Tensor, is_page: Tensor, ends: Tensor | int, token_mask: Tensor | None, page_size: int
+) -> Tensor:
     """`[B, HKV, K * page_size]` bool: tokens of the gathered pages that may be attended to."""
     offsets = torch.arange(page_size, device=pages.device)
-    token = (pages.clamp(min=0).long()[..., None] * page_size + offsets).flatten(2)
-    ends = seq_lens[:, None, None] if isinstance(seq_lens, Tensor) else seq_lens
-    live = (token < ends) & (pages >= 0).repeat_interleave(page_size, -1)
+    token = pages[..., None] * page_size + offsets  # [B, HKV, K, page_size]
+    live = (token < (ends[..., None] if isinstance(ends, Tensor) else ends)) & is_page[..., None]
     if token_mask is None:
-        return live
-    known = token_mask.shape[1]
+        return live.flatten(2)
+    token, known = token.flatten(2), token_mask.shape[1]
     table = token_mask[:, None].expand(-1, pages.shape[1], -1)
-    return live & (token < known) & table.gather(2, token.clamp(max=known - 1))
+    return live.flatten(2) & (token < known) & table.gather(2, token.clamp(max=known - 1))

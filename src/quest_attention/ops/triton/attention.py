@@ -8,7 +8,15 @@ import triton.language as tl
 from torch import Tensor
 
 from quest_attention.ops.selection import Selection
-from quest_attention.ops.triton.launch import LOG2_E, check_kernel_dtype, dot, launch, lengths_argument, narrow
+from quest_attention.ops.triton.launch import (
+    LOG2_E,
+    check_kernel_dtype,
+    dot,
+    launch,
+    lengths_argument,
+    narrow,
+    side_by_side,
+)
 from quest_attention.ops.triton.merge import heads_merged_at_once, merge_kernel, store_partial
 from quest_attention.ops.triton.scores import dot_block, load_query
 from quest_attention.ops.triton.tuning import ATTEND_STAGES, attended_block, attending_programs
@@ -33,20 +41,24 @@ def sparse_decode_attention(
     sinks: Tensor | None = None,
     token_mask: Tensor | None = None,
     return_lse: bool = False,
+    is_whole: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """See `ops.sparse_decode_attention`."""
-    check_kernel_dtype(kv)
+    """See `ops.sparse_decode_attention`; whatever the host knows of the selection, the kernel looks."""
+    del is_whole
+    check_kernel_dtype(kv.keys)
+    query, table, pages = side_by_side(query), side_by_side(kv.page_table), side_by_side(selected.pages)
     batch, heads = kv.batch_size, kv.num_kv_heads
     group, width, device = query.shape[1] // heads, kv.values.shape[-1], query.device
-    slots = selected.pages.shape[2]
+    slots = pages.shape[2]
     output = torch.empty(batch, query.shape[1], width, dtype=query.dtype, device=device)
     lse = torch.empty(batch, query.shape[1], dtype=torch.float32, device=device) if return_lse else None
-    splits = attending_programs(slots, kv.page_size, batch * heads)
+    splits = attending_programs(slots, kv.page_size, batch * heads, device)
     partial = torch.empty(batch * heads, splits, group, width, dtype=torch.float32, device=device)
     partial_lse = torch.empty(batch * heads, splits, group, dtype=torch.float32, device=device)
     physical = torch.empty(batch * heads, slots, dtype=torch.int32, device=device)
-    lengths, length = lengths_argument(seq_lens, kv)
-    mask = query if token_mask is None else token_mask
+    logical = physical if token_mask is None else torch.empty_like(physical)
+    lengths, length = lengths_argument(seq_lens, table)
+    mask = query if token_mask is None else side_by_side(token_mask)
     merge_heads = heads_merged_at_once(group)
     launch(
         _attend_kernel,
@@ -54,13 +66,14 @@ def sparse_decode_attention(
         query,
         kv.keys,
         kv.values,
-        kv.page_table,
+        table,
         lengths,
         length,
-        selected.pages,
+        pages,
         mask,
         0 if token_mask is None else token_mask.shape[1],
         physical,
+        logical,
         partial,
         partial_lse,
         float(sm_scale),
@@ -68,9 +81,9 @@ def sparse_decode_attention(
         *query.stride()[:2],
         *kv.keys.stride()[:3],
         *kv.values.stride()[:3],
-        kv.page_table.stride(0),
-        *selected.pages.stride()[:2],
-        0 if token_mask is None else token_mask.stride(0),
+        table.stride(0),
+        *pages.stride()[:2],
+        0 if token_mask is None else mask.stride(0),
         heads,
         slots,
         splits,
@@ -95,7 +108,7 @@ def sparse_decode_attention(
         (batch * heads * triton.cdiv(group, merge_heads),),
         partial,
         partial_lse,
-        query if sinks is None else sinks,
+        query if sinks is None else side_by_side(sinks),
         output,
         output if lse is None else lse,
         *output.stride()[:2],
@@ -199,18 +212,57 @@ def attend_slots(
 
 
 @triton.jit
-def _look_up(pages, table, physical, first_slot, last_slot, end, PAGE_SIZE: tl.constexpr, BLOCK_L: tl.constexpr):
-    """Write the physical pages of some slots of a row; the tokens they hold, which end where the sequence does."""
-    count = 0
-    newest = 0
+def _look_up(
+    pages,
+    table,
+    physical,
+    logical,
+    first_slot,
+    last_slot,
+    end,
+    MASKED: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """List the pages of a sequence that some slots of a row name, one after the other, the newest of them last.
+
+    Returns:
+        The tokens on the list, which end where the sequence does.
+    """
+    total = tl.cdiv(end, PAGE_SIZE)
+    found = tl.full([], 0, tl.int64)  # how many, and from bit 24 on the sum of their places
+    newest = tl.full([], -1, tl.int64)  # its place, and from bit 32 on the page
     for first in range(first_slot, last_slot, BLOCK_L):
         slot = first + tl.arange(0, BLOCK_L)
         page = tl.load(pages + slot, mask=slot < last_slot, other=-1)
-        is_live = (page >= 0) & (page * PAGE_SIZE < end)
+        is_live = (page >= 0) & (page < total)
         tl.store(physical + slot, tl.load(table + page, mask=is_live, other=0), mask=is_live)
-        count += tl.sum(is_live.to(tl.int32))
-        newest = tl.maximum(newest, tl.max(tl.where(is_live, page, 0)))
-    return tl.where(count > 0, count * PAGE_SIZE - tl.maximum(0, (newest + 1) * PAGE_SIZE - end), 0)
+        if MASKED:
+            tl.store(logical + slot, page, mask=is_live)
+        place = (slot - first_slot).to(tl.int64)
+        found += tl.sum(tl.where(is_live, (place << 24) + 1, 0))
+        newest = tl.maximum(newest, tl.max(tl.where(is_live, (page.to(tl.int64) << 32) + place, -1)))
+    count = found & 0xFFFFFF
+    newest_place = newest & 0xFFFFFFFF
+    # Without a gap the sum of the places is the least that so many can have. `select_pages` leaves none.
+    is_in_order = (found >> 24 == count * (count - 1) // 2) & (newest_place == count - 1)
+    if (count > 0) & (is_in_order == 0):
+        tl.debug_barrier()  # what was written above is written over
+        kept = 0
+        for first in range(first_slot, last_slot, BLOCK_L):
+            slot = first + tl.arange(0, BLOCK_L)
+            page = tl.load(pages + slot, mask=slot < last_slot, other=-1)
+            is_kept = (page >= 0) & (page < total) & (slot - first_slot != newest_place)
+            at = first_slot + kept + tl.cumsum(is_kept.to(tl.int32)) - 1
+            tl.store(physical + at, tl.load(table + page, mask=is_kept, other=0), mask=is_kept)
+            if MASKED:
+                tl.store(logical + at, page, mask=is_kept)
+            kept += tl.sum(is_kept.to(tl.int32))
+        tl.store(physical + first_slot + kept, tl.load(table + (newest >> 32)))
+        if MASKED:
+            tl.store(logical + first_slot + kept, (newest >> 32).to(tl.int32))
+    past = tl.maximum(0, ((newest >> 32).to(tl.int32) + 1) * PAGE_SIZE - end)
+    return tl.where(count > 0, count.to(tl.int32) * PAGE_SIZE - past, 0)
 
 
 @triton.jit
@@ -241,6 +293,7 @@ def _attend_kernel(
     token_mask,
     mask_width,
     physical,
+    logical,
     partial,
     partial_lse,
     scale,
@@ -294,14 +347,17 @@ def _attend_kernel(
     )
     row_pages = pages + b * pages_batch_stride + h * pages_head_stride
     row_physical = physical + row.to(tl.int64) * slots
+    row_logical = logical + row.to(tl.int64) * slots
     first_slot = split * pages_per_split
     held = _look_up(
         row_pages,
         page_table + b * table_stride,
         row_physical,
+        row_logical,
         first_slot,
         tl.minimum(first_slot + pages_per_split, slots),
         end,
+        MASKED,
         PAGE_SIZE,
         BLOCK_L,
     )
@@ -311,7 +367,7 @@ def _attend_kernel(
         keys + h * key_head_stride,
         values + h * value_head_stride,
         row_physical,
-        row_pages,
+        row_logical,
         first_slot * PAGE_SIZE,
         first_slot * PAGE_SIZE + held,
         token_mask + b * mask_stride,

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quest_attention.ops.selection import Selection
-from quest_attention.ops.triton.launch import launch
+from quest_attention.ops.triton.launch import launch, side_by_side
 
 __all__ = ["count_reads"]
 
@@ -20,9 +20,10 @@ def count_reads(selected: Selection, seq_lens: Tensor, counters: Tensor, page_si
     launch(
         _count_kernel,
         (1,),
-        selected.counts,
-        seq_lens,
+        side_by_side(selected.counts),
+        side_by_side(seq_lens),
         counters,
+        counters.stride(0),
         seq_lens.shape[0],
         page_size,
         token_budget,
@@ -31,8 +32,8 @@ def count_reads(selected: Selection, seq_lens: Tensor, counters: Tensor, page_si
     )
 
 
-@triton.jit(do_not_specialize=["num_rows", "page_size", "token_budget"])
-def _count_kernel(counts, seq_lens, counters, num_rows, page_size, token_budget, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["counter_stride", "num_rows", "page_size", "token_budget"])
+def _count_kernel(counts, seq_lens, counters, counter_stride, num_rows, page_size, token_budget, BLOCK: tl.constexpr):
     sparse = tl.zeros([BLOCK], tl.int64)
     dense = tl.zeros([BLOCK], tl.int64)
     read = tl.zeros([BLOCK], tl.int64)
@@ -45,6 +46,9 @@ def _count_kernel(counts, seq_lens, counters, num_rows, page_size, token_budget,
         read += tl.load(counts + row, mask=row < num_rows, other=0).to(tl.int64)
         held += (length + page_size - 1) // page_size
     tl.store(counters, tl.load(counters) + tl.sum(sparse))
-    tl.store(counters + 1, tl.load(counters + 1) + tl.sum(dense))
-    tl.store(counters + 2, tl.load(counters + 2) + tl.sum(read))
-    tl.store(counters + 3, tl.load(counters + 3) + tl.sum(held))
+    counters += counter_stride
+    tl.store(counters, tl.load(counters) + tl.sum(dense))
+    counters += counter_stride
+    tl.store(counters, tl.load(counters) + tl.sum(read))
+    counters += counter_stride
+    tl.store(counters, tl.load(counters) + tl.sum(held))

@@ -18,7 +18,7 @@ from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestValueError
 from quest_attention.ops.selection import Selection, Workspace
 from quest_attention.ops.triton.attention import attend_slots
-from quest_attention.ops.triton.launch import check_kernel_dtype, launch, lengths_argument
+from quest_attention.ops.triton.launch import check_kernel_dtype, launch, lengths_argument, side_by_side
 from quest_attention.ops.triton.merge import heads_merged_at_once, merge_splits, store_partial
 from quest_attention.ops.triton.scores import group_block, load_query, score_row
 from quest_attention.ops.triton.selection import DEAD, choose_pages, rank_scores, store_chosen
@@ -42,7 +42,7 @@ def quest_decode(
     tuning: Tuning | None = None,
 ) -> tuple[Tensor, Selection] | None:
     """See `ops.quest_decode`. None where the fused kernel cannot hold the problem; the single verbs can."""
-    check_kernel_dtype(kv)
+    check_kernel_dtype(kv.keys)
     tuning = tuning or tune(kv, query.shape[1], config)
     if tuning is None:
         return None
@@ -58,7 +58,8 @@ def quest_decode(
         output = torch.empty(batch, query.shape[1], width, dtype=query.dtype, device=device)
     pages = torch.empty(batch, heads, slots, dtype=torch.int32, device=device)
     counts = torch.empty(batch, dtype=torch.int32, device=device)
-    lengths, length = lengths_argument(seq_lens, kv)
+    query, table = side_by_side(query), side_by_side(kv.page_table)
+    lengths, length = lengths_argument(seq_lens, table)
     section_pages = min(tuning.section_pages, kv.max_pages)
     sections = triton.cdiv(kv.max_pages, section_pages)
     launch(
@@ -68,10 +69,10 @@ def quest_decode(
         kv.keys,
         kv.values,
         kv.metadata,
-        kv.page_table,
+        table,
         lengths,
         length,
-        query if sinks is None else sinks,
+        query if sinks is None else side_by_side(sinks),
         *workspace,
         pages,
         counts,
@@ -82,7 +83,7 @@ def quest_decode(
         *kv.keys.stride()[:3],
         *kv.values.stride()[:3],
         *kv.metadata.stride()[:3],
-        kv.page_table.stride(0),
+        table.stride(0),
         kv.max_pages,
         heads,
         rows,

@@ -1,4 +1,4 @@
-"""What the kernels share: lengths as arguments, a launch on the right device, a dtype check, the matrix product."""
+"""What the kernels share: arguments as they read them, a launch on the right device, a dtype check, the product."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from quest_attention.errors import QuestValueError
-from quest_attention.pages import PagedKV
 
 __all__ = [
     "FUSED_ARITHMETIC",
+    "KERNEL_DTYPES",
     "LOG2_E",
     "check_kernel_dtype",
     "dot",
@@ -21,6 +21,7 @@ __all__ = [
     "launch",
     "lengths_argument",
     "narrow",
+    "side_by_side",
 ]
 
 FUSED_ARITHMETIC = {"enable_fp_fusion": True}
@@ -28,17 +29,18 @@ FUSED_ARITHMETIC = {"enable_fp_fusion": True}
 LOG2_E = tl.constexpr(1.4426950408889634)
 """Kernels work with powers of two, which the hardware has."""
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Dtypes of keys that the kernels compute in."""
 
 
-def check_kernel_dtype(kv: PagedKV) -> None:
-    """Refuse what the kernels do not compute in.
+def check_kernel_dtype(keys: Tensor) -> None:
+    """Refuse what the kernels do not compute in: in float32 a bound of float64 keys may not bound.
 
     Raises:
-        QuestValueError: The cache is float64.
+        QuestValueError: The keys are float64.
     """
-    if kv.keys.dtype not in _DTYPES:
-        raise QuestValueError("keys.dtype", kv.keys.dtype, "bfloat16, float16 or float32 for the Triton kernels")
+    if keys.dtype not in KERNEL_DTYPES:
+        raise QuestValueError("keys.dtype", keys.dtype, "bfloat16, float16 or float32 for the Triton kernels")
 
 
 def is_interpreted() -> bool:
@@ -46,9 +48,14 @@ def is_interpreted() -> bool:
     return bool(_INTERPRETED.value)
 
 
-def lengths_argument(value: Tensor | int, kv: PagedKV) -> tuple[Tensor, int]:
+def side_by_side(tensor: Tensor) -> Tensor:
+    """A small tensor as kernels read it, whose last stride is 1: itself, or a copy, which a graph captures too."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def lengths_argument(value: Tensor | int, placeholder: Tensor) -> tuple[Tensor, int]:
     """A pointer and a number, of which a kernel reads one: lengths on the device, or one known to the host."""
-    return (kv.page_table, value) if isinstance(value, int) else (value, 0)
+    return (placeholder, value) if isinstance(value, int) else (side_by_side(value), 0)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:

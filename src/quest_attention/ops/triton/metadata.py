@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quest_attention.ops.triton.launch import launch, lengths_argument
+from quest_attention.ops.triton.launch import check_kernel_dtype, launch, lengths_argument, side_by_side
 from quest_attention.pages import FP8_METADATA, PagedKV, num_pages
 
 __all__ = ["append_slots", "append_token", "update_page_metadata", "update_slot_metadata"]
@@ -19,6 +19,8 @@ _PAGES_PER_PROGRAM = 4
 
 def update_page_metadata(kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Tensor | int) -> None:
     """See `ops.update_page_metadata`. Reads no length on the host; the grid covers what the pages can hold."""
+    check_kernel_dtype(kv.keys)
+    table = side_by_side(kv.page_table)
     if isinstance(num_new_tokens, int):
         if num_new_tokens == 0:
             return
@@ -26,21 +28,21 @@ def update_page_metadata(kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Te
     else:
         touched = kv.max_pages
     pages = 1 if touched <= 2 else _PAGES_PER_PROGRAM
-    lengths, length = lengths_argument(seq_lens, kv)
-    fresh, num_fresh = lengths_argument(num_new_tokens, kv)
+    lengths, length = lengths_argument(seq_lens, table)
+    fresh, num_fresh = lengths_argument(num_new_tokens, table)
     launch(
         _update_kernel,
         (triton.cdiv(touched, pages) * kv.num_kv_heads * kv.batch_size,),
         kv.keys,
         kv.metadata,
-        kv.page_table,
+        table,
         lengths,
         length,
         fresh,
         num_fresh,
         *kv.keys.stride()[:3],
         *kv.metadata.stride()[:3],
-        kv.page_table.stride(0),
+        table.stride(0),
         kv.max_pages,
         kv.num_kv_heads,
         triton.cdiv(touched, pages),
@@ -58,6 +60,8 @@ def update_page_metadata(kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Te
 
 def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: Tensor) -> None:
     """See `ops.append_token`. One launch."""
+    check_kernel_dtype(kv.keys)
+    table = side_by_side(kv.page_table)
     launch(
         _append_kernel,
         (kv.batch_size * kv.num_kv_heads,),
@@ -66,14 +70,14 @@ def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: Tensor) ->
         kv.keys,
         kv.values,
         kv.metadata,
-        kv.page_table,
-        seq_lens,
+        table,
+        side_by_side(seq_lens),
         *keys.stride()[:2],
         *values.stride()[:2],
         *kv.keys.stride()[:3],
         *kv.values.stride()[:3],
         *kv.metadata.stride()[:3],
-        kv.page_table.stride(0),
+        table.stride(0),
         kv.num_kv_heads,
         PAGE_SIZE=kv.page_size,
         HEAD_DIM=kv.head_dim,
@@ -104,6 +108,7 @@ def _launch_slots(
     values: Tensor | None = None,
 ) -> None:
     """One program for each token and KV head; K and V are written where a cache is given."""
+    check_kernel_dtype(keys)
     heads, dim = keys.shape[1:]
     # What is not written needs a pointer of some kind.
     stored_keys, stored_values = (keys[:, None], keys[:, None]) if kv is None else (kv.keys, kv.values)
@@ -116,7 +121,7 @@ def _launch_slots(
         stored_keys,
         stored_values,
         metadata,
-        slots,
+        side_by_side(slots),
         slots.shape[0],
         *keys.stride()[:2],
         *values.stride()[:2],

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quest_attention.config import GroupReduction
-from quest_attention.ops.triton.launch import check_kernel_dtype, dot, launch, lengths_argument
+from quest_attention.ops.triton.launch import check_kernel_dtype, dot, launch, lengths_argument, side_by_side
 from quest_attention.ops.triton.tuning import scored_block, scoring_programs
 from quest_attention.pages import PagedKV
 
@@ -42,20 +42,21 @@ def score_pages(
     out: Tensor | None = None,
 ) -> Tensor:
     """See `ops.score_pages`."""
-    check_kernel_dtype(kv)
+    check_kernel_dtype(kv.keys)
+    query, table = side_by_side(query), side_by_side(kv.page_table)
     batch, heads, group = kv.batch_size, kv.num_kv_heads, query.shape[1] // kv.num_kv_heads
     shape = (batch, heads, kv.max_pages)
     scores = torch.empty(shape, dtype=torch.float32, device=query.device) if out is None else out
-    lengths, length = lengths_argument(seq_lens, kv)
-    mask = query if token_mask is None else token_mask
+    lengths, length = lengths_argument(seq_lens, table)
+    mask = query if token_mask is None else side_by_side(token_mask)
     block, stages = scored_block(kv, group)
-    splits = scoring_programs(kv.max_pages, block, batch * heads)
+    splits = scoring_programs(kv.max_pages, block, batch * heads, query.device)
     launch(
         _score_kernel,
         (batch * heads * splits,),
         query,
         kv.metadata,
-        kv.page_table,
+        table,
         lengths,
         length,
         mask,
@@ -63,8 +64,8 @@ def score_pages(
         scores,
         *query.stride()[:2],
         *kv.metadata.stride()[:3],
-        kv.page_table.stride(0),
-        0 if token_mask is None else token_mask.stride(0),
+        table.stride(0),
+        0 if token_mask is None else mask.stride(0),
         *scores.stride()[:2],
         kv.max_pages,
         heads,

@@ -15,13 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from quest_attention.ops.selection import Selection, Workspace
-from quest_attention.ops.triton.launch import launch
+from quest_attention.ops.triton.launch import launch, lengths_argument, side_by_side
 from quest_attention.pages import num_pages
 
 __all__ = ["DEAD", "FORCED", "choose_pages", "rank_scores", "select_pages", "store_chosen"]
 
 _SECTION_PAGES = 8192
 """Pages a program holds in registers: 32 to 64 a thread."""
+_COUNTED_TOKENS = 2048
+"""Tokens of a mask that a program counts at once: 16 a thread."""
 
 DEAD = tl.constexpr(float("-inf"))
 """Rank of what is not a page."""
@@ -55,6 +57,7 @@ def select_pages(
 ) -> Selection:
     """See `ops.select_pages`."""
     batch, heads, max_pages = scores.shape
+    scores = side_by_side(scores)
     slots = min(max_pages, num_pages(token_budget, page_size) + (token_mask is not None))  # padding may shift a page
     pages = torch.empty(batch, heads, slots, dtype=torch.int32, device=scores.device)
     counts = torch.empty(batch, dtype=torch.int32, device=scores.device)
@@ -62,15 +65,14 @@ def select_pages(
         return Selection(pages, counts.zero_())
     sections = triton.cdiv(max_pages, _SECTION_PAGES)
     section_pages = _SECTION_PAGES if sections > 1 else max_pages
-    lengths = seq_lens if isinstance(seq_lens, Tensor) else scores
-    length = 0 if isinstance(seq_lens, Tensor) else seq_lens
-    tokens = scores
+    lengths, length = lengths_argument(seq_lens, scores)
+    live_tokens = scores
     if token_mask is not None:
-        tokens = _count_tokens(token_mask, seq_lens)
+        live_tokens = _count_live_tokens(side_by_side(token_mask), seq_lens, page_size, max_pages)
     arguments = (
         lengths,
         length,
-        tokens,
+        live_tokens,
         max_pages,
         heads,
         page_size,
@@ -125,12 +127,59 @@ def _warps(elements: int) -> int:
     return min(32, max(4, int(triton.next_power_of_2(elements)) // 1024))
 
 
-def _count_tokens(token_mask: Tensor, seq_lens: Tensor | int) -> Tensor:
-    """Tokens each sequence may attend to, `[B]` int32."""
-    if isinstance(seq_lens, int):
-        return token_mask[:, :seq_lens].sum(1, dtype=torch.int32)
-    position = torch.arange(token_mask.shape[1], device=token_mask.device)
-    return (token_mask & (position < seq_lens[:, None])).sum(1, dtype=torch.int32)
+def _count_live_tokens(token_mask: Tensor, seq_lens: Tensor | int, page_size: int, max_pages: int) -> Tensor:
+    """Tokens of each page that may be attended to, `[B, P]` int32."""
+    batch = token_mask.shape[0]
+    live_tokens = torch.empty(batch, max_pages, dtype=torch.int32, device=token_mask.device)
+    block_t = triton.next_power_of_2(page_size)
+    block_p = max(1, _COUNTED_TOKENS // block_t)
+    blocks = triton.cdiv(max_pages, block_p)
+    lengths, length = lengths_argument(seq_lens, token_mask)
+    launch(
+        _live_kernel,
+        (batch * blocks,),
+        token_mask,
+        lengths,
+        length,
+        live_tokens,
+        token_mask.stride(0),
+        token_mask.shape[1],
+        max_pages,
+        blocks,
+        RAGGED=isinstance(seq_lens, Tensor),
+        PAGE_SIZE=page_size,
+        BLOCK_T=block_t,
+        BLOCK_P=block_p,
+        num_warps=4,
+    )
+    return live_tokens
+
+
+@triton.jit(do_not_specialize=["length", "mask_width", "max_pages", "blocks"])
+def _live_kernel(
+    token_mask,
+    seq_lens,
+    length,
+    live_tokens,
+    mask_stride,
+    mask_width,
+    max_pages,
+    blocks,
+    RAGGED: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    end = length
+    if RAGGED:
+        end = tl.load(seq_lens + b).to(tl.int32)
+    page = (tl.program_id(0) % blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
+    token = tl.arange(0, BLOCK_T)
+    position = page[:, None] * PAGE_SIZE + token[None, :]
+    known = (token < PAGE_SIZE)[None, :] & (position < end) & (position < mask_width)
+    seen = tl.load(token_mask + b * mask_stride + position, mask=known, other=0)
+    tl.store(live_tokens + b * max_pages + page, tl.sum((seen != 0).to(tl.int32), 1), mask=page < max_pages)
 
 
 @triton.jit
@@ -213,7 +262,7 @@ def _select_kernel(
     counts,
     seq_lens,
     length,
-    num_tokens,
+    live_tokens,  # of each page; read where MASKED
     max_pages,
     num_kv_heads,
     page_size,
@@ -245,17 +294,20 @@ def _select_kernel(
     row_scores = scores + b.to(tl.int64) * score_batch_stride + h.to(tl.int64) * score_head_stride
     score = tl.load(row_scores + page, mask=(here < SECTION_PAGES) & (page < total), other=float("-inf"))
     if MASKED:  # sink and recent pages are counted among those that hold a token to attend to
-        is_live = score > float("-inf")
+        row_tokens = live_tokens + b.to(tl.int64) * max_pages
+        held = tl.load(row_tokens + page, mask=(here < SECTION_PAGES) & (page < total), other=0)
+        is_live = held > 0
         rank = tl.cumsum(is_live.to(tl.int32))
         num_live = tl.sum(is_live.to(tl.int32))
-        before = 0
+        tokens = tl.sum(held)
         if SECTIONED:
-            before = _count_live(row_scores, 0, section * SECTION_PAGES, total)
-            total = before + num_live + _count_live(row_scores, (section + 1) * SECTION_PAGES, total, total)
+            before, tokens_before = _count_live(row_tokens, 0, section * SECTION_PAGES)
+            after, tokens_after = _count_live(row_tokens, (section + 1) * SECTION_PAGES, total)
+            rank += before
+            total = before + num_live + after
+            tokens += tokens_before + tokens_after
         else:
             total = num_live
-        rank += before
-        tokens = tl.load(num_tokens + b)
     else:
         is_live = (here < SECTION_PAGES) & (page < total)
         rank = page + 1
@@ -263,7 +315,8 @@ def _select_kernel(
         tokens = end
     count = tl.minimum(tl.where(tokens <= token_budget, total, tl.minimum(total, token_budget // page_size)), slots)
     is_forced = (rank <= num_sink_pages) | (rank > total - num_recent_pages)
-    ranks = rank_scores(score, is_live, is_forced)
+    # Scores of the caller's own may be -inf, which here is the rank of what is no page.
+    ranks = rank_scores(tl.where(score < -_LARGEST, -_LARGEST, score), is_live, is_forced)
     if SECTIONED:
         count_here = tl.minimum(count, num_live)
         chosen, slot = choose_pages(ranks, num_live, count_here)
@@ -280,14 +333,16 @@ def _select_kernel(
 
 
 @triton.jit
-def _count_live(row_scores, start, stop, total):
-    """How many pages from `start` to `stop` hold a token to attend to."""
+def _count_live(row_tokens, start, stop):
+    """How many pages from `start` to `stop` hold a token to attend to, and how many such tokens they hold."""
     found = 0
+    tokens = 0
     for first in range(start, stop, 1024):
         page = first + tl.arange(0, 1024)
-        score = tl.load(row_scores + page, mask=(page < stop) & (page < total), other=float("-inf"))
-        found += tl.sum((score > float("-inf")).to(tl.int32))
-    return found
+        held = tl.load(row_tokens + page, mask=page < stop, other=0)
+        found += tl.sum((held > 0).to(tl.int32))
+        tokens += tl.sum(held)
+    return found, tokens
 
 
 @triton.jit(do_not_specialize=["slots", "candidates"])

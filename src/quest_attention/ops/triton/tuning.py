@@ -1,9 +1,15 @@
-"""`Tuning`: the shapes of the launches, chosen for a problem from what was measured on an H200."""
+"""`Tuning`: the shapes of the launches, chosen for a problem and a GPU from what was measured on H100 and H200.
+
+How many programs there are follows the GPU's multiprocessors; what a program loads at once was measured on those cards
+and is the same on all.
+"""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
+import torch
 import triton
 
 from quest_attention.config import QuestConfig
@@ -11,9 +17,12 @@ from quest_attention.pages import PagedKV
 
 __all__ = [
     "ATTEND_STAGES",
+    "MEASURED_MULTIPROCESSORS",
+    "MEASURED_ON",
     "Tuning",
     "attended_block",
     "attending_programs",
+    "filling_programs",
     "scored_block",
     "scoring_programs",
     "tune",
@@ -32,8 +41,12 @@ _MOST_CANDIDATES = 4096
 
 _BLOCK_BYTES = 32768
 """Keys and values, or bounds, that a program loads at once [bytes]."""
-_PROGRAMS = 528
-"""Programs that fill an H200: four on each of its 132 multiprocessors."""
+MEASURED_ON = ("H100", "H200")
+"""Cards for which the shapes here were measured."""
+MEASURED_MULTIPROCESSORS = 132
+"""Multiprocessors of each of them; taken too where there is no GPU, as in Triton's interpreter."""
+_PROGRAMS_PER_MULTIPROCESSOR = 4
+"""Programs that fill one."""
 _LEAST_TOKENS = 64
 """Fewest tokens worth a program."""
 
@@ -89,6 +102,15 @@ _SMALL_PAGES = 32768
 """Pages of all rows up to which the same holds for a program's loads."""
 
 
+@cache  # to ask the driver at each step would take longer than the rest of `tune`
+def filling_programs(device: torch.device) -> int:
+    """Programs that fill a GPU: 528 on an H100 or H200, and where there is none."""
+    multiprocessors = MEASURED_MULTIPROCESSORS
+    if device.type == "cuda":
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
+
+
 def _block(most: int, item_bytes: int) -> int:
     """How many items a program loads at once: a power of two from 16 to `most`."""
     fits: int = triton.next_power_of_2(_BLOCK_BYTES // item_bytes)
@@ -100,9 +122,9 @@ def attended_block(kv: PagedKV) -> int:
     return _block(32, 2 * (kv.head_dim + kv.values.shape[-1]) * kv.keys.element_size())  # and as much ahead
 
 
-def attending_programs(slots: int, page_size: int, rows: int) -> int:
+def attending_programs(slots: int, page_size: int, rows: int, device: torch.device) -> int:
     """Programs that attend to a row of so many pages, one of so many rows."""
-    return max(1, min(-(-slots * page_size // _LEAST_TOKENS), -(-_PROGRAMS // max(1, rows))))
+    return max(1, min(-(-slots * page_size // _LEAST_TOKENS), -(-filling_programs(device) // max(1, rows))))
 
 
 def scored_block(kv: PagedKV, group: int) -> tuple[int, int]:
@@ -111,9 +133,9 @@ def scored_block(kv: PagedKV, group: int) -> tuple[int, int]:
     return (_block(32, page_bytes), 1) if group == 1 else (_block(64, page_bytes), _SCORE_STAGES)
 
 
-def scoring_programs(pages: int, block: int, rows: int) -> int:
+def scoring_programs(pages: int, block: int, rows: int, device: torch.device) -> int:
     """Programs that score so many pages of a row, one of so many rows."""
-    return max(1, min(-(-pages // block), -(-2 * _PROGRAMS // max(1, rows))))
+    return max(1, min(-(-pages // block), -(-2 * filling_programs(device) // max(1, rows))))
 
 
 def tune(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Tuning | None:
@@ -128,13 +150,14 @@ def tune(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Tuning | Non
     sections = triton.cdiv(max_pages, section_pages)
     if sections > 1 and sections * slots > _MOST_CANDIDATES:
         return None
+    programs = filling_programs(kv.keys.device)
     shape = _shape(group, rows, max_pages, sections, kv.metadata.element_size() == 1)
-    busy = 2 * _PROGRAMS * (2 if rows <= _FEW and sections > 1 else 1)
+    busy = 2 * programs * (2 if rows <= _FEW and sections > 1 else 1)
     # In sections the next block loads while one is scored, and shorter rows leave fewer programs without work.
     blocks = min(2, shape.score_stages) if sections > 1 else 1
     tiles = triton.cdiv(min(max_pages, section_pages), blocks * shape.block_p)
-    least = _LEAST_SHARES if group == 1 else min(_LEAST_SHARES, max(_LEAST_SCORERS, triton.cdiv(_PROGRAMS, rows)))
-    wanted = _PROGRAMS * (1 if group == 1 else 2)
+    least = _LEAST_SHARES if group == 1 else min(_LEAST_SHARES, max(_LEAST_SCORERS, triton.cdiv(programs, rows)))
+    wanted = programs * (1 if group == 1 else 2)
     shape = shape._replace(
         section_pages=section_pages,
         score_splits=min(tiles, max(least, busy // (rows * sections))),
