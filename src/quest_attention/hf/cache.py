@@ -12,7 +12,9 @@ from quest_attention.config import QuestConfig, check_integer
 from quest_attention.errors import QuestValueError
 from quest_attention.hf.compiler import kept_from_compilers
 from quest_attention.hf.counters import LayerCounter, QuestCounters
-from quest_attention.hf.layer import OnSelect, QuestLayer, Workspaces
+from quest_attention.hf.layer import QuestLayer
+from quest_attention.hf.reporting import OnSelect
+from quest_attention.hf.workspaces import Workspaces
 
 __all__ = ["QuestCache", "check_on_select", "layer_kinds"]
 
