@@ -217,6 +217,30 @@ def test_a_captured_step_belongs_to_the_weights_it_was_captured_with(monkeypatch
         assert not step.fits(cache, inputs, quest.graphs._weights())
 
 
+def test_a_dense_layer_keeps_no_bounds_in_a_captured_step(device: str) -> None:
+    model: Any = make_llama().to(device)
+    ids = prompt(2, 50).to(device)
+    with torch.inference_mode(), enabled(model, device) as quest:
+        cache, plain = quest.make_cache(200), quest.make_cache(200)
+        for one in (cache, plain):
+            model(ids, **cache_argument(one))
+        steps(model, cache, ids, 3)
+        dense = cache.layers[0]
+        assert dense.is_dense
+        assert quest.graphs.replayed_steps == 3
+        placeholder = dense.paged.metadata
+        assert placeholder.untyped_storage().nbytes() <= placeholder.shape[-1] * placeholder.itemsize, "one row for all"
+        placeholder[0, 0, 0].fill_(float("nan"))
+        steps(model, cache, ids, 3)
+        assert quest.graphs.replayed_steps == 6
+        assert placeholder.isnan().all(), "nobody writes it"
+        for _ in range(2):
+            steps(model, plain, ids, 3, output_hidden_states=True)  # which no graph holds
+        for ours, eager in zip(cache.layers, plain.layers, strict=True):
+            torch.testing.assert_close(ours.keys, eager.keys)
+            torch.testing.assert_close(ours.values, eager.values)
+
+
 @pytest.mark.skipif(CACHE == "past_key_values", reason="there is one name")
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 def test_the_older_name_of_the_cache_is_replayed_too(device: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -67,6 +68,7 @@ class KVStorage:
         self._paged: PagedKV | None = None
         self._every_page: Selection | None = None
         self._scratch: dict[int, Workspace | None] = {}
+        self._positions: Tensor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -87,7 +89,7 @@ class KVStorage:
 
     @property
     def paged(self) -> PagedKV:
-        """Keys, values and bounds as pages; where no bounds are kept, a placeholder is in their place."""
+        """Keys, values and bounds as pages; where no bounds are kept, all pages share a placeholder for theirs."""
         if self._paged is None:
             with torch.inference_mode(False):
                 self._paged = self._as_pages()
@@ -98,7 +100,9 @@ class KVStorage:
             return PagedKV.from_contiguous(self.keys, self.values, self.metadata)
         batch, heads, capacity, dim = self.keys.shape
         shape = (batch, heads, capacity // self._config.page_size, _SIDES, dim)
-        return PagedKV.from_contiguous(self.keys, self.values, self.keys.new_empty(shape))
+        paged = PagedKV.from_contiguous(self.keys, self.values, self.keys.new_empty(shape))
+        nothing = self.keys.new_empty(dim).expand(paged.metadata.shape)
+        return dataclasses.replace(paged, metadata=nothing, contiguous=None)  # the tensor of the shape goes again
 
     @property
     def every_page(self) -> Selection:
@@ -140,7 +144,16 @@ class KVStorage:
             values: `[B, HKV, 1, DV]`, in `dtype`.
             lengths: `[B]` int32, tokens per sequence, the new one included, so at least 1 [tokens].
         """
-        append_token(self.paged, keys[:, :, 0], values[:, :, 0], lengths, self._config.backend)
+        if self.metadata is not None:
+            append_token(self.paged, keys[:, :, 0], values[:, :, 0], lengths, self._config.backend)
+            return
+        # Nobody chooses among these pages, and `append_token` knows no cache without bounds.
+        if self._positions is None:
+            with torch.inference_mode(False):
+                self._positions = torch.empty(lengths.shape, dtype=torch.int64, device=lengths.device)
+        where = torch.sub(lengths, 1, out=self._positions)[:, None, None, None]
+        self.keys.scatter_(2, where.expand_as(keys), keys)
+        self.values.scatter_(2, where.expand_as(values), values)
 
     def moved(self, used: int, *, length: int, dtype: torch.dtype) -> KVStorage:
         """Another storage with the same tokens.
