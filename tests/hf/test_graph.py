@@ -268,8 +268,29 @@ def test_what_a_graph_cannot_hold_runs_eagerly_and_says_why(device: str) -> None
     seen: list[int] = []
     with enabled(model, device, on_select=lambda layer, *_: seen.append(layer)) as quest:
         generate(model, ids)
-        assert quest.graphs.eager_steps == {"on_select is called at every step": 39}
+        assert quest.graphs.eager_steps == {"on_select or on_read is called at every step": 39}
     assert seen
+    with torch.inference_mode(), enabled(model, device) as quest:
+        cache = quest.make_cache(200)
+        seen.clear()
+        cache.layers[1].on_read = lambda layer, *_, **__: seen.append(layer)
+        model(ids, **cache_argument(cache))
+        steps(model, cache, ids, 3)
+        assert quest.graphs.eager_steps == {"on_select or on_read is called at every step": 3}
+        assert seen == [1, 1, 1]
+
+
+def test_gradients_are_refused_where_a_step_would_be_captured(device: str) -> None:
+    model: Any = make_llama().to(device)
+    ids = prompt(1, 50).to(device)
+    with enabled(model, device) as quest:
+        cache = quest.make_cache(200)
+        with torch.no_grad():
+            model(ids, **cache_argument(cache))
+        with pytest.raises(QuestStateError, match="no_grad"):
+            model(ids[:, :1], **cache_argument(cache))
+        assert quest.graphs.captures == 0
+        assert cache.get_seq_length() == 50
 
 
 def test_two_caches_in_turn_and_a_cache_that_is_dropped(device: str) -> None:

@@ -100,8 +100,8 @@ class DecodeGraphs:
         layers = cache.layers
         if not all(isinstance(layer, QuestLayer) for layer in layers):
             return "the cache has layers of transformers' own, whose steps depend on a length known to the host"
-        if any(isinstance(layer, QuestLayer) and layer.on_select is not None for layer in layers):
-            return "on_select is called at every step"
+        if any(isinstance(layer, QuestLayer) and layer.has_listeners for layer in layers):
+            return "on_select or on_read is called at every step"
         if any(isinstance(layer, QuestLayer) and layer.capacity <= length for layer in layers):
             return "the storage is full and grows in this step"
         if kwargs.get("use_cache") is False or kwargs.get("return_dict") is False:

@@ -126,9 +126,9 @@ class QuestLayer(StepReporter, StoredLayer):
         Warns:
             QuestWarning: The model decodes past the budget without Quest's attention.
         """
+        refuse_gradients(key_states, value_states)
         if self.captured_lengths is not None:
             return self._update_captured(key_states, value_states, self.captured_lengths)
-        refuse_gradients(key_states, value_states)
         check_alike(key_states, value_states)  # before storage takes its shape from them
         if self.storage is None:
             self.lazy_initialization(key_states, value_states)

@@ -44,6 +44,11 @@ class StepReporter:
         """Pages that hold a token [pages]."""
         raise NotImplementedError
 
+    @property
+    def has_listeners(self) -> bool:
+        """Whether somebody asked to be called at every sparse step."""
+        return self.on_select is not None or self.on_read is not None
+
     def report(self, selected: Selection, query: Tensor, keys: Tensor, **kwargs: Any) -> None:
         """Tell those who asked which pages a sparse step read."""
         if self.on_select is not None:
