@@ -30,7 +30,7 @@ class TokenOracle(Method):
 
     Args:
         token_budget: Tokens a step reads, its own included [tokens].
-        num_dense_layers: Leading attention layers that read everything [layers].
+        num_dense_layers: Leading full-attention layers that read everything [layers].
     """
 
     name = "token_oracle"
