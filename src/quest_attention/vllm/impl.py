@@ -1,4 +1,4 @@
-"""`QuestLayer`: what Quest adds to the stock attention of a layer, on any device."""
+"""`QuestAttentionImpl`: what Quest adds to a stock `AttentionImpl`, vLLM's attention of a layer, on any device."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from quest_attention.vllm.plugin import vllm_version
 from quest_attention.vllm.refusals import check_layer, check_transfer
 from quest_attention.vllm.step import QuestStep
 
-__all__ = ["OpenCache", "QuestLayer"]
+__all__ = ["OpenCache", "QuestAttentionImpl"]
 
 
-class QuestLayer:
-    """Stands before a stock implementation among the bases of a class.
+class QuestAttentionImpl:
+    """Stands before a stock `AttentionImpl` among the bases of a class.
 
     Names of arguments are vLLM's, shapes too: queries `[T, HQ, D]`, keys and values `[T, HKV, D]`, T the tokens of all
     rows.
