@@ -117,11 +117,13 @@ class QuestCPUImpl(QuestAttentionImpl, CPUAttentionBackendImpl):
         metadata = replace(step.folded, block_table=fold.table(step.block_table, selected.pages))
         group = query.shape[1] // self.num_kv_heads
         rows = query.reshape(-1, group, self.head_size)
-        self._forward_stock(layer, rows, None, None, fold.cache, metadata, output.view(rows.shape), None, None)
+        self._forward_stock(layer, rows, None, None, fold.cache, metadata, output.view(rows.shape))
         return selected
 
     def write(self, layer: Any, key: Tensor, value: Tensor, opened: OpenCache, slots: Tensor) -> None:
         """See `QuestAttentionImpl`."""
         CPUAttentionBackendImpl.do_kv_cache_update(self, layer, key, value, opened.parts.stock, slots)
+        if not self.chooses(layer):
+            return  # nobody reads the bounds of a dense layer
         page_size = opened.parts.keys.shape[1]
         update_slot_metadata(opened.parts.metadata, key, slots, page_size=page_size, backend=self._options.backend)

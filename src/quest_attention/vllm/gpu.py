@@ -151,4 +151,5 @@ class QuestGPUImpl(QuestAttentionImpl, FlashAttentionImpl):
     def write(self, layer: Any, key: Tensor, value: Tensor, opened: OpenCache, slots: Tensor) -> None:
         """See `QuestAttentionImpl`."""
         del layer
+        # In a dense layer too, whose bounds nobody reads: they come in the launch that writes the tokens.
         append_slots(opened.paged, key, value, slots, backend=self._options.backend)
