@@ -27,7 +27,8 @@ class QuestConfig:
         token_budget: Most tokens one decode step may read per sequence and KV head, forced pages included [tokens].
             A sequence of at most this many tokens is read whole.
         page_size: Tokens per page [tokens].
-        num_dense_layers: Leading attention layers that always read the whole cache [layers].
+        num_dense_layers: Leading full-attention layers that always read the whole cache, counted by their rank among
+            such layers: those with a window or a state are not counted [layers].
         num_sink_pages: First pages of a sequence that are always read [pages].
         num_recent_pages: Last pages of a sequence that are always read, the page being written included [pages].
             The page being written is read even when this is 0.

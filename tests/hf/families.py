@@ -33,14 +33,16 @@ class Family:
 
     Attributes:
         prefix: Of the classes: `{prefix}Config`, `{prefix}ForCausalLM`.
-        kinds: What each attention layer becomes with one dense layer; layers without attention are not listed.
+        kinds: What each attention layer becomes; layers without attention are not listed.
         options: Configuration beyond `BASE`.
+        num_dense_layers: Of the config with which they become that.
         eager: Whether its dense attention is eager (softcap, sinks).
     """
 
     prefix: str
     kinds: tuple[str, ...]
     options: dict[str, Any] = field(default_factory=dict)
+    num_dense_layers: int = 1
     eager: bool = False
 
 
@@ -49,7 +51,7 @@ EVERY_SECOND_WINDOWED = {
     "sliding_window": 16,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
 }
-WINDOWED_FIRST = ("windowed", "quest", "windowed", "quest")
+WINDOWED_FIRST = ("windowed", "dense", "windowed", "quest")
 
 FAMILIES = {
     "llama": Family("Llama", ALL_QUEST),
@@ -99,6 +101,7 @@ FAMILIES = {
             "intermediate_size": [48] * 4,
             "activation_sparsity_pattern": [0.0] * 4,
         },
+        num_dense_layers=0,  # the others share the cache of one
     ),
     "gemma4": Family(
         "Gemma4",
@@ -110,6 +113,7 @@ FAMILIES = {
             "vocab_size_per_layer_input": 97,
             "global_head_dim": 8,
         },
+        num_dense_layers=0,  # the others share the cache of one
     ),
     "qwen3_next": Family(
         "Qwen3Next",

@@ -14,8 +14,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers.cache_utils import DynamicCache
 
+from families import FAMILIES, build
 from quest_attention import QuestCache, QuestConfig, QuestStateError, QuestValueError, enable_quest
-from quest_attention.hf import QuestLayer, cache_argument
+from quest_attention.eval.context import read_context
+from quest_attention.eval.methods.oracle import Oracle
+from quest_attention.eval.methods.quest import Quest
+from quest_attention.hf import QuestLayer, cache_argument, layer_kinds
 from quest_attention.hf.naming import CACHE
 from tiny import PAGE_SIZE, SMALL, VOCABULARY, assert_metadata_is_exact, make_llama, prompt, quest_layers
 
@@ -87,6 +91,43 @@ def test_generate_makes_room_for_twice_the_prompt_at_most() -> None:
         options = {"eos_token_id": every_token, "pad_token_id": 0, "return_dict_in_generate": True}
         cache = model.generate(prompt(length=60), max_length=400, **options)[CACHE]
     assert {layer.capacity for layer in quest_layers(cache)} == {120}, "it may end early, as here"
+
+
+def test_generate_makes_room_for_no_more_than_it_may_write() -> None:
+    """A prompt of one token starts with room for the budget, unless less may come."""
+    model: Any = make_llama()
+    options = {"min_new_tokens": 6, "max_new_tokens": 6, "pad_token_id": 0, "return_dict_in_generate": True}
+    with enable_quest(model, SMALL):
+        cache = model.generate(prompt(length=1), **options)[CACHE]
+    assert {layer.capacity for layer in quest_layers(cache)} == {8}, "whole pages"
+
+
+@pytest.mark.parametrize("first", [1, 60])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_next"])
+def test_every_place_that_takes_a_length_makes_room_for_it_at_once(family: str, first: int) -> None:
+    """The handle, a reset cache and a session of the evaluation, in every layer of Quest's and in no other."""
+    model: Any = build(FAMILIES[family])
+    with enable_quest(model, SMALL) as quest, torch.inference_mode():
+        cache = quest.make_cache(max_length=8192)
+        model(prompt(length=first), **cache_argument(cache))
+        for layer, kind in layer_kinds(model.config, SMALL).items():
+            stored = cache.layers[layer]
+            if kind in ("quest", "dense"):
+                assert isinstance(stored, QuestLayer)
+                assert stored.capacity == 8192
+            else:  # a window of 16 keeps one token less, the place of the next
+                assert not isinstance(stored, QuestLayer)
+                assert stored.keys.shape[2] == min(first, 15)
+        cache.reset()
+        for stored in cache.layers:
+            if isinstance(stored, QuestLayer):
+                stored.update(*tokens(first))
+                assert stored.capacity == 8192
+    context = read_context(model, prompt(length=first))
+    for method in (Quest(SMALL), Oracle(SMALL)):
+        with torch.inference_mode(), method.session(model, 8192) as session:
+            session.load(context)
+            assert {layer.capacity for layer in session.cache.layers if isinstance(layer, QuestLayer)} == {8192}
 
 
 @pytest.mark.parametrize("metadata", ["kv", "fp8"])

@@ -19,9 +19,10 @@ NEW = 6
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_runs_quest(name: str) -> None:
     family = FAMILIES[name]
+    small, large = (dataclasses.replace(each, num_dense_layers=family.num_dense_layers) for each in (SMALL, LARGE))
     model = build(family)
-    assert tuple(layer_kinds(model.config, SMALL).values()) == family.kinds
-    cache = QuestCache(model.config, SMALL)
+    assert tuple(layer_kinds(model.config, small).values()) == family.kinds
+    cache = QuestCache(model.config, small)
     replaced = [isinstance(layer, QuestLayer) for layer in cache.layers]
     assert sum(replaced) == sum(kind in ("quest", "dense") for kind in family.kinds)
 
@@ -30,12 +31,12 @@ def test_what_runs_quest(name: str) -> None:
         model.set_attn_implementation("eager")  # 5.17 gives Gemma 2 sdpa by default, which drops its softcap
     stock = generate(model, ids, new=NEW)
     model = build(family)  # with its default attention, which Quest must not trust
-    with enable_quest(model, LARGE) as quest:
+    with enable_quest(model, large) as quest:
         assert torch.equal(generate(model, ids, new=NEW), stock)
         assert quest.counters.dense_steps > 0
         assert quest.counters.sparse_steps == 0
 
-    ours, counters = logits_of_steps(model, ids, SMALL, NEW)
+    ours, counters = logits_of_steps(model, ids, small, NEW)
     for layer in counters.layers:
         if layer.kind == "quest":
             assert layer.sparse_steps >= NEW - 1
@@ -43,9 +44,9 @@ def test_what_runs_quest(name: str) -> None:
         else:
             assert layer.sparse_steps == 0
     assert counters.bypassed_steps == 0
-    oracle, _ = logits_of_steps(model, ids, dataclasses.replace(SMALL, backend="reference"), NEW)
+    oracle, _ = logits_of_steps(model, ids, dataclasses.replace(small, backend="reference"), NEW)
     torch.testing.assert_close(ours, oracle, rtol=1e-3, atol=1e-3)
-    dense, _ = logits_of_steps(model, ids, LARGE, NEW)
+    dense, _ = logits_of_steps(model, ids, large, NEW)
     assert not torch.allclose(ours, dense, rtol=1e-3, atol=1e-3), "something was left out"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -114,6 +115,131 @@ def test_storage_that_grows_is_captured_again(device: str) -> None:
         assert cache.get_seq_length() == plain.get_seq_length() == 100
 
 
+class ReusedMemory:
+    """An allocator that hands out the memory of earlier tensors again, to those of the same shape in the same order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._handed: list[Tensor] = []
+        self._free: list[Tensor] = []
+        original = Tensor.new_empty
+
+        def new_empty(like: Tensor, *shape: Any, **options: Any) -> Tensor:
+            made = original(like, *shape, **options)
+            for number, old in enumerate(self._free):
+                if old.shape == made.shape and old.dtype == made.dtype:
+                    return self._free.pop(number)
+            self._handed.append(made)
+            return made
+
+        monkeypatch.setattr(Tensor, "new_empty", new_empty)
+
+    def free(self) -> None:
+        """All that was handed out so far is free again."""
+        self._free = list(self._handed)
+
+
+@pytest.mark.parametrize("dense", [0, 1])
+def test_a_reset_cache_at_the_same_addresses_is_captured_again(
+    device: str, dense: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its page tables and workspaces are others, though keys, values and bounds lie where those before lay."""
+    config = QuestConfig(token_budget=32, page_size=8, num_dense_layers=dense)
+    model: Any = make_llama().to(device)
+    first, second = prompt(1, 50).to(device), prompt(1, 50, seed=7).to(device)
+    with torch.inference_mode(), enable_quest(model, config, cuda_graphs=False) as quest:
+        cache = quest.make_cache(200)
+        model(second, **cache_argument(cache))
+        expected = steps(model, cache, second, 5)
+    memory = ReusedMemory(monkeypatch)
+    with torch.inference_mode(), enabled(model, device, config) as quest:
+        cache = quest.make_cache(200)
+        model(first, **cache_argument(cache))
+        steps(model, cache, first, 5)
+        assert (quest.graphs.captures, quest.graphs.replayed_steps) == (1, 5)
+        addresses = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]
+        cache.reset()
+        memory.free()
+        model(second, **cache_argument(cache))
+        assert [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers] == addresses
+        assert steps(model, cache, second, 5) == expected
+        assert (quest.graphs.captures, quest.graphs.replayed_steps) == (2, 10)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cache: cache.reset(),
+        lambda cache: cache.batch_select_indices(torch.tensor([0])),
+        lambda cache: cache.batch_repeat_interleave(2),
+        lambda cache: cache.layers[1].update(*torch.ones(2, 2, 2, 200, 8)),  # grows
+        lambda cache: cache.layers[1].update(*torch.ones(2, 2, 2, 1, 8, dtype=torch.float64)),  # is widened
+        lambda cache: cache.layers.__setitem__(1, copy.deepcopy(cache.layers[1])),
+    ],
+    ids=["reset", "fewer", "more", "grown", "widened", "replaced"],
+)
+@pytest.mark.filterwarnings("ignore:a QuestCache is in use but its keys:quest_attention.QuestWarning")
+def test_a_captured_step_belongs_to_the_storage_it_was_captured_over(
+    change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the keys lie does not say it: every address is the same here."""
+    monkeypatch.setattr(graph, "_capture", run_again)
+    monkeypatch.setattr(Tensor, "data_ptr", lambda _: 0)
+    model: Any = make_llama()
+    ids = prompt(2, 50)
+    with torch.inference_mode(), enable.QuestHandle(model, SMALL, None, capture=True) as quest:
+        cache = quest.make_cache(64)
+        model(ids, **cache_argument(cache))
+        steps(model, cache, ids, 1)
+        step, weights = quest.graphs._graphs[cache], quest.graphs._weights()
+        inputs = dict.fromkeys(("input_ids", "position_ids"), ids[:, :1])
+        assert step.fits(cache, inputs, weights)
+        cache.crop(-1)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        assert step.fits(cache, inputs, weights), "written in place"
+        change(cache)
+        assert not step.fits(cache, inputs, weights)
+
+
+def test_a_captured_step_belongs_to_the_weights_it_was_captured_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "_capture", run_again)
+    monkeypatch.setattr(Tensor, "data_ptr", lambda _: 0)
+    model: Any = make_llama()
+    ids = prompt(1, 50)
+    with torch.inference_mode(), enable.QuestHandle(model, SMALL, None, capture=True) as quest:
+        cache = quest.make_cache(200)
+        model(ids, **cache_argument(cache))
+        inputs = dict.fromkeys(("input_ids", "position_ids"), ids[:, :1])
+        quest.graphs._replay(cache, 50, inputs)
+        step = quest.graphs._graphs[cache]
+        assert step.fits(cache, inputs, quest.graphs._weights())
+        first = next(model.parameters())
+        first.data = first.data.clone()  # as `to()` does
+        assert not step.fits(cache, inputs, quest.graphs._weights())
+
+
+def test_a_dense_layer_keeps_no_bounds_in_a_captured_step(device: str) -> None:
+    model: Any = make_llama().to(device)
+    ids = prompt(2, 50).to(device)
+    with torch.inference_mode(), enabled(model, device) as quest:
+        cache, plain = quest.make_cache(200), quest.make_cache(200)
+        for one in (cache, plain):
+            model(ids, **cache_argument(one))
+        steps(model, cache, ids, 3)
+        dense = cache.layers[0]
+        assert dense.is_dense
+        assert quest.graphs.replayed_steps == 3
+        placeholder = dense.paged.metadata
+        assert placeholder.untyped_storage().nbytes() <= placeholder.shape[-1] * placeholder.itemsize, "one row for all"
+        placeholder[0, 0, 0].fill_(float("nan"))
+        steps(model, cache, ids, 3)
+        assert quest.graphs.replayed_steps == 6
+        assert placeholder.isnan().all(), "nobody writes it"
+        for _ in range(2):
+            steps(model, plain, ids, 3, output_hidden_states=True)  # which no graph holds
+        torch.testing.assert_close(dense.keys, plain.layers[0].keys)
+        torch.testing.assert_close(dense.values, plain.layers[0].values)
+
+
 @pytest.mark.skipif(CACHE == "past_key_values", reason="there is one name")
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 def test_the_older_name_of_the_cache_is_replayed_too(device: str) -> None:
@@ -141,8 +267,29 @@ def test_what_a_graph_cannot_hold_runs_eagerly_and_says_why(device: str) -> None
     seen: list[int] = []
     with enabled(model, device, on_select=lambda layer, *_: seen.append(layer)) as quest:
         generate(model, ids)
-        assert quest.graphs.eager_steps == {"on_select is called at every step": 39}
+        assert quest.graphs.eager_steps == {"on_select or on_read is called at every step": 39}
     assert seen
+    with torch.inference_mode(), enabled(model, device) as quest:
+        cache = quest.make_cache(200)
+        seen.clear()
+        cache.layers[1].on_read = lambda layer, *_, **__: seen.append(layer)
+        model(ids, **cache_argument(cache))
+        steps(model, cache, ids, 3)
+        assert quest.graphs.eager_steps == {"on_select or on_read is called at every step": 3}
+        assert seen == [1, 1, 1]
+
+
+def test_gradients_are_refused_where_a_step_would_be_captured(device: str) -> None:
+    model: Any = make_llama().to(device)
+    ids = prompt(1, 50).to(device)
+    with enabled(model, device) as quest:
+        cache = quest.make_cache(200)
+        with torch.no_grad():
+            model(ids, **cache_argument(cache))
+        with pytest.raises(QuestStateError, match="no_grad"):
+            model(ids[:, :1], **cache_argument(cache))
+        assert quest.graphs.captures == 0
+        assert cache.get_seq_length() == 50
 
 
 def test_two_caches_in_turn_and_a_cache_that_is_dropped(device: str) -> None:
@@ -172,12 +319,12 @@ def test_two_caches_in_turn_and_a_cache_that_is_dropped(device: str) -> None:
             assert len(quest.graphs._graphs) == 0
 
 
-def steps(model: Any, cache: Any, ids: Tensor, count: int) -> list[int]:
+def steps(model: Any, cache: Any, ids: Tensor, count: int, **options: Any) -> list[list[int]]:
     """Greedy decode steps after the cache's tokens."""
     tokens, token = [], ids[:, -1:]
     for _ in range(count):
-        token = model(input_ids=token, **cache_argument(cache)).logits[:, -1:].argmax(-1)
-        tokens.append(int(token))
+        token = model(input_ids=token, **cache_argument(cache), **options).logits[:, -1:].argmax(-1)
+        tokens.append(token.flatten().tolist())
     return tokens
 
 

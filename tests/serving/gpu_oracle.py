@@ -15,7 +15,7 @@ from torch import Tensor
 from quest_attention.ops import Selection, score_pages, select_pages
 from quest_attention.pages import KEY_MAX, KEY_MIN, PagedKV, num_pages
 from quest_attention.vllm.gpu import QuestGPUImpl
-from quest_attention.vllm.layer import OpenCache
+from quest_attention.vllm.impl import OpenCache
 from quest_attention.vllm.step import QuestStep
 from quest_attention.vllm.worker import QuestWorkerExtension
 

@@ -20,6 +20,7 @@ from quest_attention.vllm.counters import StepCounters, worker_label
 from quest_attention.vllm.folding import Fold
 from quest_attention.vllm.layout import PaddedBlocks, RowedBlocks, layout_of
 from quest_attention.vllm.options import QuestOptions, advice_on_budget, read_options
+from quest_attention.vllm.ranks import choosing_layers
 from quest_attention.vllm.refusals import check_vllm_config
 from quest_attention.vllm.step import read_lengths
 
@@ -385,3 +386,29 @@ def test_servers_that_are_refused(changes: dict[str, Any], message: str) -> None
     server = a_server(**changes)
     with pytest.raises((QuestValueError, UnsupportedModelError), match=message):
         check_vllm_config(server, CPU)
+
+
+def test_layers_that_choose_are_counted_among_full_attention_layers() -> None:
+    """Windows, states and layers without attention stand before and between them; experts have names of their own."""
+
+    def of(backend: str, **options: Any) -> SimpleNamespace:
+        return SimpleNamespace(attn_backend=SimpleNamespace(get_name=lambda: backend), **options)
+
+    plain = {"sliding_window": None, "attn_type": "decoder"}
+    layers = {
+        "model.layers.10.self_attn.attn": of("CUSTOM", **plain),
+        "model.layers.0.self_attn.attn": of("CUSTOM", **(plain | {"sliding_window": 512})),
+        "model.layers.1.linear_attn": SimpleNamespace(mamba_type="gdn_attention"),
+        "model.layers.2.self_attn.attn": of("CUSTOM", **plain),
+        "model.layers.2.mlp.experts": SimpleNamespace(),
+        "model.layers.4.self_attn.attn": of("CHUNKED_LOCAL_ATTENTION", **plain),
+        "model.layers.5.self_attn.attn": of("CUSTOM", **(plain | {"attn_type": "encoder_only"})),
+        "model.layers.7.self_attn.attn": of("CUSTOM", **plain),
+    }
+
+    def index_of(name: str) -> int:
+        return int(name.split(".")[2])
+
+    full = [f"model.layers.{index}.self_attn.attn" for index in (2, 7, 10)]
+    for num_dense_layers in range(5):
+        assert choosing_layers(layers, num_dense_layers, index_of) == full[num_dense_layers:]

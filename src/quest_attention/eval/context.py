@@ -52,7 +52,7 @@ def read_context(
         model: In evaluation mode.
         tokens: One sequence of token ids, or `[B, T]` int64.
         observe: Whether to note what every token attends to, for methods that evict by it: slower.
-        num_dense_layers: Leading attention layers that are not observed [layers].
+        num_dense_layers: Leading full-attention layers that are not observed [layers].
         chunk_size: Tokens per forward pass [tokens].
         on_progress: Called with the tokens done after each chunk.
 

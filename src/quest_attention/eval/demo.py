@@ -20,6 +20,7 @@ from quest_attention.eval.methods import Full, LayerReads, Method, Quest, Slidin
 from quest_attention.eval.page_reads import PageReads
 from quest_attention.eval.tasks import Sample, is_correct, make_sample
 from quest_attention.eval.wording import counted
+from quest_attention.hf import layer_kinds
 
 __all__ = [
     "TASK",
@@ -238,8 +239,10 @@ def check_fits(model: PreTrainedModel, length: int, config: QuestConfig) -> None
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and length > positions:
         raise QuestValueError("length", length, f"at most {positions}, the model's positions")
-    if config.num_dense_layers >= text.num_hidden_layers:
-        layers = counted(text.num_hidden_layers, "layer")
+    kinds = list(layer_kinds(model.config, config).values())
+    if "dense" in kinds and "quest" not in kinds:
+        full = kinds.count("dense")
+        layers = counted(full, "layer" if full == text.num_hidden_layers else "full-attention layer")
         raise QuestValueError("num_dense_layers", config.num_dense_layers, f"less than the model's {layers}")
 
 

@@ -108,7 +108,7 @@ class Plan:
         token_budgets: Numbers of tokens, or shares of the length such as `"1/16"`.
         lengths: Context, question and answer together [tokens].
         num_samples: For each task and length; perplexity takes one a book, as far as there are books.
-        num_dense_layers: Leading attention layers that read everything, for every method [layers].
+        num_dense_layers: Leading full-attention layers that read everything, for every method [layers].
         page_size: Tokens per page [tokens].
         question: Whether the question is decoded or prefilled with the context.
         chat: Whether questions go through the tokenizer's chat template.

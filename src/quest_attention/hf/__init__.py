@@ -3,8 +3,9 @@
 from quest_attention.hf.cache import QuestCache, layer_kinds
 from quest_attention.hf.counters import LayerCounter, QuestCounters
 from quest_attention.hf.enable import QuestHandle, enable_quest
-from quest_attention.hf.layer import OnSelect, QuestLayer
+from quest_attention.hf.layer import QuestLayer
 from quest_attention.hf.naming import cache_argument
+from quest_attention.hf.reporting import OnSelect
 
 __all__ = [
     "LayerCounter",

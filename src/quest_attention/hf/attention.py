@@ -143,6 +143,7 @@ def _attend(
         return dense(module, query, key, value, attention_mask, **kwargs)
     _check_plain(kwargs)
     refuse_attentions(kwargs, getattr(module, "config", None))
+    assert layer.storage is not None, "the keys are a view of it"
     with _exact(query):
         step = quest_decode(
             query[:, :, 0].to(key.dtype),
@@ -153,7 +154,7 @@ def _attend(
             softcap=softcap,
             sinks=sinks,
             token_mask=None if attention_mask is None else _token_mask(attention_mask),
-            workspace=layer.workspaces.get(layer.paged, query.shape[1], layer.config),
+            workspace=layer.storage.workspace(query.shape[1]),
         )
     # Nothing padded: every sequence is past the budget. Otherwise the device knows, and is not asked.
     read = batch * layer.config.page_budget if attention_mask is None else step.selected.counts.sum()
@@ -212,13 +213,15 @@ def _attend_captured(layer: QuestLayer, lengths: Tensor, query: Tensor, **kwargs
         "softcap": kwargs.get("softcap"),
         "sinks": kwargs.get("s_aux"),
     }
-    paged, backend = layer.paged, layer.config.backend
-    rows = query[:, :, 0].to(layer.dtype)
+    storage, backend = layer.storage, layer.config.backend
+    assert storage is not None, "captured steps follow others"
+    rows = query[:, :, 0].to(storage.dtype)
     if layer.is_dense:
-        output, _ = sparse_decode_attention(rows, paged, lengths, layer.every_page, **options, backend=backend)
+        pages = storage.every_page
+        output, _ = sparse_decode_attention(rows, storage.paged, lengths, pages, **options, backend=backend)
     else:
-        workspace = layer.workspaces.get(paged, query.shape[1], layer.config)
-        output, _ = quest_decode(rows, paged, lengths, layer.config, **options, workspace=workspace)
+        workspace = storage.workspace(query.shape[1])
+        output, _ = quest_decode(rows, storage.paged, lengths, layer.config, **options, workspace=workspace)
     return output[:, None].to(query.dtype)
 
 

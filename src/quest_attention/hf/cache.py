@@ -12,7 +12,9 @@ from quest_attention.config import QuestConfig, check_integer
 from quest_attention.errors import QuestValueError
 from quest_attention.hf.compiler import kept_from_compilers
 from quest_attention.hf.counters import LayerCounter, QuestCounters
-from quest_attention.hf.layer import OnSelect, QuestLayer, Workspaces
+from quest_attention.hf.layer import QuestLayer
+from quest_attention.hf.reporting import OnSelect
+from quest_attention.hf.workspaces import Workspaces
 
 __all__ = ["QuestCache", "check_on_select", "layer_kinds"]
 
@@ -20,8 +22,8 @@ __all__ = ["QuestCache", "check_on_select", "layer_kinds"]
 def layer_kinds(config: PretrainedConfig, quest: QuestConfig) -> dict[int, str]:
     """What Quest makes of each attention layer, by index: `"quest"`, `"dense"` or why it is left alone.
 
-    The leading dense layers are counted among the attention layers, so that those of a hybrid count as in the paper's
-    models; windowed layers are attention layers.
+    The leading dense layers are counted among the full-attention layers, as in the paper's models, which have no other:
+    layers with a window or a state read a bounded part whatever Quest does, so they stand for none of the dense ones.
 
     Args:
         config: Configuration of the model.
@@ -35,6 +37,7 @@ def layer_kinds(config: PretrainedConfig, quest: QuestConfig) -> dict[int, str]:
     if not isinstance(quest, QuestConfig):
         raise QuestValueError("quest", quest, "a QuestConfig")
     kinds: dict[int, str] = {}
+    num_full = 0
     is_mla = getattr(config.get_text_config(decoder=True), "kv_lora_rank", None) is not None
     for index, layer in enumerate(DynamicCache(config=config).layers):
         if not isinstance(layer, CacheLayerMixin):
@@ -44,7 +47,8 @@ def layer_kinds(config: PretrainedConfig, quest: QuestConfig) -> dict[int, str]:
         elif type(layer) is not DynamicLayer:  # a subclass keeps something that we would not
             kinds[index] = "windowed" if getattr(layer, "is_sliding", False) else "other"
         else:
-            kinds[index] = "dense" if len(kinds) < quest.num_dense_layers else "quest"
+            kinds[index] = "dense" if num_full < quest.num_dense_layers else "quest"
+            num_full += 1
     return kinds
 
 

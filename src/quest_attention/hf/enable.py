@@ -16,8 +16,8 @@ from quest_attention.hf.cache import QuestCache, check_on_select, layer_kinds
 from quest_attention.hf.configs import PrivateConfigs
 from quest_attention.hf.counters import LayerCounter, QuestCounters
 from quest_attention.hf.graph import DecodeGraphs
-from quest_attention.hf.layer import OnSelect
 from quest_attention.hf.naming import CACHE
+from quest_attention.hf.reporting import OnSelect
 from quest_attention.hf.support import check_supported, needs_eager
 from quest_attention.hf.watch import Watch
 from quest_attention.ops import resolve_backend

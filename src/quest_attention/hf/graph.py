@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from quest_attention.errors import QuestError, QuestStateError, QuestWarning
 from quest_attention.hf.cache import QuestCache
 from quest_attention.hf.layer import QuestLayer, StorageTooNarrowError
 from quest_attention.hf.naming import CACHE, CACHE_NAMES, given_cache
+from quest_attention.hf.storage import KVStorage
 
 __all__ = ["DecodeGraphs"]
 
@@ -98,8 +100,8 @@ class DecodeGraphs:
         layers = cache.layers
         if not all(isinstance(layer, QuestLayer) for layer in layers):
             return "the cache has layers of transformers' own, whose steps depend on a length known to the host"
-        if any(isinstance(layer, QuestLayer) and layer.on_select is not None for layer in layers):
-            return "on_select is called at every step"
+        if any(isinstance(layer, QuestLayer) and layer.has_listeners for layer in layers):
+            return "on_select or on_read is called at every step"
         if any(isinstance(layer, QuestLayer) and layer.capacity <= length for layer in layers):
             return "the storage is full and grows in this step"
         if kwargs.get("use_cache") is False or kwargs.get("return_dict") is False:
@@ -118,7 +120,7 @@ class DecodeGraphs:
         if "position_ids" not in inputs:  # nothing is padded, so the position is the length
             inputs["position_ids"] = torch.full((batch, 1), length, device=inputs["input_ids"].device)
         step = self._graphs.get(cache)
-        weights = self._address()
+        weights = self._weights()
         if step is None or not step.fits(cache, inputs, weights):
             self._graphs.pop(cache, None)  # its memory goes before the next one's comes
             try:
@@ -158,10 +160,13 @@ class DecodeGraphs:
         self.eager_steps[reason] = self.eager_steps.get(reason, 0) + 1
         return self._forward(**kwargs)
 
-    def _address(self) -> int:
-        """Where the first weights lie, the embeddings as a rule: elsewhere once the model is moved, cast or resized."""
+    def _weights(self) -> StorageWeakRef | None:
+        """The memory of the first weights, the embeddings as a rule: another once the model is moved, cast or resized.
+
+        As with `KVStorage` an address would not say so; PyTorch's weak reference to memory does.
+        """
         first = next(self._model.parameters(), None)
-        return 0 if first is None else first.data_ptr()
+        return None if first is None else StorageWeakRef(first.untyped_storage())
 
 
 class _CapturedStep:
@@ -173,14 +178,14 @@ class _CapturedStep:
         cache: QuestCache,
         inputs: dict[str, Tensor],
         length: int,
-        weights: int,
+        weights: StorageWeakRef | None,
         logits_to_keep: int | Tensor,
         cache_name: str,
     ) -> None:
         self.inputs = {name: value.clone() for name, value in inputs.items()}
         ids = self.inputs["input_ids"]
         self.lengths = torch.full((ids.shape[0],), length + 1, dtype=torch.int32, device=ids.device)
-        self.storage = _storage(cache)
+        self.storages = _storages(cache)
         self.weights = weights
         layers = [layer for layer in cache.layers if isinstance(layer, QuestLayer)]
 
@@ -203,10 +208,10 @@ class _CapturedStep:
                 layer.captured_lengths = None
         self.outputs[CACHE] = None  # the graph must not keep the cache alive
 
-    def fits(self, cache: QuestCache, inputs: dict[str, Tensor], weights: int) -> bool:
+    def fits(self, cache: QuestCache, inputs: dict[str, Tensor], weights: StorageWeakRef | None) -> bool:
         """Whether cache, inputs and weights are still those that were captured."""
         shapes = {name: value.shape for name, value in inputs.items()}
-        same_memory = (self.storage, self.weights) == (_storage(cache), weights)
+        same_memory = (self.storages, self.weights) == (_storages(cache), weights)
         return same_memory and shapes == {name: value.shape for name, value in self.inputs.items()}
 
     def replay(self, inputs: dict[str, Tensor], length: int) -> Any:
@@ -238,6 +243,10 @@ def _capture(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[],
     return graph.replay, outputs
 
 
-def _storage(cache: QuestCache) -> tuple[int, ...]:
-    """Where the layers keep their keys: it changes when they grow."""
-    return tuple(layer.address for layer in cache.layers if isinstance(layer, QuestLayer))
+def _storages(cache: QuestCache) -> list[weakref.ref[KVStorage] | None]:
+    """What the layers keep their tokens in, compared as objects, not by address: see `KVStorage`.
+
+    A weak reference equals another while both lead to the same storage, and after its end only itself.
+    """
+    storages = [layer.storage for layer in cache.layers if isinstance(layer, QuestLayer)]
+    return [None if storage is None else weakref.ref(storage) for storage in storages]

@@ -22,7 +22,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from quest_attention.ops import Selection, score_pages, select_pages, update_slot_metadata
 from quest_attention.pages import num_pages
 from quest_attention.vllm.folding import Fold
-from quest_attention.vllm.layer import OpenCache, QuestLayer
+from quest_attention.vllm.impl import OpenCache, QuestAttentionImpl
 from quest_attention.vllm.layout import layout_of
 from quest_attention.vllm.planning import QuestPlanner
 from quest_attention.vllm.plugin import vllm_version
@@ -91,14 +91,14 @@ class QuestCPUMetadataBuilder(QuestPlanner, CPUAttentionMetadataBuilder):
         return CPUAttentionMetadataBuilder.build(folded, 0, rows_batch)
 
 
-class QuestCPUImpl(QuestLayer, CPUAttentionBackendImpl):
+class QuestCPUImpl(QuestAttentionImpl, CPUAttentionBackendImpl):
     """Attention of a layer."""
 
     backend_class = QuestCPUBackend
     _folded: tuple[int, Fold] | None = None
 
     def attend(self, layer: Any, query: Tensor, opened: OpenCache, step: QuestStep, output: Tensor) -> Selection:
-        """See `QuestLayer`."""
+        """See `QuestAttentionImpl`."""
         config = step.config
         kv = opened.with_table(step.block_table)
         scores = score_pages(query, kv, step.seq_lens, group_reduction=config.group_reduction, backend=config.backend)
@@ -117,11 +117,13 @@ class QuestCPUImpl(QuestLayer, CPUAttentionBackendImpl):
         metadata = replace(step.folded, block_table=fold.table(step.block_table, selected.pages))
         group = query.shape[1] // self.num_kv_heads
         rows = query.reshape(-1, group, self.head_size)
-        self._forward_stock(layer, rows, None, None, fold.cache, metadata, output.view(rows.shape), None, None)
+        self._forward_stock(layer, rows, None, None, fold.cache, metadata, output.view(rows.shape))
         return selected
 
     def write(self, layer: Any, key: Tensor, value: Tensor, opened: OpenCache, slots: Tensor) -> None:
-        """See `QuestLayer`."""
+        """See `QuestAttentionImpl`."""
         CPUAttentionBackendImpl.do_kv_cache_update(self, layer, key, value, opened.parts.stock, slots)
+        if not self.chooses(layer):
+            return  # nobody reads the bounds of a dense layer
         page_size = opened.parts.keys.shape[1]
         update_slot_metadata(opened.parts.metadata, key, slots, page_size=page_size, backend=self._options.backend)

@@ -21,7 +21,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from quest_attention.ops import Selection, Workspace, append_slots, make_workspace, quest_decode
-from quest_attention.vllm.layer import OpenCache, QuestLayer
+from quest_attention.vllm.impl import OpenCache, QuestAttentionImpl
 from quest_attention.vllm.layout import layout_of
 from quest_attention.vllm.planning import QuestPlanner
 from quest_attention.vllm.plugin import vllm_version
@@ -127,13 +127,13 @@ class QuestGPUMetadataBuilder(QuestPlanner, FlashAttentionMetadataBuilder):
         return layer, layer.impl.open(layer.kv_cache)
 
 
-class QuestGPUImpl(QuestLayer, FlashAttentionImpl):
+class QuestGPUImpl(QuestAttentionImpl, FlashAttentionImpl):
     """Attention of a layer."""
 
     backend_class = QuestGPUBackend
 
     def attend(self, layer: Any, query: Tensor, opened: OpenCache, step: QuestStep, output: Tensor) -> Selection:
-        """See `QuestLayer`."""
+        """See `QuestAttentionImpl`."""
         del layer
         kv = opened.with_table(step.block_table)
         done = quest_decode(
@@ -149,6 +149,7 @@ class QuestGPUImpl(QuestLayer, FlashAttentionImpl):
         return done.selected
 
     def write(self, layer: Any, key: Tensor, value: Tensor, opened: OpenCache, slots: Tensor) -> None:
-        """See `QuestLayer`."""
+        """See `QuestAttentionImpl`."""
         del layer
+        # In a dense layer too, whose bounds nobody reads: they come in the launch that writes the tokens.
         append_slots(opened.paged, key, value, slots, backend=self._options.backend)

@@ -48,7 +48,7 @@ class QuestOptions:
 
     @property
     def num_dense_layers(self) -> int:
-        """Leading layers that read everything [layers]."""
+        """Leading full-attention layers that read everything [layers]."""
         return int(self.reading.get("num_dense_layers", QuestConfig().num_dense_layers))
 
     @property

@@ -16,6 +16,7 @@ from quest_attention.pages import num_pages
 from quest_attention.vllm.counters import StepCounters, worker_label
 from quest_attention.vllm.layout import check_full
 from quest_attention.vllm.options import KEY, advice_on_budget, read_options
+from quest_attention.vllm.ranks import choosing_layers
 from quest_attention.vllm.refusals import BACKEND_NAME
 from quest_attention.vllm.step import QuestStep
 
@@ -45,10 +46,12 @@ class QuestPlanner:
         self._is_capturing = self._has_captured = False
         check_full(kv_cache_spec)
         _check_backends(vllm_config)
-        sparse = [name for name in layer_names if extract_layer_index(name) >= self.config.num_dense_layers]
+        layers = vllm_config.compilation_config.static_forward_context
+        choosing = choosing_layers(layers, self.config.num_dense_layers, extract_layer_index)
+        sparse = [name for name in choosing if name in layer_names]
         self.counters: StepCounters | None = None
         if sparse and self.config.token_budget < self._max_model_len:
-            self._counted_layer = min(sparse, key=extract_layer_index)
+            self._counted_layer = sparse[0]
             label = worker_label(vllm_config.parallel_config, get_tensor_model_parallel_rank())
             backend = resolve_backend(self.config.backend, device)
             self.counters = StepCounters(self.config, device, label, options.log_interval, _logger.info)

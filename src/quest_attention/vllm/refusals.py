@@ -8,7 +8,7 @@ from quest_attention.errors import BackendError, QuestValueError, UnsupportedMod
 from quest_attention.ops import resolve_backend
 from quest_attention.vllm.options import KEY, QuestOptions, read_options
 
-__all__ = ["BACKEND_NAME", "check_layer", "check_transfer", "check_vllm_config"]
+__all__ = ["BACKEND_NAME", "check_layer", "check_output_scales", "check_transfer", "check_vllm_config"]
 
 BACKEND_NAME = "CUSTOM"
 """vLLM's name for an attention backend from outside: of `--attention-backend`."""
@@ -80,6 +80,23 @@ def check_layer(
             "and values would share bounds, which is not tested inside vLLM"
         )
     _check_cache_dtype(kv_cache_dtype)
+
+
+def check_output_scales(output_scale: Any, output_block_scale: Any) -> None:
+    """Look at what vLLM asks of a layer's output: with a scale, a tensor of 8 or 4 bits divided by it.
+
+    vLLM gives one where it has fused the quantization that follows attention into it, which it does for backends that
+    say they can (`fused_output_quant_supported`); Quest's says it cannot.
+
+    Raises:
+        QuestValueError: There is a scale.
+    """
+    for name, scale in (("output_scale", output_scale), ("output_block_scale", output_block_scale)):
+        if scale is not None:
+            expected = (
+                "None: Quest writes its output in the dtype of the model, so turn off pass_config.fuse_attn_quant"
+            )
+            raise QuestValueError(name, "a tensor", expected)
 
 
 def check_transfer(transfer: Any) -> None:

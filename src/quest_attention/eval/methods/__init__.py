@@ -57,7 +57,7 @@ def make_method(
     Args:
         spec: `"quest"`, `"h2o"`, ..., `"quest:page_size=32,num_sink_pages=1"`.
         token_budget: Most tokens a step reads in a layer that may choose [tokens].
-        num_dense_layers: Leading attention layers that read everything [layers].
+        num_dense_layers: Leading full-attention layers that read everything [layers].
         page_size: Tokens per page, where the spec says nothing else [tokens].
         backend: Of Quest's verbs, likewise.
 

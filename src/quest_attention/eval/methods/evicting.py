@@ -66,7 +66,7 @@ class Evicting(Method):
 
     Args:
         token_budget: Tokens a step reads, its own included [tokens].
-        num_dense_layers: Leading attention layers that keep everything [layers].
+        num_dense_layers: Leading full-attention layers that keep everything [layers].
 
     Raises:
         QuestValueError: The budget is smaller than the method can work with.

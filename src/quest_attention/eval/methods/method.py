@@ -66,7 +66,7 @@ class Method(ABC):
         name: As tables show it.
         summary: One line that says what it reads, for people.
         token_budget: Most tokens a step reads in a layer that may choose; None reads everything [tokens].
-        num_dense_layers: Leading attention layers that read everything whoever reads; None leaves it to the plan.
+        num_dense_layers: Leading full-attention layers that read everything whoever reads; None leaves it to the plan.
         unit: Tokens of what it selects at each step: a page, a token; None where it selects nothing [tokens].
         observes: Whether it has to know what the tokens of the context attended to.
     """

@@ -16,7 +16,7 @@ from quest_attention.eval.methods.reading import ReadingLayer, ReadingSession, r
 from quest_attention.eval.observation import attention_weights
 from quest_attention.hf import enable_quest
 from quest_attention.hf.attention import AttentionForward
-from quest_attention.hf.layer import OnRead
+from quest_attention.hf.reporting import OnRead
 from quest_attention.ops import Selection
 
 __all__ = ["TokenOracle", "heaviest_tokens"]
@@ -30,7 +30,7 @@ class TokenOracle(Method):
 
     Args:
         token_budget: Tokens a step reads, its own included [tokens].
-        num_dense_layers: Leading attention layers that read everything [layers].
+        num_dense_layers: Leading full-attention layers that read everything [layers].
     """
 
     name = "token_oracle"

@@ -1,4 +1,4 @@
-"""`QuestLayer`: what Quest adds to the stock attention of a layer, on any device."""
+"""`QuestAttentionImpl`: what Quest adds to a stock `AttentionImpl`, vLLM's attention of a layer, on any device."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from quest_attention.pages import PagedKV
 from quest_attention.vllm.layout import BlockParts, layout_of
 from quest_attention.vllm.options import KEY, read_options
 from quest_attention.vllm.plugin import vllm_version
-from quest_attention.vllm.refusals import check_layer, check_transfer
+from quest_attention.vllm.ranks import choosing_layers
+from quest_attention.vllm.refusals import check_layer, check_output_scales, check_transfer
 from quest_attention.vllm.step import QuestStep
 
-__all__ = ["OpenCache", "QuestLayer"]
+__all__ = ["OpenCache", "QuestAttentionImpl"]
 
 
-class QuestLayer:
-    """Stands before a stock implementation among the bases of a class.
+class QuestAttentionImpl:
+    """Stands before a stock `AttentionImpl` among the bases of a class.
 
     Names of arguments are vLLM's, shapes too: queries `[T, HQ, D]`, keys and values `[T, HKV, D]`, T the tokens of all
     rows.
@@ -80,6 +81,8 @@ class QuestLayer:
         )
         self._softcap = logits_soft_cap or None
         self._options = options
+        # Filled while the model is made, and complete before its first step.
+        self._layers: dict[str, Any] = vllm_config.compilation_config.static_forward_context
         self._layout = layout_of(vllm_version())
         self._prepare_layout()
         self._opened: OpenCache | None = None
@@ -102,22 +105,45 @@ class QuestLayer:
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Attention of a batch: rows past the budget by Quest, in layers that are not dense; all else as stock."""
-        scales = (output_scale, output_block_scale)
+        """Attention of a batch: rows past the budget by Quest, in layers that are not dense; all else as stock.
+
+        Raises:
+            QuestValueError: The output is to be quantized.
+        """
+        check_output_scales(output_scale, output_block_scale)
         if attn_metadata is None:  # vLLM measures memory
-            return self._forward_stock(layer, query, key, value, kv_cache, None, output, *scales)
+            return self._forward_stock(layer, query, key, value, kv_cache, None, output)
         opened = self.open(kv_cache)
         step: QuestStep | None = attn_metadata.quest
-        if self._is_sparse is None:
-            self._is_sparse = extract_layer_index(layer.layer_name) >= self._options.num_dense_layers
-        if step is not None and self._is_sparse:
+        if step is not None and self.chooses(layer):
             is_counted = layer.layer_name == step.counted_layer
             if step.num_rows:
                 return self._forward_quest(layer, query, opened, step, output, is_counted=is_counted)
             if is_counted:
                 step.counters.count_stock(step.lengths)
         # Keys and values are in the cache already; stock backends need them for nothing else.
-        return self._forward_stock(layer, query, None, None, opened.parts.stock, attn_metadata, output, *scales)
+        return self._forward_stock(layer, query, None, None, opened.parts.stock, attn_metadata, output)
+
+    # What vLLM fuses into attention where a stock class says it may, in some release or on some device: quantization of
+    # the output, and writes to the cache, which would pass by the bounds.
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """No: see `check_output_scales`."""
+        del quant_key
+        return False
+
+    def fused_rope_kvcache_supported(self) -> bool:
+        """No: keys would be written without their bounds, as in the two below."""
+        return False
+
+    fused_qk_norm_rope_kvcache_supported = fused_qk_norm_mrope_kvcache_supported = fused_rope_kvcache_supported
+
+    def chooses(self, layer: Any) -> bool:
+        """Whether the layer is past the dense ones, by its rank among the full-attention layers of the model."""
+        if self._is_sparse is None:
+            names = choosing_layers(self._layers, self._options.num_dense_layers, extract_layer_index)
+            self._is_sparse = layer.layer_name in names
+        return self._is_sparse
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
@@ -136,7 +162,7 @@ class QuestLayer:
         rows = step.num_rows
         if step.rest is not None:
             stock = opened.parts.stock
-            self._forward_stock(layer, query[rows:], None, None, stock, step.rest, output[rows:], None, None)
+            self._forward_stock(layer, query[rows:], None, None, stock, step.rest, output[rows:])
         selected = self.attend(layer, query[:rows], opened, step, output[:rows])
         if is_counted:
             step.counters.count_quest(selected, step.seq_lens)

@@ -1,0 +1,212 @@
+"""`KVStorage`: the memory of one attention layer's cache, which stays where it is as long as it lives."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from quest_attention.config import QuestConfig
+from quest_attention.hf.workspaces import Workspaces
+from quest_attention.ops import Selection, Workspace, append_token, update_page_metadata
+from quest_attention.pages import FP8_METADATA, PagedKV, num_pages
+
+__all__ = ["KVStorage"]
+
+_SIDES = 2
+"""The largest and the smallest key of a page."""
+
+
+class KVStorage:
+    """Keys and values of a batch for a fixed number of tokens, the bounds of their pages, and what a step needs beside.
+
+    More room, another dtype or another batch is another storage. So a captured CUDA graph, which holds addresses,
+    belongs to a storage as an object: an allocator may give the tensors of the next one the addresses of this one's,
+    while page table, bounds and workspace lie elsewhere.
+
+    Args:
+        keys: Of a layer with the same heads, channels and device: `[_, HKV, _, D]`; none are copied.
+        values: Likewise, `[_, HKV, _, DV]`.
+        batch: Sequences, B.
+        length: Tokens per sequence to have room for; whole pages are made [tokens].
+        dtype: Of keys and values, and of the bounds unless the config asks for narrow ones.
+        config: What to read.
+        has_bounds: Whether pages are chosen from. Otherwise no bounds are kept.
+        workspaces: Scratch memory shared with the other layers of the cache.
+
+    Attributes:
+        keys: `[B, HKV, capacity, D]`.
+        values: `[B, HKV, capacity, DV]`.
+        metadata: `[B, HKV, capacity / page_size, 2, D]`, or None.
+    """
+
+    def __init__(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        batch: int,
+        length: int,
+        dtype: torch.dtype,
+        config: QuestConfig,
+        has_bounds: bool,
+        workspaces: Workspaces,
+    ) -> None:
+        self._config = config
+        self._workspaces = workspaces
+        heads, pages = keys.shape[1], num_pages(length, config.page_size)
+        # What is made under inference mode could not be written outside of it, by the next turn of a conversation.
+        with torch.inference_mode(False):
+            self.keys = keys.new_empty(batch, heads, pages * config.page_size, keys.shape[3], dtype=dtype)
+            self.values = values.new_empty(batch, heads, pages * config.page_size, values.shape[3], dtype=dtype)
+            self.metadata: Tensor | None = None
+            if has_bounds:
+                narrow = FP8_METADATA if config.metadata_dtype == "fp8" else dtype
+                self.metadata = keys.new_empty(batch, heads, pages, _SIDES, keys.shape[3], dtype=narrow)
+        self._paged: PagedKV | None = None
+        self._every_page: Selection | None = None
+        self._scratch: dict[int, Workspace | None] = {}
+        self._positions: Tensor | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences, B."""
+        return self.keys.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens per sequence there is room for [tokens]."""
+        return self.keys.shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return self.keys.dtype
+
+    # A captured graph holds the addresses of all that follows, so each is made once.
+
+    @property
+    def paged(self) -> PagedKV:
+        """Keys, values and bounds as pages; where no bounds are kept, all pages share a placeholder for theirs."""
+        if self._paged is None:
+            with torch.inference_mode(False):
+                self._paged = self._as_pages()
+        return self._paged
+
+    def _as_pages(self) -> PagedKV:
+        if self.metadata is not None:
+            return PagedKV.from_contiguous(self.keys, self.values, self.metadata)
+        batch, heads, capacity, dim = self.keys.shape
+        shape = (batch, heads, capacity // self._config.page_size, _SIDES, dim)
+        paged = PagedKV.from_contiguous(self.keys, self.values, self.keys.new_empty(shape))
+        nothing = self.keys.new_empty(dim).expand(paged.metadata.shape)
+        return dataclasses.replace(paged, metadata=nothing, contiguous=None)  # the tensor of the shape goes again
+
+    @property
+    def every_page(self) -> Selection:
+        """All pages there is room for, as a layer reads them that never chooses, when only the device knows lengths."""
+        if self._every_page is None:
+            paged = self.paged
+            with torch.inference_mode(False):
+                pages = torch.arange(paged.max_pages, dtype=torch.int32, device=paged.keys.device)
+                pages = pages.expand(paged.batch_size, paged.num_kv_heads, -1)
+                counts = torch.full((paged.batch_size,), paged.max_pages, dtype=torch.int32, device=pages.device)
+            self._every_page = Selection(pages, counts)
+        return self._every_page
+
+    def workspace(self, num_query_heads: int) -> Workspace | None:
+        """Scratch memory for sparse steps of so many query heads; None where the backend needs none."""
+        if num_query_heads not in self._scratch:
+            self._scratch[num_query_heads] = self._workspaces.get(self.paged, num_query_heads, self._config)
+        return self._scratch[num_query_heads]
+
+    def write(self, keys: Tensor, values: Tensor, start: int) -> None:
+        """Write the tokens from `start` on, and take them into the bounds of their pages.
+
+        Args:
+            keys: `[B, HKV, T, D]`, of any dtype that `dtype` holds.
+            values: `[B, HKV, T, DV]`, likewise.
+            start: Tokens per sequence before them [tokens].
+        """
+        new = keys.shape[2]
+        self.keys[:, :, start : start + new] = keys
+        self.values[:, :, start : start + new] = values
+        if self.metadata is not None:
+            update_page_metadata(self.paged, start + new, new, self._config.backend)
+
+    def append(self, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
+        """Write one token of each sequence where the device says, and take it into the bounds of its page.
+
+        Args:
+            keys: `[B, HKV, 1, D]`, in `dtype`.
+            values: `[B, HKV, 1, DV]`, in `dtype`.
+            lengths: `[B]` int32, tokens per sequence, the new one included, so at least 1 [tokens].
+        """
+        if self.metadata is not None:
+            append_token(self.paged, keys[:, :, 0], values[:, :, 0], lengths, self._config.backend)
+            return
+        # Nobody chooses among these pages, and `append_token` knows no cache without bounds.
+        if self._positions is None:
+            with torch.inference_mode(False):
+                self._positions = torch.empty(lengths.shape, dtype=torch.int64, device=lengths.device)
+        where = torch.sub(lengths, 1, out=self._positions)[:, None, None, None]
+        self.keys.scatter_(2, where.expand_as(keys), keys)
+        self.values.scatter_(2, where.expand_as(values), values)
+
+    def moved(self, used: int, *, length: int, dtype: torch.dtype) -> KVStorage:
+        """Another storage with the same tokens.
+
+        Args:
+            used: Tokens per sequence in this one [tokens].
+            length: Tokens per sequence to have room for [tokens].
+            dtype: Of the other's keys and values.
+        """
+        return self._copied(used, lambda tensor: tensor, self.batch_size, length, dtype)
+
+    def repeated(self, repeats: int, used: int) -> KVStorage:
+        """Another storage with `repeats` copies of each sequence of `used` tokens [tokens]."""
+        batch = self.batch_size * repeats
+        return self._copied(used, lambda tensor: tensor.repeat_interleave(repeats, 0), batch, self.capacity, self.dtype)
+
+    def selected(self, rows: Tensor, used: int) -> KVStorage:
+        """The sequences `rows`: in place if they are as many as before, as in beam search, else in another storage.
+
+        Args:
+            rows: `[B']` int64.
+            used: Tokens per sequence in the storage [tokens].
+        """
+
+        def pick(tensor: Tensor) -> Tensor:
+            return tensor.index_select(0, rows)
+
+        if rows.shape[0] != self.batch_size:
+            return self._copied(used, pick, rows.shape[0], self.capacity, self.dtype)
+        for tensor, filled in self._used(used):
+            tensor[:, :, :filled] = pick(tensor[:, :, :filled])
+        return self
+
+    def _copied(
+        self, used: int, pick: Callable[[Tensor], Tensor], batch: int, length: int, dtype: torch.dtype
+    ) -> KVStorage:
+        """Another storage, with those sequences that `pick` chooses."""
+        other = KVStorage(
+            self.keys,
+            self.values,
+            batch=batch,
+            length=length,
+            dtype=dtype,
+            config=self._config,
+            has_bounds=self.metadata is not None,
+            workspaces=self._workspaces,
+        )
+        for (old, filled), (new, _) in zip(self._used(used), other._used(used), strict=True):
+            new[:, :, :filled] = pick(old[:, :, :filled])
+        return other
+
+    def _used(self, length: int) -> list[tuple[Tensor, int]]:
+        """Tensors with the part of their third dimension that holds `length` tokens."""
+        stored = [(self.keys, length), (self.values, length)]
+        pages = num_pages(length, self._config.page_size)
+        return stored if self.metadata is None else [*stored, (self.metadata, pages)]

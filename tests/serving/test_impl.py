@@ -1,0 +1,118 @@
+"""What Quest adds to a layer's attention in vLLM, called by hand: no engine is started."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("vllm", reason="runs with make test-vllm, which installs vLLM")
+
+from quest_attention import QuestValueError
+from quest_attention.ops import Selection
+from quest_attention.vllm.options import QuestOptions
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what vLLM imports warns of itself
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+    from quest_attention.vllm.cpu import QuestCPUImpl
+    from quest_attention.vllm.impl import OpenCache, QuestAttentionImpl
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+HEADS, TOKENS, DIM = 2, 4, 8
+
+
+class Attends(QuestCPUImpl):
+    """Quest on a CPU with nothing behind it: what ran is noted."""
+
+    def __init__(self, num_dense_layers: int = 0, layers: tuple[str, ...] = ("model.layers.0.attn",)) -> None:
+        self.num_kv_heads, self.head_size = HEADS, DIM
+        self._options = QuestOptions({"num_dense_layers": num_dense_layers})
+        self._layers = {name: a_layer(name) for name in layers}
+        self._is_sparse = None
+        self.ran: list[str] = []
+
+    def open(self, kv_cache: Tensor) -> OpenCache:
+        parts = SimpleNamespace(stock=kv_cache, keys=torch.zeros(3, TOKENS, HEADS, DIM), metadata=kv_cache)
+        return OpenCache(0, parts, None)  # type: ignore[arg-type]
+
+    def attend(self, *_: Any) -> Selection:
+        self.ran.append("quest")
+        return Selection(torch.zeros(1, HEADS, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32))
+
+    def _forward_stock(self, *_: Any) -> Tensor:
+        self.ran.append("stock")
+        return torch.empty(0)
+
+
+def a_layer(name: str, **changes: Any) -> Any:
+    """As much of vLLM's `Attention` as is looked at."""
+    found = {
+        "layer_name": name,
+        "attn_backend": SimpleNamespace(get_name=lambda: "CUSTOM"),
+        "sliding_window": None,
+        "attn_type": "decoder",
+    }
+    return SimpleNamespace(**(found | changes))
+
+
+def a_step(rows: int = 1) -> Any:
+    """Metadata of a batch, of whose rows so many run Quest."""
+    counters = SimpleNamespace(count_quest=lambda *_: None, count_stock=lambda *_: None)
+    step = SimpleNamespace(
+        num_rows=rows, rest=None, counters=counters, counted_layer="", seq_lens=torch.ones(1), lengths=[1]
+    )
+    return SimpleNamespace(quest=step)
+
+
+def attend(impl: QuestAttentionImpl, name: str, metadata: Any, *scales: Tensor | None) -> None:
+    query = torch.zeros(1, HEADS, DIM)
+    impl.forward(a_layer(name), query, query, query, torch.zeros(0), metadata, torch.zeros(1, HEADS, DIM), *scales)
+
+
+@pytest.mark.parametrize("metadata", [a_step(1), a_step(0), SimpleNamespace(quest=None), None])
+def test_an_output_that_is_to_be_quantized_is_refused(metadata: Any) -> None:
+    """vLLM gives a scale where it has fused quantization of the output into attention, whose output is then 8 bits."""
+    impl = Attends()
+    attend(impl, "model.layers.0.attn", metadata)
+    assert len(impl.ran) == 1
+    for name, scales in (("output_scale", (torch.ones(1),)), ("output_block_scale", (None, torch.ones(1)))):
+        with pytest.raises(QuestValueError, match=f"{name}: got 'a tensor', expected None: .*fuse_attn_quant"):
+            attend(impl, "model.layers.0.attn", metadata, *scales)
+    assert len(impl.ran) == 1
+
+
+def test_vllm_is_told_to_fuse_nothing_into_quests_attention() -> None:
+    """Fused updates of the cache would write keys past the bounds; a fused output would be of another dtype."""
+    impl: Any = Attends()
+    assert impl.fused_output_quant_supported(None) is False
+    for name in ("rope_kvcache", "qk_norm_rope_kvcache", "qk_norm_mrope_kvcache"):
+        assert getattr(impl, f"fused_{name}_supported")() is False
+        assert f"fused_{name}_supported" in vars(QuestAttentionImpl), "whatever the stock class says in other releases"
+
+
+@pytest.mark.parametrize(("num_dense_layers", "sparse"), [(0, [1, 3, 4]), (1, [3, 4]), (2, [4]), (3, [])])
+def test_dense_layers_are_counted_among_those_that_attend(num_dense_layers: int, sparse: list[int]) -> None:
+    """A model some of whose layers have no attention: 1, 3 and 4 have."""
+    names = tuple(f"model.layers.{index}.attn" for index in (1, 3, 4))
+    for index, name in zip((1, 3, 4), names, strict=True):
+        impl = Attends(num_dense_layers, names)
+        attend(impl, name, a_step())
+        assert impl.ran == (["quest"] if index in sparse else ["stock"])
+
+
+def test_a_dense_layer_writes_no_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CPUAttentionBackendImpl, "do_kv_cache_update", lambda *_: None)
+    names = ("model.layers.0.attn", "model.layers.1.attn")
+    key = torch.randn(3, HEADS, DIM)
+    for name in names:
+        bounds = torch.full((3, HEADS, 2, DIM), float("nan"))
+        Attends(1, names).do_kv_cache_update(a_layer(name), key, key, bounds, torch.tensor([4, 5, 6]))
+        written = ~bounds.isnan()
+        assert written[1].all() == (name == names[1])
+        assert not written[0].any() and not written[2].any()
