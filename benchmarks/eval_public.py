@@ -43,6 +43,8 @@ class Run:
         length: Context, question and answer together [tokens].
         samples: For each task.
         stretches: For `continuation`.
+        recalls: Stretches for `recall`, whose table has the mean of them all.
+        dense_layers: Leading full-attention layers that read everything: Gemma has three in all.
         workers: Processes.
     """
 
@@ -51,21 +53,20 @@ class Run:
     length: int
     samples: int
     stretches: int
+    recalls: int = 32
+    dense_layers: int = 2
     workers: int = 1
 
 
 RUNS = (
+    Run("qwen_31k", "qwen", 31 * 1024, 56, 56, recalls=16),
     Run("qwen_16k", "qwen", 16 * 1024, 100, 200, workers=2),
-    Run("qwen_31k", "qwen", 31 * 1024, 56, 56),
     Run("qwen_8k", "qwen", 8 * 1024, 100, 200),
-    Run("smollm2_4k", "smollm2", 4 * 1024, 100, 200),
-    Run("gemma_16k", "gemma", 16 * 1024, 100, 200),
-    Run("gemma_31k", "gemma", 31 * 1024, 56, 56),
+    Run("smollm2_4k", "smollm2", 4 * 1024, 100, 200, recalls=64),
     Run("smollm2_8k", "smollm2", 8 * 1024, 100, 200),
+    Run("gemma_16k", "gemma", 16 * 1024, 100, 200, dense_layers=0),
+    Run("gemma_31k", "gemma", 31 * 1024, 56, 56, recalls=8, dense_layers=0),
 )
-"""The longest first, so that none is left alone in the end."""
-RECALLS = 32
-"""Stretches for `recall`, whose table has the mean of them all."""
 
 
 def evaluate(run: Run, number: int, models: Path, books: Path, output: Path) -> None:
@@ -89,10 +90,11 @@ def evaluate(run: Run, number: int, models: Path, books: Path, output: Path) -> 
             )
 
     budgets = ",".join(str(budget) for budget in BUDGETS if budget < run.length)
-    options = ("--method", METHODS, "-b", budgets, "--least-full", str(LEAST_FULL))
+    options = ["--method", METHODS, "-b", budgets, "--least-full", str(LEAST_FULL)]
+    options += ["--dense-layers", str(run.dense_layers)]
     quest_eval(*TASKS, *options, "-n", str(run.samples))
     quest_eval("continuation", *options, "-n", str(run.stretches))
-    quest_eval("recall", *options, "-n", str(RECALLS))
+    quest_eval("recall", *options, "-n", str(run.recalls))
 
 
 def begin_from_committed(folder: Path) -> None:

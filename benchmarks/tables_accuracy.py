@@ -71,21 +71,28 @@ def by_method_and_budget(methods: list[str], budgets: list[int], show: Callable[
 
 
 def origin(results: Results) -> str:
-    """How a run was made: its commands, then model, device, versions and seed."""
+    """How a run was made: its commands, then model, devices, versions and seed."""
     settings = results.settings
-    commands = [run["command"] for run in (*settings.get("earlier", []), settings)]
+    runs = [*settings.get("earlier", []), settings]
+    commands = dict.fromkeys(run["command"] for run in runs)
     return "\n".join(("```sh", *commands, "```", place(results)))
 
 
 def place(results: Results) -> str:
-    """Where a run was made: model, device, versions and seed."""
+    """Where a run was made: model, devices, versions and seed; each machine once, with the commits that ran there."""
     settings = results.settings
-    machine = settings["machine"]
-    devices = machine["gpu"] or [machine["cpu"]]
-    device = ", ".join(f"{count} x {name}" if count > 1 else name for name, count in Counter(devices).items())
-    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "transformers", "triton"))
-    where = f"{settings['description']}; {device}; {machine['python']}, {versions}"
-    return f"{where}; commit {machine['commit'][:7]}; seed {settings['seed']}."
+    commits: dict[str, list[str]] = {}
+    for run in (*settings.get("earlier", []), settings):
+        machine = run["machine"]
+        counted = Counter(machine["gpu"] or [machine["cpu"]])
+        device = ", ".join(f"{count} x {name}" if count > 1 else name for name, count in counted.items())
+        versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "transformers", "triton"))
+        made = commits.setdefault(f"{device}; {machine['python']}, {versions}", [])
+        if (commit := machine["commit"][:7]) not in made:
+            made.append(commit)
+    where = "; ".join(f"{machine}; commit {', '.join(made)}" for machine, made in commits.items())
+    model = ", ".join(settings["description"].split(", ")[:3])  # without the device of the last command
+    return f"{model}; {where}; seed {settings['seed']}."
 
 
 def counts(cells: Sequence[AccuracyCell]) -> str:

@@ -14,7 +14,7 @@ from quest_attention.cli.console import progress_bar, say, stdout_console
 from quest_attention.cli.loading import LoadedModel, check_dtype, load_model, resolve_device, set_threads
 from quest_attention.cli.pace import Pace
 from quest_attention.cli.table import ANY_WIDTH, print_table
-from quest_attention.config import Backend
+from quest_attention.config import Backend, QuestConfig
 from quest_attention.errors import BackendError, QuestValueError
 from quest_attention.eval.journal import Journal
 from quest_attention.eval.longbench import LONGBENCH, document_file
@@ -34,6 +34,7 @@ from quest_attention.eval.run_folder import hold_folder
 from quest_attention.eval.runner import Runner
 from quest_attention.eval.texts import book_files
 from quest_attention.eval.wording import counted
+from quest_attention.hf import layer_kinds
 from quest_attention.ops.dispatch import resolve_backend
 
 __all__ = ["evaluate", "report"]
@@ -142,8 +143,10 @@ def _check_layers(plan: Plan, loaded: LoadedModel) -> None:
     Raises:
         QuestValueError: As said.
     """
-    layers = loaded.model.config.get_text_config(decoder=True).num_hidden_layers
-    expected = f"less than the model's {counted(layers, 'layer')}"
+    kinds = layer_kinds(loaded.model.config, QuestConfig(num_dense_layers=0)).values()
+    layers = sum(kind == "quest" for kind in kinds)
+    everything = layers == loaded.model.config.get_text_config(decoder=True).num_hidden_layers
+    expected = f"less than the model's {counted(layers, 'layer' if everything else 'full-attention layer')}"
     for arm in plan.arms(plan.tasks[0], plan.lengths[0]):
         method = plan.method(arm)
         dense = method.config.num_dense_layers if isinstance(method, Quest) else plan.num_dense_layers
