@@ -7,22 +7,17 @@ The runs are those of `benchmarks/eval_public.py`; each summary holds the comman
 
 from __future__ import annotations
 
-import lzma
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from eval_public import BUDGETS, RUNS, SAMPLES, Run
+from eval_public import BUDGETS, RUNS, Run
 from tables_accuracy import RESULTS, as_markdown, in_order, origin, tokens
 
 from quest_attention.eval.report import Results, read_results
-from quest_attention.eval.report.cells import accuracy_cells
 from quest_attention.eval.report.figures import draw_pictures
 from quest_attention.eval.report.results import LEAST_TELLING
-from quest_attention.eval.report.samples import Answer, read_samples
 
 NAMES = {
     "qwen": "Qwen2.5-Coder-0.5B-Instruct",
@@ -47,20 +42,6 @@ def by_budget(cells: Sequence[Any], show: Callable[[Any], str]) -> str:
     return as_markdown((f"{tokens(cells[0].length)} tokens, budget", *map(str, budgets), "n"), rows)
 
 
-def same_samples(results: Results) -> Results:
-    """Full attention's answers to a task cut to the samples that the other methods answered, where there are such."""
-    name = str(results.settings["command"]).split("--output ")[1].split()[0]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "samples.jsonl"
-        path.write_bytes(lzma.decompress((RESULTS / name / SAMPLES).read_bytes()))
-        answers = [each for each in read_samples(path) if isinstance(each, Answer)]
-    asked = {(each.task, each.index) for each in answers if each.token_budget is not None}
-    tasks = {task for task, _ in asked}
-    cells = accuracy_cells(each for each in answers if each.task not in tasks or (each.task, each.index) in asked)
-    found = {(cell.task, cell.method, cell.token_budget): cell for cell in cells}
-    return replace(results, accuracy=tuple(found[c.task, c.method, c.token_budget] for c in results.accuracy))
-
-
 def tables(run: Run, results: Results) -> list[str]:
     """The tables of one run: right answers, predictions and recall."""
     shown = [f"### {NAMES[run.model]}, {tokens(run.length)} tokens"]
@@ -73,10 +54,6 @@ def tables(run: Run, results: Results) -> list[str]:
     if silent:
         share = f"less than {LEAST_TELLING:.0f} %"
         shown.append(f"Full attention is right in {share} [%]: {', '.join(silent)}. These tell nothing about methods.")
-    able = {task: cell for task, cell in full.items() if cell.score >= LEAST_TELLING}
-    alone = [f"`{task}` {cell.score:.1f}" for task, cell in able.items() if task not in asked]
-    if alone:
-        shown.append(f"Full attention alone was measured [%]: {', '.join(alone)}.")
     if results.continuation:
         shown += [
             "Perplexity above that of full attention [%]:",
@@ -139,7 +116,7 @@ def main(
     figures: Annotated[Path | None, typer.Option(help="Folder to draw the page's figures to.")] = None,
 ) -> None:
     """Print the tables, and draw the figures where a folder is given."""
-    runs = {run.name: (run, same_samples(read_results(RESULTS / run.name))) for run in RUNS}
+    runs = {run.name: (run, read_results(RESULTS / run.name)) for run in RUNS}
     for run, results in runs.values():
         print("\n\n".join(tables(run, results)), end="\n\n")
     print("\n\n".join(origin(results) for _, results in runs.values()), end="\n\n")
