@@ -191,7 +191,7 @@ def run_demo(
     results = []
     for number, method in enumerate(methods):
         on_progress(f"answering: {method.name}", number, len(methods))
-        with method.session(model) as session:
+        with method.session(model, case.length) as session:
             session.load(context)
             decoded = decode_answer(
                 model,
