@@ -1,9 +1,8 @@
-"""The parts of the plugin that need no vLLM: options, the layout of blocks, folded rows, counters, refusals."""
+"""The parts of the plugin that need no vLLM: its options, the layout of blocks, folded rows, refusals, ranks."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import time
 from dataclasses import dataclass
 from fractions import Fraction
 from types import SimpleNamespace
@@ -12,17 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from quest_attention import BackendError, QuestConfig, QuestValueError, UnsupportedModelError
-from quest_attention.ops import Selection
+from quest_attention import BackendError, QuestValueError, UnsupportedModelError
 from quest_attention.pages import FP8_METADATA, KEY_MAX, KEY_MIN
 from quest_attention.vllm import plugin
-from quest_attention.vllm.counters import StepCounters, worker_label
 from quest_attention.vllm.folding import Fold
 from quest_attention.vllm.layout import PaddedBlocks, RowedBlocks, layout_of
-from quest_attention.vllm.options import QuestOptions, advice_on_budget, read_options
+from quest_attention.vllm.options import VLLMOptions, read_options
 from quest_attention.vllm.ranks import choosing_layers
 from quest_attention.vllm.refusals import check_vllm_config
-from quest_attention.vllm.step import read_lengths
+from quest_attention.vllm.worker import worker_label
 
 BLOCKS, HEADS, TOKENS, DIM = 5, 2, 4, 8
 
@@ -52,46 +49,26 @@ class ChunkedLocalAttentionSpec(FullAttentionSpec):
 
 @pytest.mark.parametrize("sinks", [0, 2])
 def test_a_budget_that_cannot_hold_what_is_always_read_names_the_block(sinks: int) -> None:
-    options = QuestOptions.from_mapping({"token_budget": 64, "num_sink_pages": sinks})
-    with pytest.raises(QuestValueError, match=rf"expected at least {128 * (sinks + 1)}: .*--block-size"):
+    options = VLLMOptions.from_mapping({"token_budget": 64, "num_sink_pages": sinks})
+    with pytest.raises(
+        QuestValueError, match=rf"at least {128 * (sinks + 1)}: .* \(a page is a block of vLLM: --block"
+    ):
         options.config(128)
+    with pytest.raises(
+        QuestValueError, match=r"quest\.token_budget: got 2, .* \(a page is a block of vLLM: --block-size\)$"
+    ):
+        VLLMOptions.from_mapping({"token_budget": 2, "num_sink_pages": 2})  # whatever the size of a block
 
 
-def test_an_operator_is_told_of_a_budget_that_is_small_for_the_longest_sequence() -> None:
-    assert advice_on_budget(512, 8192) is None
-    assert str(advice_on_budget(511, 8192)).startswith("token_budget 511 is less than 1/16 of 8192 positions")
-
-
-def test_options_of_reading_and_of_serving() -> None:
-    options = QuestOptions.from_mapping({"token_budget": 1024, "num_dense_layers": 1, "log_interval": 0})
-    assert options.config(32) == QuestConfig(1024, 32, num_dense_layers=1)
-    assert (options.log_interval, options.backend, options.is_narrow) == (0, "auto", False)
-    assert QuestOptions.from_mapping({}).config(16) == QuestConfig()
-    assert read_options(SimpleNamespace(additional_config={})) is None
-    assert read_options(SimpleNamespace(additional_config={"quest": {}})) == QuestOptions()
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ([], "quest: got \\[\\], expected an object"),
-        ({"page_size": 16}, "quest.page_size: got 16, expected nothing: a page is vLLM's block"),
-        ({"num_dense_layer": 1}, "did you mean num_dense_layers"),
-        ({"log_interval": "10"}, "quest.log_interval: got '10'"),
-        ({"num_recent_pages": -1}, "num_recent_pages: got -1"),
-        ({"token_budget": 0}, "token_budget: got 0"),
-    ],
-)
-def test_options_that_are_refused(given: Any, message: str) -> None:
+def test_a_page_size_is_vllms_to_set() -> None:
+    message = r"^quest\.page_size: got 16, expected nothing: a page is vLLM's block, set by --block-size$"
     with pytest.raises(QuestValueError, match=message):
-        QuestOptions.from_mapping(given)
+        read_options(SimpleNamespace(additional_config={"quest": {"page_size": 16}}))
 
 
-def test_a_budget_is_held_to_the_block_size() -> None:
-    options = QuestOptions.from_mapping({"token_budget": 64})
-    assert options.config(32).page_budget == 2
-    with pytest.raises(QuestValueError, match="token_budget: got 64, expected at least 128"):
-        options.config(128)
+def test_a_server_that_asks_for_nothing_and_one_that_asks_for_the_defaults() -> None:
+    assert read_options(SimpleNamespace(additional_config={})) is None
+    assert read_options(SimpleNamespace(additional_config={"quest": {}})) == VLLMOptions()
 
 
 @pytest.mark.parametrize("narrow", [False, True])
@@ -193,76 +170,6 @@ def test_folded_rows_hold_the_pages_of_their_head(strides: str) -> None:
         assert torch.equal(rows, expected)
 
 
-def test_lengths_that_are_read_are_those_of_the_chosen_pages() -> None:
-    config = QuestConfig(token_budget=50, page_size=16)
-    for length in range(1, 200):
-        read = int(read_lengths(torch.tensor([length]), config))
-        last = (length - 1) % 16 + 1  # tokens of the last page
-        assert read == (length if length <= 50 else 2 * 16 + last)
-
-
-def make_counters(lines: list[str], interval: float = 10) -> StepCounters:
-    return StepCounters(QuestConfig(32), torch.device("cpu"), "worker 0", interval, lines.append)
-
-
-def test_counters_of_rows_on_host_and_device() -> None:
-    counters = make_counters([])
-    selected = Selection(torch.zeros(3, 1, 2, dtype=torch.int32), torch.tensor([2, 1, 0], dtype=torch.int32))
-    counters.count_quest(selected, torch.tensor([100, 10, 0], dtype=torch.int32))
-    counters.count_stock([20, 0])
-    expected = {"sparse_rows": 1, "dense_rows": 2, "pages_read": 5, "pages_held": 10, "eager_steps": 2}
-    assert counters.snapshot() == expected
-    counters.reset()
-    assert not any(counters.snapshot().values())
-
-
-def test_counters_made_by_a_step_are_reset_outside_of_one() -> None:
-    counters = make_counters([])
-    with torch.inference_mode():
-        counters.plan(1)
-        counters.count_quest(
-            Selection(torch.zeros(1, 1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)), torch.tensor([99])
-        )
-    counters.reset()
-    assert not any(counters.snapshot().values())
-
-
-def test_a_line_at_an_interval_where_something_was_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, lines = 1000.0, []
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    counters = make_counters(lines)
-    selected = Selection(torch.zeros(1, 1, 2, dtype=torch.int32), torch.tensor([2], dtype=torch.int32))
-
-    def step() -> None:
-        counters.plan(1)
-        counters.count_quest(selected, torch.tensor([160], dtype=torch.int32))
-
-    counters.plan(0)
-    assert lines == []  # nobody decoded
-    step()
-    step()
-    assert len(lines) == 1  # the first step is told of at once
-    for _ in range(3):
-        step()
-    assert len(lines) == 1
-    now += 11
-    step()
-    assert len(lines) == 2
-    assert lines[1].startswith(
-        "Quest, worker 0: 4 of 4 decode rows sparse, 8 of 40 pages read (20.0 %); since the start"
-    )
-    now += 600  # idle
-    step()
-    assert len(lines) == 3
-    counters.plan(0)
-    assert len(lines) == 3
-    silent = make_counters(lines, interval=0)
-    for _ in range(2):
-        silent.plan(1)
-        silent.count_stock([1])
-    assert len(lines) == 3
-
-
 def a_server(**changes: Any) -> SimpleNamespace:
     """As much of a `VllmConfig` as is looked at."""
     model = {
@@ -316,7 +223,7 @@ CPU = SimpleNamespace(device_type="cpu")
 def test_options_beside_their_place_are_refused(additional: dict[str, Any], message: str) -> None:
     with pytest.raises(QuestValueError, match=message):
         read_options(SimpleNamespace(additional_config=additional))
-    assert read_options(SimpleNamespace(additional_config={"quest": {}, "another": 1})) == QuestOptions()
+    assert read_options(SimpleNamespace(additional_config={"quest": {}, "another": 1})) == VLLMOptions()
 
 
 def test_a_worker_says_its_replica() -> None:

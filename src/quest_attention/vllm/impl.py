@@ -13,8 +13,9 @@ from vllm.model_executor.models.utils import extract_layer_index
 from quest_attention.errors import QuestValueError
 from quest_attention.ops import Selection
 from quest_attention.pages import PagedKV
+from quest_attention.serving.options import KEY
 from quest_attention.vllm.layout import BlockParts, layout_of
-from quest_attention.vllm.options import KEY, read_options
+from quest_attention.vllm.options import read_options
 from quest_attention.vllm.plugin import vllm_version
 from quest_attention.vllm.ranks import choosing_layers
 from quest_attention.vllm.refusals import check_layer, check_output_scales, check_transfer

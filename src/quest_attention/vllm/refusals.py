@@ -6,7 +6,8 @@ from typing import Any
 
 from quest_attention.errors import BackendError, QuestValueError, UnsupportedModelError
 from quest_attention.ops import resolve_backend
-from quest_attention.vllm.options import KEY, QuestOptions, read_options
+from quest_attention.serving.options import KEY, QuestOptions
+from quest_attention.vllm.options import read_options
 
 __all__ = ["BACKEND_NAME", "check_layer", "check_output_scales", "check_transfer", "check_vllm_config"]
 
