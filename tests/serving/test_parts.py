@@ -17,7 +17,7 @@ from quest_attention.vllm import plugin
 from quest_attention.vllm.folding import Fold
 from quest_attention.vllm.layout import PaddedBlocks, RowedBlocks, layout_of
 from quest_attention.vllm.options import VLLMOptions, read_options
-from quest_attention.vllm.ranks import choosing_layers
+from quest_attention.vllm.ranks import sparse_layers
 from quest_attention.vllm.refusals import check_vllm_config
 from quest_attention.vllm.worker import worker_label
 
@@ -71,32 +71,32 @@ def test_a_server_that_asks_for_nothing_and_one_that_asks_for_the_defaults() -> 
     assert read_options(SimpleNamespace(additional_config={"quest": {}})) == VLLMOptions()
 
 
-@pytest.mark.parametrize("narrow", [False, True])
-def test_a_row_more_in_each_block(narrow: bool) -> None:
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_row_more_in_each_block(fp8: bool) -> None:
     layout = layout_of((0, 32))
     assert isinstance(layout, RowedBlocks)
     assert layout.customize(FullAttentionSpec()).tokens_per_state == Fraction(TOKENS, TOKENS + 1)
     cache = torch.zeros(BLOCKS, HEADS, TOKENS + 1, 2 * DIM, dtype=torch.bfloat16)
-    assert_parts(layout.split(cache, HEADS, DIM, narrow=narrow), cache, narrow=narrow)
+    assert_parts(layout.split(cache, HEADS, DIM, fp8=fp8), cache, fp8=fp8)
 
 
-@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("device", ["gpu", "cpu"])
-def test_padding_at_the_end_of_each_block(device: str, narrow: bool) -> None:
+def test_padding_at_the_end_of_each_block(device: str, fp8: bool) -> None:
     layout = layout_of((0, 25))
     assert isinstance(layout, PaddedBlocks)
     shape = (2, TOKENS, HEADS, DIM) if device == "gpu" else (HEADS, TOKENS, 2 * DIM)
     taken, room = 2 * TOKENS * HEADS * DIM, 2 * HEADS * DIM
     storage = torch.zeros(BLOCKS, taken + room, dtype=torch.bfloat16)
     cache = storage[:, :taken].view(BLOCKS, *shape)
-    assert_parts(layout.split(cache, HEADS, DIM, narrow=narrow), storage, narrow=narrow)
+    assert_parts(layout.split(cache, HEADS, DIM, fp8=fp8), storage, fp8=fp8)
 
 
-def assert_parts(parts: Any, storage: torch.Tensor, *, narrow: bool) -> None:
+def assert_parts(parts: Any, storage: torch.Tensor, *, fp8: bool) -> None:
     """Every number of a block belongs to one of keys, values and bounds, and nothing to two."""
     assert parts.keys.shape == parts.values.shape == (BLOCKS, TOKENS, HEADS, DIM)
     assert parts.metadata.shape == (BLOCKS, HEADS, 2, DIM)
-    assert parts.metadata.dtype == (FP8_METADATA if narrow else torch.bfloat16)
+    assert parts.metadata.dtype == (FP8_METADATA if fp8 else torch.bfloat16)
     parts.keys.fill_(1)
     parts.values.fill_(2)
     parts.metadata[:, :, KEY_MAX] = 3
@@ -104,7 +104,7 @@ def assert_parts(parts: Any, storage: torch.Tensor, *, narrow: bool) -> None:
     assert (parts.keys == 1).all() and (parts.values == 2).all()
     assert parts.stock.numel() == parts.keys.numel() + parts.values.numel()
     assert parts.stock.data_ptr() == storage.data_ptr()
-    if not narrow:
+    if not fp8:
         counted = [int((storage == value).sum()) for value in (1, 2, 3, -3)]
         assert counted == [BLOCKS * TOKENS * HEADS * DIM] * 2 + [BLOCKS * HEADS * DIM] * 2
         assert sum(counted) == storage.numel()
@@ -318,4 +318,4 @@ def test_layers_that_choose_are_counted_among_full_attention_layers() -> None:
 
     full = [f"model.layers.{index}.self_attn.attn" for index in (2, 7, 10)]
     for num_dense_layers in range(5):
-        assert choosing_layers(layers, num_dense_layers, index_of) == full[num_dense_layers:]
+        assert sparse_layers(layers, num_dense_layers, index_of) == full[num_dense_layers:]

@@ -24,7 +24,7 @@ def test_an_operator_is_told_of_a_budget_that_is_small_for_the_longest_sequence(
 def test_options_of_reading_and_of_serving() -> None:
     options = QuestOptions.from_mapping({"token_budget": 1024, "num_dense_layers": 1, "log_interval": 0})
     assert options.config(32) == QuestConfig(1024, 32, num_dense_layers=1)
-    assert (options.log_interval, options.backend, options.is_narrow) == (0, "auto", False)
+    assert (options.log_interval, options.backend, options.fp8_metadata) == (0, "auto", False)
     assert QuestOptions.from_mapping({}).config(16) == QuestConfig()
 
 

@@ -61,7 +61,7 @@ class QuestOptions:
         return cast("Backend", self.reading.get("backend", "auto"))
 
     @property
-    def is_narrow(self) -> bool:
+    def fp8_metadata(self) -> bool:
         """Whether the bounds have 8 bits."""
         return bool(self.reading.get("metadata_dtype", "kv") != "kv")
 

@@ -15,7 +15,7 @@ from quest_attention.serving.options import KEY
 from quest_attention.serving.rows import RowPlanner
 from quest_attention.vllm.layout import check_full
 from quest_attention.vllm.options import read_options
-from quest_attention.vllm.ranks import choosing_layers
+from quest_attention.vllm.ranks import sparse_layers
 from quest_attention.vllm.refusals import BACKEND_NAME
 from quest_attention.vllm.step import QuestStep
 from quest_attention.vllm.worker import worker_label
@@ -44,7 +44,7 @@ class QuestPlanner:
         check_full(kv_cache_spec)
         _check_backends(vllm_config)
         layers = vllm_config.compilation_config.static_forward_context
-        sparse = choosing_layers(layers, self.config.num_dense_layers, extract_layer_index)
+        sparse = sparse_layers(layers, self.config.num_dense_layers, extract_layer_index)
         self._row_planner = RowPlanner(
             self.config,
             device,
