@@ -38,6 +38,7 @@ def by_budget(cells: Sequence[Any], show: Callable[[Any], str]) -> str:
     rows = []
     for name in in_order(cell.method for cell in cells):
         own = [found[name, budget if (name, budget) in found else None] for budget in budgets]
+        assert len({cell.n for cell in own}) == 1, f"{name} took {[cell.n for cell in own]} samples"
         rows.append([name, *map(show, own), str(own[0].n)])
     return as_markdown((f"{tokens(cells[0].length)} tokens, budget", *map(str, budgets), "n"), rows)
 
