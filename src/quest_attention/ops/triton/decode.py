@@ -14,36 +14,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestValueError
-from quest_attention.ops.selection import Selection, Workspace
+from quest_attention.ops.selection import Selection
+from quest_attention.ops.step import Step
 from quest_attention.ops.triton.attention import attend_slots
 from quest_attention.ops.triton.launch import check_kernel_dtype, launch, lengths_argument, side_by_side
 from quest_attention.ops.triton.merge import heads_merged_at_once, merge_splits, store_partial
 from quest_attention.ops.triton.scores import group_block, load_query, score_row
 from quest_attention.ops.triton.selection import DEAD, choose_pages, rank_scores, store_chosen
-from quest_attention.ops.triton.tuning import Tuning, tune
+from quest_attention.ops.triton.tuning import tune
 from quest_attention.ops.triton.workspace import ATTENDED, CHOSEN, READY, SCORED, FusedWorkspace, make_workspace
-from quest_attention.pages import PagedKV
 
 __all__ = ["quest_decode"]
 
 
-def quest_decode(
-    query: Tensor,
-    kv: PagedKV,
-    seq_lens: Tensor | int,
-    config: QuestConfig,
-    sm_scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    workspace: Workspace | None = None,
-    out: Tensor | None = None,
-    tuning: Tuning | None = None,
-) -> tuple[Tensor, Selection] | None:
+def quest_decode(step: Step) -> tuple[Tensor, Selection] | None:
     """See `ops.quest_decode`. None where the fused kernel cannot hold the problem; the single verbs can."""
+    query, kv, seq_lens, config, workspace = step.query, step.kv, step.seq_lens, step.config, step.workspace
+    softcap, sinks, output = step.softcap, step.sinks, step.out
     check_kernel_dtype(kv.keys)
-    tuning = tuning or tune(kv, query.shape[1], config)
+    tuning = None if step.token_mask is not None else tune(kv, query.shape[1], config)
     if tuning is None:
         return None
     batch, heads, device = kv.batch_size, kv.num_kv_heads, query.device
@@ -53,7 +43,6 @@ def quest_decode(
         workspace = make_workspace(kv, query.shape[1], config, tuning=tuning)
     if not isinstance(workspace, FusedWorkspace):
         raise QuestValueError("workspace", type(workspace).__name__, "what make_workspace gives for this backend")
-    output = out
     if output is None:
         output = torch.empty(batch, query.shape[1], width, dtype=query.dtype, device=device)
     pages = torch.empty(batch, heads, slots, dtype=torch.int32, device=device)
@@ -77,7 +66,7 @@ def quest_decode(
         pages,
         counts,
         output,
-        float(sm_scale),
+        float(step.scale),
         float(softcap or 0.0),
         *query.stride()[:2],
         *kv.keys.stride()[:3],
