@@ -152,7 +152,7 @@ def test_token_mask(mask: list[list[bool]], pads: tuple[int, int], host: bool) -
     assert_scores_like_oracle(scores, query, cache, token_mask=token_mask)
     selected = reference.select_pages(scores, [70, 70], 8, 32, 1, 1, token_mask)
     assert as_lists(step.selected.pages) == selected
-    assert step.selected.counts.tolist() == [len(row[0]) for row in selected]
+    assert step.selected.counts.tolist() == [[len(head) for head in row] for row in selected]
     exact, _ = reference.sparse_decode_attention(
         query, cache.kv, [70, 70], selected, cache.kv.head_dim**-0.5, token_mask=token_mask
     )
@@ -253,7 +253,7 @@ def test_selection_properties(length: int, budget_pages: int, sinks: int, recent
             num_recent_pages=recent,
         )
         for head in as_lists(selected.pages)[0]:
-            assert len(set(head)) == len(head) == int(selected.counts[0]) == min(pages, budget_pages)
+            assert len(set(head)) == len(head) == int(selected.counts[0, 0]) == min(pages, budget_pages)
             assert head == sorted(head)
             assert head[-1] == pages - 1, "the page being written is read, and last"
             assert set(range(min(sinks, pages))) <= set(head)

@@ -451,7 +451,8 @@ def count_reads(
     Args:
         selected: The pages that were read.
         seq_lens: Tokens per sequence; a sequence of none counts nowhere [tokens].
-        counters: `[4]` int64: rows past the budget, rows within it, pages read and pages held per KV head.
+        counters: `[4]` int64: rows past the budget, rows within it, pages read and pages held per KV head; where the
+            KV heads of a step read different numbers of pages, their mean, rounded down.
         page_size: Tokens per page [tokens].
         token_budget: See `select_pages` [tokens].
         backend: Which implementation runs.
@@ -462,7 +463,7 @@ def count_reads(
 
     >>> import torch
     >>> counters = torch.zeros(4, dtype=torch.int64)
-    >>> selected = Selection(torch.zeros(2, 1, 2, dtype=torch.int32), torch.tensor([2, 1], dtype=torch.int32))
+    >>> selected = Selection(torch.zeros(2, 1, 2, dtype=torch.int32), torch.tensor([[2], [1]], dtype=torch.int32))
     >>> count_reads(selected, torch.tensor([90, 12]), counters, page_size=16, token_budget=32)
     >>> counters.tolist()
     [1, 1, 3, 7]

@@ -136,12 +136,13 @@ def check_selected(selected: Selection, kv: PagedKV) -> None:
 def check_counters(
     counters: Tensor, selected: Selection, seq_lens: Tensor | int, page_size: int, token_budget: int
 ) -> None:
-    """`[4]` int64, and a count and a length for each sequence of the selection."""
+    """`[4]` int64, a count for each list of the selection, and a length for each sequence."""
     if tuple(counters.shape) != (4,) or counters.dtype != torch.int64:
         raise QuestValueError("counters", f"{list(counters.shape)} {counters.dtype}", "[4] torch.int64")
     counts = selected.counts
-    if counts.dim() != 1 or counts.dtype not in (torch.int32, torch.int64):
-        raise QuestValueError("selected.counts", f"{list(counts.shape)} {counts.dtype}", "[B] torch.int32")
+    if counts.shape != selected.pages.shape[:2] or counts.dtype not in (torch.int32, torch.int64):
+        expected = f"{list(selected.pages.shape[:2])} torch.int32: one for each list of pages"
+        raise QuestValueError("selected.counts", f"{list(counts.shape)} {counts.dtype}", expected)
     if counts.device != counters.device:
         raise QuestValueError("selected.counts.device", str(counts.device), f"{counters.device}, as counters")
     check_lengths("seq_lens", seq_lens, counts.shape[0], torch.iinfo(torch.int32).max, counters.device)

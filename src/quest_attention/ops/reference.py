@@ -175,11 +175,12 @@ def sparse_decode_attention(
     return output, lse
 
 
-def count_reads(counts: list[int], seq_lens: list[int], page_size: int, token_budget: int) -> list[int]:
-    """Rows past the budget, rows within it, pages read and pages held."""
+def count_reads(counts: list[list[int]], seq_lens: list[int], page_size: int, token_budget: int) -> list[int]:
+    """Rows past the budget, rows within it, pages read per KV head (the mean, rounded down) and pages held."""
     sparse = sum(length > token_budget for length in seq_lens)
     dense = sum(0 < length <= token_budget for length in seq_lens)
-    return [sparse, dense, sum(counts), sum(num_pages(length, page_size) for length in seq_lens)]
+    read = sum(sum(row) for row in counts) // len(counts[0]) if counts else 0
+    return [sparse, dense, read, sum(num_pages(length, page_size) for length in seq_lens)]
 
 
 def _outward(bounds: Tensor, dtype: torch.dtype, *, upward: bool) -> Tensor:

@@ -60,8 +60,8 @@ def select_pages(rows: Rows, scores: Tensor) -> Selection:
     slots = max((len(pages) for row in lists for pages in row), default=0)
     padded = [[pages + [-1] * (slots - len(pages)) for pages in row] for row in lists]
     pages = torch.tensor(padded, dtype=torch.int32, device=scores.device).view(*scores.shape[:2], slots)
-    counts = torch.tensor([len(row[0]) for row in lists], dtype=torch.int32, device=scores.device)
-    return Selection(pages, counts)
+    counts = torch.tensor([[len(head) for head in row] for row in lists], dtype=torch.int32, device=scores.device)
+    return Selection(pages, counts.view(scores.shape[:2]))
 
 
 def sparse_decode_attention(

@@ -194,16 +194,16 @@ def select_pages(rows: Rows, scores: Tensor) -> Selection:
         live = num_pages(seq_lens, page_size)
         if seq_lens <= token_budget:
             every = torch.arange(live, dtype=torch.int32, device=scores.device).expand(batch, heads, live)
-            return Selection(every, every.new_full((batch,), live))
+            return Selection(every, every.new_full((batch, heads), live))
         keys = _ranking(scores[:, :, :live], workspace)
         keys[:, :, :num_sink_pages] = _ALWAYS
         keys[:, :, live - recent :] = _ALWAYS
         pages = keys.topk(page_budget, sorted=False).indices.to(torch.int32).sort(-1).values
-        return Selection(pages, pages.new_full((batch,), page_budget))
+        return Selection(pages, pages.new_full((batch, heads), page_budget))
 
     slots = min(max_pages, config.page_slots + (token_mask is not None))  # padding may shift a page
     if slots == 0:
-        counts = torch.zeros(batch, dtype=torch.int32, device=scores.device)
+        counts = torch.zeros(batch, heads, dtype=torch.int32, device=scores.device)
         return Selection(counts.new_empty(batch, heads, 0), counts)
     alive = _live_pages(seq_lens, token_mask, page_size, max_pages, scores)  # [B, P]
     rank = alive.cumsum(1)  # 1 for the first live page
@@ -221,7 +221,7 @@ def select_pages(rows: Rows, scores: Tensor) -> Selection:
     best = keys.topk(slots, sorted=True).indices
     unused = torch.arange(slots, device=scores.device) >= counts
     best = best.masked_fill(unused[:, None], _BEYOND).to(torch.int32).sort(-1).values
-    return Selection(best.masked_fill(best == _BEYOND, -1), counts[:, 0].to(torch.int32))
+    return Selection(best.masked_fill(best == _BEYOND, -1), counts.to(torch.int32).expand(-1, heads))
 
 
 def _ranking(scores: Tensor, workspace: DecodeWorkspace) -> Tensor:
@@ -283,7 +283,7 @@ def count_reads(selected: Selection, seq_lens: Tensor, counters: Tensor, page_si
     past = seq_lens > token_budget
     within = (seq_lens > 0) & ~past
     held = _num_pages(seq_lens, page_size)
-    counters += torch.stack([past.sum(), within.sum(), selected.counts.sum(), held.sum()])
+    counters += torch.stack([past.sum(), within.sum(), selected.pages_read, held.sum()])
 
 
 def _attend_by_hand(

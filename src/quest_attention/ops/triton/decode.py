@@ -46,7 +46,7 @@ def quest_decode(step: Step) -> tuple[Tensor, Selection] | None:
     if output is None:
         output = torch.empty(batch, query.shape[1], width, dtype=query.dtype, device=device)
     pages = torch.empty(batch, heads, slots, dtype=torch.int32, device=device)
-    counts = torch.empty(batch, dtype=torch.int32, device=device)
+    counts = torch.empty(batch, heads, dtype=torch.int32, device=device)
     query, table = side_by_side(query), side_by_side(kv.page_table)
     lengths, length = lengths_argument(seq_lens, table)
     section_pages = min(tuning.section_pages, kv.max_pages)
@@ -120,10 +120,9 @@ def _publish(row_pages, row_physical, page, physical, chosen, slot, count, slots
 
 
 @triton.jit
-def _raise_flag(row_counters, counts, b, h, count):
+def _raise_flag(row_counters, counts, row, count):
     """Let those go on that wait for the row's pages."""
-    if h == 0:
-        tl.store(counts + b, count)
+    tl.store(counts + row, count)
     tl.debug_barrier()
     tl.atomic_xchg(row_counters + READY, 1, sem="release", scope="gpu")
 
@@ -248,7 +247,7 @@ def _decode_kernel(
             every = tl.arange(0, BLOCK_K)
             all_physical = tl.load(row_table + every, mask=every < total, other=0)
             _publish(row_pages, row_physical, every, all_physical, every < total, every, count, slots, BLOCK_K)
-            _raise_flag(row_counters, counts, b, h, count)
+            _raise_flag(row_counters, counts, row, count)
         if is_sparse & (first < total):
             row_scores = scores + row.to(tl.int64) * max_pages
             for start in tl.range(first + split * BLOCK_P, last, step, num_stages=SCORE_STAGES):
@@ -316,12 +315,12 @@ def _decode_kernel(
                             slots,
                             BLOCK_K,
                         )
-                        _raise_flag(row_counters, counts, b, h, count)
+                        _raise_flag(row_counters, counts, row, count)
                 else:
                     if SECTIONED:
                         where = tl.load(row_table + among, mask=is_live, other=0)
                     _publish(row_pages, row_physical, among, where, chosen, slot, count, slots, BLOCK_K)
-                    _raise_flag(row_counters, counts, b, h, count)
+                    _raise_flag(row_counters, counts, row, count)
     else:
         q = load_query(row_query, query_head_stride, GROUP, BLOCK_G, HEAD_DIM, BLOCK_D)
         ready = tl.atomic_add(row_counters + READY, 0, sem="acquire", scope="gpu")

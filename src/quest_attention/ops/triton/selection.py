@@ -52,7 +52,7 @@ def select_pages(rows: Rows, scores: Tensor) -> Selection:
     scores = side_by_side(scores)
     slots = min(max_pages, config.page_slots + (token_mask is not None))  # padding may shift a page
     pages = torch.empty(batch, heads, slots, dtype=torch.int32, device=scores.device)
-    counts = torch.empty(batch, dtype=torch.int32, device=scores.device)
+    counts = torch.empty(batch, heads, dtype=torch.int32, device=scores.device)
     if slots == 0:
         return Selection(pages, counts.zero_())
     sections = triton.cdiv(max_pages, _SECTION_PAGES)
@@ -104,7 +104,6 @@ def select_pages(rows: Rows, scores: Tensor) -> Selection:
             *best,
             pages,
             counts,
-            heads,
             slots,
             candidates,
             BLOCK_C=triton.next_power_of_2(candidates),
@@ -320,8 +319,8 @@ def _select_kernel(
     else:
         chosen, slot = choose_pages(ranks, num_live, count)
         store_chosen(pages + row.to(tl.int64) * slots, page, chosen, slot, count, slots, BLOCK_K)
-    if (h == 0) & (section == 0):
-        tl.store(counts + b, count)
+    if section == 0:
+        tl.store(counts + row, count)
 
 
 @triton.jit
@@ -343,14 +342,13 @@ def _merge_sections_kernel(
     best_pages,
     pages,
     counts,
-    num_kv_heads,
     slots,
     candidates,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     row = tl.program_id(0)
-    count = tl.load(counts + row // num_kv_heads)
+    count = tl.load(counts + row)
     candidate = tl.arange(0, BLOCK_C)
     at = row.to(tl.int64) * candidates + candidate
     ranks = tl.load(best_ranks + at, mask=candidate < candidates, other=DEAD)
