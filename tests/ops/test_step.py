@@ -60,11 +60,20 @@ def test_another_attention_takes_the_pages_that_were_chosen(backend: Backend) ->
     assert as_lists(mine.selected.pages) == as_lists(usual.pages)
 
 
-@pytest.mark.parametrize("scores", [torch.zeros(2, 9), torch.zeros(2, 2, 9, dtype=torch.float64)])
-def test_scores_of_another_kind_are_refused(scores: Tensor) -> None:
+@pytest.mark.parametrize(
+    ("argument", "scores"),
+    [
+        ("scores.shape", torch.zeros(2, 9)),
+        ("scores.shape", torch.zeros(2, 4, 9)),
+        ("scores.dtype", torch.zeros(2, 2, 9, dtype=torch.float64)),
+        ("seq_lens", torch.zeros(2, 2, 8)),
+    ],
+)
+def test_scores_of_another_kind_are_refused(argument: str, scores: Tensor) -> None:
     _, step = made("torch")
-    with pytest.raises(QuestValueError, match="scores"):
+    with pytest.raises(QuestValueError) as caught:
         run_step(step, score=lambda _: scores)
+    assert caught.value.argument == argument
 
 
 def test_a_step_stays_as_it_was_checked() -> None:

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from quest_attention.config import Backend, GroupReduction, QuestConfig
+from quest_attention.errors import QuestValueError
 from quest_attention.ops.checks import (
     check_counters,
     check_lengths,
@@ -416,7 +417,7 @@ def run_step(
         The output and the pages that were read.
 
     Raises:
-        QuestValueError: The scores have another shape or dtype.
+        QuestValueError: The scores have another shape or dtype, or fewer pages than a sequence.
         BackendError: The backend cannot run here.
     """
     backend = resolve_backend(step.config.backend, step.kv.keys.device, step.kv.keys.dtype)
@@ -430,6 +431,11 @@ def run_step(
     else:
         scores = score(step)
         check_scores(scores)
+        if scores.shape[:2] != (step.kv.batch_size, step.kv.num_kv_heads):
+            expected = f"[{step.kv.batch_size}, {step.kv.num_kv_heads}, P]"
+            raise QuestValueError("scores.shape", list(scores.shape), expected)
+        most = scores.shape[2] * step.kv.page_size
+        check_lengths("seq_lens", step.seq_lens, scores.shape[0], most, scores.device)
     selected = verbs.select_pages(step, scores)
     if attend is not None:
         return QuestOutput(attend(step, selected), selected)
@@ -512,3 +518,6 @@ def _per_row(seq_lens: Tensor | int, rows: Tensor) -> Tensor:
     if isinstance(seq_lens, Tensor):
         return seq_lens
     return torch.full(rows.shape[:1], seq_lens, dtype=torch.int32, device=rows.device)
+
+
+# Longer than 250 lines: the verbs are documented here and nowhere else, which is two thirds of it.

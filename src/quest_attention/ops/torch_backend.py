@@ -411,3 +411,6 @@ def _attendable(
     token, known = token.flatten(2), token_mask.shape[1]
     table = token_mask[:, None].expand(-1, pages.shape[1], -1)
     return live.flatten(2) & (token < known) & table.gather(2, token.clamp(max=known - 1))
+
+
+# Longer than 250 lines: the verbs share how pages are gathered and what is live.
