@@ -24,7 +24,17 @@ from torch import Tensor
 
 from quest_attention.errors import QuestValueError
 
-__all__ = ["FP8_METADATA", "KEY_MAX", "KEY_MIN", "ContiguousKV", "PagedKV", "num_pages"]
+__all__ = [
+    "FP8_METADATA",
+    "KEY_MAX",
+    "KEY_MIN",
+    "ContiguousKV",
+    "PagedKV",
+    "check_like",
+    "check_metadata_dtype",
+    "check_side_by_side",
+    "num_pages",
+]
 
 KEY_MAX = 0
 """Index of the largest key per channel in the third dimension of page metadata."""
@@ -93,12 +103,10 @@ class PagedKV:
             raise QuestValueError("keys.shape", list(self.keys.shape), expected)
         if not self.keys.dtype.is_floating_point or self.keys.dtype.itemsize not in (2, 4, 8):
             raise QuestValueError("keys.dtype", self.keys.dtype, "float32, bfloat16, float16 or float64")
-        _check_like("values", self.values, self.keys, (pages, page_size, heads, self.values.shape[-1]))
+        check_like("values", self.values, (pages, page_size, heads, self.values.shape[-1]), self.keys, "keys")
         _check_metadata(self.metadata, self.keys, (pages, heads, 2, dim))
         for name, tensor in (("keys", self.keys), ("values", self.values), ("metadata", self.metadata)):
-            if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-                expected = "1: the channels of a token lie side by side"
-                raise QuestValueError(f"{name}.stride(-1)", tensor.stride(-1), expected)
+            check_side_by_side(name, tensor, "channels of a token")
         _check_dims("page_table", self.page_table, "[B, P]")
         if self.page_table.dtype != torch.int32:
             raise QuestValueError("page_table.dtype", self.page_table.dtype, "torch.int32")
@@ -149,7 +157,7 @@ class PagedKV:
         """
         _check_dims("keys", keys, "[B, HKV, capacity, D]")
         batch, heads, capacity, dim = keys.shape
-        _check_like("values", values, keys, (batch, heads, capacity, values.shape[-1]))
+        check_like("values", values, (batch, heads, capacity, values.shape[-1]), keys, "keys")
         if metadata.dim() != 5 or metadata.shape[2] == 0 or capacity % metadata.shape[2]:
             got = list(metadata.shape)
             raise QuestValueError("metadata.shape", got, f"[{batch}, {heads}, {capacity} / page_size, 2, {dim}]")
@@ -207,15 +215,29 @@ def _check_dims(name: str, tensor: Tensor, layout: str) -> None:
 
 
 def _check_metadata(metadata: Tensor, keys: Tensor, shape: tuple[int, ...]) -> None:
+    check_metadata_dtype(metadata, keys)
+    check_like("metadata", metadata, shape, keys, "keys", check_dtype=False)
+
+
+def check_metadata_dtype(metadata: Tensor, keys: Tensor) -> None:
+    """Page metadata in the dtype of the keys or in the narrow one."""
     if metadata.dtype not in (keys.dtype, FP8_METADATA):
         raise QuestValueError("metadata.dtype", metadata.dtype, f"{keys.dtype}, as keys, or {FP8_METADATA}")
-    _check_like("metadata", metadata, keys, shape, check_dtype=False)
 
 
-def _check_like(name: str, tensor: Tensor, keys: Tensor, shape: tuple[int, ...], *, check_dtype: bool = True) -> None:
-    if tuple(tensor.shape) != shape:
-        raise QuestValueError(f"{name}.shape", list(tensor.shape), f"{list(shape)} to fit keys")
-    if check_dtype and tensor.dtype != keys.dtype:
-        raise QuestValueError(f"{name}.dtype", tensor.dtype, f"{keys.dtype}, as keys")
-    if tensor.device != keys.device:
-        raise QuestValueError(f"{name}.device", str(tensor.device), f"{keys.device}, as keys")
+def check_like(
+    name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor, whose: str, *, check_dtype: bool = True
+) -> None:
+    """A tensor of a shape that goes with another one: its dtype, if asked, and its device."""
+    if tensor.shape != shape:
+        raise QuestValueError(f"{name}.shape", list(tensor.shape), f"{list(shape)} to fit {whose}")
+    if check_dtype and tensor.dtype != like.dtype:
+        raise QuestValueError(f"{name}.dtype", tensor.dtype, f"{like.dtype}, as {whose}")
+    if tensor.device != like.device:
+        raise QuestValueError(f"{name}.device", str(tensor.device), f"{like.device}, as {whose}")
+
+
+def check_side_by_side(name: str, tensor: Tensor, what: str) -> None:
+    """A tensor whose last stride is 1, or who has nothing that could lie apart."""
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        raise QuestValueError(f"{name}.stride(-1)", tensor.stride(-1), f"1: the {what} lie side by side")

@@ -8,6 +8,7 @@ Run in a process of its own, since the interpreter and the compiler exclude each
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from quest_attention import QuestConfig
+from quest_attention.ops import Step
 from quest_attention.ops import triton as backend
 from quest_attention.ops.triton import attention, counts, decode, metadata, received, scores, selection
 from quest_attention.ops.triton.launch import FUSED_ARITHMETIC
@@ -57,13 +59,24 @@ def run_all(dtype: torch.dtype, group: int, *, narrow: bool, host: bool, pages: 
     query = torch.empty(batch, heads * group, dim, dtype=dtype)
     mask = None if host else torch.ones(batch, length, dtype=torch.bool)
     backend.update_page_metadata(kv, seq_lens, length if host else 1)
-    found = backend.score_pages(query, kv, seq_lens, mask, "mean" if narrow else "max")
-    selected = backend.select_pages(found, seq_lens, page_size, budget, token_mask=mask)
+    config = QuestConfig(budget, page_size, group_reduction="mean" if narrow else "max")
+    sinks = torch.empty(heads * group) if narrow else None
+    step = Step(
+        query=query,
+        kv=kv,
+        seq_lens=seq_lens,
+        config=config,
+        token_mask=mask,
+        sm_scale=0.1,
+        softcap=20.0 if narrow else None,
+        sinks=sinks,
+    )
+    found = backend.score_pages(step)
+    selected = backend.select_pages(step, found)
     if not host:
         backend.count_reads(selected, seq_lens, torch.zeros(4, dtype=torch.int64), page_size, budget)
-    sinks = torch.empty(heads * group) if narrow else None
-    backend.sparse_decode_attention(query, kv, seq_lens, selected, 0.1, 20.0 if narrow else None, sinks, mask, host)
-    backend.quest_decode(query, kv, seq_lens, QuestConfig(budget), 0.1, 20.0 if narrow else None, sinks)
+    backend.sparse_decode_attention(step, selected, return_lse=host)
+    assert backend.quest_decode(replace(step, config=QuestConfig(budget), token_mask=None)) is not None
 
 
 def main() -> None:

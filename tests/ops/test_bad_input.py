@@ -87,16 +87,16 @@ def test_other_verbs(cache: Cache) -> None:
         "token_budget": lambda: select_pages(torch.zeros(2, 2, 4), 4, page_size=2, token_budget=1),
         "page_size": lambda: select_pages(torch.zeros(2, 2, 4), 4, page_size=0, token_budget=1),
         "selected.pages.shape": lambda: sparse_decode_attention(
-            query, cache.kv, 5, Selection(torch.zeros(2, 3, 1, dtype=torch.int32), torch.ones(2))
+            query, cache.kv, 5, Selection(torch.zeros(2, 3, 1, dtype=torch.int32), torch.ones(2, 3))
         ),
         "selected.pages.dtype": lambda: sparse_decode_attention(
-            query, cache.kv, 5, Selection(torch.zeros(2, 2, 1), torch.ones(2))
+            query, cache.kv, 5, Selection(torch.zeros(2, 2, 1), torch.ones(2, 2))
         ),
         "out.shape": lambda: score_pages(query, cache.kv, 5, out=torch.zeros(2, 2, 3)),
         "out.dtype": lambda: score_pages(query, cache.kv, 5, out=torch.zeros(2, 2, 9, dtype=torch.float64)),
         "out.device": lambda: score_pages(query, cache.kv, 5, out=torch.zeros(2, 2, 9, device="meta")),
         "selected.pages.device": lambda: sparse_decode_attention(
-            query, cache.kv, 5, Selection(torch.zeros(2, 2, 1, dtype=torch.int32, device="meta"), torch.ones(2))
+            query, cache.kv, 5, Selection(torch.zeros(2, 2, 1, dtype=torch.int32, device="meta"), torch.ones(2, 2))
         ),
     }
     for argument, call in calls.items():
@@ -108,7 +108,7 @@ def test_other_verbs(cache: Cache) -> None:
 
 def test_numbers_that_divide() -> None:
     ids = torch.zeros(2, dtype=torch.int32)
-    selected, counters = Selection(ids.view(1, 1, 2), ids[:1]), torch.zeros(4, dtype=torch.int64)
+    selected, counters = Selection(ids.view(1, 1, 2), ids[:1, None]), torch.zeros(4, dtype=torch.int64)
     rows, metadata = torch.zeros(2, 1, 4), torch.zeros(3, 1, 2, 4)
     with pytest.raises(QuestValueError, match="page_size: got 0"):
         update_slot_metadata(metadata, rows, ids, page_size=0)
@@ -121,9 +121,9 @@ def test_numbers_that_divide() -> None:
 def test_counts_of_a_selection() -> None:
     ids, counters = torch.zeros(1, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)
     for argument, counts in (
-        ("selected.counts", ids[0]),
-        ("selected.counts", ids.float()),
-        ("selected.counts.device", ids.to("meta")),
+        ("selected.counts", ids),
+        ("selected.counts", ids[:, None].float()),
+        ("selected.counts.device", ids[:, None].to("meta")),
     ):
         with pytest.raises(QuestValueError) as caught:
             count_reads(Selection(ids.view(1, 1, 1), counts), ids, counters, page_size=2, token_budget=2)

@@ -49,7 +49,7 @@ def assert_chosen(mask: Tensor, seq_lens: Tensor | int, budget: int, sinks: int,
     )
     expected = reference.select_pages(scores, [LENGTH] * 2, PAGE_SIZE, budget, **options)
     assert as_lists(selected.pages) == expected
-    assert selected.counts.tolist() == [len(row[0]) for row in expected]
+    assert selected.counts.tolist() == [[len(head) for head in row] for row in expected]
     assert selected.pages.shape[2] <= num_pages(budget, PAGE_SIZE) + 1
     for row, chosen in zip(selected.pages.tolist(), expected, strict=True):
         for head, pages in zip(row, chosen, strict=True):
@@ -100,7 +100,7 @@ def test_few_tokens_in_many_pages_read_the_best_that_fit(backend: Backend) -> No
     scores = torch.tensor([0.0, 1, 2, 3, 4, 5, 6, 5, 4, 3, 2, 1]).expand(2, 1, -1)
     options = {"page_size": PAGE_SIZE, "token_budget": 24, "token_mask": mask, "backend": available(backend)}
     selected = select_pages(scores, LENGTH, **options)
-    assert selected.counts.tolist() == [4, 4]
+    assert selected.counts.tolist() == [[4], [4]]
     assert selected.pages[0].tolist() == [[4, 6, 8, 10]], "the last one, being written, and the best three"
 
 

@@ -44,7 +44,7 @@ def test_every_backend_reads_the_pages_that_are_named(
     mask = torch.arange(LENGTH).expand(2, -1) % 3 != 0 if masked else None
     other = [3, *[-1] * len(chosen)][: len(chosen)]  # what another head reads
     pages = torch.tensor([[chosen, other], [other, chosen]], dtype=torch.int32).view(2, 2, len(chosen))
-    counts = (pages[:, 0] >= 0).sum(-1, dtype=torch.int32)
+    counts = (pages >= 0).sum(-1, dtype=torch.int32)
     seq_lens = LENGTH if lengths == "host" else cache.seq_lens.to(getattr(torch, lengths))
     output, lse = sparse_decode_attention(
         query, cache.kv, seq_lens, Selection(pages, counts), sm_scale=0.25, token_mask=mask, return_lse=True,
@@ -71,7 +71,7 @@ def test_more_slots_than_a_program_looks_up_at_once(backend: Backend) -> None:
     pages = torch.full((1, 1, 450), -1, dtype=torch.int32)
     pages[0, 0, torch.arange(300) * 3 // 2] = order
     pages[0, 0, 17] = live - 1 if live - 1 not in order else pages[0, 0, 17]  # part-filled, and not the last
-    selected = Selection(pages, torch.tensor([300], dtype=torch.int32))
+    selected = Selection(pages, torch.tensor([[300]], dtype=torch.int32))
     lengths = torch.tensor([1498])
     output, _ = sparse_decode_attention(query, cache.kv, lengths, selected, backend=available(backend))
     exact, _ = reference.sparse_decode_attention(query, cache.kv, [1498], pages.tolist(), 0.25)

@@ -129,9 +129,11 @@ def test_mistakes_are_named_and_nothing_is_written(layout: str) -> None:
 def test_reads_are_counted(backend: Backend, rows: int) -> None:
     rng = random.Random(rows)
     lengths = [rng.choice([0, 1, 31, 32, 33, 1000]) for _ in range(rows)]
-    counts = [min(4, -(-length // 8)) for length in lengths]
+    counts = [[min(4, -(-length // 8)), rng.randint(0, 4)] for length in lengths]  # heads may read different numbers
     counters, expected = torch.tensor([1, 2, 3, 4]), [1, 2, 3, 4]
-    selected = Selection(torch.zeros(rows, 2, 4, dtype=torch.int32), torch.tensor(counts, dtype=torch.int32))
+    selected = Selection(
+        torch.zeros(rows, 2, 4, dtype=torch.int32), torch.tensor(counts, dtype=torch.int32).view(rows, 2)
+    )
     for _ in range(2):
         where = torch.tensor(lengths, dtype=torch.int32)
         count_reads(selected, where, counters, page_size=8, token_budget=32, backend=available(backend))
@@ -141,7 +143,7 @@ def test_reads_are_counted(backend: Backend, rows: int) -> None:
 
 
 def test_counters_of_another_shape_are_refused() -> None:
-    selected = Selection(torch.zeros(1, 1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32))
+    selected = Selection(torch.zeros(1, 1, 1, dtype=torch.int32), torch.ones(1, 1, dtype=torch.int32))
     for counters in (torch.zeros(3, dtype=torch.int64), torch.zeros(4)):
         with pytest.raises(QuestValueError, match="counters"):
             count_reads(selected, torch.ones(1, dtype=torch.int32), counters, page_size=8, token_budget=32)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from caches import LAYOUTS, make_cache
+from caches import LAYOUTS, Cache, make_cache
 from likeness import as_lists, assert_like_oracle, assert_scores_like_oracle, query_for
 from quest_attention import (
     BackendError,
@@ -24,7 +24,15 @@ from quest_attention import (
     sparse_decode_attention,
     update_page_metadata,
 )
-from quest_attention.ops import DecodeWorkspace, append_token, make_workspace, reference, resolve_backend, torch_backend
+from quest_attention.ops import (
+    DecodeWorkspace,
+    Step,
+    append_token,
+    make_workspace,
+    reference,
+    resolve_backend,
+    torch_backend,
+)
 from quest_attention.pages import PagedKV
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux")
@@ -45,6 +53,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def config(token_budget: int, page_size: int = 8, **options: object) -> QuestConfig:
     return QuestConfig.from_dict({"token_budget": token_budget, "page_size": page_size, "backend": "triton", **options})
+
+
+def step_of(cache: Cache, group: int, settings: QuestConfig, **options: object) -> Step:
+    return Step(query=query_for(cache, group), kv=cache.kv, seq_lens=cache.seq_lens, config=settings, **options)
 
 
 @triton.jit
@@ -217,7 +229,7 @@ def test_a_page_with_a_non_finite_key_is_read(bad: float, group: int) -> None:
     cache = make_cache([64], heads=1)
     cache.kv.keys[cache.kv.page_table[0, 2].long(), 3, 0, 1] = bad
     update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens, backend="triton")
-    step = decode.quest_decode(query_for(cache, group), cache.kv, cache.seq_lens, config(16), 1.0)
+    step = decode.quest_decode(step_of(cache, group, config(16)))
     assert step is not None
     assert as_lists(step[1].pages) == [[[2, 7]]]
 
@@ -230,7 +242,7 @@ def test_softcap_sinks_and_lse(group: int, softcap: float | None, with_sinks: bo
     kv, query, scale = cache.kv, query_for(cache, group), 0.2
     sinks = torch.randn(2 * group) if with_sinks else None
     update_page_metadata(kv, cache.seq_lens, cache.seq_lens, backend="triton")
-    step = decode.quest_decode(query, kv, cache.seq_lens, config(32), scale, softcap, sinks)
+    step = decode.quest_decode(step_of(cache, group, config(32), sm_scale=scale, softcap=softcap, sinks=sinks))
     assert step is not None
     exact, exact_lse = reference.sparse_decode_attention(
         query, kv, cache.lengths, as_lists(step[1].pages), scale, softcap, sinks
@@ -306,8 +318,7 @@ def test_a_workspace_is_left_as_it_was_found() -> None:
     assert not memory.fits(cache.kv, 8, settings)
     for tensor in memory[:-1]:
         tensor.fill_(float("nan") if tensor.is_floating_point() else -7)
-    first = decode.quest_decode(query_for(cache, 2), cache.kv, cache.seq_lens, settings, 0.25, workspace=memory)
-    again = decode.quest_decode(query_for(cache, 2), cache.kv, cache.seq_lens, settings, 0.25, workspace=memory)
+    first, again = (decode.quest_decode(step_of(cache, 2, settings, workspace=memory)) for _ in range(2))
     assert not memory.counters.any()
     assert first is not None
     assert again is not None
@@ -332,7 +343,7 @@ def test_a_workspace_of_another_backend_is_refused() -> None:
     cache = make_cache([100])
     other = DecodeWorkspace.for_cache(cache.kv, 4, config(32))
     with pytest.raises(QuestValueError, match=r"workspace: got .DecodeWorkspace"):
-        decode.quest_decode(query_for(cache, 2), cache.kv, cache.seq_lens, config(32), 0.25, workspace=other)
+        decode.quest_decode(step_of(cache, 2, config(32), workspace=other))
 
 
 def test_metadata_in_pieces_equals_metadata_at_once() -> None:

@@ -55,7 +55,7 @@ def given() -> Given:
         "sinks": randn(HEADS * GROUP),
         "scores": randn(BATCH, HEADS, kv.max_pages),
         "pages": torch.tensor([[[0, 3, 5], [1, 2, 5]], [[0, 2, 3], [1, 3, -1]]], dtype=torch.int32),
-        "counts": torch.tensor([3, 4], dtype=torch.int32),
+        "counts": torch.tensor([[3, 3], [3, 2]], dtype=torch.int32),
         "counters": torch.tensor([1, 2, 3, 4]),
         "new_keys": randn(BATCH, HEADS, DIM),
         "new_values": randn(BATCH, HEADS, DIM),
@@ -254,7 +254,7 @@ def read_all(kv: PagedKV, query: Tensor, backend: Backend) -> list[Tensor]:
     """Scores, and attention over all pages, of sequences of 20 and 9 tokens."""
     lengths = torch.tensor([20, 9])
     pages = torch.arange(3, dtype=torch.int32).expand(2, 2, 3)
-    selected = Selection(pages, torch.tensor([3, 3], dtype=torch.int32))
+    selected = Selection(pages, torch.full((2, 2), 3, dtype=torch.int32))
     output, _ = sparse_decode_attention(query, kv, lengths, selected, backend=available(backend))
     return [score_pages(query, kv, lengths, backend=backend), output]
 
@@ -307,7 +307,7 @@ def test_what_one_verb_gives_another_takes(backend: Backend) -> None:
         torch.testing.assert_close(mine, whole[b : b + 1])
         counters = torch.zeros(4, dtype=torch.int64)
         count_reads(part, lengths[b : b + 1], counters, **CONTEXT, backend=backend)
-        assert counters[2] == selected.counts[b]
+        assert counters[2] == selected.counts[b, 0] == selected.counts[b, 1]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

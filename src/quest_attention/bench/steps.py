@@ -40,8 +40,8 @@ def quest_steps(
         for q, kv in zip(queries, caches, strict=True)
     ]
     counts = steps[0]().selected.counts.tolist()
-    if counts != [config.page_budget] * batch:
-        raise RuntimeError(f"read {counts} pages, expected {config.page_budget} of each sequence")
+    if counts != [[config.page_budget] * caches[0].num_kv_heads] * batch:
+        raise RuntimeError(f"read {counts} pages, expected {config.page_budget} of each row")
     return steps
 
 

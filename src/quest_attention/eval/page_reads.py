@@ -17,7 +17,7 @@ class PageReads:
 
     >>> import torch
     >>> reads = PageReads()
-    >>> reads.record(2, Selection(torch.tensor([[[0, 3], [1, 3]]]), torch.tensor([2])), 4)
+    >>> reads.record(2, Selection(torch.tensor([[[0, 3], [1, 3]]]), torch.tensor([[2, 2]])), 4)
     >>> reads.shares([2])
     [0.5, 0.5, 0.0, 1.0]
     """

@@ -157,7 +157,7 @@ def _attend(
             workspace=layer.storage.workspace(query.shape[1]),
         )
     # Nothing padded: every sequence is past the budget. Otherwise the device knows, and is not asked.
-    read = batch * layer.config.page_budget if attention_mask is None else step.selected.counts.sum()
+    read = batch * layer.config.page_budget if attention_mask is None else step.selected.pages_read
     layer.counter.count_sparse(read, batch * layer.num_pages)
     layer.report(step.selected, query, key, **kwargs)
     return step.output[:, None].to(_dtype_of_output(query)), None

@@ -112,7 +112,7 @@ class KVStorage:
             with torch.inference_mode(False):
                 pages = torch.arange(paged.max_pages, dtype=torch.int32, device=paged.keys.device)
                 pages = pages.expand(paged.batch_size, paged.num_kv_heads, -1)
-                counts = torch.full((paged.batch_size,), paged.max_pages, dtype=torch.int32, device=pages.device)
+                counts = torch.full(pages.shape[:2], paged.max_pages, dtype=torch.int32, device=pages.device)
             self._every_page = Selection(pages, counts)
         return self._every_page
 

@@ -8,11 +8,12 @@
     select_pages             choose the pages to read
     sparse_decode_attention  attend to the tokens of the chosen pages
     quest_decode             score, select and attend: one decode step of one layer
+    run_step                 the same of a `Step`, with another score or another attention
     count_reads              add what a step read to counters on the device
 
-Each verb checks its arguments, then runs the backend that `dispatch` resolves. Shapes use the letters of `pages.py`.
-Wherever `seq_lens` is taken it is either `[B]` int32/int64 on the device of the cache, or an int: the length of every
-sequence, known to the host, which spares masks and is the fast form on a CPU.
+Each verb checks its arguments, those of a step by making a `Step`, then runs the backend that `dispatch` resolves.
+Shapes use the letters of `pages.py`. Wherever `seq_lens` is taken it is either `[B]` int32/int64 on the device of the
+cache, or an int: the length of every sequence, known to the host, which spares masks and is the fast form on a CPU.
 
 Tensors may have any strides, be views or expanded, where nothing else is said: what is small is copied if a kernel
 needs it side by side, inside a CUDA graph too. Keys, values, bounds and scores to write to have a last stride of 1.
@@ -24,8 +25,8 @@ the output as it would in dense attention; nothing else is promised.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from math import prod
+from collections.abc import Callable, Iterable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -34,12 +35,9 @@ from torch import Tensor
 from quest_attention.config import Backend, GroupReduction, QuestConfig
 from quest_attention.errors import QuestValueError
 from quest_attention.ops.checks import (
-    check_attention,
     check_counters,
     check_lengths,
     check_new_tokens,
-    check_output,
-    check_query,
     check_score_output,
     check_scores,
     check_selected,
@@ -50,6 +48,7 @@ from quest_attention.ops.checks import (
 )
 from quest_attention.ops.dispatch import ResolvedBackend, Verbs, resolve_backend
 from quest_attention.ops.selection import DecodeWorkspace, Selection, Workspace
+from quest_attention.ops.step import Rows, Step
 from quest_attention.pages import PagedKV
 
 __all__ = [
@@ -57,6 +56,7 @@ __all__ = [
     "QuestOutput",
     "ResolvedBackend",
     "Selection",
+    "Step",
     "Workspace",
     "append_slots",
     "append_token",
@@ -64,6 +64,7 @@ __all__ = [
     "make_workspace",
     "quest_decode",
     "resolve_backend",
+    "run_step",
     "score_pages",
     "select_pages",
     "sparse_decode_attention",
@@ -232,14 +233,11 @@ def score_pages(
         QuestValueError: A shape, dtype, device or option is wrong.
         BackendError: The backend cannot run here.
     """
-    check_query(query, kv)
-    check_lengths("seq_lens", seq_lens, kv.batch_size, kv.max_pages * kv.page_size, kv.keys.device)
-    check_token_mask(token_mask, kv.batch_size, kv.keys.device)
-    if group_reduction not in ("max", "mean"):
-        raise QuestValueError("group_reduction", group_reduction, "'max' or 'mean'")
+    config = _config(kv.page_size, backend, group_reduction)
+    step = Step(query=query, kv=kv, seq_lens=seq_lens, config=config, token_mask=token_mask)
     if out is not None:
         check_score_output(out, kv)
-    return _verbs(backend, kv.keys).score_pages(query, kv, seq_lens, token_mask, group_reduction, out)
+    return _verbs(backend, kv.keys).score_pages(step, out)
 
 
 def select_pages(
@@ -287,13 +285,12 @@ def select_pages(
     [[[1, 3, 4]]]
     """
     check_scores(scores)
-    # The config knows what a budget must hold; making one checks all four numbers.
-    QuestConfig(token_budget, page_size, num_sink_pages=num_sink_pages, num_recent_pages=num_recent_pages)
+    # The config knows what a budget must hold.
+    config = QuestConfig(token_budget, page_size, num_sink_pages=num_sink_pages, num_recent_pages=num_recent_pages)
     check_lengths("seq_lens", seq_lens, scores.shape[0], scores.shape[2] * page_size, scores.device)
     check_token_mask(token_mask, scores.shape[0], scores.device)
-    return _verbs(backend, scores).select_pages(
-        scores, seq_lens, page_size, token_budget, num_sink_pages, num_recent_pages, token_mask
-    )
+    rows = Rows(seq_lens=seq_lens, config=config, token_mask=token_mask)
+    return _verbs(backend, scores).select_pages(rows, scores)
 
 
 def sparse_decode_attention(
@@ -331,15 +328,18 @@ def sparse_decode_attention(
         QuestValueError: A shape, dtype, device or number is wrong.
         BackendError: The backend cannot run here.
     """
-    check_query(query, kv)
-    check_lengths("seq_lens", seq_lens, kv.batch_size, kv.max_pages * kv.page_size, kv.keys.device)
-    check_token_mask(token_mask, kv.batch_size, kv.keys.device)
-    check_selected(selected, kv)
-    scale = kv.head_dim**-0.5 if sm_scale is None else sm_scale
-    check_attention(scale, softcap, sinks, query)
-    return _verbs(backend, kv.keys).sparse_decode_attention(
-        query, kv, seq_lens, selected, scale, softcap, sinks, token_mask, return_lse
+    step = Step(
+        query=query,
+        kv=kv,
+        seq_lens=seq_lens,
+        config=_config(kv.page_size, backend),
+        sm_scale=sm_scale,
+        softcap=softcap,
+        sinks=sinks,
+        token_mask=token_mask,
     )
+    check_selected(selected, kv)
+    return _verbs(backend, kv.keys).sparse_decode_attention(step, selected, return_lse=return_lse)
 
 
 def quest_decode(
@@ -384,45 +384,63 @@ def quest_decode(
     >>> step.output.shape, step.selected.pages.shape
     (torch.Size([1, 8, 32]), torch.Size([1, 4, 2]))
     """
-    check_query(query, kv)
-    check_lengths("seq_lens", seq_lens, kv.batch_size, kv.max_pages * kv.page_size, kv.keys.device)
-    check_token_mask(token_mask, kv.batch_size, kv.keys.device)
-    scale = kv.head_dim**-0.5 if sm_scale is None else sm_scale
-    check_attention(scale, softcap, sinks, query)
-    if config.page_size != kv.page_size:
-        raise QuestValueError("config.page_size", config.page_size, f"{kv.page_size}, as the cache")
-    if out is not None:
-        check_output(out, query, kv)
-    if workspace is not None and not workspace.fits(kv, query.shape[1], config):
-        raise QuestValueError("workspace", list(workspace.scores.shape), "one that make_workspace gave for this shape")
-    backend = resolve_backend(config.backend, query.device, kv.keys.dtype)
-    if backend.fused is not None and token_mask is None:
-        step = backend.fused(query, kv, seq_lens, config, scale, softcap, sinks, workspace, out)
-        if step is not None:
-            return QuestOutput(*step)
+    step = Step(
+        query=query,
+        kv=kv,
+        seq_lens=seq_lens,
+        config=config,
+        sm_scale=sm_scale,
+        softcap=softcap,
+        sinks=sinks,
+        token_mask=token_mask,
+        workspace=workspace,
+        out=out,
+    )
+    return run_step(step)
+
+
+def run_step(
+    step: Step,
+    *,
+    score: Callable[[Step], Tensor] | None = None,
+    attend: Callable[[Step, Selection], Tensor] | None = None,
+) -> QuestOutput:
+    """Score, select, attend: what `quest_decode` runs, for those who score or attend in a way of their own.
+
+    Args:
+        step: What to read and how.
+        score: In place of `score_pages`: gives scores `[B, HKV, P]`, float32 without NaN, P at least the pages that
+            hold a token.
+        attend: In place of `sparse_decode_attention`: gives the output `[B, HQ, DV]`, which is returned as it is.
+
+    Returns:
+        The output and the pages that were read.
+
+    Raises:
+        QuestValueError: The scores have another shape or dtype, or fewer pages than a sequence.
+        BackendError: The backend cannot run here.
+    """
+    backend = resolve_backend(step.config.backend, step.kv.keys.device, step.kv.keys.dtype)
+    if backend.fused is not None and score is None and attend is None:
+        done = backend.fused(step)
+        if done is not None:
+            return QuestOutput(*done)
     verbs = backend.verbs
-    scratch = None
-    if workspace is not None:  # which may have been made for more rows, or longer ones
-        shape, scratch = (kv.batch_size, kv.num_kv_heads, kv.max_pages), workspace.scores
-        if scratch.shape != shape:
-            scratch = scratch.view(-1)[: prod(shape)].view(shape)
-    scores = verbs.score_pages(query, kv, seq_lens, token_mask, config.group_reduction, scratch)
-    selected = verbs.select_pages(
-        scores,
-        seq_lens,
-        kv.page_size,
-        config.token_budget,
-        config.num_sink_pages,
-        config.num_recent_pages,
-        token_mask,
-        workspace,
-    )
-    # Made for this very length, so every list is full and ends with the page being written: nothing to look for.
-    is_whole = isinstance(seq_lens, int) and token_mask is None
-    output, _ = verbs.sparse_decode_attention(
-        query, kv, seq_lens, selected, scale, softcap, sinks, token_mask, is_whole=is_whole
-    )
-    return QuestOutput(output if out is None else out.copy_(output), selected)
+    if score is None:
+        scores = verbs.score_pages(step, step.scratch)
+    else:
+        scores = score(step)
+        check_scores(scores)
+        if scores.shape[:2] != (step.kv.batch_size, step.kv.num_kv_heads):
+            expected = f"[{step.kv.batch_size}, {step.kv.num_kv_heads}, P]"
+            raise QuestValueError("scores.shape", list(scores.shape), expected)
+        most = scores.shape[2] * step.kv.page_size
+        check_lengths("seq_lens", step.seq_lens, scores.shape[0], most, scores.device)
+    selected = verbs.select_pages(step, scores)
+    if attend is not None:
+        return QuestOutput(attend(step, selected), selected)
+    output, _ = verbs.sparse_decode_attention(step, selected, is_own=True)
+    return QuestOutput(output if step.out is None else step.out.copy_(output), selected)
 
 
 def count_reads(
@@ -439,7 +457,8 @@ def count_reads(
     Args:
         selected: The pages that were read.
         seq_lens: Tokens per sequence; a sequence of none counts nowhere [tokens].
-        counters: `[4]` int64: rows past the budget, rows within it, pages read and pages held per KV head.
+        counters: `[4]` int64: rows past the budget, rows within it, pages read and pages held per KV head; where the
+            KV heads of a step read different numbers of pages, their mean, rounded down.
         page_size: Tokens per page [tokens].
         token_budget: See `select_pages` [tokens].
         backend: Which implementation runs.
@@ -450,7 +469,7 @@ def count_reads(
 
     >>> import torch
     >>> counters = torch.zeros(4, dtype=torch.int64)
-    >>> selected = Selection(torch.zeros(2, 1, 2, dtype=torch.int32), torch.tensor([2, 1], dtype=torch.int32))
+    >>> selected = Selection(torch.zeros(2, 1, 2, dtype=torch.int32), torch.tensor([[2], [1]], dtype=torch.int32))
     >>> count_reads(selected, torch.tensor([90, 12]), counters, page_size=16, token_budget=32)
     >>> counters.tolist()
     [1, 1, 3, 7]
@@ -483,6 +502,12 @@ def make_workspace(
     return backend.make_workspace(kv, num_query_heads, config, batch_sizes)
 
 
+@cache
+def _config(page_size: int, backend: Backend, group_reduction: GroupReduction = "max") -> QuestConfig:
+    """The config of a step that chooses nothing: of a budget it has a page, since it must have one."""
+    return QuestConfig(page_size, page_size, group_reduction=group_reduction, backend=backend)
+
+
 def _verbs(backend: Backend, keys: Tensor) -> Verbs:
     """The verbs for a tensor of the cache, or for one that the kernels take wherever they take a cache's."""
     return resolve_backend(backend, keys.device, keys.dtype).verbs
@@ -493,3 +518,6 @@ def _per_row(seq_lens: Tensor | int, rows: Tensor) -> Tensor:
     if isinstance(seq_lens, Tensor):
         return seq_lens
     return torch.full(rows.shape[:1], seq_lens, dtype=torch.int32, device=rows.device)
+
+
+# Longer than 250 lines: the verbs are documented here and nowhere else, which is two thirds of it.

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from quest_attention.config import check_integer
 from quest_attention.errors import QuestValueError
 from quest_attention.ops.selection import Selection
-from quest_attention.pages import FP8_METADATA, PagedKV
+from quest_attention.pages import PagedKV, check_like, check_metadata_dtype, check_side_by_side
 
 __all__ = [
-    "check_attention",
     "check_counters",
     "check_lengths",
     "check_new_tokens",
-    "check_output",
-    "check_query",
     "check_score_output",
     "check_scores",
     "check_selected",
@@ -27,19 +22,6 @@ __all__ = [
     "check_token",
     "check_token_mask",
 ]
-
-
-def check_query(query: Tensor, kv: PagedKV) -> None:
-    """A decode query `[B, HQ, D]` that fits the cache."""
-    if query.dim() != 3 or query.shape[0] != kv.batch_size or query.shape[2] != kv.head_dim:
-        expected = f"[{kv.batch_size}, HQ, {kv.head_dim}]: one token per sequence of the page table"
-        raise QuestValueError("query.shape", list(query.shape), expected)
-    if query.shape[1] == 0 or query.shape[1] % kv.num_kv_heads:
-        raise QuestValueError("query.shape[1]", query.shape[1], f"a multiple of the {kv.num_kv_heads} KV heads")
-    if query.dtype != kv.keys.dtype:
-        raise QuestValueError("query.dtype", query.dtype, f"{kv.keys.dtype}, as keys")
-    if query.device != kv.keys.device:
-        raise QuestValueError("query.device", str(query.device), f"{kv.keys.device}, as keys")
 
 
 def _is_readable(device: torch.device) -> bool:
@@ -79,30 +61,10 @@ def check_new_tokens(num_new_tokens: Tensor | int, seq_lens: Tensor | int, devic
             raise QuestValueError("num_new_tokens", int(new[row]), f"at most seq_lens, {int(held[row])} in row {row}")
 
 
-def check_token(name: str, token: Tensor, stored: Tensor, batch: int) -> None:
-    """One token of each sequence, `[B, HKV, D]`, to be written to pages `[N, page_size, HKV, D]`."""
-    shape = (batch, *stored.shape[2:])
-    if tuple(token.shape) != shape:
-        raise QuestValueError(f"{name}.shape", list(token.shape), str(list(shape)))
-    if token.dtype != stored.dtype:
-        raise QuestValueError(f"{name}.dtype", token.dtype, f"{stored.dtype}, as the cache")
-    if token.device != stored.device:
-        raise QuestValueError(f"{name}.device", str(token.device), f"{stored.device}, as the cache")
-    if token.stride(-1) != 1 and token.shape[-1] > 1:
-        raise QuestValueError(f"{name}.stride(-1)", token.stride(-1), "1: the channels of a token lie side by side")
-
-
-def check_output(out: Tensor, query: Tensor, kv: PagedKV) -> None:
-    """Room for the output of a decode step, `[B, HQ, DV]` contiguous, in the dtype of the query."""
-    shape = (*query.shape[:2], kv.values.shape[-1])
-    if tuple(out.shape) != shape:
-        raise QuestValueError("out.shape", list(out.shape), str(list(shape)))
-    if out.dtype != query.dtype:
-        raise QuestValueError("out.dtype", out.dtype, f"{query.dtype}, as the query")
-    if out.device != query.device:
-        raise QuestValueError("out.device", str(out.device), f"{query.device}, as the query")
-    if not out.is_contiguous():
-        raise QuestValueError("out.stride()", out.stride(), "a contiguous tensor")
+def check_token(name: str, token: Tensor, stored: Tensor, count: int) -> None:
+    """Tokens `[T, HKV, D]`, `count` of them, to be written to pages `[N, page_size, HKV, D]`."""
+    check_like(name, token, (count, *stored.shape[2:]), stored, "the cache")
+    check_side_by_side(name, token, "channels of a token")
 
 
 def check_slots(slots: Tensor, count: int, capacity: int, device: torch.device) -> None:
@@ -122,16 +84,11 @@ def check_slot_metadata(metadata: Tensor, keys: Tensor, page_size: int) -> None:
     check_integer("page_size", page_size, minimum=1)
     if metadata.dim() != 4 or metadata.shape[2] != 2 or 0 in metadata.shape[1:]:
         raise QuestValueError("metadata.shape", list(metadata.shape), "[N, HKV, 2, D]")
-    if metadata.stride(-1) != 1 and metadata.shape[-1] > 1:
-        raise QuestValueError("metadata.stride(-1)", metadata.stride(-1), "1: the channels of a bound lie side by side")
-    if keys.dim() != 3 or tuple(keys.shape[1:]) != (metadata.shape[1], metadata.shape[3]):
-        raise QuestValueError("keys.shape", list(keys.shape), f"[T, {metadata.shape[1]}, {metadata.shape[3]}]")
-    if metadata.dtype not in (keys.dtype, FP8_METADATA):
-        raise QuestValueError("metadata.dtype", metadata.dtype, f"{keys.dtype}, as keys, or {FP8_METADATA}")
-    if keys.device != metadata.device:
-        raise QuestValueError("keys.device", str(keys.device), f"{metadata.device}, as metadata")
-    if keys.stride(-1) != 1 and keys.shape[-1] > 1:
-        raise QuestValueError("keys.stride(-1)", keys.stride(-1), "1: the channels of a token lie side by side")
+    check_side_by_side("metadata", metadata, "channels of a bound")
+    count = keys.shape[0] if keys.dim() else 0
+    check_like("keys", keys, (count, metadata.shape[1], metadata.shape[3]), metadata, "metadata", check_dtype=False)
+    check_metadata_dtype(metadata, keys)
+    check_side_by_side("keys", keys, "channels of a token")
 
 
 def check_token_mask(token_mask: Tensor | None, batch: int, device: torch.device) -> None:
@@ -157,22 +114,19 @@ def check_scores(scores: Tensor) -> None:
 def check_score_output(out: Tensor, kv: PagedKV) -> None:
     """Room for scores, `[B, HKV, P]` float32, those of a row side by side."""
     shape = (kv.batch_size, kv.num_kv_heads, kv.max_pages)
-    if tuple(out.shape) != shape:
-        raise QuestValueError("out.shape", list(out.shape), str(list(shape)))
+    check_like("out", out, shape, kv.keys, "keys", check_dtype=False)
     if out.dtype != torch.float32:
         raise QuestValueError("out.dtype", out.dtype, "torch.float32")
-    if out.device != kv.keys.device:
-        raise QuestValueError("out.device", str(out.device), f"{kv.keys.device}, as keys")
-    if out.stride(-1) != 1 and out.shape[-1] > 1:
-        raise QuestValueError("out.stride(-1)", out.stride(-1), "1: the scores of a row lie side by side")
+    check_side_by_side("out", out, "scores of a row")
 
 
 def check_selected(selected: Selection, kv: PagedKV) -> None:
     """Pages `[B, HKV, K]` int32 of the cache's sequences and KV heads; any numbers, see `Selection`."""
     pages = selected.pages
-    if pages.dim() != 3 or tuple(pages.shape[:2]) != (kv.batch_size, kv.num_kv_heads):
+    shape = pages.shape
+    if len(shape) != 3 or shape[0] != kv.batch_size or shape[1] != kv.num_kv_heads:
         expected = f"[{kv.batch_size}, {kv.num_kv_heads}, K]"
-        raise QuestValueError("selected.pages.shape", list(pages.shape), expected)
+        raise QuestValueError("selected.pages.shape", list(shape), expected)
     if pages.dtype != torch.int32:
         raise QuestValueError("selected.pages.dtype", pages.dtype, "torch.int32")
     if pages.device != kv.keys.device:
@@ -182,26 +136,15 @@ def check_selected(selected: Selection, kv: PagedKV) -> None:
 def check_counters(
     counters: Tensor, selected: Selection, seq_lens: Tensor | int, page_size: int, token_budget: int
 ) -> None:
-    """`[4]` int64, and a count and a length for each sequence of the selection."""
+    """`[4]` int64, a count for each list of the selection, and a length for each sequence."""
     if tuple(counters.shape) != (4,) or counters.dtype != torch.int64:
         raise QuestValueError("counters", f"{list(counters.shape)} {counters.dtype}", "[4] torch.int64")
     counts = selected.counts
-    if counts.dim() != 1 or counts.dtype not in (torch.int32, torch.int64):
-        raise QuestValueError("selected.counts", f"{list(counts.shape)} {counts.dtype}", "[B] torch.int32")
+    if counts.shape != selected.pages.shape[:2] or counts.dtype not in (torch.int32, torch.int64):
+        expected = f"{list(selected.pages.shape[:2])} torch.int32: one for each list of pages"
+        raise QuestValueError("selected.counts", f"{list(counts.shape)} {counts.dtype}", expected)
     if counts.device != counters.device:
         raise QuestValueError("selected.counts.device", str(counts.device), f"{counters.device}, as counters")
     check_lengths("seq_lens", seq_lens, counts.shape[0], torch.iinfo(torch.int32).max, counters.device)
     check_integer("page_size", page_size, minimum=1)
     check_integer("token_budget", token_budget, minimum=1)
-
-
-def check_attention(sm_scale: float, softcap: float | None, sinks: Tensor | None, query: Tensor) -> None:
-    """Softmax scale, logit softcap and attention sinks `[HQ]`."""
-    if not math.isfinite(sm_scale):
-        raise QuestValueError("sm_scale", sm_scale, "a finite number")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise QuestValueError("softcap", softcap, "a positive number or None")
-    if sinks is not None and tuple(sinks.shape) != (query.shape[1],):
-        raise QuestValueError("sinks.shape", list(sinks.shape), f"[{query.shape[1]}]: one logit per query head")
-    if sinks is not None and sinks.device != query.device:
-        raise QuestValueError("sinks.device", str(sinks.device), f"{query.device}, as the query")

@@ -10,13 +10,14 @@ from typing import NamedTuple, Protocol, get_args
 import torch
 from torch import Tensor
 
-from quest_attention.config import Backend, GroupReduction, QuestConfig
+from quest_attention.config import Backend, QuestConfig
 from quest_attention.errors import BackendError, QuestValueError
 from quest_attention.ops import reference_backend, torch_backend
 from quest_attention.ops.selection import DecodeWorkspace, Selection, Workspace
+from quest_attention.ops.step import Rows, Step
 from quest_attention.pages import PagedKV
 
-__all__ = ["FusedVerb", "ResolvedBackend", "Verbs", "resolve_backend"]
+__all__ = ["ResolvedBackend", "Verbs", "resolve_backend"]
 
 _WHY_TRITON = (
     "the Triton kernels, a decode step in one launch, or in several where it has a mask or "
@@ -36,64 +37,19 @@ class Verbs(Protocol):
 
     def update_slot_metadata(self, metadata: Tensor, keys: Tensor, slots: Tensor, page_size: int) -> None: ...
 
-    def score_pages(
-        self,
-        query: Tensor,
-        kv: PagedKV,
-        seq_lens: Tensor | int,
-        token_mask: Tensor | None = None,
-        group_reduction: GroupReduction = "max",
-        out: Tensor | None = None,
-    ) -> Tensor: ...
+    def score_pages(self, step: Step, out: Tensor | None = None) -> Tensor: ...
 
-    def select_pages(
-        self,
-        scores: Tensor,
-        seq_lens: Tensor | int,
-        page_size: int,
-        token_budget: int,
-        num_sink_pages: int = 0,
-        num_recent_pages: int = 1,
-        token_mask: Tensor | None = None,
-        workspace: Workspace | None = None,
-    ) -> Selection: ...
+    def select_pages(self, rows: Rows, scores: Tensor) -> Selection: ...
 
     def sparse_decode_attention(
-        self,
-        query: Tensor,
-        kv: PagedKV,
-        seq_lens: Tensor | int,
-        selected: Selection,
-        sm_scale: float,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-        token_mask: Tensor | None = None,
-        return_lse: bool = False,
-        is_whole: bool = False,
+        self, step: Step, selected: Selection, *, return_lse: bool = False, is_own: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """`is_whole`: the host knows the length, and that every list is full and ends with the sequence's last page."""
+        """`is_own`: the selection is what `select_pages` gave for these very rows, so nobody need look."""
         ...
 
     def count_reads(
         self, selected: Selection, seq_lens: Tensor, counters: Tensor, page_size: int, token_budget: int
     ) -> None: ...
-
-
-class FusedVerb(Protocol):
-    """A backend's own form of a whole decode step, for what it can hold; `ops.quest_decode` documents it."""
-
-    def __call__(
-        self,
-        query: Tensor,
-        kv: PagedKV,
-        seq_lens: Tensor | int,
-        config: QuestConfig,
-        sm_scale: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-        workspace: Workspace | None,
-        out: Tensor | None,
-    ) -> tuple[Tensor, Selection] | None: ...
 
 
 class ResolvedBackend(NamedTuple):
@@ -103,14 +59,14 @@ class ResolvedBackend(NamedTuple):
         name: `"torch"`, `"triton"` or `"reference"`.
         reason: Why this one, as a sentence for `quest env` and logs.
         verbs: The implementation.
-        fused: The decode step in one launch, where the backend has it.
+        fused: The decode step in one launch, where the backend has it; it gives None for what that cannot hold.
         make_workspace: Allocates scratch memory for decode steps of a shape.
     """
 
     name: str
     reason: str
     verbs: Verbs
-    fused: FusedVerb | None
+    fused: Callable[[Step], tuple[Tensor, Selection] | None] | None
     make_workspace: Callable[[PagedKV, int, QuestConfig, Iterable[int] | None], Workspace | None]
 
 
@@ -130,7 +86,7 @@ def resolve_backend(name: Backend, device: torch.device | str, dtype: torch.dtyp
     >>> resolve_backend("auto", "cpu").name
     'torch'
     """
-    kind = torch.device(device).type
+    kind = torch.device(device).type if isinstance(device, str) else device.type
     if name == "torch":
         return _torch("asked for by name")
     if name == "reference":
@@ -151,10 +107,12 @@ def resolve_backend(name: Backend, device: torch.device | str, dtype: torch.dtyp
     raise QuestValueError("backend", name, f"one of {', '.join(get_args(Backend))}")
 
 
+@cache
 def _torch(reason: str) -> ResolvedBackend:
     return ResolvedBackend("torch", reason, torch_backend, None, DecodeWorkspace.for_cache)
 
 
+@cache  # or an import is looked up at every step
 def _triton(reason: str) -> ResolvedBackend:
     from quest_attention.ops import triton as backend
 

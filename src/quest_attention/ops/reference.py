@@ -2,8 +2,7 @@
 
 Tang et al., arXiv:2406.10774. Section 3.2 gives the metadata (per page and channel, the smallest and largest key) and
 the criticality of a page, `U = sum_d max(q_d * min_d, q_d * max_d)`; section 3.3 the selection of the best pages and
-attention over them alone. Shapes use the letters of `pages.py`. All arithmetic is in float64 unless a caller asks
-for float32.
+attention over them alone. Shapes use the letters of `pages.py`. All arithmetic is in float64.
 """
 
 from __future__ import annotations
@@ -13,14 +12,13 @@ import math
 import torch
 from torch import Tensor
 
-from quest_attention.config import GroupReduction, QuestConfig
+from quest_attention.config import GroupReduction
 from quest_attention.pages import KEY_MAX, KEY_MIN, PagedKV, num_pages
 
 __all__ = [
     "append_slots",
     "append_token",
     "count_reads",
-    "quest_decode",
     "score_pages",
     "select_pages",
     "sparse_decode_attention",
@@ -84,21 +82,20 @@ def score_pages(
     seq_lens: list[int],
     token_mask: Tensor | None = None,
     group_reduction: GroupReduction = "max",
-    dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """Upper bound on the unscaled logit each page can give: `[B, HKV, P]` in `dtype`, -inf where there is no page."""
+    """Upper bound on the unscaled logit each page can give: `[B, HKV, P]` float64, -inf where there is no page."""
     batch, num_query_heads, _ = query.shape
     group = num_query_heads // kv.num_kv_heads
-    scores = torch.full((batch, kv.num_kv_heads, kv.max_pages), -math.inf, dtype=dtype)
+    scores = torch.full((batch, kv.num_kv_heads, kv.max_pages), -math.inf, dtype=torch.float64)
     for b in range(batch):
         for page in _live_pages(b, kv.page_size, seq_lens, token_mask):
             physical = int(kv.page_table[b, page])
             for h in range(kv.num_kv_heads):
-                key_max = kv.metadata[physical, h, KEY_MAX].to(dtype)
-                key_min = kv.metadata[physical, h, KEY_MIN].to(dtype)
+                key_max = kv.metadata[physical, h, KEY_MAX].double()
+                key_min = kv.metadata[physical, h, KEY_MIN].double()
                 bounds = []
                 for g in range(group):
-                    q = query[b, h * group + g].to(dtype)
+                    q = query[b, h * group + g].double()
                     bounds.append(torch.maximum(q * key_min, q * key_max).sum())
                 finite = bool(torch.isfinite(key_max).all() and torch.isfinite(key_min).all())
                 score = torch.stack(bounds).max() if group_reduction == "max" else torch.stack(bounds).mean()
@@ -146,13 +143,12 @@ def sparse_decode_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     token_mask: Tensor | None = None,
-    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the tokens of the selected pages: output `[B, HQ, DV]` and log-sum-exp `[B, HQ]` in `dtype`."""
+    """Attention over the tokens of the selected pages: output `[B, HQ, DV]` and log-sum-exp `[B, HQ]`, float64."""
     batch, num_query_heads, _ = query.shape
     group = num_query_heads // kv.num_kv_heads
-    output = torch.zeros(batch, num_query_heads, kv.values.shape[-1], dtype=dtype)
-    lse = torch.full((batch, num_query_heads), -math.inf, dtype=dtype)
+    output = torch.zeros(batch, num_query_heads, kv.values.shape[-1], dtype=torch.float64)
+    lse = torch.full((batch, num_query_heads), -math.inf, dtype=torch.float64)
     for b in range(batch):
         live = set(_live_tokens(b, seq_lens, token_mask))
         for head in range(num_query_heads):
@@ -164,52 +160,27 @@ def sparse_decode_attention(
                 if page * kv.page_size + offset in live
             ]
             if not tokens:
-                lse[b, head] = -math.inf if sinks is None else sinks[head].to(dtype)
+                lse[b, head] = -math.inf if sinks is None else sinks[head].double()
                 continue
             where = [(int(kv.page_table[b, t // kv.page_size]), t % kv.page_size) for t in tokens]
-            keys = torch.stack([kv.keys[page, offset, h] for page, offset in where]).to(dtype)
-            values = torch.stack([kv.values[page, offset, h] for page, offset in where]).to(dtype)
-            logits = keys @ query[b, head].to(dtype) * sm_scale
+            keys = torch.stack([kv.keys[page, offset, h] for page, offset in where]).double()
+            values = torch.stack([kv.values[page, offset, h] for page, offset in where]).double()
+            logits = keys @ query[b, head].double() * sm_scale
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
             # An attention sink is one more logit that takes weight and gives no value.
-            everything = logits if sinks is None else torch.cat([logits, sinks[head].to(dtype)[None]])
+            everything = logits if sinks is None else torch.cat([logits, sinks[head].double()[None]])
             lse[b, head] = torch.logsumexp(everything, 0)
             output[b, head] = torch.exp(logits - lse[b, head]) @ values
     return output, lse
 
 
-def quest_decode(
-    query: Tensor,
-    kv: PagedKV,
-    seq_lens: list[int],
-    config: QuestConfig,
-    sm_scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    token_mask: Tensor | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, list[list[list[int]]]]:
-    """One decode step: output `[B, HQ, DV]` in `dtype` and the pages it read."""
-    scores = score_pages(query, kv, seq_lens, token_mask, config.group_reduction, dtype)
-    selected = select_pages(
-        scores,
-        seq_lens,
-        kv.page_size,
-        config.token_budget,
-        config.num_sink_pages,
-        config.num_recent_pages,
-        token_mask,
-    )
-    output, _ = sparse_decode_attention(query, kv, seq_lens, selected, sm_scale, softcap, sinks, token_mask, dtype)
-    return output, selected
-
-
-def count_reads(counts: list[int], seq_lens: list[int], page_size: int, token_budget: int) -> list[int]:
-    """Rows past the budget, rows within it, pages read and pages held."""
+def count_reads(counts: list[list[int]], seq_lens: list[int], page_size: int, token_budget: int) -> list[int]:
+    """Rows past the budget, rows within it, pages read per KV head (the mean, rounded down) and pages held."""
     sparse = sum(length > token_budget for length in seq_lens)
     dense = sum(0 < length <= token_budget for length in seq_lens)
-    return [sparse, dense, sum(counts), sum(num_pages(length, page_size) for length in seq_lens)]
+    read = sum(sum(row) for row in counts) // len(counts[0]) if counts else 0
+    return [sparse, dense, read, sum(num_pages(length, page_size) for length in seq_lens)]
 
 
 def _outward(bounds: Tensor, dtype: torch.dtype, *, upward: bool) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quest_attention.config import GroupReduction
 from quest_attention.ops import reference
-from quest_attention.ops.selection import Selection, Workspace
+from quest_attention.ops.selection import Selection
+from quest_attention.ops.step import Rows, Step
 from quest_attention.pages import PagedKV
 
 __all__ = [
@@ -42,61 +42,36 @@ def update_slot_metadata(metadata: Tensor, keys: Tensor, slots: Tensor, page_siz
     reference.update_slot_metadata(metadata, keys, slots.tolist(), page_size)
 
 
-def score_pages(
-    query: Tensor,
-    kv: PagedKV,
-    seq_lens: Tensor | int,
-    token_mask: Tensor | None = None,
-    group_reduction: GroupReduction = "max",
-    out: Tensor | None = None,
-) -> Tensor:
+def score_pages(step: Step, out: Tensor | None = None) -> Tensor:
     """See `ops.score_pages`."""
-    lengths = _per_row(seq_lens, kv.batch_size)
-    scores = reference.score_pages(query, kv, lengths, token_mask, group_reduction)
-    scores = scores.to(query.device, torch.float32)
+    kv, lengths = step.kv, _per_row(step.seq_lens, step.kv.batch_size)
+    scores = reference.score_pages(step.query, kv, lengths, step.token_mask, step.config.group_reduction)
+    scores = scores.to(step.query.device, torch.float32)
     return scores if out is None else out.copy_(scores)
 
 
-def select_pages(
-    scores: Tensor,
-    seq_lens: Tensor | int,
-    page_size: int,
-    token_budget: int,
-    num_sink_pages: int = 0,
-    num_recent_pages: int = 1,
-    token_mask: Tensor | None = None,
-    workspace: Workspace | None = None,
-) -> Selection:
+def select_pages(rows: Rows, scores: Tensor) -> Selection:
     """See `ops.select_pages`."""
-    lengths = _per_row(seq_lens, scores.shape[0])
+    config, lengths = rows.config, _per_row(rows.seq_lens, scores.shape[0])
+    sinks, recent = config.num_sink_pages, config.num_recent_pages
     lists = reference.select_pages(
-        scores, lengths, page_size, token_budget, num_sink_pages, num_recent_pages, token_mask
+        scores, lengths, config.page_size, config.token_budget, sinks, recent, rows.token_mask
     )
     slots = max((len(pages) for row in lists for pages in row), default=0)
     padded = [[pages + [-1] * (slots - len(pages)) for pages in row] for row in lists]
     pages = torch.tensor(padded, dtype=torch.int32, device=scores.device).view(*scores.shape[:2], slots)
-    counts = torch.tensor([len(row[0]) for row in lists], dtype=torch.int32, device=scores.device)
-    return Selection(pages, counts)
+    counts = torch.tensor([[len(head) for head in row] for row in lists], dtype=torch.int32, device=scores.device)
+    return Selection(pages, counts.view(scores.shape[:2]))
 
 
 def sparse_decode_attention(
-    query: Tensor,
-    kv: PagedKV,
-    seq_lens: Tensor | int,
-    selected: Selection,
-    sm_scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    token_mask: Tensor | None = None,
-    return_lse: bool = False,
-    is_whole: bool = False,
+    step: Step, selected: Selection, *, return_lse: bool = False, is_own: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """See `ops.sparse_decode_attention`; whatever the host knows of the selection, each page is looked up."""
-    del is_whole
+    """See `ops.sparse_decode_attention`; whoever chose the pages, each is looked up."""
+    query, lengths = step.query, _per_row(step.seq_lens, step.kv.batch_size)
     lists = [[[page for page in head if page >= 0] for head in row] for row in selected.pages.tolist()]
-    lengths = _per_row(seq_lens, kv.batch_size)
     output, lse = reference.sparse_decode_attention(
-        query, kv, lengths, lists, sm_scale, softcap=softcap, sinks=sinks, token_mask=token_mask
+        query, step.kv, lengths, lists, step.scale, step.softcap, step.sinks, step.token_mask
     )
     return output.to(query.device, query.dtype), lse.to(query.device, torch.float32) if return_lse else None
 

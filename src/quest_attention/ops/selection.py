@@ -19,14 +19,20 @@ class Selection(NamedTuple):
 
     `select_pages` gives them in ascending order, unused slots last. `sparse_decode_attention` reads any list of
     different pages, in any order, and skips what is no page of the sequence: a negative number, or one past its end.
+    Lists may differ in length; those that `select_pages` gives differ between sequences alone.
 
     Attributes:
         pages: `[B, HKV, K]` int32, logical pages, -1 in unused slots.
-        counts: `[B]` int32, used slots [pages].
+        counts: `[B, HKV]` int32, used slots [pages].
     """
 
     pages: Tensor
     counts: Tensor
+
+    @property
+    def pages_read(self) -> Tensor:
+        """Pages of all sequences per KV head: the mean over KV heads, rounded down, `[]` on the device [pages]."""
+        return self.counts.sum() // max(1, self.counts.shape[1])
 
 
 class Workspace(Protocol):

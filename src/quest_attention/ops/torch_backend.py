@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quest_attention.config import GroupReduction
 from quest_attention.ops.rounding import round_down, round_up
-from quest_attention.ops.selection import DecodeWorkspace, Selection, Workspace
+from quest_attention.ops.selection import DecodeWorkspace, Selection
+from quest_attention.ops.step import Rows, Step
 from quest_attention.pages import KEY_MAX, KEY_MIN, ContiguousKV, PagedKV, num_pages
 
 __all__ = [
@@ -136,15 +136,9 @@ def update_slot_metadata(metadata: Tensor, keys: Tensor, slots: Tensor, page_siz
     _widen(metadata, pages, key_max, key_min, goes_on=first > 0)
 
 
-def score_pages(
-    query: Tensor,
-    kv: PagedKV,
-    seq_lens: Tensor | int,
-    token_mask: Tensor | None = None,
-    group_reduction: GroupReduction = "max",
-    out: Tensor | None = None,
-) -> Tensor:
+def score_pages(step: Step, out: Tensor | None = None) -> Tensor:
     """See `ops.score_pages`. All pages in one product: `U = relu(q) . max + min(q, 0) . min`."""
+    query, kv, seq_lens, token_mask = step.query, step.kv, step.seq_lens, step.token_mask
     batch, heads, dim = kv.batch_size, kv.num_kv_heads, kv.head_dim
     scores = out if out is not None else query.new_empty(batch, heads, kv.max_pages, dtype=torch.float32)
     # A slice, perhaps, of all that a layer projects.
@@ -164,7 +158,7 @@ def score_pages(
         bounds = _metadata_rows(kv, table[:, start:stop], start, stop).float()  # [B * HKV, pages, 2D]
         logits = torch.bmm(bounds, split.transpose(1, 2)).view(batch, heads, stop - start, grouped.shape[1])
         part = scores[:, :, start:stop]
-        if group_reduction == "max":
+        if step.config.group_reduction == "max":
             torch.amax(logits, 3, out=part)
         else:
             torch.mean(logits, 3, out=part)
@@ -188,35 +182,28 @@ def _metadata_rows(kv: PagedKV, physical: Tensor, start: int, stop: int) -> Tens
     return rows.flatten(0, 1)
 
 
-def select_pages(
-    scores: Tensor,
-    seq_lens: Tensor | int,
-    page_size: int,
-    token_budget: int,
-    num_sink_pages: int = 0,
-    num_recent_pages: int = 1,
-    token_mask: Tensor | None = None,
-    workspace: Workspace | None = None,
-) -> Selection:
+def select_pages(rows: Rows, scores: Tensor) -> Selection:
     """See `ops.select_pages`."""
+    seq_lens, token_mask, workspace, config = rows.seq_lens, rows.token_mask, rows.workspace, rows.config
+    page_size, token_budget, num_sink_pages = config.page_size, config.token_budget, config.num_sink_pages
     batch, heads, max_pages = scores.shape
     if not isinstance(workspace, DecodeWorkspace):
         workspace = DecodeWorkspace.allocate(batch, heads, max_pages, scores.device)
-    page_budget, recent = token_budget // page_size, max(1, num_recent_pages)
+    page_budget, recent = config.page_budget, max(1, config.num_recent_pages)
     if isinstance(seq_lens, int) and token_mask is None:
         live = num_pages(seq_lens, page_size)
         if seq_lens <= token_budget:
             every = torch.arange(live, dtype=torch.int32, device=scores.device).expand(batch, heads, live)
-            return Selection(every, every.new_full((batch,), live))
+            return Selection(every, every.new_full((batch, heads), live))
         keys = _ranking(scores[:, :, :live], workspace)
         keys[:, :, :num_sink_pages] = _ALWAYS
         keys[:, :, live - recent :] = _ALWAYS
         pages = keys.topk(page_budget, sorted=False).indices.to(torch.int32).sort(-1).values
-        return Selection(pages, pages.new_full((batch,), page_budget))
+        return Selection(pages, pages.new_full((batch, heads), page_budget))
 
-    slots = min(max_pages, num_pages(token_budget, page_size) + (token_mask is not None))  # padding may shift a page
+    slots = min(max_pages, config.page_slots + (token_mask is not None))  # padding may shift a page
     if slots == 0:
-        counts = torch.zeros(batch, dtype=torch.int32, device=scores.device)
+        counts = torch.zeros(batch, heads, dtype=torch.int32, device=scores.device)
         return Selection(counts.new_empty(batch, heads, 0), counts)
     alive = _live_pages(seq_lens, token_mask, page_size, max_pages, scores)  # [B, P]
     rank = alive.cumsum(1)  # 1 for the first live page
@@ -234,7 +221,7 @@ def select_pages(
     best = keys.topk(slots, sorted=True).indices
     unused = torch.arange(slots, device=scores.device) >= counts
     best = best.masked_fill(unused[:, None], _BEYOND).to(torch.int32).sort(-1).values
-    return Selection(best.masked_fill(best == _BEYOND, -1), counts[:, 0].to(torch.int32))
+    return Selection(best.masked_fill(best == _BEYOND, -1), counts.to(torch.int32).expand(-1, heads))
 
 
 def _ranking(scores: Tensor, workspace: DecodeWorkspace) -> Tensor:
@@ -253,18 +240,10 @@ def _ranking(scores: Tensor, workspace: DecodeWorkspace) -> Tensor:
 
 
 def sparse_decode_attention(
-    query: Tensor,
-    kv: PagedKV,
-    seq_lens: Tensor | int,
-    selected: Selection,
-    sm_scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    token_mask: Tensor | None = None,
-    return_lse: bool = False,
-    is_whole: bool = False,
+    step: Step, selected: Selection, *, return_lse: bool = False, is_own: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """See `ops.sparse_decode_attention`."""
+    query, kv, seq_lens, token_mask, sinks = step.query, step.kv, step.seq_lens, step.token_mask, step.sinks
     batch, heads, dim = kv.batch_size, kv.num_kv_heads, kv.head_dim
     # [B, HKV, G, D]: no key is repeated for its group
     grouped = query.view(batch, heads, query.shape[1] // heads, dim)
@@ -275,7 +254,7 @@ def sparse_decode_attention(
         return query.new_zeros(*query.shape[:2], kv.values.shape[-1]), lse if return_lse else None
 
     mask = None
-    if isinstance(seq_lens, int) and token_mask is None and (is_whole or _is_whole(pages, seq_lens, kv.page_size)):
+    if isinstance(seq_lens, int) and token_mask is None and (is_own or _is_whole(pages, seq_lens, kv.page_size)):
         # The part-filled page is last, and cutting the tail masks everything there is to mask.
         keys, values = _gather_pages(kv, pages)  # [B, HKV, K * page_size, D and DV]
         used = (slots - 1) * kv.page_size + (seq_lens - 1) % kv.page_size + 1
@@ -290,12 +269,13 @@ def sparse_decode_attention(
         keys = keys.masked_fill(~attendable[..., None], 0)
         values = values.masked_fill(~attendable[..., None], 0)
         mask = attendable[:, :, None]
-    if softcap is None and sinks is None and not return_lse:
-        output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=sm_scale)
+    if step.softcap is None and sinks is None and not return_lse:
+        output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=step.scale)
         if mask is not None:  # a row with nothing to attend to is zero, not NaN
             output = output.masked_fill(~mask.any(-1, keepdim=True), 0)
         return output.flatten(1, 2), None
-    return _attend_by_hand(query, grouped, keys, values, mask, sm_scale, softcap, sinks, return_lse)
+    output, lse = _attend_by_hand(step, grouped, keys, values, mask)
+    return output, lse if return_lse else None
 
 
 def count_reads(selected: Selection, seq_lens: Tensor, counters: Tensor, page_size: int, token_budget: int) -> None:
@@ -303,34 +283,26 @@ def count_reads(selected: Selection, seq_lens: Tensor, counters: Tensor, page_si
     past = seq_lens > token_budget
     within = (seq_lens > 0) & ~past
     held = _num_pages(seq_lens, page_size)
-    counters += torch.stack([past.sum(), within.sum(), selected.counts.sum(), held.sum()])
+    counters += torch.stack([past.sum(), within.sum(), selected.pages_read, held.sum()])
 
 
 def _attend_by_hand(
-    query: Tensor,
-    grouped: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    sm_scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
+    step: Step, grouped: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Softmax in float32 for what scaled_dot_product_attention does not offer: a softcap, sinks, the log-sum-exp."""
-    logits = grouped.float() @ keys.float().transpose(2, 3) * sm_scale  # [B, HKV, G, T]
+    query, softcap = step.query, step.softcap
+    logits = grouped.float() @ keys.float().transpose(2, 3) * step.scale  # [B, HKV, G, T]
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if mask is not None:
         logits = logits.masked_fill(~mask, -math.inf)
     everything = logits
-    if sinks is not None:  # one more logit that takes weight and gives no value
-        column = sinks.float().view(1, logits.shape[1], -1, 1).expand(logits.shape[0], -1, -1, 1)
+    if step.sinks is not None:  # one more logit that takes weight and gives no value
+        column = step.sinks.float().view(1, logits.shape[1], -1, 1).expand(logits.shape[0], -1, -1, 1)
         everything = torch.cat([logits, column], -1)
     lse = torch.logsumexp(everything, -1, keepdim=True)
     weights = torch.exp(logits - lse.masked_fill(lse == -math.inf, 0))
-    output = (weights @ values.float()).to(query.dtype).flatten(1, 2)
-    return output, lse.view(query.shape[:2]) if return_lse else None
+    return (weights @ values.float()).to(query.dtype).flatten(1, 2), lse.view(query.shape[:2])
 
 
 def _is_whole(pages: Tensor, seq_len: int, page_size: int) -> bool:
@@ -439,3 +411,6 @@ def _attendable(
     token, known = token.flatten(2), token_mask.shape[1]
     table = token_mask[:, None].expand(-1, pages.shape[1], -1)
     return live.flatten(2) & (token < known) & table.gather(2, token.clamp(max=known - 1))
+
+
+# Longer than 250 lines: the verbs share how pages are gathered and what is live.

@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from quest_attention.ops import Selection, score_pages, select_pages, update_slot_metadata
+from quest_attention.ops import Selection, Step, run_step, update_slot_metadata
 from quest_attention.pages import num_pages
 from quest_attention.serving.rows import read_lengths
 from quest_attention.vllm.folding import Fold
@@ -100,26 +100,20 @@ class QuestCPUImpl(QuestAttentionImpl, CPUAttentionBackendImpl):
 
     def attend(self, layer: Any, query: Tensor, opened: OpenCache, step: QuestStep, output: Tensor) -> Selection:
         """See `QuestAttentionImpl`."""
-        config = step.config
         kv = opened.with_table(step.block_table)
-        scores = score_pages(query, kv, step.seq_lens, group_reduction=config.group_reduction, backend=config.backend)
-        selected = select_pages(
-            scores,
-            step.seq_lens,
-            page_size=config.page_size,
-            token_budget=config.token_budget,
-            num_sink_pages=config.num_sink_pages,
-            num_recent_pages=config.num_recent_pages,
-            backend=config.backend,
-        )
         if self._folded is None or self._folded[0] != opened.address:
             self._folded = opened.address, Fold(opened.parts.stock)
         fold = self._folded[1]
-        metadata = replace(step.folded, block_table=fold.table(step.block_table, selected.pages))
-        group = query.shape[1] // self.num_kv_heads
-        rows = query.reshape(-1, group, self.head_size)
-        self._forward_stock(layer, rows, None, None, fold.cache, metadata, output.view(rows.shape))
-        return selected
+
+        def attend_stock(_: Step, selected: Selection) -> Tensor:
+            metadata = replace(step.folded, block_table=fold.table(step.block_table, selected.pages))
+            group = query.shape[1] // self.num_kv_heads
+            rows = query.reshape(-1, group, self.head_size)
+            self._forward_stock(layer, rows, None, None, fold.cache, metadata, output.view(rows.shape))
+            return output
+
+        asked = Step(query=query, kv=kv, seq_lens=step.seq_lens, config=step.config)
+        return run_step(asked, attend=attend_stock).selected
 
     def write(self, layer: Any, key: Tensor, value: Tensor, opened: OpenCache, slots: Tensor) -> None:
         """See `QuestAttentionImpl`."""

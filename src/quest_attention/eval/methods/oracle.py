@@ -11,7 +11,7 @@ from quest_attention.eval.methods.quest import Quest, QuestSession
 from quest_attention.eval.methods.reading import refuse_mask
 from quest_attention.hf import QuestHandle, QuestLayer
 from quest_attention.hf.attention import AttentionForward
-from quest_attention.ops import select_pages, sparse_decode_attention
+from quest_attention.ops import Step, run_step
 from quest_attention.pages import num_pages
 
 __all__ = ["Oracle", "true_scores"]
@@ -83,24 +83,16 @@ class _OracleLayer(QuestLayer):
             self.counter.count_dense("within budget", batch * self.num_pages)
             return dense(query, key, value, attention_mask, **kwargs)
         refuse_mask(attention_mask)
-        selected = select_pages(
-            true_scores(query[:, :, 0], key, config.page_size),
-            length,
-            page_size=config.page_size,
-            token_budget=config.token_budget,
-            num_sink_pages=config.num_sink_pages,
-            num_recent_pages=config.num_recent_pages,
-        )
-        output, _ = sparse_decode_attention(
-            query[:, :, 0],
-            self.paged,
-            length,
-            selected,
+        step = Step(
+            query=query[:, :, 0],
+            kv=self.paged,
+            seq_lens=length,
+            config=config,
             sm_scale=kwargs.get("scaling"),
             softcap=kwargs.get("softcap"),
             sinks=kwargs.get("s_aux"),
-            backend=config.backend,
         )
+        output, selected = run_step(step, score=lambda step: true_scores(step.query, key, config.page_size))
         self.counter.count_sparse(batch * config.page_budget, batch * self.num_pages)
         self.report(selected, query, key, **kwargs)
         return output[:, None], None

@@ -87,7 +87,7 @@ class _TokenOracleLayer(ReadingLayer):
         Raises:
             UnsupportedModelError: A decode step has a mask: its sequences are padded.
         """
-        batch, length = key.shape[0], key.shape[2]
+        length = key.shape[2]
         if query.shape[2] != 1:
             return dense(query, key, value, attention_mask, **kwargs)
         self.tokens_read += min(self._token_budget, length)
@@ -100,7 +100,7 @@ class _TokenOracleLayer(ReadingLayer):
             all_of.gather(2, tokens[..., None].expand(-1, -1, -1, all_of.shape[3])) for all_of in (key, value)
         )
         if self.on_read is not None:  # whose units are tokens here, as `TokenOracle.unit` says
-            counts = torch.full((batch,), self._token_budget, dtype=torch.int32, device=key.device)
+            counts = torch.full(tokens.shape[:2], self._token_budget, dtype=torch.int32, device=key.device)
             self.on_read(self.index, Selection(tokens.int(), counts), query, key, **kwargs)
         read = attention_weights(query, read_keys, **kwargs)[:, :, :, 0]  # [B, HKV, G, K]
         output = read @ read_values.float()  # [B, HKV, G, DV]

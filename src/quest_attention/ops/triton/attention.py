@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quest_attention.ops.selection import Selection
+from quest_attention.ops.step import Step
 from quest_attention.ops.triton.launch import (
     LOG2_E,
     check_kernel_dtype,
@@ -20,7 +21,6 @@ from quest_attention.ops.triton.launch import (
 from quest_attention.ops.triton.merge import heads_merged_at_once, merge_kernel, store_partial
 from quest_attention.ops.triton.scores import dot_block, load_query
 from quest_attention.ops.triton.tuning import ATTEND_STAGES, attended_block, attending_programs
-from quest_attention.pages import PagedKV
 
 __all__ = ["attend_slots", "sparse_decode_attention"]
 
@@ -32,21 +32,12 @@ _LISTED = 128
 
 
 def sparse_decode_attention(
-    query: Tensor,
-    kv: PagedKV,
-    seq_lens: Tensor | int,
-    selected: Selection,
-    sm_scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    token_mask: Tensor | None = None,
-    return_lse: bool = False,
-    is_whole: bool = False,
+    step: Step, selected: Selection, *, return_lse: bool = False, is_own: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """See `ops.sparse_decode_attention`; whatever the host knows of the selection, the kernel looks."""
-    del is_whole
+    """See `ops.sparse_decode_attention`; whoever chose the pages, the kernel looks."""
+    kv, seq_lens, token_mask, softcap, sinks = step.kv, step.seq_lens, step.token_mask, step.softcap, step.sinks
     check_kernel_dtype(kv.keys)
-    query, table, pages = side_by_side(query), side_by_side(kv.page_table), side_by_side(selected.pages)
+    query, table, pages = side_by_side(step.query), side_by_side(kv.page_table), side_by_side(selected.pages)
     batch, heads = kv.batch_size, kv.num_kv_heads
     group, width, device = query.shape[1] // heads, kv.values.shape[-1], query.device
     slots = pages.shape[2]
@@ -76,7 +67,7 @@ def sparse_decode_attention(
         logical,
         partial,
         partial_lse,
-        float(sm_scale),
+        float(step.scale),
         float(softcap or 0.0),
         *query.stride()[:2],
         *kv.keys.stride()[:3],

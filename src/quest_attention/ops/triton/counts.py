@@ -17,14 +17,16 @@ _BLOCK = 256
 
 def count_reads(selected: Selection, seq_lens: Tensor, counters: Tensor, page_size: int, token_budget: int) -> None:
     """See `ops.count_reads`. One launch of one program: a batch has few rows."""
+    counts = side_by_side(selected.counts)
     launch(
         _count_kernel,
         (1,),
-        side_by_side(selected.counts),
+        counts,
         side_by_side(seq_lens),
         counters,
         counters.stride(0),
-        seq_lens.shape[0],
+        counts.stride(0),
+        *counts.shape,
         page_size,
         token_budget,
         BLOCK=_BLOCK,
@@ -32,8 +34,21 @@ def count_reads(selected: Selection, seq_lens: Tensor, counters: Tensor, page_si
     )
 
 
-@triton.jit(do_not_specialize=["counter_stride", "num_rows", "page_size", "token_budget"])
-def _count_kernel(counts, seq_lens, counters, counter_stride, num_rows, page_size, token_budget, BLOCK: tl.constexpr):
+@triton.jit(
+    do_not_specialize=["counter_stride", "count_stride", "num_rows", "num_kv_heads", "page_size", "token_budget"]
+)
+def _count_kernel(
+    counts,
+    seq_lens,
+    counters,
+    counter_stride,
+    count_stride,
+    num_rows,
+    num_kv_heads,
+    page_size,
+    token_budget,
+    BLOCK: tl.constexpr,
+):
     sparse = tl.zeros([BLOCK], tl.int64)
     dense = tl.zeros([BLOCK], tl.int64)
     read = tl.zeros([BLOCK], tl.int64)
@@ -43,12 +58,14 @@ def _count_kernel(counts, seq_lens, counters, counter_stride, num_rows, page_siz
         length = tl.load(seq_lens + row, mask=row < num_rows, other=0).to(tl.int64)
         sparse += (length > token_budget).to(tl.int64)
         dense += ((length > 0) & (length <= token_budget)).to(tl.int64)
-        read += tl.load(counts + row, mask=row < num_rows, other=0).to(tl.int64)
+        for head in range(num_kv_heads):
+            count = tl.load(counts + row * count_stride + head, mask=row < num_rows, other=0)
+            read += count.to(tl.int64)
         held += (length + page_size - 1) // page_size
     tl.store(counters, tl.load(counters) + tl.sum(sparse))
     counters += counter_stride
     tl.store(counters, tl.load(counters) + tl.sum(dense))
     counters += counter_stride
-    tl.store(counters, tl.load(counters) + tl.sum(read))
+    tl.store(counters, tl.load(counters) + tl.sum(read) // num_kv_heads)
     counters += counter_stride
     tl.store(counters, tl.load(counters) + tl.sum(held))

@@ -14,36 +14,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestValueError
-from quest_attention.ops.selection import Selection, Workspace
+from quest_attention.ops.selection import Selection
+from quest_attention.ops.step import Step
 from quest_attention.ops.triton.attention import attend_slots
 from quest_attention.ops.triton.launch import check_kernel_dtype, launch, lengths_argument, side_by_side
 from quest_attention.ops.triton.merge import heads_merged_at_once, merge_splits, store_partial
 from quest_attention.ops.triton.scores import group_block, load_query, score_row
 from quest_attention.ops.triton.selection import DEAD, choose_pages, rank_scores, store_chosen
-from quest_attention.ops.triton.tuning import Tuning, tune
+from quest_attention.ops.triton.tuning import tune
 from quest_attention.ops.triton.workspace import ATTENDED, CHOSEN, READY, SCORED, FusedWorkspace, make_workspace
-from quest_attention.pages import PagedKV
 
 __all__ = ["quest_decode"]
 
 
-def quest_decode(
-    query: Tensor,
-    kv: PagedKV,
-    seq_lens: Tensor | int,
-    config: QuestConfig,
-    sm_scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    workspace: Workspace | None = None,
-    out: Tensor | None = None,
-    tuning: Tuning | None = None,
-) -> tuple[Tensor, Selection] | None:
+def quest_decode(step: Step) -> tuple[Tensor, Selection] | None:
     """See `ops.quest_decode`. None where the fused kernel cannot hold the problem; the single verbs can."""
+    query, kv, seq_lens, config, workspace = step.query, step.kv, step.seq_lens, step.config, step.workspace
+    softcap, sinks, output = step.softcap, step.sinks, step.out
     check_kernel_dtype(kv.keys)
-    tuning = tuning or tune(kv, query.shape[1], config)
+    tuning = None if step.token_mask is not None else tune(kv, query.shape[1], config)
     if tuning is None:
         return None
     batch, heads, device = kv.batch_size, kv.num_kv_heads, query.device
@@ -53,11 +43,10 @@ def quest_decode(
         workspace = make_workspace(kv, query.shape[1], config, tuning=tuning)
     if not isinstance(workspace, FusedWorkspace):
         raise QuestValueError("workspace", type(workspace).__name__, "what make_workspace gives for this backend")
-    output = out
     if output is None:
         output = torch.empty(batch, query.shape[1], width, dtype=query.dtype, device=device)
     pages = torch.empty(batch, heads, slots, dtype=torch.int32, device=device)
-    counts = torch.empty(batch, dtype=torch.int32, device=device)
+    counts = torch.empty(batch, heads, dtype=torch.int32, device=device)
     query, table = side_by_side(query), side_by_side(kv.page_table)
     lengths, length = lengths_argument(seq_lens, table)
     section_pages = min(tuning.section_pages, kv.max_pages)
@@ -77,7 +66,7 @@ def quest_decode(
         pages,
         counts,
         output,
-        float(sm_scale),
+        float(step.scale),
         float(softcap or 0.0),
         *query.stride()[:2],
         *kv.keys.stride()[:3],
@@ -131,10 +120,9 @@ def _publish(row_pages, row_physical, page, physical, chosen, slot, count, slots
 
 
 @triton.jit
-def _raise_flag(row_counters, counts, b, h, count):
+def _raise_flag(row_counters, counts, row, count):
     """Let those go on that wait for the row's pages."""
-    if h == 0:
-        tl.store(counts + b, count)
+    tl.store(counts + row, count)
     tl.debug_barrier()
     tl.atomic_xchg(row_counters + READY, 1, sem="release", scope="gpu")
 
@@ -259,7 +247,7 @@ def _decode_kernel(
             every = tl.arange(0, BLOCK_K)
             all_physical = tl.load(row_table + every, mask=every < total, other=0)
             _publish(row_pages, row_physical, every, all_physical, every < total, every, count, slots, BLOCK_K)
-            _raise_flag(row_counters, counts, b, h, count)
+            _raise_flag(row_counters, counts, row, count)
         if is_sparse & (first < total):
             row_scores = scores + row.to(tl.int64) * max_pages
             for start in tl.range(first + split * BLOCK_P, last, step, num_stages=SCORE_STAGES):
@@ -327,12 +315,12 @@ def _decode_kernel(
                             slots,
                             BLOCK_K,
                         )
-                        _raise_flag(row_counters, counts, b, h, count)
+                        _raise_flag(row_counters, counts, row, count)
                 else:
                     if SECTIONED:
                         where = tl.load(row_table + among, mask=is_live, other=0)
                     _publish(row_pages, row_physical, among, where, chosen, slot, count, slots, BLOCK_K)
-                    _raise_flag(row_counters, counts, b, h, count)
+                    _raise_flag(row_counters, counts, row, count)
     else:
         q = load_query(row_query, query_head_stride, GROUP, BLOCK_G, HEAD_DIM, BLOCK_D)
         ready = tl.atomic_add(row_counters + READY, 0, sem="acquire", scope="gpu")

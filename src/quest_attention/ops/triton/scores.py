@@ -11,10 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quest_attention.config import GroupReduction
+from quest_attention.ops.step import Step
 from quest_attention.ops.triton.launch import check_kernel_dtype, dot, launch, lengths_argument, side_by_side
 from quest_attention.ops.triton.tuning import scored_block, scoring_programs
-from quest_attention.pages import PagedKV
 
 __all__ = ["dot_block", "group_block", "load_query", "score_pages", "score_row"]
 
@@ -33,17 +32,11 @@ def group_block(group: int) -> int:
     return 1 if group == 1 else dot_block(group)
 
 
-def score_pages(
-    query: Tensor,
-    kv: PagedKV,
-    seq_lens: Tensor | int,
-    token_mask: Tensor | None = None,
-    group_reduction: GroupReduction = "max",
-    out: Tensor | None = None,
-) -> Tensor:
+def score_pages(step: Step, out: Tensor | None = None) -> Tensor:
     """See `ops.score_pages`."""
+    kv, seq_lens, token_mask = step.kv, step.seq_lens, step.token_mask
     check_kernel_dtype(kv.keys)
-    query, table = side_by_side(query), side_by_side(kv.page_table)
+    query, table = side_by_side(step.query), side_by_side(kv.page_table)
     batch, heads, group = kv.batch_size, kv.num_kv_heads, query.shape[1] // kv.num_kv_heads
     shape = (batch, heads, kv.max_pages)
     scores = torch.empty(shape, dtype=torch.float32, device=query.device) if out is None else out
@@ -72,7 +65,7 @@ def score_pages(
         splits,
         RAGGED=isinstance(seq_lens, Tensor),
         MASKED=token_mask is not None,
-        IS_MAX=group_reduction == "max",
+        IS_MAX=step.config.group_reduction == "max",
         PAGE_SIZE=kv.page_size,
         BLOCK_T=triton.next_power_of_2(kv.page_size),
         GROUP=group,

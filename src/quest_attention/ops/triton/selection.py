@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quest_attention.ops.selection import Selection, Workspace
+from quest_attention.ops.selection import Selection
+from quest_attention.ops.step import Rows
 from quest_attention.ops.triton.launch import launch, lengths_argument, side_by_side
-from quest_attention.pages import num_pages
 
 __all__ = ["DEAD", "FORCED", "choose_pages", "rank_scores", "select_pages", "store_chosen"]
 
@@ -45,22 +45,14 @@ class _Sections(NamedTuple):
     pages: Tensor
 
 
-def select_pages(
-    scores: Tensor,
-    seq_lens: Tensor | int,
-    page_size: int,
-    token_budget: int,
-    num_sink_pages: int = 0,
-    num_recent_pages: int = 1,
-    token_mask: Tensor | None = None,
-    workspace: Workspace | None = None,
-) -> Selection:
+def select_pages(rows: Rows, scores: Tensor) -> Selection:
     """See `ops.select_pages`."""
+    seq_lens, token_mask, config = rows.seq_lens, rows.token_mask, rows.config
     batch, heads, max_pages = scores.shape
     scores = side_by_side(scores)
-    slots = min(max_pages, num_pages(token_budget, page_size) + (token_mask is not None))  # padding may shift a page
+    slots = min(max_pages, config.page_slots + (token_mask is not None))  # padding may shift a page
     pages = torch.empty(batch, heads, slots, dtype=torch.int32, device=scores.device)
-    counts = torch.empty(batch, dtype=torch.int32, device=scores.device)
+    counts = torch.empty(batch, heads, dtype=torch.int32, device=scores.device)
     if slots == 0:
         return Selection(pages, counts.zero_())
     sections = triton.cdiv(max_pages, _SECTION_PAGES)
@@ -68,17 +60,17 @@ def select_pages(
     lengths, length = lengths_argument(seq_lens, scores)
     live_tokens = scores
     if token_mask is not None:
-        live_tokens = _count_live_tokens(side_by_side(token_mask), seq_lens, page_size, max_pages)
+        live_tokens = _count_live_tokens(side_by_side(token_mask), seq_lens, config.page_size, max_pages)
     arguments = (
         lengths,
         length,
         live_tokens,
         max_pages,
         heads,
-        page_size,
-        token_budget,
-        num_sink_pages,
-        max(1, num_recent_pages),
+        config.page_size,
+        config.token_budget,
+        config.num_sink_pages,
+        max(1, config.num_recent_pages),
     )
     if sections == 1:
         best = _Sections(scores, pages)  # not written
@@ -112,7 +104,6 @@ def select_pages(
             *best,
             pages,
             counts,
-            heads,
             slots,
             candidates,
             BLOCK_C=triton.next_power_of_2(candidates),
@@ -328,8 +319,8 @@ def _select_kernel(
     else:
         chosen, slot = choose_pages(ranks, num_live, count)
         store_chosen(pages + row.to(tl.int64) * slots, page, chosen, slot, count, slots, BLOCK_K)
-    if (h == 0) & (section == 0):
-        tl.store(counts + b, count)
+    if section == 0:
+        tl.store(counts + row, count)
 
 
 @triton.jit
@@ -351,14 +342,13 @@ def _merge_sections_kernel(
     best_pages,
     pages,
     counts,
-    num_kv_heads,
     slots,
     candidates,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     row = tl.program_id(0)
-    count = tl.load(counts + row // num_kv_heads)
+    count = tl.load(counts + row)
     candidate = tl.arange(0, BLOCK_C)
     at = row.to(tl.int64) * candidates + candidate
     ranks = tl.load(best_ranks + at, mask=candidate < candidates, other=DEAD)

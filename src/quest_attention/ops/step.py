@@ -1,0 +1,103 @@
+"""`Step`: one decode step of one layer, checked when it is made; `Rows`, what choosing pages needs to know of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from quest_attention.config import QuestConfig
+from quest_attention.errors import QuestValueError
+from quest_attention.ops.checks import check_lengths, check_token_mask
+from quest_attention.ops.selection import Workspace
+from quest_attention.pages import PagedKV, check_like
+
+__all__ = ["Rows", "Step"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rows:
+    """The sequences of a step, and how much may be read of each: what choosing pages needs beside their scores.
+
+    Attributes:
+        seq_lens: `[B]` int32/int64 on the device of the cache, or the length of every sequence [tokens].
+        config: Budget, forced pages, group reduction and backend.
+        token_mask: `[B, T]` bool, True where a token may be attended to; False past T.
+        workspace: Memory to reuse, from `make_workspace`.
+    """
+
+    seq_lens: Tensor | int
+    config: QuestConfig
+    token_mask: Tensor | None = None
+    workspace: Workspace | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Step(Rows):
+    """One decode step of one layer, whole or in parts: `ops.quest_decode` says what each part means.
+
+    What holds a `Step` need check nothing again: backends take one as it is.
+
+    Attributes:
+        query: `[B, HQ, D]`, dtype of the cache, HQ a multiple of HKV.
+        kv: The cache, its metadata up to date.
+        sm_scale: Factor on the logits; None is `D ** -0.5`.
+        softcap: Cap of the scaled logits.
+        sinks: `[HQ]`, one more logit per head that takes weight and gives no value.
+        out: `[B, HQ, DV]` contiguous, dtype of the query, to write the output to.
+
+    Raises:
+        QuestValueError: A shape, dtype, device or number is wrong, or one does not fit another.
+    """
+
+    query: Tensor
+    kv: PagedKV
+    sm_scale: float | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    out: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        kv, query, config, keys = self.kv, self.query, self.config, self.kv.keys
+        # Asked for once: at a few hundred nanoseconds each, a tensor's shape is what making a step takes.
+        _, page_size, kv_heads, dim = keys.shape
+        batch, max_pages = kv.page_table.shape
+        shape, device = query.shape, keys.device
+        if len(shape) != 3 or shape[0] != batch or shape[2] != dim:
+            expected = f"[{batch}, HQ, {dim}]: one token per sequence of the page table"
+            raise QuestValueError("query.shape", list(shape), expected)
+        if shape[1] == 0 or shape[1] % kv_heads:
+            raise QuestValueError("query.shape[1]", shape[1], f"a multiple of the {kv_heads} KV heads")
+        check_like("query", query, shape, keys, "keys")
+        check_lengths("seq_lens", self.seq_lens, batch, max_pages * page_size, device)
+        check_token_mask(self.token_mask, batch, device)
+        if self.sm_scale is not None and not math.isfinite(self.sm_scale):
+            raise QuestValueError("sm_scale", self.sm_scale, "a finite number or None")
+        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
+            raise QuestValueError("softcap", self.softcap, "a positive number or None")
+        if self.sinks is not None:
+            check_like("sinks", self.sinks, shape[1:2], query, "the query", check_dtype=False)
+        if config.page_size != page_size:
+            raise QuestValueError("config.page_size", config.page_size, f"{page_size}, as the cache")
+        if self.out is not None:
+            check_like("out", self.out, (batch, shape[1], kv.values.shape[3]), query, "the query")
+            if not self.out.is_contiguous():
+                raise QuestValueError("out.stride()", self.out.stride(), "a contiguous tensor")
+        workspace = self.workspace
+        if workspace is not None and not workspace.fits(kv, shape[1], config):
+            got, expected = list(workspace.scores.shape), "one that make_workspace gave for this shape"
+            raise QuestValueError("workspace", got, expected)
+
+    @property
+    def scale(self) -> float:
+        """Factor on the logits, which `sm_scale` may leave to the head dimension."""
+        return self.kv.head_dim**-0.5 if self.sm_scale is None else self.sm_scale
+
+    @property
+    def scratch(self) -> Tensor | None:
+        """Room for scores, `[B, HKV, P]` float32, in the workspace, which may be for more rows, or longer ones."""
+        if self.workspace is None:
+            return None
+        shape, scores = (self.kv.batch_size, self.kv.num_kv_heads, self.kv.max_pages), self.workspace.scores
+        return scores if scores.shape == shape else scores.view(-1)[: math.prod(shape)].view(shape)
