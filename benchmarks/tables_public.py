@@ -7,22 +7,18 @@ The runs are those of `benchmarks/eval_public.py`; each summary holds the comman
 
 from __future__ import annotations
 
-import lzma
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from eval_public import BUDGETS, RUNS, SAMPLES, Run
+from eval_public import BUDGETS, RUNS, Run
 from tables_accuracy import RESULTS, as_markdown, in_order, origin, tokens
 
+from quest_attention.config import QuestConfig
 from quest_attention.eval.report import Results, read_results
-from quest_attention.eval.report.cells import accuracy_cells
 from quest_attention.eval.report.figures import draw_pictures
 from quest_attention.eval.report.results import LEAST_TELLING
-from quest_attention.eval.report.samples import Answer, read_samples
 
 NAMES = {
     "qwen": "Qwen2.5-Coder-0.5B-Instruct",
@@ -43,22 +39,9 @@ def by_budget(cells: Sequence[Any], show: Callable[[Any], str]) -> str:
     rows = []
     for name in in_order(cell.method for cell in cells):
         own = [found[name, budget if (name, budget) in found else None] for budget in budgets]
+        assert len({cell.n for cell in own}) == 1, f"{name} took {[cell.n for cell in own]} samples"
         rows.append([name, *map(show, own), str(own[0].n)])
     return as_markdown((f"{tokens(cells[0].length)} tokens, budget", *map(str, budgets), "n"), rows)
-
-
-def same_samples(results: Results) -> Results:
-    """Full attention's answers to a task cut to the samples that the other methods answered, where there are such."""
-    name = str(results.settings["command"]).split("--output ")[1].split()[0]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "samples.jsonl"
-        path.write_bytes(lzma.decompress((RESULTS / name / SAMPLES).read_bytes()))
-        answers = [each for each in read_samples(path) if isinstance(each, Answer)]
-    asked = {(each.task, each.index) for each in answers if each.token_budget is not None}
-    tasks = {task for task, _ in asked}
-    cells = accuracy_cells(each for each in answers if each.task not in tasks or (each.task, each.index) in asked)
-    found = {(cell.task, cell.method, cell.token_budget): cell for cell in cells}
-    return replace(results, accuracy=tuple(found[c.task, c.method, c.token_budget] for c in results.accuracy))
 
 
 def tables(run: Run, results: Results) -> list[str]:
@@ -69,17 +52,18 @@ def tables(run: Run, results: Results) -> list[str]:
     for task in asked:
         cells = [cell for cell in results.accuracy if cell.task == task]
         shown += [f"`{task}`, right answers [%]:", by_budget(cells, lambda cell: f"{cell.score:.1f}")]
-    silent = [f"`{task}` {cell.score:.1f}" for task, cell in full.items() if cell.score < LEAST_TELLING]
+    silent = [
+        f"`{task}` {cell.score:.1f} ({cell.low:.1f} to {cell.high:.1f})"
+        for task, cell in full.items()
+        if cell.score < LEAST_TELLING and cell.low is not None
+    ]
     if silent:
         share = f"less than {LEAST_TELLING:.0f} %"
         shown.append(f"Full attention is right in {share} [%]: {', '.join(silent)}. These tell nothing about methods.")
-    able = {task: cell for task, cell in full.items() if cell.score >= LEAST_TELLING}
-    alone = [f"`{task}` {cell.score:.1f}" for task, cell in able.items() if task not in asked]
-    if alone:
-        shown.append(f"Full attention alone was measured [%]: {', '.join(alone)}.")
     if results.continuation:
+        all_read = next(cell for cell in results.continuation if cell.token_budget is None)
         shown += [
-            "Perplexity above that of full attention [%]:",
+            f"Perplexity above that of full attention, which is {all_read.perplexity:.1f} [%]:",
             by_budget(results.continuation, lambda cell: f"{cell.more:+.1f}"),
             "Agreement: next tokens that are those of full attention [%]:",
             by_budget(results.continuation, lambda cell: f"{cell.agreement:.1f}"),
@@ -101,13 +85,17 @@ def budget_tables(runs: Sequence[tuple[Run, Results]]) -> list[str]:
             rows.append([f"{NAMES[run.model]}, {tokens(run.length)}", *([show(found[None])] if full else []), *shown])
         return as_markdown((title, *(["full"] if full else []), *map(str, BUDGETS)), rows)
 
+    def found(title: str, task: str) -> str:
+        def cells(results: Results) -> Sequence[Any]:
+            answers = [cell for cell in results.accuracy if cell.task == task]
+            return answers if any(cell.token_budget for cell in answers) else []
+
+        return table(f"{title} found by Quest [%], budget", cells, lambda cell: f"{cell.score:.1f}", full=True)
+
     return [
-        table(
-            "pass key found by Quest [%], budget",
-            lambda results: [cell for cell in results.accuracy if cell.task == "passkey"],
-            lambda cell: f"{cell.score:.1f}",
-            full=True,
-        ),
+        found("pass key", "passkey"),
+        found("one of 30 needles", "needle_of_30"),
+        found("one of as many needles as fit", "niah_multikey_2"),
         table(
             "perplexity above full attention's [%], budget",
             lambda results: results.continuation,
@@ -132,14 +120,25 @@ def widest(results: Results) -> str:
         parts.append(f"perplexity {span(results.continuation, 'more_low', 'more_high', 'more')}")
         parts.append(f"agreement {span(results.continuation, 'agreement_low', 'agreement_high', 'agreement')}")
     parts.append(f"recall {span(results.recall, 'mass_low', 'mass_high', 'mass')}")
-    return f"The widest 95 % intervals: {'; '.join(parts)}."
+    return f"The widest 95 % intervals: {'; '.join(parts)}.{_of_the_default(results)}"
+
+
+def _of_the_default(results: Results) -> str:
+    """The intervals of Quest with the default budget."""
+
+    def is_it(cell: Any) -> bool:
+        return bool((cell.method, cell.token_budget) == ("quest", QuestConfig().token_budget))
+
+    parts = [f"`{c.task}` {c.low:.1f} to {c.high:.1f}" for c in results.accuracy if is_it(c)]
+    parts += [f"perplexity {c.more_low:+.1f} to {c.more_high:+.1f}" for c in results.continuation if is_it(c)]
+    return f" Those of Quest with its default budget: {'; '.join(parts)}." if parts else ""
 
 
 def main(
     figures: Annotated[Path | None, typer.Option(help="Folder to draw the page's figures to.")] = None,
 ) -> None:
     """Print the tables, and draw the figures where a folder is given."""
-    runs = {run.name: (run, same_samples(read_results(RESULTS / run.name))) for run in RUNS}
+    runs = {run.name: (run, read_results(RESULTS / run.name)) for run in RUNS}
     for run, results in runs.values():
         print("\n\n".join(tables(run, results)), end="\n\n")
     print("\n\n".join(origin(results) for _, results in runs.values()), end="\n\n")

@@ -21,7 +21,7 @@ import quest_attention
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "quest_attention"
-BOTTOM_LAYERS = ("ops", "pages", "config", "errors")
+BOTTOM_LAYERS = ("serving", "ops", "pages", "config", "errors")
 GPU_ONLY = "quest_attention.ops.triton"
 
 

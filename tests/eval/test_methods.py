@@ -188,7 +188,7 @@ def test_observing_in_pieces() -> None:
 @pytest.mark.parametrize(("count", "length", "dim"), [(1, 1, 8), (70, 70, 8), (5, 130, 24), (129, 200, 16)])
 def test_received_attention_of_the_kernel(dtype: torch.dtype, count: int, length: int, dim: int) -> None:
     pytest.importorskip("triton", reason="Triton is for Linux")
-    from quest_attention.eval.received_triton import received_attention  # noqa: PLC0415 - needs triton
+    from quest_attention.ops.triton.received import received_attention  # noqa: PLC0415 - needs triton
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(6)

@@ -229,6 +229,7 @@ def test_a_summary_is_enough_for_a_report(reported: Path, tmp_path: Path) -> Non
         ({"n": 2.5}, r"summary\.json, accuracy"),
         ({"settings": None}, r"summary\.json, settings"),
         ({"settings": {**SETTINGS, "num_samples": "many"}}, "num_samples: got 'many'"),
+        ({"settings": {**SETTINGS, "samples": {"recall": "many"}}}, "samples: got {'recall': 'many'}"),
     ],
 )
 def test_broken_summaries(tmp_path: Path, change: dict[str, Any], message: str) -> None:

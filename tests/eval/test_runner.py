@@ -56,7 +56,7 @@ def runner(**options: Any) -> Runner:
 
 def rows(used: Runner) -> list[Row]:
     jobs = [(job, used.plan.arms(job.task, job.length)) for job in used.jobs]
-    return [row for found in run_jobs(used, [jobs]) for row in found]
+    return [row for found in run_jobs(used, [jobs]) for row in found.rows]
 
 
 def without_time(found: list[Row]) -> list[Row]:
@@ -357,6 +357,9 @@ def test_a_folder_remembers_the_runs_that_filled_it(tmp_path: Path) -> None:
         Journal(tmp_path / "run", second)
         assert settings()["command"] == second["command"]
         assert settings()["earlier"] == [{"command": first["command"], "machine": first["machine"]}]
+    for task, samples in (("passkey", 9), ("recall", 3), ("passkey", 20)):  # of each task what was asked for at last
+        Journal(tmp_path / "run", {**second, "tasks": [task], "num_samples": samples})
+    assert settings()["samples"] == {"passkey": 20, "recall": 3}
 
 
 def test_folders_that_are_refused(tmp_path: Path) -> None:
@@ -429,6 +432,16 @@ def test_several_processes_find_the_same() -> None:
     ]
     key = lambda row: (row["index"], row["method"])  # noqa: E731
     assert sorted(without_time(found), key=key) == sorted(without_time(alone), key=key)
+
+
+def test_one_process_gives_each_row_when_it_is_made() -> None:
+    """So that an interruption loses nothing but the arm at work."""
+    used = runner(methods=("full", "quest"), token_budgets=("64",), num_samples=1)
+    job = used.jobs[0]
+    measured = run_jobs(used, [[(job, used.plan.arms(job.task, job.length))]])
+    first = next(measured)
+    assert [row["method"] for row in first.rows] == ["full"] and not first.is_batch_done
+    measured.close()
 
 
 METHODS_OF_A_STEP = ("full", "quest", "oracle", "token_oracle", "streaming_llm", "h2o", "tova", "snapkv")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quest_attention import QuestConfig, score_pages, select_pages, sparse_decode_attention, update_page_metadata
+from quest_attention.eval.observation import WINDOW, Observation, attention_weights
 from quest_attention.ops import (
     Selection,
     append_slots,
@@ -238,3 +239,33 @@ def test_the_pytorch_path_runs_on_a_gpu() -> None:
     query = torch.randn(2, 32, 128, dtype=torch.bfloat16, device="cuda")
     step = quest_decode(query, kv, seq_lens, QuestConfig(1024, backend="torch"))
     assert_exact(query, kv, seq_lens, step.selected, step.output)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "length"), [(14, 2, 64, 4000), (4, 1, 256, 3000), (32, 8, 128, 2049)]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_a_context_attended_to(
+    heads: int, kv_heads: int, dim: int, length: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evaluation's kernels, by the way in which `quest eval` comes to them, in passes as it reads a prompt."""
+    from quest_attention.ops.triton import received  # noqa: PLC0415 - needs triton
+
+    calls, kernels = [], received.received_attention
+
+    def counted(*arguments: Any) -> Tensor:
+        calls.append(arguments)
+        return kernels(*arguments)
+
+    monkeypatch.setattr(received, "received_attention", counted)
+    query = torch.randn(2, length, heads, dim, device="cuda", dtype=dtype).transpose(1, 2)
+    key = torch.randn(2, length, kv_heads, dim, device="cuda", dtype=dtype).transpose(1, 2)
+    observation = Observation()
+    for start in range(0, length, 1024):
+        stop = min(length, start + 1024)
+        observation.observe(query[:, :, start:stop], key[:, :, :stop], scaling=dim**-0.5)
+    assert len(calls) == -(-length // 1024)
+    weights = attention_weights(query, key, first_position=0)
+    assert observation.received is not None
+    torch.testing.assert_close(observation.received, weights.sum((2, 3)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(observation.window, weights[:, :, :, -WINDOW:].mean(2))

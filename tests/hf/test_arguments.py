@@ -10,6 +10,7 @@ from torch import nn
 
 from quest_attention import QuestCache, QuestConfig, QuestCounters, QuestValueError, UnsupportedModelError, enable_quest
 from quest_attention.hf import layer_kinds
+from quest_attention.ops import resolve_backend
 from tiny import SMALL, make_llama
 
 
@@ -127,3 +128,16 @@ def test_wrapped_models(wrap: Any, path: str) -> None:
     for name in path.split(",", maxsplit=1)[0].split("."):
         inner = getattr(inner, name)
     assert inner is model
+
+
+def test_the_backend_is_chosen_for_the_dtype_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `auto` takes for float64 on a GPU cannot be captured, so that a handle must know before it tries."""
+    asked = []
+
+    def resolve(name: Any, device: Any, dtype: Any = None) -> Any:
+        asked.append((str(device), dtype))
+        return resolve_backend(name, device, dtype)
+
+    monkeypatch.setattr("quest_attention.hf.enable.resolve_backend", resolve)
+    with enable_quest(make_llama().double(), SMALL):
+        assert asked == [("cpu", torch.float64)]

@@ -17,10 +17,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from quest_attention import QuestConfig
-from quest_attention.eval import received_triton
 from quest_attention.ops import Step
 from quest_attention.ops import triton as backend
-from quest_attention.ops.triton import attention, counts, decode, metadata, scores, selection
+from quest_attention.ops.triton import attention, counts, decode, metadata, received, scores, selection
 from quest_attention.ops.triton.launch import FUSED_ARITHMETIC
 from quest_attention.pages import FP8_METADATA, PagedKV
 
@@ -83,7 +82,7 @@ def run_all(dtype: torch.dtype, group: int, *, narrow: bool, host: bool, pages: 
 def main() -> None:
     """Compile what differs in kind: dtypes, one head and several, both bounds, lengths on host and device, sections."""
     driver.set_active(NoGpu())
-    for module in (attention, counts, decode, metadata, scores, selection, received_triton):
+    for module in (attention, counts, decode, metadata, scores, selection, received):
         module.launch = compile_only  # type: ignore[attr-defined]
     run_all(torch.bfloat16, 1, narrow=False, host=False, pages=256, budget=512)
     run_all(torch.bfloat16, 4, narrow=True, host=True, pages=256, budget=512)
@@ -91,7 +90,7 @@ def main() -> None:
     run_all(torch.float32, 4, narrow=False, host=False, pages=9000, budget=512)
     for dim in (64, 256):
         query, key = (torch.empty(2, heads, 96, dim, dtype=torch.bfloat16) for heads in (4, 2))
-        received_triton.received_attention(query, key, 0.1)
+        received.received_attention(query, key, 0.1)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ pytest.importorskip("vllm", reason="runs with make test-vllm, which installs vLL
 
 from quest_attention import QuestValueError
 from quest_attention.ops import Selection
-from quest_attention.vllm.options import QuestOptions
+from quest_attention.serving.options import QuestOptions
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what vLLM imports warns of itself

@@ -1,9 +1,8 @@
-"""The parts of the plugin that need no vLLM: options, the layout of blocks, folded rows, counters, refusals."""
+"""The parts of the plugin that need no vLLM: its options, the layout of blocks, folded rows, refusals, ranks."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import time
 from dataclasses import dataclass
 from fractions import Fraction
 from types import SimpleNamespace
@@ -12,17 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from quest_attention import BackendError, QuestConfig, QuestValueError, UnsupportedModelError
-from quest_attention.ops import Selection
+from quest_attention import BackendError, QuestValueError, UnsupportedModelError
 from quest_attention.pages import FP8_METADATA, KEY_MAX, KEY_MIN
 from quest_attention.vllm import plugin
-from quest_attention.vllm.counters import StepCounters, worker_label
 from quest_attention.vllm.folding import Fold
 from quest_attention.vllm.layout import PaddedBlocks, RowedBlocks, layout_of
-from quest_attention.vllm.options import QuestOptions, advice_on_budget, read_options
-from quest_attention.vllm.ranks import choosing_layers
+from quest_attention.vllm.options import VLLMOptions, read_options
+from quest_attention.vllm.ranks import sparse_layers
 from quest_attention.vllm.refusals import check_vllm_config
-from quest_attention.vllm.step import read_lengths
+from quest_attention.vllm.worker import worker_label
 
 BLOCKS, HEADS, TOKENS, DIM = 5, 2, 4, 8
 
@@ -52,74 +49,54 @@ class ChunkedLocalAttentionSpec(FullAttentionSpec):
 
 @pytest.mark.parametrize("sinks", [0, 2])
 def test_a_budget_that_cannot_hold_what_is_always_read_names_the_block(sinks: int) -> None:
-    options = QuestOptions.from_mapping({"token_budget": 64, "num_sink_pages": sinks})
-    with pytest.raises(QuestValueError, match=rf"expected at least {128 * (sinks + 1)}: .*--block-size"):
+    options = VLLMOptions.from_mapping({"token_budget": 64, "num_sink_pages": sinks})
+    with pytest.raises(
+        QuestValueError, match=rf"at least {128 * (sinks + 1)}: .* \(a page is a block of vLLM: --block"
+    ):
         options.config(128)
+    with pytest.raises(
+        QuestValueError, match=r"quest\.token_budget: got 2, .* \(a page is a block of vLLM: --block-size\)$"
+    ):
+        VLLMOptions.from_mapping({"token_budget": 2, "num_sink_pages": 2})  # whatever the size of a block
 
 
-def test_an_operator_is_told_of_a_budget_that_is_small_for_the_longest_sequence() -> None:
-    assert advice_on_budget(512, 8192) is None
-    assert str(advice_on_budget(511, 8192)).startswith("token_budget 511 is less than 1/16 of 8192 positions")
-
-
-def test_options_of_reading_and_of_serving() -> None:
-    options = QuestOptions.from_mapping({"token_budget": 1024, "num_dense_layers": 1, "log_interval": 0})
-    assert options.config(32) == QuestConfig(1024, 32, num_dense_layers=1)
-    assert (options.log_interval, options.backend, options.is_narrow) == (0, "auto", False)
-    assert QuestOptions.from_mapping({}).config(16) == QuestConfig()
-    assert read_options(SimpleNamespace(additional_config={})) is None
-    assert read_options(SimpleNamespace(additional_config={"quest": {}})) == QuestOptions()
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ([], "quest: got \\[\\], expected an object"),
-        ({"page_size": 16}, "quest.page_size: got 16, expected nothing: a page is vLLM's block"),
-        ({"num_dense_layer": 1}, "did you mean num_dense_layers"),
-        ({"log_interval": "10"}, "quest.log_interval: got '10'"),
-        ({"num_recent_pages": -1}, "num_recent_pages: got -1"),
-        ({"token_budget": 0}, "token_budget: got 0"),
-    ],
-)
-def test_options_that_are_refused(given: Any, message: str) -> None:
+def test_a_page_size_is_vllms_to_set() -> None:
+    message = r"^quest\.page_size: got 16, expected nothing: a page is vLLM's block, set by --block-size$"
     with pytest.raises(QuestValueError, match=message):
-        QuestOptions.from_mapping(given)
+        read_options(SimpleNamespace(additional_config={"quest": {"page_size": 16}}))
 
 
-def test_a_budget_is_held_to_the_block_size() -> None:
-    options = QuestOptions.from_mapping({"token_budget": 64})
-    assert options.config(32).page_budget == 2
-    with pytest.raises(QuestValueError, match="token_budget: got 64, expected at least 128"):
-        options.config(128)
+def test_a_server_that_asks_for_nothing_and_one_that_asks_for_the_defaults() -> None:
+    assert read_options(SimpleNamespace(additional_config={})) is None
+    assert read_options(SimpleNamespace(additional_config={"quest": {}})) == VLLMOptions()
 
 
-@pytest.mark.parametrize("narrow", [False, True])
-def test_a_row_more_in_each_block(narrow: bool) -> None:
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_row_more_in_each_block(fp8: bool) -> None:
     layout = layout_of((0, 32))
     assert isinstance(layout, RowedBlocks)
     assert layout.customize(FullAttentionSpec()).tokens_per_state == Fraction(TOKENS, TOKENS + 1)
     cache = torch.zeros(BLOCKS, HEADS, TOKENS + 1, 2 * DIM, dtype=torch.bfloat16)
-    assert_parts(layout.split(cache, HEADS, DIM, narrow=narrow), cache, narrow=narrow)
+    assert_parts(layout.split(cache, HEADS, DIM, fp8=fp8), cache, fp8=fp8)
 
 
-@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("device", ["gpu", "cpu"])
-def test_padding_at_the_end_of_each_block(device: str, narrow: bool) -> None:
+def test_padding_at_the_end_of_each_block(device: str, fp8: bool) -> None:
     layout = layout_of((0, 25))
     assert isinstance(layout, PaddedBlocks)
     shape = (2, TOKENS, HEADS, DIM) if device == "gpu" else (HEADS, TOKENS, 2 * DIM)
     taken, room = 2 * TOKENS * HEADS * DIM, 2 * HEADS * DIM
     storage = torch.zeros(BLOCKS, taken + room, dtype=torch.bfloat16)
     cache = storage[:, :taken].view(BLOCKS, *shape)
-    assert_parts(layout.split(cache, HEADS, DIM, narrow=narrow), storage, narrow=narrow)
+    assert_parts(layout.split(cache, HEADS, DIM, fp8=fp8), storage, fp8=fp8)
 
 
-def assert_parts(parts: Any, storage: torch.Tensor, *, narrow: bool) -> None:
+def assert_parts(parts: Any, storage: torch.Tensor, *, fp8: bool) -> None:
     """Every number of a block belongs to one of keys, values and bounds, and nothing to two."""
     assert parts.keys.shape == parts.values.shape == (BLOCKS, TOKENS, HEADS, DIM)
     assert parts.metadata.shape == (BLOCKS, HEADS, 2, DIM)
-    assert parts.metadata.dtype == (FP8_METADATA if narrow else torch.bfloat16)
+    assert parts.metadata.dtype == (FP8_METADATA if fp8 else torch.bfloat16)
     parts.keys.fill_(1)
     parts.values.fill_(2)
     parts.metadata[:, :, KEY_MAX] = 3
@@ -127,7 +104,7 @@ def assert_parts(parts: Any, storage: torch.Tensor, *, narrow: bool) -> None:
     assert (parts.keys == 1).all() and (parts.values == 2).all()
     assert parts.stock.numel() == parts.keys.numel() + parts.values.numel()
     assert parts.stock.data_ptr() == storage.data_ptr()
-    if not narrow:
+    if not fp8:
         counted = [int((storage == value).sum()) for value in (1, 2, 3, -3)]
         assert counted == [BLOCKS * TOKENS * HEADS * DIM] * 2 + [BLOCKS * HEADS * DIM] * 2
         assert sum(counted) == storage.numel()
@@ -193,76 +170,6 @@ def test_folded_rows_hold_the_pages_of_their_head(strides: str) -> None:
         assert torch.equal(rows, expected)
 
 
-def test_lengths_that_are_read_are_those_of_the_chosen_pages() -> None:
-    config = QuestConfig(token_budget=50, page_size=16)
-    for length in range(1, 200):
-        read = int(read_lengths(torch.tensor([length]), config))
-        last = (length - 1) % 16 + 1  # tokens of the last page
-        assert read == (length if length <= 50 else 2 * 16 + last)
-
-
-def make_counters(lines: list[str], interval: float = 10) -> StepCounters:
-    return StepCounters(QuestConfig(32), torch.device("cpu"), "worker 0", interval, lines.append)
-
-
-def test_counters_of_rows_on_host_and_device() -> None:
-    counters = make_counters([])
-    selected = Selection(torch.zeros(3, 1, 2, dtype=torch.int32), torch.tensor([[2], [1], [0]], dtype=torch.int32))
-    counters.count_quest(selected, torch.tensor([100, 10, 0], dtype=torch.int32))
-    counters.count_stock([20, 0])
-    expected = {"sparse_rows": 1, "dense_rows": 2, "pages_read": 5, "pages_held": 10, "eager_steps": 2}
-    assert counters.snapshot() == expected
-    counters.reset()
-    assert not any(counters.snapshot().values())
-
-
-def test_counters_made_by_a_step_are_reset_outside_of_one() -> None:
-    counters = make_counters([])
-    with torch.inference_mode():
-        counters.plan(1)
-        counters.count_quest(
-            Selection(torch.zeros(1, 1, 1, dtype=torch.int32), torch.ones(1, 1, dtype=torch.int32)), torch.tensor([99])
-        )
-    counters.reset()
-    assert not any(counters.snapshot().values())
-
-
-def test_a_line_at_an_interval_where_something_was_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, lines = 1000.0, []
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    counters = make_counters(lines)
-    selected = Selection(torch.zeros(1, 1, 2, dtype=torch.int32), torch.tensor([[2]], dtype=torch.int32))
-
-    def step() -> None:
-        counters.plan(1)
-        counters.count_quest(selected, torch.tensor([160], dtype=torch.int32))
-
-    counters.plan(0)
-    assert lines == []  # nobody decoded
-    step()
-    step()
-    assert len(lines) == 1  # the first step is told of at once
-    for _ in range(3):
-        step()
-    assert len(lines) == 1
-    now += 11
-    step()
-    assert len(lines) == 2
-    assert lines[1].startswith(
-        "Quest, worker 0: 4 of 4 decode rows sparse, 8 of 40 pages read (20.0 %); since the start"
-    )
-    now += 600  # idle
-    step()
-    assert len(lines) == 3
-    counters.plan(0)
-    assert len(lines) == 3
-    silent = make_counters(lines, interval=0)
-    for _ in range(2):
-        silent.plan(1)
-        silent.count_stock([1])
-    assert len(lines) == 3
-
-
 def a_server(**changes: Any) -> SimpleNamespace:
     """As much of a `VllmConfig` as is looked at."""
     model = {
@@ -316,7 +223,7 @@ CPU = SimpleNamespace(device_type="cpu")
 def test_options_beside_their_place_are_refused(additional: dict[str, Any], message: str) -> None:
     with pytest.raises(QuestValueError, match=message):
         read_options(SimpleNamespace(additional_config=additional))
-    assert read_options(SimpleNamespace(additional_config={"quest": {}, "another": 1})) == QuestOptions()
+    assert read_options(SimpleNamespace(additional_config={"quest": {}, "another": 1})) == VLLMOptions()
 
 
 def test_a_worker_says_its_replica() -> None:
@@ -411,4 +318,4 @@ def test_layers_that_choose_are_counted_among_full_attention_layers() -> None:
 
     full = [f"model.layers.{index}.self_attn.attn" for index in (2, 7, 10)]
     for num_dense_layers in range(5):
-        assert choosing_layers(layers, num_dense_layers, index_of) == full[num_dense_layers:]
+        assert sparse_layers(layers, num_dense_layers, index_of) == full[num_dense_layers:]

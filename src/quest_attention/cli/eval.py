@@ -16,6 +16,7 @@ from quest_attention.cli.pace import Pace
 from quest_attention.cli.table import ANY_WIDTH, print_table
 from quest_attention.config import Backend, QuestConfig
 from quest_attention.errors import BackendError, QuestValueError
+from quest_attention.eval.dense_layers import check_dense_layers
 from quest_attention.eval.journal import Journal
 from quest_attention.eval.longbench import LONGBENCH, document_file
 from quest_attention.eval.methods import Quest
@@ -34,7 +35,6 @@ from quest_attention.eval.run_folder import hold_folder
 from quest_attention.eval.runner import Runner
 from quest_attention.eval.texts import book_files
 from quest_attention.eval.wording import counted
-from quest_attention.hf import layer_kinds
 from quest_attention.ops.dispatch import resolve_backend
 
 __all__ = ["evaluate", "report"]
@@ -87,12 +87,12 @@ def evaluate(
         rounds = make_rounds(plan, open_jobs, output, say if not is_quiet else lambda _: None)
         with contextlib.closing(run_jobs(runner, rounds, workers=workers, make_runner=make)) as measured:
             amount = 0
-            for rows in measured:
-                if rows:
-                    journal.add(rows)
-                    done += len(rows)
-                    amount += sum(row["length"] for row in rows)
-                    on_progress(what, done, total)
+            for rows, is_batch_done in measured:
+                journal.add(rows)
+                done += len(rows)
+                amount += sum(row["length"] for row in rows)
+                on_progress(what, done, total)
+                if not is_batch_done:
                     continue
                 left, amount = pace.take(amount), 0
                 if left is not None and not is_quiet:
@@ -143,18 +143,18 @@ def _check_layers(plan: Plan, loaded: LoadedModel) -> None:
     Raises:
         QuestValueError: As said.
     """
-    kinds = layer_kinds(loaded.model.config, QuestConfig(num_dense_layers=0)).values()
-    layers = sum(kind == "quest" for kind in kinds)
-    everything = layers == loaded.model.config.get_text_config(decoder=True).num_hidden_layers
-    expected = f"less than the model's {counted(layers, 'layer' if everything else 'full-attention layer')}"
     for arm in plan.arms(plan.tasks[0], plan.lengths[0]):
         method = plan.method(arm)
-        dense = method.config.num_dense_layers if isinstance(method, Quest) else plan.num_dense_layers
-        if arm.token_budget is None or dense < layers:
+        if arm.token_budget is None:
             continue
-        if dense == plan.num_dense_layers:
-            raise QuestValueError("num_dense_layers", dense, expected)
-        raise QuestValueError("method", arm.method, f"num_dense_layers {expected}")
+        config = method.config if isinstance(method, Quest) else QuestConfig(num_dense_layers=plan.num_dense_layers)
+        try:
+            check_dense_layers(loaded.model, config)
+        except QuestValueError as error:
+            if config.num_dense_layers == plan.num_dense_layers:
+                raise
+            expected = str(error).partition("expected ")[2]
+            raise QuestValueError("method", arm.method, f"num_dense_layers {expected}") from None
 
 
 def _to_do(open_jobs: list[tuple[Job, list[Arm]]], done: int, total: int, output: Path) -> str:

@@ -14,13 +14,12 @@ from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestValueError
 from quest_attention.eval.context import read_context
 from quest_attention.eval.decode import Decoded, decode_answer
+from quest_attention.eval.dense_layers import check_dense_layers
 from quest_attention.eval.excerpt import SOUTH, Excerpt
 from quest_attention.eval.frame import plain_frame
 from quest_attention.eval.methods import Full, LayerReads, Method, Quest, SlidingWindow
 from quest_attention.eval.page_reads import PageReads
 from quest_attention.eval.tasks import Sample, is_correct, make_sample
-from quest_attention.eval.wording import counted
-from quest_attention.hf import layer_kinds
 
 __all__ = [
     "TASK",
@@ -191,7 +190,7 @@ def run_demo(
     results = []
     for number, method in enumerate(methods):
         on_progress(f"answering: {method.name}", number, len(methods))
-        with method.session(model) as session:
+        with method.session(model, case.length) as session:
             session.load(context)
             decoded = decode_answer(
                 model,
@@ -239,11 +238,7 @@ def check_fits(model: PreTrainedModel, length: int, config: QuestConfig) -> None
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and length > positions:
         raise QuestValueError("length", length, f"at most {positions}, the model's positions")
-    kinds = list(layer_kinds(model.config, config).values())
-    if "dense" in kinds and "quest" not in kinds:
-        full = kinds.count("dense")
-        layers = counted(full, "layer" if full == text.num_hidden_layers else "full-attention layer")
-        raise QuestValueError("num_dense_layers", config.num_dense_layers, f"less than the model's {layers}")
+    check_dense_layers(model, config)
 
 
 def _result(

@@ -62,8 +62,9 @@ class Journal:
             found = f"{counted(len(self._done), 'answer')} and no {SETTINGS}"
             message = f"{self._path} has {found}: what it has is taken for this run's"
             warnings.warn(message, QuestWarning, stacklevel=2)
+        settings = {**settings, "samples": {**_samples(before or {}), **_samples(settings)}}
         if before is not None:
-            settings = {**settings, "earlier": _earlier(before, settings)}
+            settings["earlier"] = _earlier(before, settings)
         folder.mkdir(parents=True, exist_ok=True)
         if whole != data:
             os.truncate(self._path, len(whole))  # a line that an interruption cut short
@@ -115,6 +116,12 @@ def _read_settings(path: Path, *, has_answers: bool) -> dict[str, Any] | None:
             expected += f"; if the answers in {SAMPLES} are of this very command, delete {path.name} and run it again"
         raise QuestValueError("output", str(path), expected)
     return settings
+
+
+def _samples(settings: Mapping[str, Any]) -> dict[str, int]:
+    """How many samples of each task were asked for, at last: commands that fill a folder may ask for different ones."""
+    known: dict[str, int] = settings.get("samples", {})
+    return known or dict.fromkeys(settings.get("tasks", ()), settings.get("num_samples", 0))
 
 
 def _earlier(before: Mapping[str, Any], settings: Mapping[str, Any]) -> list[dict[str, Any]]:

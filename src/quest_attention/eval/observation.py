@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from importlib.util import find_spec
 from typing import Any
 
@@ -58,7 +59,7 @@ def attention_weights(
 
 
 class Observation:
-    """Statistics of the attention of one layer over the passes it has seen.
+    """What the passes of one layer attended to: sums, and the keys and last queries, from which rows can be made.
 
     Attributes:
         received: `[B, HKV, T]` float32: attention each token received, summed over queries and their heads.
@@ -69,6 +70,10 @@ class Observation:
         self._keys: Tensor | None = None
         self._last_queries: Tensor | None = None  # [B, HQ, w, D]
         self._options: dict[str, Any] = {}
+
+    def copy(self) -> Observation:
+        """Another one of the same passes, which may see further ones."""
+        return copy.copy(self)  # nothing that it holds is ever written to
 
     @property
     def window(self) -> Tensor:
@@ -90,21 +95,23 @@ class Observation:
 
         Further arguments are those of `attention_weights`, and whatever else a model gives to its attention.
         """
-        received = _received(query, key, **kwargs)
+        options: dict[str, Any] = {name: kwargs[name] for name in ("scaling", "softcap", "s_aux") if name in kwargs}
+        received = _received(query, key, **options)
         if self.received is not None:
             received[:, :, : self.received.shape[2]] += self.received
         self.received = received
         before = [] if self._last_queries is None else [self._last_queries]
         self._last_queries = torch.cat((*before, query[:, :, -WINDOW:]), 2)[:, :, -WINDOW:]
         self._keys = key[:, :]  # without what a layer hangs on its keys to be found by
-        self._options = kwargs
+        self._options = options
 
 
 def _received(query: Tensor, key: Tensor, **kwargs: Any) -> Tensor:
     """Attention each token received in a pass, `[B, HKV, T]` float32."""
     has_plain_logits = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
+    # Both ways sum the same products in float32; the other one takes what the kernels do not.
     if query.is_cuda and query.dtype in _KERNEL_DTYPES and has_plain_logits and find_spec("triton") is not None:
-        from quest_attention.eval.received_triton import received_attention  # noqa: PLC0415 - needs triton
+        from quest_attention.ops.triton.received import received_attention  # noqa: PLC0415 - needs triton
 
         scaling = kwargs.get("scaling")
         return received_attention(query, key, query.shape[3] ** -0.5 if scaling is None else scaling)

@@ -51,7 +51,7 @@ def predict_tokens(model: PreTrainedModel, method: Method, tokens: Tensor) -> Pr
     length = tokens.shape[1]
     at_once = length if method.token_budget is None else min(length, method.token_budget)
     losses = torch.zeros(tokens.shape[0], length, dtype=torch.float64, device=model.device)  # [b, i]: of token i
-    with torch.inference_mode(), method.session(model) as session:
+    with torch.inference_mode(), method.session(model, length) as session:
         for start in range(0, at_once, PREFILL_CHUNK):
             stop = min(start + PREFILL_CHUNK, at_once)
             logits = model(tokens[:, start:stop], **cache_argument(session.cache), use_cache=True).logits

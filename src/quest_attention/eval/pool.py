@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.sharedctypes import Synchronized
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,12 +20,26 @@ from quest_attention.errors import QuestStateError, QuestValueError
 from quest_attention.eval.plan import Arm, Job, Shapes, Work, divide
 from quest_attention.eval.runner import Runner
 
-__all__ = ["MakeRunner", "Round", "run_jobs"]
+__all__ = ["Made", "MakeRunner", "Round", "run_jobs"]
 
 Round = Sequence[tuple[Job, list[Arm]]]
 """Samples with the arms that are to answer them."""
 MakeRunner = Callable[[], Runner]
 """Loads the model; it is called in each process, so it can be pickled."""
+
+
+class Made(NamedTuple):
+    """What `run_jobs` gives.
+
+    Attributes:
+        rows: Ready for JSON.
+        is_batch_done: Whether these were the last of their batch.
+    """
+
+    rows: list[dict[str, Any]]
+    is_batch_done: bool = False
+
+
 _AHEAD = 2
 """Jobs given out for each process before one comes back."""
 _SHAPES_AT_ONCE = 16
@@ -39,8 +53,8 @@ def run_jobs(
     *,
     workers: int = 1,
     make_runner: MakeRunner | None = None,
-) -> Generator[list[dict[str, Any]], None, None]:
-    """Measure jobs, and give their rows as they are made, in any order; an empty list says that a batch is done.
+) -> Generator[Made, None, None]:
+    """Measure jobs, and give their rows in any order: as they are made, or of several processes a batch at a time.
 
     The processes end with this one, however it ends, and at once where the iterator is closed or an error leaves it.
 
@@ -64,13 +78,13 @@ def run_jobs(
         shapes = [runner.shape(job) for job, _ in jobs] if runner.is_batched else None
         for work in divide(jobs, runner.batch_size, shapes):
             for row in runner.measure(work):
-                yield [row]  # at once, so that an interruption loses nothing
-            yield []
+                yield Made([row])  # at once, so that an interruption loses nothing
+            yield Made([], is_batch_done=True)
 
 
 def _in_processes(
     runner: Runner, rounds: Iterable[Round], workers: int, make_runner: MakeRunner
-) -> Generator[list[dict[str, Any]], None, None]:
+) -> Generator[Made, None, None]:
     context = multiprocessing.get_context("spawn")  # a fork would share the GPU's state
     started = context.Value("i", 0)
     # Nothing is ever sent: the processes hold the one end, this one the other, which closes with it, even when killed.
@@ -92,9 +106,7 @@ def _in_processes(
         theirs.close()
 
 
-def _round_in_processes(
-    pool: ProcessPoolExecutor, runner: Runner, jobs: Round, workers: int
-) -> Iterator[list[dict[str, Any]]]:
+def _round_in_processes(pool: ProcessPoolExecutor, runner: Runner, jobs: Round, workers: int) -> Iterator[Made]:
     shapes: Shapes = None
     if runner.is_batched:
         with _interrupts_held():
@@ -112,8 +124,7 @@ def _round_in_processes(
             return
         done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
         for future in done:
-            yield future.result()
-            yield []
+            yield Made(future.result(), is_batch_done=True)
 
 
 @contextmanager

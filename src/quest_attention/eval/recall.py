@@ -87,7 +87,8 @@ def measure_recall(model: PreTrainedModel, method: Method, context: Context, fol
     if method.unit is None:
         raise QuestValueError("method", method.name, "quest or an oracle: recall is of what a step selects")
     sums = _Sums(method.unit)
-    with torch.inference_mode(), method.session(model) as session:
+    length = context.cache.get_seq_length() + following.shape[1]
+    with torch.inference_mode(), method.session(model, length) as session:
         for layer in session.cache.layers:
             if hasattr(layer, "on_read"):
                 layer.on_read = sums.add

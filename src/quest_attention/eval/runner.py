@@ -45,7 +45,8 @@ pass has a row for each of them, as wide as the context."""
 _GPU_BATCH = 64
 """Samples measured as one batch on a GPU, where a step of many takes as long as a step of one [sequences]."""
 _GPU_BYTES = 15 << 28
-"""Their keys and values together, which are in memory once for all methods and once for the one at work [bytes]."""
+"""Their keys and values together, which are in memory once for all methods and once for the one at work: 3.75 GiB, so
+that five runs fit side by side on a GPU of 80 GB, which one alone does not keep busy [bytes]."""
 _SPARE = 64
 """Tokens more of a book than a sample has, so that none is too short after a start token."""
 
@@ -146,10 +147,10 @@ class Runner:
         """Most samples in a batch with this one [sequences]."""
         if not self.is_batched:
             return 1
-        return _GPU_BATCH if job.task == PERPLEXITY else max(1, min(_GPU_BATCH, self._room // job.length))
+        return _GPU_BATCH if job.task == PERPLEXITY else max(1, min(_GPU_BATCH, self._tokens_held // job.length))
 
     @cached_property
-    def _room(self) -> int:
+    def _tokens_held(self) -> int:
         """Tokens whose keys and values are held at a time on a GPU [tokens]."""
         text = self.model.config.get_text_config(decoder=True)
         heads = text.num_attention_heads
@@ -171,6 +172,8 @@ class Runner:
     def measure(self, work: Work) -> Iterator[dict[str, Any]]:
         """A row for each sample and arm. Where a batch finds too little memory, its halves answer the arms left over.
 
+        The rows of an arm, one for each sample, are made together: by that it is known which arms have answered.
+
         Raises:
             QuestStateError: A method did not take its sparse path, or read more than its budget.
             torch.OutOfMemoryError: There is too little memory for a single sample.
@@ -184,7 +187,8 @@ class Runner:
         except torch.OutOfMemoryError:
             if len(work.jobs) == 1:
                 raise
-        # What a failed batch held is free again, now that the block is left. An arm's rows are made together.
+        # What a failed batch held is free again, now that the block is left.
+        assert made % len(work.jobs) == 0, "the rows of an arm are made together"
         left = work.arms[made // len(work.jobs) :]
         if not left:
             return

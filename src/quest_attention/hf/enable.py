@@ -83,7 +83,7 @@ def enable_quest(
     check_supported(model, config)
     if getattr(model, _HANDLE, None) is not None:
         raise QuestStateError("Quest is enabled on this model already: call disable() on its handle first")
-    backend = resolve_backend(config.backend, model.device)
+    backend = resolve_backend(config.backend, model.device, model.dtype)
     can_capture = model.device.type == "cuda" and backend.name == "triton"
     if cuda_graphs and not can_capture:
         raise BackendError(

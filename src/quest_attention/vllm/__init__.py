@@ -5,13 +5,14 @@
     plugin.py    the entry point: makes Quest known to vLLM, in every process
     options.py   what stands under "quest" in --additional-config
     refusals.py  what Quest cannot serve, said before a model is loaded
-    layout.py    where the bounds lie: inside vLLM's own pages, so that they travel and are paid for with them
+    ranks.py     the layers of a model that are sparse
+    layout.py    where the bounds lie: inside vLLM's own blocks, so that they travel and are paid for with them
     step.py      the rows of a batch that run Quest; planning.py finds them, for any device
-    counters.py  what was read, counted where it was read
-    layer.py     the attention of a layer, for any device: which rows go where
+    impl.py      the attention of a layer, for any device: which rows go where
     cpu.py, gpu.py  the attention backends: the stock one, with Quest for decode rows past the budget
     folding.py   KV heads folded into blocks, for the stock kernel of a CPU
-    worker.py    the counters over vLLM's `collective_rpc`
+    worker.py    a worker's name, and its counters over vLLM's `collective_rpc`
 
-docs/vllm.md says how to install, serve and tune. Nothing here imports vLLM before vLLM imports it.
+What another engine would share lies below, in `quest_attention.serving`. docs/vllm.md says how to install, serve and
+tune. Nothing here imports vLLM before vLLM imports it.
 """

@@ -21,13 +21,14 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from quest_attention.ops import Selection, Step, run_step, update_slot_metadata
 from quest_attention.pages import num_pages
+from quest_attention.serving.rows import read_lengths
 from quest_attention.vllm.folding import Fold
 from quest_attention.vllm.impl import OpenCache, QuestAttentionImpl
 from quest_attention.vllm.layout import layout_of
 from quest_attention.vllm.planning import QuestPlanner
 from quest_attention.vllm.plugin import vllm_version
 from quest_attention.vllm.refusals import BACKEND_NAME
-from quest_attention.vllm.step import QuestStep, read_lengths
+from quest_attention.vllm.step import QuestStep
 
 __all__ = ["QuestCPUBackend", "QuestCPUImpl", "QuestCPUMetadataBuilder"]
 

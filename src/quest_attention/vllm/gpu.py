@@ -90,7 +90,7 @@ class QuestGPUMetadataBuilder(QuestPlanner, FlashAttentionMetadataBuilder):
         step = super()._plan(batch)
         if step is not None and step.num_rows:
             step.workspace = self._scratch(step)
-            if self._is_capturing:
+            if self._row_planner.is_capturing:
                 self._warm_up(step)
         return step
 
@@ -122,8 +122,8 @@ class QuestGPUMetadataBuilder(QuestPlanner, FlashAttentionMetadataBuilder):
         step.counters.count_quest(selected, nothing.seq_lens)
 
     def _first_layer(self) -> tuple[Any, OpenCache]:
-        """A layer of this worker that chooses, and its cache."""
-        layer = self.vllm_config.compilation_config.static_forward_context[self._counted_layer]
+        """A sparse layer of this worker, and its cache."""
+        layer = self.vllm_config.compilation_config.static_forward_context[self._row_planner.counted_layer]
         return layer, layer.impl.open(layer.kv_cache)
 
 

@@ -13,10 +13,11 @@ from vllm.model_executor.models.utils import extract_layer_index
 from quest_attention.errors import QuestValueError
 from quest_attention.ops import Selection
 from quest_attention.pages import PagedKV
+from quest_attention.serving.options import KEY
 from quest_attention.vllm.layout import BlockParts, layout_of
-from quest_attention.vllm.options import KEY, read_options
+from quest_attention.vllm.options import read_options
 from quest_attention.vllm.plugin import vllm_version
-from quest_attention.vllm.ranks import choosing_layers
+from quest_attention.vllm.ranks import sparse_layers
 from quest_attention.vllm.refusals import check_layer, check_output_scales, check_transfer
 from quest_attention.vllm.step import QuestStep
 
@@ -141,7 +142,7 @@ class QuestAttentionImpl:
     def chooses(self, layer: Any) -> bool:
         """Whether the layer is past the dense ones, by its rank among the full-attention layers of the model."""
         if self._is_sparse is None:
-            names = choosing_layers(self._layers, self._options.num_dense_layers, extract_layer_index)
+            names = sparse_layers(self._layers, self._options.num_dense_layers, extract_layer_index)
             self._is_sparse = layer.layer_name in names
         return self._is_sparse
 
@@ -179,8 +180,8 @@ class QuestAttentionImpl:
     def open(self, kv_cache: Tensor) -> OpenCache:
         """Views of a layer's cache, made once: vLLM gives the same tensor each time."""
         if self._opened is None or self._opened.address != kv_cache.data_ptr():
-            narrow = self._options.is_narrow
-            parts = self._layout.split(kv_cache, self.num_kv_heads, self.head_size, narrow=narrow)
+            fp8 = self._options.fp8_metadata
+            parts = self._layout.split(kv_cache, self.num_kv_heads, self.head_size, fp8=fp8)
             nobody = torch.zeros(0, 1, dtype=torch.int32, device=kv_cache.device)
             paged = PagedKV(parts.keys, parts.values, parts.metadata, nobody)
             self._opened = OpenCache(kv_cache.data_ptr(), parts, paged)

@@ -63,8 +63,8 @@ class BlockLayout(Protocol):
         """
         ...
 
-    def split(self, kv_cache: Tensor, num_kv_heads: int, head_dim: int, *, narrow: bool) -> BlockParts:
-        """Views of a layer's cache; `narrow` where the bounds have 8 bits."""
+    def split(self, kv_cache: Tensor, num_kv_heads: int, head_dim: int, *, fp8: bool) -> BlockParts:
+        """Views of a layer's cache; `fp8` where the bounds have 8 bits."""
         ...
 
 
@@ -79,12 +79,12 @@ class RowedBlocks:
         check_full(spec)
         return replace(spec, tokens_per_state=Fraction(spec.block_size, spec.block_size + 1))
 
-    def split(self, kv_cache: Tensor, num_kv_heads: int, head_dim: int, *, narrow: bool) -> BlockParts:
+    def split(self, kv_cache: Tensor, num_kv_heads: int, head_dim: int, *, fp8: bool) -> BlockParts:
         """See `BlockLayout`."""
         del num_kv_heads
         stock, room = kv_cache[:, :, :-1], kv_cache[:, :, -1]
         keys, values = stock.transpose(1, 2).split(head_dim, -1)
-        return BlockParts(stock, keys, values, _as_bounds(room, narrow=narrow))
+        return BlockParts(stock, keys, values, _as_bounds(room, fp8=fp8))
 
 
 class PaddedBlocks:
@@ -108,7 +108,7 @@ class PaddedBlocks:
         """VLLM 0.25 does not ask."""
         return spec
 
-    def split(self, kv_cache: Tensor, num_kv_heads: int, head_dim: int, *, narrow: bool) -> BlockParts:
+    def split(self, kv_cache: Tensor, num_kv_heads: int, head_dim: int, *, fp8: bool) -> BlockParts:
         """See `BlockLayout`."""
         width = _SIDES * head_dim
         taken = kv_cache[0].numel()  # numbers of keys and values in a block
@@ -124,7 +124,7 @@ class PaddedBlocks:
         )
         on_gpu = kv_cache.dim() == 5
         keys, values = kv_cache.unbind(1) if on_gpu else kv_cache.transpose(1, 2).split(head_dim, -1)
-        return BlockParts(kv_cache, keys, values, _as_bounds(room, narrow=narrow))
+        return BlockParts(kv_cache, keys, values, _as_bounds(room, fp8=fp8))
 
 
 def layout_of(version: tuple[int, int]) -> BlockLayout:
@@ -138,10 +138,10 @@ def _padded(spec: Any) -> Any:
     return replace(spec, page_size_padded=spec.real_page_size_bytes + room)
 
 
-def _as_bounds(room: Tensor, *, narrow: bool) -> Tensor:
+def _as_bounds(room: Tensor, *, fp8: bool) -> Tensor:
     """`[B, H, 2 D]` as `[B, H, 2, D]`; bounds in 8 bits take the first part of the room."""
     width = room.shape[-1]
-    if narrow:
+    if fp8:
         room = room.view(FP8_METADATA)[..., :width]
     bounds: Tensor = room.unflatten(-1, (_SIDES, width // _SIDES))
     return bounds

@@ -1,4 +1,4 @@
-"""`QuestPlanner`: what Quest adds to a stock metadata builder: which rows of a batch run Quest."""
+"""`QuestPlanner`: what Quest adds to a stock metadata builder: the rows of a batch that run Quest."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from quest_attention.errors import QuestValueError, UnsupportedModelError
-from quest_attention.ops import resolve_backend
-from quest_attention.pages import num_pages
-from quest_attention.vllm.counters import StepCounters, worker_label
+from quest_attention.serving.options import KEY
+from quest_attention.serving.rows import RowPlanner
 from quest_attention.vllm.layout import check_full
-from quest_attention.vllm.options import KEY, advice_on_budget, read_options
-from quest_attention.vllm.ranks import choosing_layers
+from quest_attention.vllm.options import read_options
+from quest_attention.vllm.ranks import sparse_layers
 from quest_attention.vllm.refusals import BACKEND_NAME
 from quest_attention.vllm.step import QuestStep
+from quest_attention.vllm.worker import worker_label
 
 __all__ = ["QuestPlanner"]
 
 _DECODE_TOKENS = 1
 """Tokens of a decode row. The check of speculated tokens has more and stays dense."""
-_logger = logging.getLogger("vllm.quest_attention")
 
 
 class QuestPlanner:
@@ -42,42 +41,21 @@ class QuestPlanner:
         options = read_options(vllm_config)
         assert options is not None, "a layer of the model was made with these options"
         self.config = options.config(kv_cache_spec.block_size)
-        self._max_model_len = vllm_config.model_config.max_model_len
-        self._is_capturing = self._has_captured = False
         check_full(kv_cache_spec)
         _check_backends(vllm_config)
         layers = vllm_config.compilation_config.static_forward_context
-        choosing = choosing_layers(layers, self.config.num_dense_layers, extract_layer_index)
-        sparse = [name for name in choosing if name in layer_names]
-        self.counters: StepCounters | None = None
-        if sparse and self.config.token_budget < self._max_model_len:
-            self._counted_layer = sparse[0]
-            label = worker_label(vllm_config.parallel_config, get_tensor_model_parallel_rank())
-            backend = resolve_backend(self.config.backend, device)
-            self.counters = StepCounters(self.config, device, label, options.log_interval, _logger.info)
-            _logger.info(
-                "Quest, %s: decode rows past %d tokens read %d of up to %d pages of %d tokens in %d of %d layers; "
-                "backend %s, %s.",
-                label,
-                self.config.token_budget,
-                self.config.page_budget,
-                num_pages(self._max_model_len, self.config.page_size),
-                self.config.page_size,
-                len(sparse),
-                len(layer_names),
-                backend.name,
-                backend.reason,
-            )
-            if advice := advice_on_budget(self.config.token_budget, self._max_model_len):
-                _logger.warning("Quest: %s.", advice)
-        else:
-            _logger.warning(
-                "Quest reads everything: token_budget %d of %d positions, %d dense layers of %d.",
-                self.config.token_budget,
-                self._max_model_len,
-                self.config.num_dense_layers,
-                len(layer_names),
-            )
+        sparse = sparse_layers(layers, self.config.num_dense_layers, extract_layer_index)
+        self._row_planner = RowPlanner(
+            self.config,
+            device,
+            label=worker_label(vllm_config.parallel_config, get_tensor_model_parallel_rank()),
+            sparse_layers=[name for name in sparse if name in layer_names],
+            num_layers=len(layer_names),
+            max_length=vllm_config.model_config.max_model_len,
+            log_interval=options.log_interval,
+            logger=logging.getLogger("vllm.quest_attention"),
+        )
+        self.counters = self._row_planner.counters
 
     def use_cascade_attention(self, *_: Any, **__: Any) -> bool:
         """A shared prefix is not read apart: rows choose pages of it."""
@@ -91,11 +69,8 @@ class QuestPlanner:
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
         """Metadata of a batch whose lengths will be the device's: every row may be past the budget."""
-        self._is_capturing = self._has_captured = True
-        try:
+        with self._row_planner.capturing():
             return super().build_for_cudagraph_capture(common_attn_metadata)  # type: ignore[misc]
-        finally:
-            self._is_capturing = False
 
     def _build_stock(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool) -> Any:
         """What the stock builder gives."""
@@ -106,23 +81,18 @@ class QuestPlanner:
         if counters is None:
             return None
         # The last token of a prompt may come alone; where vLLM tells, and no graph is replayed, it is no decode row.
-        tells = batch.is_prefilling is not None and not self._is_capturing
+        tells = batch.is_prefilling is not None and not self._row_planner.is_capturing
         rows, _, tokens, _ = split_decodes_and_prefills(
             batch, decode_threshold=_DECODE_TOKENS, treat_short_extends_as_decodes=not tells
         )
         rows = min(rows, tokens)  # rows that only pad an eager batch have no token and come last
         lengths = _lengths(batch, rows)
-        if not self._is_capturing:
-            if self._has_captured:  # what vLLM ran to capture is nobody's
-                counters.reset()
-                self._has_captured = False
-            counters.plan(len(lengths))
-            if max(lengths, default=0) <= self.config.token_budget:
-                rows = 0
+        if not self._row_planner.runs_quest(lengths):
+            rows = 0
         step = QuestStep(
             self.config,
             counters,
-            self._counted_layer,
+            self._row_planner.counted_layer,
             lengths,
             rows,
             batch.seq_lens[:rows],

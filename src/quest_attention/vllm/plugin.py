@@ -12,7 +12,8 @@ from functools import wraps
 from typing import Any
 
 from quest_attention.errors import BackendError, QuestValueError
-from quest_attention.vllm.options import KEY, read_options
+from quest_attention.serving.options import KEY
+from quest_attention.vllm.options import read_options
 from quest_attention.vllm.refusals import BACKEND_NAME, check_vllm_config
 
 __all__ = ["TESTED", "register", "vllm_version"]

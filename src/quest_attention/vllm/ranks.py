@@ -1,4 +1,4 @@
-"""Which layers of a model choose their pages: by rank among the full-attention layers, as everywhere in Quest."""
+"""Which layers of a model are sparse: by rank among the full-attention layers, as everywhere in Quest."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 from quest_attention.vllm.refusals import BACKEND_NAME
 
-__all__ = ["choosing_layers"]
+__all__ = ["sparse_layers"]
 
 
-def choosing_layers(layers: Mapping[str, Any], num_dense_layers: int, index_of: Callable[[str], int]) -> list[str]:
+def sparse_layers(layers: Mapping[str, Any], num_dense_layers: int, index_of: Callable[[str], int]) -> list[str]:
     """Names of the layers that choose their pages, in the order of the model.
 
     A layer's index would not say it: some models have layers with a window, a state or no attention at all, which stand

@@ -6,7 +6,8 @@ from typing import Any
 
 from quest_attention.errors import BackendError, QuestValueError, UnsupportedModelError
 from quest_attention.ops import resolve_backend
-from quest_attention.vllm.options import KEY, QuestOptions, read_options
+from quest_attention.serving.options import KEY, QuestOptions
+from quest_attention.vllm.options import read_options
 
 __all__ = ["BACKEND_NAME", "check_layer", "check_output_scales", "check_transfer", "check_vllm_config"]
 
@@ -121,7 +122,7 @@ def _check_device(options: QuestOptions, vllm_config: Any, platform: Any) -> Non
     if backend.name != "triton" and not (model is not None and model.enforce_eager):
         expected = "'triton', or --enforce-eager: the others cannot be captured in CUDA graphs"
         raise QuestValueError(f"{KEY}.backend", backend.name, expected)
-    if options.is_narrow and not platform.has_device_capability(_FP8_CAPABILITY):
+    if options.fp8_metadata and not platform.has_device_capability(_FP8_CAPABILITY):
         raise QuestValueError(f"{KEY}.metadata_dtype", "fp8", "'kv' on a GPU of compute capability below 8.9")
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from quest_attention.config import QuestConfig
 from quest_attention.ops import Workspace
-from quest_attention.vllm.counters import StepCounters
+from quest_attention.serving.counters import StepCounters
 
-__all__ = ["QuestStep", "read_lengths"]
+__all__ = ["QuestStep"]
 
 
 @dataclass
@@ -43,13 +42,3 @@ class QuestStep:
     rest: Any = None
     folded: Any = None
     workspace: Workspace | None = None
-
-
-def read_lengths(seq_lens: Tensor, config: QuestConfig) -> Tensor:
-    """Tokens that each row reads, `[R]` [tokens]: those of the chosen pages, of which the last is the part-filled one.
-
-    >>> read_lengths(torch.tensor([5, 32, 37, 48]), QuestConfig(token_budget=32)).tolist()
-    [5, 32, 21, 32]
-    """
-    partial = (config.page_budget - 1) * config.page_size + (seq_lens - 1) % config.page_size + 1
-    return torch.where(seq_lens > config.token_budget, partial, seq_lens)

@@ -1,12 +1,12 @@
-"""The counters of every worker, over vLLM's `collective_rpc`."""
+"""What a worker calls itself, and its counters over vLLM's `collective_rpc`."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from quest_attention.vllm.counters import StepCounters
+from quest_attention.serving.counters import StepCounters
 
-__all__ = ["QuestWorkerExtension"]
+__all__ = ["QuestWorkerExtension", "worker_label"]
 
 
 class QuestWorkerExtension:
@@ -26,6 +26,18 @@ class QuestWorkerExtension:
         counters = _counters(self)
         if counters is not None:
             counters.reset()
+
+
+def worker_label(parallel: Any, rank: int) -> str:
+    """What a worker calls itself in the log: its rank, and its replica where there may be several.
+
+    Args:
+        parallel: vLLM's `ParallelConfig`. For models whose replicas know nothing of one another it tells their number
+            as 1, to each of them.
+        rank: Among the workers that share a model.
+    """
+    name, replica = f"worker {rank}", getattr(parallel, "data_parallel_index", parallel.data_parallel_rank)
+    return f"replica {replica}, {name}" if replica or parallel.data_parallel_size > 1 else name
 
 
 def _counters(worker: Any) -> StepCounters | None:

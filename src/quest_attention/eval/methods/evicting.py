@@ -108,7 +108,7 @@ class _EvictingSession(ReadingSession):
             observation = context.observations.get(index)
             if layer.policy.observes and observation is None:
                 raise QuestValueError("context", f"no observation of layer {index}", f"one, which {self._name} needs")
-            layer.observation = observation
+            layer.observation = None if observation is None else observation.copy()
         super().load(context)
 
 

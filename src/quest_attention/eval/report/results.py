@@ -26,7 +26,7 @@ from quest_attention.eval.report.cells import (
 )
 from quest_attention.eval.report.samples import Answer, Continued, Prediction, Recollection, read_samples
 from quest_attention.eval.run_folder import SAMPLES, SETTINGS
-from quest_attention.eval.tasks import GRID
+from quest_attention.eval.tasks import CONTINUATION, GRID, RECALL
 
 __all__ = [
     "LEAST_TELLING",
@@ -96,9 +96,10 @@ class Results:
     @property
     def is_short(self) -> bool:
         """Whether some cell has fewer samples than were asked for, where tasks can make as many as are asked."""
-        counts = [cell.n for cell in self.accuracy if not cell.task.startswith(LONGBENCH_PREFIX)]
-        counts += [cell.n for cell in self.recall] + [cell.n for cell in self.continuation]
-        return any(count < self.settings["num_samples"] for count in counts)
+        counts = [(cell.task, cell.n) for cell in self.accuracy if not cell.task.startswith(LONGBENCH_PREFIX)]
+        counts += [(RECALL, cell.n) for cell in self.recall] + [(CONTINUATION, cell.n) for cell in self.continuation]
+        asked = self.settings.get("samples", {})  # which older runs lack
+        return any(count < asked.get(task, self.settings["num_samples"]) for task, count in counts)
 
     def summary(self) -> dict[str, Any]:
         """Settings and cells, rounded, ready for JSON."""
@@ -322,6 +323,9 @@ def _checked(path: Path, settings: Any) -> dict[str, Any]:
             raise QuestValueError(f"{path.name}, {name}", "nothing", "a setting of that name")
     if not isinstance(settings["num_samples"], int):
         raise QuestValueError(f"{path.name}, num_samples", settings["num_samples"], "a number of samples")
+    samples = settings.get("samples", {})
+    if not isinstance(samples, dict) or not all(isinstance(count, int) for count in samples.values()):
+        raise QuestValueError(f"{path.name}, samples", samples, "a number of samples for each task")
     return settings
 
 

@@ -1,4 +1,4 @@
-"""Kernels: the attention each token received from the queries of a pass, without ever holding the weights.
+"""Kernels of the evaluation: the attention each token received from the queries of a pass, no weight ever written.
 
 A first pass over the keys gives each query its log-sum-exp, a second one each key the sum of its weights. In torch the
 weights of a long prompt are written and read several times, which takes longer than the model itself.
@@ -36,10 +36,11 @@ def received_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     kv_heads, length = key.shape[1:3]
     lse = torch.empty(batch, heads, count, dtype=torch.float32, device=query.device)
     received = torch.empty(batch, kv_heads, length, dtype=torch.float32, device=query.device)
-    shared = (query, key, lse, received, *query.stride(), *key.stride(), heads, kv_heads, count, length, scaling)
+    shared = (*query.stride(), *key.stride(), heads, kv_heads, count, length, scaling)
     options = {"HEAD_DIM": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim)), "QUERIES": _QUERIES, "KEYS": _KEYS}
-    launch(_normalise_kernel, (triton.cdiv(count, _QUERIES) * batch * heads,), *shared, **options)
-    launch(_receive_kernel, (triton.cdiv(length, _KEYS) * batch * kv_heads,), *shared, **options)
+    launch(_lse_kernel, (triton.cdiv(count, _QUERIES) * batch * heads,), query, key, lse, *shared, **options)
+    grid = (triton.cdiv(length, _KEYS) * batch * kv_heads,)
+    launch(_receive_kernel, grid, query, key, lse, received, *shared, **options)
     return received
 
 
@@ -60,8 +61,8 @@ def _logits(queries, keys, query_at, key_at, first, scaling, QUERIES: tl.constex
 
 
 @triton.jit
-def _normalise_kernel(
-    query, key, lse, received,
+def _lse_kernel(
+    query, key, lse,
     query_batch, query_head, query_row, query_dim,
     key_batch, key_head, key_row, key_dim,
     heads, kv_heads, count, length, scaling,
@@ -70,7 +71,7 @@ def _normalise_kernel(
     """Base-2 log-sum-exp of each query of a block, for one head."""
     blocks = tl.cdiv(count, QUERIES)
     block, sequence_head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    sequence, head = (sequence_head // heads).to(tl.int64), sequence_head % heads
+    sequence, head = (sequence_head // heads).to(tl.int64), (sequence_head % heads).to(tl.int64)
     kv_head = head // (heads // kv_heads)
     query_at = block * QUERIES + tl.arange(0, QUERIES)
     first = length - count
@@ -100,7 +101,7 @@ def _receive_kernel(
     """The sum of the weights of each key of a block, over the queries that see it and the heads of its group."""
     blocks = tl.cdiv(length, KEYS)
     block, sequence_head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    sequence, kv_head = (sequence_head // kv_heads).to(tl.int64), sequence_head % kv_heads
+    sequence, kv_head = (sequence_head // kv_heads).to(tl.int64), (sequence_head % kv_heads).to(tl.int64)
     group = heads // kv_heads
     key_at = block * KEYS + tl.arange(0, KEYS)
     first = length - count
@@ -108,7 +109,8 @@ def _receive_kernel(
     keys = _load_rows(key_base, key_at, length, key_row, key_dim, HEAD_DIM, BLOCK_D)
     seen_from = tl.maximum(block * KEYS - first, 0) // QUERIES * QUERIES  # no query before sees a key of the block
     total = tl.zeros([KEYS], dtype=tl.float32)
-    for head in range(kv_head * group, (kv_head + 1) * group):
+    for member in range(group):
+        head = kv_head * group + member
         query_base = query + sequence * query_batch + head * query_head
         lse_base = lse + (sequence * heads + head) * count
         for start in range(seen_from, count, QUERIES):

@@ -13,7 +13,7 @@ from quest_attention.config import QuestConfig
 from quest_attention.ops import Selection, count_reads
 from quest_attention.pages import num_pages
 
-__all__ = ["StepCounters", "worker_label"]
+__all__ = ["StepCounters"]
 
 _NAMES = ("sparse_rows", "dense_rows", "pages_read", "pages_held")
 _EAGER = "eager_steps"
@@ -23,8 +23,8 @@ class StepCounters:
     """Decode rows and pages of one worker, counted in the first layer that is not dense and true for all of those.
 
     A row is one sequence in one engine step. Pages are counted per KV head. Rows of a batch that ran Quest are counted
-    by the device from the selection it read; those of a batch that the stock backend read whole, by the host. Steps
-    that replay a graph run nothing on the host, so `eager_steps` does not count them.
+    by the device from the selection it read; those of a batch that the engine's stock backend read whole, by the host.
+    Steps that replay a graph run nothing on the host, so `eager_steps` does not count them.
 
     Args:
         config: The config of the server.
@@ -47,7 +47,7 @@ class StepCounters:
         self._logged = dict(self._on_host)
 
     def _on_device(self) -> Tensor:
-        """Made at its first use, when a step is planned: of what a builder makes at once vLLM may drop the contents."""
+        """Made at its first use, when a step is planned: of what was made before, an engine may drop the contents."""
         if self._made is None:
             with torch.inference_mode(False):  # a step runs in it, and what asks for the numbers does not
                 self._made = torch.zeros(len(_NAMES), dtype=torch.int64, device=self._device)
@@ -111,15 +111,3 @@ class StepCounters:
             f"{new['pages_held']} pages read ({share:.1f} %); since the start {counted['sparse_rows']} rows sparse, "
             f"{counted['dense_rows']} dense"
         )
-
-
-def worker_label(parallel: Any, rank: int) -> str:
-    """What a worker calls itself in the log: its rank, and its replica where there may be several.
-
-    Args:
-        parallel: vLLM's `ParallelConfig`. For models whose replicas know nothing of one another it tells their number
-            as 1, to each of them.
-        rank: Among the workers that share a model.
-    """
-    name, replica = f"worker {rank}", getattr(parallel, "data_parallel_index", parallel.data_parallel_rank)
-    return f"replica {replica}, {name}" if replica or parallel.data_parallel_size > 1 else name

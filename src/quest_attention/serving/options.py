@@ -1,0 +1,122 @@
+"""`QuestOptions`: what stands under "quest" in a server's JSON."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, cast
+
+from quest_attention.config import Backend, QuestConfig
+from quest_attention.errors import QuestValueError
+
+__all__ = ["KEY", "READING", "QuestOptions", "advice_on_budget"]
+
+KEY = "quest"
+"""Where the options stand in what an engine takes as JSON."""
+_LOG_INTERVAL = 10.0
+"""Seconds between lines of counters in the log, as between vLLM's own lines [s]."""
+_MOST_TIMES = 16
+"""Budgets into which the longest sequence may go before the log warns: with fewer tokens the small public models that
+docs/results.md measures lost facts."""
+_PAGE_SIZE = "page_size"
+_OF_SERVING = ("log_interval",)
+READING = tuple(one.name for one in fields(QuestConfig) if one.name != _PAGE_SIZE)
+"""Options of `QuestConfig` that a server takes."""
+
+
+@dataclass(frozen=True)
+class QuestOptions:
+    """How a server reads its KV cache. Validated when made, but for what depends on the engine's page size.
+
+    Args:
+        reading: Options of `QuestConfig`, all but the page size, which is the engine's.
+        log_interval: Seconds between lines of counters in a worker's log; 0 for none [s].
+
+    Raises:
+        QuestValueError: A value is out of range.
+    """
+
+    # What a page is, in the words of an engine, which derives a class: for who gives a `page_size`, and, in brackets,
+    # for who has a budget of too few pages.
+    page_size_rule: ClassVar[str] = "a page is the engine's"
+    page_size_hint: ClassVar[str] = ""
+    reading: Mapping[str, Any] = field(default_factory=dict)
+    log_interval: float = _LOG_INTERVAL
+
+    def __post_init__(self) -> None:
+        number: object = self.log_interval
+        if not isinstance(number, int | float) or isinstance(number, bool) or not 0 <= number < float("inf"):
+            raise QuestValueError(f"{KEY}.log_interval", number, "seconds, 0 for no such lines")
+        self.config(1)  # checks everything but whether the budget holds pages of the real size
+
+    @property
+    def num_dense_layers(self) -> int:
+        """Leading full-attention layers that read everything [layers]."""
+        return int(self.reading.get("num_dense_layers", QuestConfig().num_dense_layers))
+
+    @property
+    def backend(self) -> Backend:
+        """Which implementation of the verbs runs."""
+        return cast("Backend", self.reading.get("backend", "auto"))
+
+    @property
+    def fp8_metadata(self) -> bool:
+        """Whether the bounds have 8 bits."""
+        return bool(self.reading.get("metadata_dtype", "kv") != "kv")
+
+    def config(self, page_size: int) -> QuestConfig:
+        """The config for pages of the engine's size [tokens].
+
+        Raises:
+            QuestValueError: The budget cannot hold the forced pages, or a value is wrong.
+        """
+        try:
+            return QuestConfig.from_dict({**self.reading, _PAGE_SIZE: page_size})
+        except QuestValueError as error:
+            hint = self.page_size_hint if "forced page" in error.expected else ""
+            raise QuestValueError(f"{KEY}.{error.argument}", error.got, error.expected + hint) from None
+
+    @classmethod
+    def from_mapping(cls, given: object) -> QuestOptions:
+        """Read options as they come from JSON.
+
+        Raises:
+            QuestValueError: Something is unknown or wrong.
+
+        >>> QuestOptions.from_mapping({"token_budget": 1024}).config(16).page_budget
+        64
+        >>> QuestOptions.from_mapping({"token_buget": 1024})
+        Traceback (most recent call last):
+        quest_attention.errors.QuestValueError: quest.token_buget: got 1024, expected a known option: did you mean token_budget?
+        """  # noqa: E501 (a message)
+        if not isinstance(given, Mapping):
+            raise QuestValueError(KEY, given, 'an object such as {"token_budget": 2048}')
+        known = (*READING, *_OF_SERVING)
+        for name, value in given.items():
+            if name == _PAGE_SIZE:
+                raise QuestValueError(f"{KEY}.{name}", value, f"nothing: {cls.page_size_rule}")
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(known)}"
+                raise QuestValueError(f"{KEY}.{name}", value, f"a known option: {hint}")
+        reading = {name: value for name, value in given.items() if name not in _OF_SERVING}
+        return cls(reading, **{name: given[name] for name in _OF_SERVING if name in given})
+
+
+def advice_on_budget(token_budget: int, max_model_len: int) -> str | None:
+    """What an operator should know of a budget that is small for the longest sequence, or None.
+
+    Args:
+        token_budget: Most tokens that a decode row reads [tokens].
+        max_model_len: Of the longest sequence [tokens].
+
+    >>> advice_on_budget(2048, 32768) is None
+    True
+    """
+    if token_budget * _MOST_TIMES >= max_model_len:
+        return None
+    return (
+        f"token_budget {token_budget} is less than 1/{_MOST_TIMES} of {max_model_len} positions: over sequences that "
+        "long, small models lost facts with such a budget (docs/vllm.md, Which budget for which context). Measure yours"
+    )

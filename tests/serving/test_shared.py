@@ -1,0 +1,175 @@
+"""What servers share, with no engine: options, the plan of rows, counters."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from quest_attention import QuestConfig, QuestValueError
+from quest_attention.ops import Selection
+from quest_attention.serving.counters import StepCounters
+from quest_attention.serving.options import QuestOptions, advice_on_budget
+from quest_attention.serving.rows import RowPlanner, read_lengths
+
+
+def test_an_operator_is_told_of_a_budget_that_is_small_for_the_longest_sequence() -> None:
+    assert advice_on_budget(512, 8192) is None
+    assert str(advice_on_budget(511, 8192)).startswith("token_budget 511 is less than 1/16 of 8192 positions")
+
+
+def test_options_of_reading_and_of_serving() -> None:
+    options = QuestOptions.from_mapping({"token_budget": 1024, "num_dense_layers": 1, "log_interval": 0})
+    assert options.config(32) == QuestConfig(1024, 32, num_dense_layers=1)
+    assert (options.log_interval, options.backend, options.fp8_metadata) == (0, "auto", False)
+    assert QuestOptions.from_mapping({}).config(16) == QuestConfig()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "quest: got \\[\\], expected an object"),
+        ({"page_size": 16}, "quest.page_size: got 16, expected nothing: a page is the engine's$"),
+        ({"num_dense_layer": 1}, "did you mean num_dense_layers"),
+        ({"log_interval": "10"}, "quest.log_interval: got '10'"),
+        ({"num_recent_pages": -1}, "num_recent_pages: got -1"),
+        ({"token_budget": 0}, "token_budget: got 0"),
+    ],
+)
+def test_options_that_are_refused(given: Any, message: str) -> None:
+    with pytest.raises(QuestValueError, match=message):
+        QuestOptions.from_mapping(given)
+
+
+def test_a_budget_is_held_to_the_size_of_a_page() -> None:
+    options = QuestOptions.from_mapping({"token_budget": 64})
+    assert options.config(32).page_budget == 2
+    with pytest.raises(QuestValueError, match="token_budget: got 64, expected at least 128: "):
+        options.config(128)
+
+
+def test_lengths_that_are_read_are_those_of_the_chosen_pages() -> None:
+    config = QuestConfig(token_budget=50, page_size=16)
+    for length in range(1, 200):
+        read = int(read_lengths(torch.tensor([length]), config))
+        last = (length - 1) % 16 + 1  # tokens of the last page
+        assert read == (length if length <= 50 else 2 * 16 + last)
+
+
+def make_counters(lines: list[str], interval: float = 10) -> StepCounters:
+    return StepCounters(QuestConfig(32), torch.device("cpu"), "worker 0", interval, lines.append)
+
+
+def test_counters_of_rows_on_host_and_device() -> None:
+    counters = make_counters([])
+    selected = Selection(torch.zeros(3, 1, 2, dtype=torch.int32), torch.tensor([[2], [1], [0]], dtype=torch.int32))
+    counters.count_quest(selected, torch.tensor([100, 10, 0], dtype=torch.int32))
+    counters.count_stock([20, 0])
+    expected = {"sparse_rows": 1, "dense_rows": 2, "pages_read": 5, "pages_held": 10, "eager_steps": 2}
+    assert counters.snapshot() == expected
+    counters.reset()
+    assert not any(counters.snapshot().values())
+
+
+def test_counters_made_by_a_step_are_reset_outside_of_one() -> None:
+    counters = make_counters([])
+    with torch.inference_mode():
+        counters.plan(1)
+        counters.count_quest(
+            Selection(torch.zeros(1, 1, 1, dtype=torch.int32), torch.ones(1, 1, dtype=torch.int32)), torch.tensor([99])
+        )
+    counters.reset()
+    assert not any(counters.snapshot().values())
+
+
+def test_a_line_at_an_interval_where_something_was_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, lines = 1000.0, []
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    counters = make_counters(lines)
+    selected = Selection(torch.zeros(1, 1, 2, dtype=torch.int32), torch.tensor([[2]], dtype=torch.int32))
+
+    def step() -> None:
+        counters.plan(1)
+        counters.count_quest(selected, torch.tensor([160], dtype=torch.int32))
+
+    counters.plan(0)
+    assert lines == []  # nobody decoded
+    step()
+    step()
+    assert len(lines) == 1  # the first step is told of at once
+    for _ in range(3):
+        step()
+    assert len(lines) == 1
+    now += 11
+    step()
+    assert len(lines) == 2
+    assert lines[1].startswith(
+        "Quest, worker 0: 4 of 4 decode rows sparse, 8 of 40 pages read (20.0 %); since the start"
+    )
+    now += 600  # idle
+    step()
+    assert len(lines) == 3
+    counters.plan(0)
+    assert len(lines) == 3
+    silent = make_counters(lines, interval=0)
+    for _ in range(2):
+        silent.plan(1)
+        silent.count_stock([1])
+    assert len(lines) == 3
+
+
+def make_planner(budget: int = 32, sparse_layers: tuple[str, ...] = ("b", "c"), max_length: int = 1024) -> RowPlanner:
+    return RowPlanner(
+        QuestConfig(budget),
+        torch.device("cpu"),
+        label="worker 0",
+        sparse_layers=sparse_layers,
+        num_layers=4,
+        max_length=max_length,
+        log_interval=0,
+        logger=logging.getLogger("an engine"),
+    )
+
+
+@pytest.mark.parametrize(("lengths", "runs"), [([], False), ([32, 1], False), ([1, 33], True)])
+def test_rows_run_quest_as_soon_as_one_is_past_the_budget(lengths: list[int], runs: bool) -> None:
+    planner = make_planner()
+    assert planner.runs_quest(lengths) is runs
+    assert planner.counted_layer == "b"
+
+
+def test_a_captured_step_runs_quest_and_is_not_counted() -> None:
+    planner = make_planner()
+    counters = planner.counters
+    assert counters is not None
+    with planner.capturing():
+        assert planner.is_capturing and planner.runs_quest([1])
+        counters.count_stock([100])
+    assert not planner.is_capturing
+    assert not planner.runs_quest([1])
+    assert not any(counters.snapshot().values())
+    counters.count_stock([1])
+    assert not planner.runs_quest([1])
+    assert counters.snapshot()["dense_rows"] == 1  # it forgets once
+
+
+def test_a_worker_says_what_it_will_read(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    make_planner()
+    expected = "decode rows past 32 tokens read 2 of up to 64 pages of 16 tokens in 2 of 4 layers; backend torch, "
+    assert caplog.messages[0].startswith(f"Quest, worker 0: {expected}")
+    assert caplog.messages[1].startswith("Quest: token_budget 32 is less than 1/16 of 1024 positions")
+    assert {name for name, *_ in caplog.record_tuples} == {"an engine"}
+
+
+@pytest.mark.parametrize("changes", [{"sparse_layers": ()}, {"budget": 1024}])
+def test_a_worker_that_reads_everything_says_so(changes: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    planner = make_planner(**changes)
+    budget = changes.get("budget", 32)
+    assert caplog.messages == [f"Quest reads everything: token_budget {budget} of 1024 positions, 2 dense layers of 4."]
+    assert planner.counters is None
+    with planner.capturing():
+        assert not planner.runs_quest([2000])
