@@ -217,7 +217,7 @@ def test_steps_of_benchmarks_are_the_fused_step_past_the_budget() -> None:
     for step, query, kv in zip(quest_steps(queries, caches, lengths, config), queries, caches, strict=True):
         expected = quest_decode(query, kv, lengths, QuestConfig(32, backend="reference")).output
         torch.testing.assert_close(step().output, expected)
-    with pytest.raises(RuntimeError, match=r"read \[4, 4\] pages, expected 16"):
+    with pytest.raises(RuntimeError, match=r"read \[\[4\], \[4\]\] pages, expected 16"):
         quest_steps(queries, caches, lengths, QuestConfig(256, backend="triton"))
 
 

@@ -238,6 +238,6 @@ def check_like(
 
 
 def check_side_by_side(name: str, tensor: Tensor, what: str) -> None:
-    """A tensor whose last stride is 1, or who has nothing that could lie apart."""
+    """A tensor whose last dimension lies side by side in memory, or has nothing that could lie apart."""
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         raise QuestValueError(f"{name}.stride(-1)", tensor.stride(-1), f"1: the {what} lie side by side")
