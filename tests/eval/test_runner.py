@@ -428,7 +428,7 @@ def test_several_processes_find_the_same() -> None:
     found = [
         row
         for some in run_jobs(loaded(), [jobs], workers=2, make_runner=functools.partial(make_runner, plan))
-        for row in some
+        for row in some.rows
     ]
     key = lambda row: (row["index"], row["method"])  # noqa: E731
     assert sorted(without_time(found), key=key) == sorted(without_time(alone), key=key)

@@ -62,9 +62,10 @@ class Journal:
             found = f"{counted(len(self._done), 'answer')} and no {SETTINGS}"
             message = f"{self._path} has {found}: what it has is taken for this run's"
             warnings.warn(message, QuestWarning, stacklevel=2)
-        settings = {**settings, "samples": {**_samples(before or {}), **_samples(settings)}}
+        if asked := {**_samples(before or {}), **_samples(settings)}:
+            settings = {**settings, "samples": asked}
         if before is not None:
-            settings["earlier"] = _earlier(before, settings)
+            settings = {**settings, "earlier": _earlier(before, settings)}
         folder.mkdir(parents=True, exist_ok=True)
         if whole != data:
             os.truncate(self._path, len(whole))  # a line that an interruption cut short
