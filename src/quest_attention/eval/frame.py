@@ -45,9 +45,8 @@ NO_FRAME = Frame()
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Token ids that the tokenizer itself puts before a text: none for many models that have a start token."""
     ids: list[int] = tokenizer("").input_ids
-    ends = {tokenizer.eos_token_id} - {
-        tokenizer.bos_token_id
-    }  # some tokenizers end every text; some start with its end
+    # Some tokenizers end every text, and some start one with what ends it.
+    ends = {tokenizer.eos_token_id} - {tokenizer.bos_token_id}
     return tuple(token for token in ids if token not in ends)
 
 

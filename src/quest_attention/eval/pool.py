@@ -26,6 +26,11 @@ Round = Sequence[tuple[Job, list[Arm]]]
 """Samples with the arms that are to answer them."""
 MakeRunner = Callable[[], Runner]
 """Loads the model; it is called in each process, so it can be pickled."""
+_AHEAD = 2
+"""Jobs given out for each process before one comes back."""
+_SHAPES_AT_ONCE = 16
+_runner: Runner | None = None
+"""Of a worker process."""
 
 
 class Made(NamedTuple):
@@ -38,13 +43,6 @@ class Made(NamedTuple):
 
     rows: list[dict[str, Any]]
     is_batch_done: bool = False
-
-
-_AHEAD = 2
-"""Jobs given out for each process before one comes back."""
-_SHAPES_AT_ONCE = 16
-_runner: Runner | None = None
-"""Of a worker process."""
 
 
 def run_jobs(
