@@ -42,7 +42,7 @@ from triton.runtime import interpreter  # noqa: E402
 
 import quick_interpreter  # noqa: E402
 from quest_attention.ops.triton import decode, selection, tuning, workspace  # noqa: E402 (needs triton)
-from quest_attention.ops.triton.metadata import _round_up  # noqa: E402
+from quest_attention.ops.triton.bounds import _round_up  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernels on the GPU"),

@@ -1,4 +1,4 @@
-"""What the kernels share: arguments as they read them, a launch on the right device, a dtype check, the product."""
+"""What the kernels share: a launch on the right device, a dtype check, the product, rounding."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ __all__ = [
     "dot",
     "is_interpreted",
     "launch",
-    "lengths_argument",
     "narrow",
-    "side_by_side",
 ]
 
 FUSED_ARITHMETIC = {"enable_fp_fusion": True}
@@ -48,22 +46,13 @@ def is_interpreted() -> bool:
     return bool(_INTERPRETED.value)
 
 
-def side_by_side(tensor: Tensor) -> Tensor:
-    """A small tensor as kernels read it, whose last stride is 1: itself, or a copy, which a graph captures too."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def lengths_argument(value: Tensor | int, placeholder: Tensor) -> tuple[Tensor, int]:
-    """A pointer and a number, of which a kernel reads one: lengths on the device, or one known to the host."""
-    return (placeholder, value) if isinstance(value, int) else (side_by_side(value), 0)
-
-
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Start a kernel on the device of its first tensor; nothing to do where the grid is empty."""
     if grid[0] == 0:
         return
     options |= FUSED_ARITHMETIC
-    device = arguments[0].device
+    first = arguments[0]
+    device = (first if isinstance(first, Tensor) else first.base).device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*arguments, **options)
