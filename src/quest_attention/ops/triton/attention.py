@@ -19,7 +19,8 @@ from quest_attention.ops.triton.arguments import (
     shape_of,
     side_by_side,
 )
-from quest_attention.ops.triton.launch import LOG2_E, check_kernel_dtype, dot, launch, narrow
+from quest_attention.ops.triton.arithmetic import LOG2_E, dot, narrow
+from quest_attention.ops.triton.launch import check_kernel_dtype, launch
 from quest_attention.ops.triton.merge import LOWEST, Partial, merge_kernel, store_partial
 from quest_attention.ops.triton.tuning import ATTEND_STAGES, attended_block, attending_programs
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quest_attention.ops.triton.launch import dot
+from quest_attention.ops.triton.arithmetic import dot, widen
 
 __all__ = ["score_bounds", "take_bounds"]
 
@@ -34,12 +34,12 @@ def score_bounds(
     key_min = tl.load(at + metadata.side, mask=inside, other=0.0)
     positive, negative = tl.maximum(q.to(tl.float32), 0.0), tl.minimum(q.to(tl.float32), 0.0)
     if SHAPE.block_g == 1:
-        logit = tl.sum(positive * key_max.to(tl.float32) + negative * key_min.to(tl.float32), 1)
+        logit = tl.sum(positive * widen(key_max, tl.float32) + negative * widen(key_min, tl.float32), 1)
     else:
         BLOCK_G: tl.constexpr = SHAPE.block_g
         logit = tl.zeros([BLOCK_G, physical.shape[0]], tl.float32)
-        logit = dot(positive.to(q.dtype), tl.trans(key_max.to(q.dtype)), logit)
-        logit = dot(negative.to(q.dtype), tl.trans(key_min.to(q.dtype)), logit)
+        logit = dot(positive.to(q.dtype), tl.trans(widen(key_max, q.dtype)), logit)
+        logit = dot(negative.to(q.dtype), tl.trans(widen(key_min, q.dtype)), logit)
     return logit
 
 
@@ -55,8 +55,8 @@ def take_bounds(
     """Widen the bounds of a page by its fresh keys, or begin them where it held none, whoever used it before."""
     goes_on = inside.to(tl.int32) * before > 0  # the interpreter joins no mask with a single condition
     # Asked for before the keys are used, so that both are waited for together.
-    old_max = tl.load(at, mask=goes_on, other=0.0).to(tl.float32)
-    old_min = tl.load(at + side, mask=goes_on, other=0.0).to(tl.float32)
+    old_max = widen(tl.load(at, mask=goes_on, other=0.0), tl.float32)
+    old_min = widen(tl.load(at + side, mask=goes_on, other=0.0), tl.float32)
     key_max, key_min = key, key
     if len(key.shape) == 2:
         key_max = tl.reduce(tl.where(is_fresh[:, None], key, float("-inf")), 0, _larger)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from quest_attention.ops.triton.bounds import score_bounds, take_bounds
+from quest_attention.ops.triton.moments import score_moments, take_moments
 
 __all__ = ["FormKernels", "kernels_of"]
 
@@ -29,4 +30,5 @@ _BOUNDS = FormKernels(score_bounds, take_bounds, 0.0)
 
 def kernels_of(form: object) -> FormKernels:
     """The device functions of a form; None is `Bounds()`."""
-    return _BOUNDS
+    coefficient = getattr(form, "coefficient", None)
+    return _BOUNDS if coefficient is None else FormKernels(score_moments, take_moments, float(coefficient))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from quest_attention.ops.triton.launch import LOG2_E, narrow
+from quest_attention.ops.triton.arithmetic import LOG2_E, narrow
 
 __all__ = ["LOWEST", "Partial", "merge_kernel", "merge_splits", "store_partial"]
 
