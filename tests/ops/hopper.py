@@ -40,6 +40,8 @@ class NoGpu:
 def compile_only(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Stands in for `launch`."""
     compiled = kernel.warmup(*arguments, grid=grid, **options, **FUSED_ARITHMETIC)
+    if "FORM" in options:  # else a changed form would not be compiled anew
+        assert hasattr(compiled.src.constants[kernel.arg_names.index("FORM"),], "cache_key")
     print(kernel.fn.__name__, len(compiled.asm["cubin"]), flush=True)
 
 

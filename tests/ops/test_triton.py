@@ -446,7 +446,7 @@ def test_appending_tokens(layout: str, narrow: bool) -> None:
 
 def test_float64_is_refused() -> None:
     cache = make_cache([20], dtype=torch.float64)
-    with pytest.raises(QuestValueError, match="bfloat16, float16 or float32"):
+    with pytest.raises(QuestValueError, match="bfloat16, float16, float32 or float8_e4m3fn"):
         score_pages(query_for(cache, 1), cache.kv, cache.seq_lens, backend="triton")
 
 

@@ -13,21 +13,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quest_attention.pages import PagedKV
+
 __all__ = [
     "ByHead",
     "Metadata",
     "Pages",
     "Shape",
     "by_head",
+    "keys_argument",
     "length_of",
     "lengths_argument",
     "load_query",
     "metadata_argument",
-    "metadata_of_head",
-    "pages_argument",
-    "pages_of_head",
+    "scored_metadata_argument",
     "shape_of",
     "side_by_side",
+    "values_argument",
 ]
 
 _SMALLEST_DOT = 16
@@ -45,21 +47,29 @@ class ByHead(NamedTuple):
 
 
 class Pages(NamedTuple):
-    """Keys or values `[N, page_size, HKV, D]`, or those of one head."""
+    """Keys or values `[N, page_size, HKV, D]`.
+
+    What is stored is multiplied by a `scale`, one of all heads or one of each, `scale_head` apart; None where there is
+    none. Triton 3.6 returns no None from a device function, so these take `h` where the head of a row is meant.
+    """
 
     base: Any
     page: Any
     token: Any
     head: Any
+    scale: Any
+    scale_head: Any
 
 
 class Metadata(NamedTuple):
-    """Page metadata `[N, HKV, 2, D]`, or that of one head."""
+    """Page metadata `[N, HKV, 2, D]` of keys as they are stored, with the scale of those, as in `Pages`."""
 
     base: Any
     page: Any
     head: Any
     side: Any
+    scale: Any
+    scale_head: Any
 
 
 class Shape(NamedTuple):
@@ -116,16 +126,37 @@ def by_head(tensor: Tensor) -> ByHead:
     return ByHead(tensor, row, head)
 
 
-def pages_argument(tensor: Tensor) -> Pages:
-    """Keys or values of a cache as an argument."""
+def keys_argument(kv: PagedKV) -> Pages:
+    """The keys of a cache as an argument."""
+    return _pages(kv.keys, getattr(kv, "key_scale", None))
+
+
+def values_argument(kv: PagedKV) -> Pages:
+    """The values of a cache as an argument."""
+    return _pages(kv.values, getattr(kv, "value_scale", None))
+
+
+def scored_metadata_argument(kv: PagedKV) -> Metadata:
+    """The page metadata of a cache as an argument, with the scale that scoring needs."""
+    return metadata_argument(kv.metadata, getattr(kv, "key_scale", None))
+
+
+def _pages(tensor: Tensor, scale: Tensor | None) -> Pages:
     page, token, head, _ = tensor.stride()
-    return Pages(tensor, page, token, head)
+    return Pages(tensor, page, token, head, scale, _scale_stride(scale))
 
 
-def metadata_argument(tensor: Tensor) -> Metadata:
+def metadata_argument(tensor: Tensor, scale: Tensor | None = None) -> Metadata:
     """Page metadata as an argument."""
     page, head, side, _ = tensor.stride()
-    return Metadata(tensor, page, head, side)
+    return Metadata(tensor, page, head, side, scale, _scale_stride(scale))
+
+
+def _scale_stride(scale: Tensor | None) -> int | None:
+    """From a head's scale to the next one's, 0 where all have one."""
+    if scale is None:
+        return None
+    return 0 if scale.shape[0] == 1 else scale.stride(0)
 
 
 def lengths_argument(value: Tensor | int) -> Tensor | int:
@@ -140,18 +171,6 @@ def length_of(lengths, b):
         return tl.load(lengths + b).to(tl.int32)
     else:  # noqa: RET505 - Triton takes a constant condition's branches for one only so
         return lengths
-
-
-@triton.jit
-def pages_of_head(pages, h):
-    """Keys or values of one head."""
-    return Pages(pages.base + h * pages.head, pages.page, pages.token, pages.head)
-
-
-@triton.jit
-def metadata_of_head(metadata, h):
-    """Metadata of one head."""
-    return Metadata(metadata.base + h * metadata.head, metadata.page, metadata.head, metadata.side)
 
 
 @triton.jit

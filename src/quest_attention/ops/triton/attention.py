@@ -11,15 +11,15 @@ from quest_attention.ops.selection import Selection
 from quest_attention.ops.step import Step
 from quest_attention.ops.triton.arguments import (
     by_head,
+    keys_argument,
     length_of,
     lengths_argument,
     load_query,
-    pages_argument,
-    pages_of_head,
     shape_of,
     side_by_side,
+    values_argument,
 )
-from quest_attention.ops.triton.arithmetic import LOG2_E, dot, narrow
+from quest_attention.ops.triton.arithmetic import LOG2_E, dot, narrow, widen
 from quest_attention.ops.triton.launch import check_kernel_dtype, launch
 from quest_attention.ops.triton.merge import LOWEST, Partial, merge_kernel, store_partial
 from quest_attention.ops.triton.tuning import ATTEND_STAGES, attended_block, attending_programs
@@ -52,7 +52,7 @@ def sparse_decode_attention(
     shape = shape_of(kv.page_size, group, kv.head_dim, width, multiplies=True)
     launch(
         _attend_kernel, (batch * heads * splits,),
-        by_head(query), pages_argument(kv.keys), pages_argument(kv.values), table, table.stride(0),
+        by_head(query), keys_argument(kv), values_argument(kv), table, table.stride(0),
         lengths_argument(step.seq_lens), by_head(pages), mask, 0 if mask is None else mask.stride(0),
         0 if mask is None else mask.shape[1], physical, None if mask is None else torch.empty_like(physical), found,
         float(step.scale), None if softcap is None else float(softcap), heads, slots, splits,
@@ -70,8 +70,9 @@ def sparse_decode_attention(
 @triton.jit
 def attend_slots(
     q,  # [BLOCK_G, BLOCK_D]
-    keys,  # of the row's head
-    values,  # of the row's head
+    keys,
+    values,
+    h,
     physical,  # of the row: the pages to read, in the order of the sequence
     pages,  # of the row: the same as logical pages; read where there is a mask
     first_token,
@@ -99,6 +100,8 @@ def attend_slots(
     largest = tl.full([LANES], LOWEST, tl.float32)
     total = tl.zeros([LANES], tl.float32)
     gathered = tl.zeros([LANES, BLOCK_DV], tl.float32)
+    if keys.scale is not None:
+        scale = scale * tl.load(keys.scale + h * keys.scale_head)
     for start in tl.range(first_token, last_token, BLOCK_T, num_stages=STAGES):
         token = start + tl.arange(0, BLOCK_T)
         slot = token // SHAPE.page_size
@@ -112,24 +115,25 @@ def attend_slots(
             known = is_live & (position < mask_width)
             is_live = is_live & (tl.load(mask_row + position, mask=known, other=0) != 0)
         offset = offset.to(tl.int64)
-        key_at = keys.base + (page * keys.page + offset * keys.token)[:, None] + channel[None, :]
+        key_at = keys.base + h * keys.head + (page * keys.page + offset * keys.token)[:, None] + channel[None, :]
         k = tl.load(key_at, mask=is_live[:, None] & (channel < SHAPE.head_dim)[None, :], other=0.0)
-        value_at = values.base + (page * values.page + offset * values.token)[:, None]
+        value_at = values.base + h * values.head + (page * values.page + offset * values.token)[:, None]
         value_at = value_at + value_channel[None, :]
         v = tl.load(value_at, mask=is_live[:, None] & (value_channel < SHAPE.value_dim)[None, :], other=0.0)
         if BLOCK_G == 1:
-            logit = _cap(tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * scale, softcap)
+            logit = _cap(tl.sum(q.to(tl.float32) * widen(k, tl.float32), 1) * scale, softcap)
             new_largest = tl.where(is_live, tl.maximum(largest, logit), largest)
             weight = tl.where(is_live, tl.exp2(logit - new_largest), 0.0)
             shrink = tl.exp2(largest - new_largest)
             total = total * shrink + weight
-            gathered = gathered * shrink[:, None] + weight[:, None] * v.to(tl.float32)
+            gathered = gathered * shrink[:, None] + weight[:, None] * widen(v, tl.float32)
         else:
-            logit = dot(q, tl.trans(k), tl.zeros([BLOCK_G, BLOCK_T], tl.float32))
+            logit = dot(q, tl.trans(widen(k, q.dtype)), tl.zeros([BLOCK_G, BLOCK_T], tl.float32))
             logit = tl.where(is_live[None, :], _cap(logit * scale, softcap), LOWEST)
             new_largest = tl.maximum(largest, tl.max(logit, 1))
             weight = tl.where(is_live[None, :], tl.exp2(logit - new_largest[:, None]), 0.0)
             shrink = tl.exp2(largest - new_largest)
+            v = widen(v, q.dtype)
             rounded = narrow(weight, v.dtype)
             total = total * shrink + tl.sum(rounded.to(tl.float32), 1)  # of what is multiplied: rounding cancels
             gathered = dot(rounded, v, gathered * shrink[:, None])
@@ -140,6 +144,8 @@ def attend_slots(
         gathered = tl.sum(gathered * weight[:, None], 0)[None, :]
         total = tl.sum(total * weight, 0) + tl.zeros([1], tl.float32)
         largest = top + tl.zeros([1], tl.float32)
+    if values.scale is not None:
+        gathered = gathered * tl.load(values.scale + h * values.scale_head)
     return largest, total, gathered
 
 
@@ -231,8 +237,9 @@ def _attend_kernel(
     tl.debug_barrier()  # the list is read by other threads than those that wrote it
     largest, total, gathered = attend_slots(
         q,
-        pages_of_head(keys, h),
-        pages_of_head(values, h),
+        keys,
+        values,
+        h,
         row_physical,
         row_logical,
         first * SHAPE.page_size,

@@ -17,7 +17,8 @@ __all__ = ["score_bounds", "take_bounds"]
 @triton.jit
 def score_bounds(
     q,  # [BLOCK_G, BLOCK_D]
-    metadata,  # of the row's head
+    metadata,
+    h,
     physical,  # [BLOCK_P]
     is_live,  # [BLOCK_P]
     COEFFICIENT: tl.constexpr,
@@ -28,7 +29,7 @@ def score_bounds(
     Where a key is not finite the product with the other part of the query, zero, is NaN.
     """
     channel = tl.arange(0, SHAPE.block_d)
-    at = metadata.base + physical.to(tl.int64)[:, None] * metadata.page + channel[None, :]
+    at = metadata.base + h * metadata.head + physical.to(tl.int64)[:, None] * metadata.page + channel[None, :]
     inside = is_live[:, None] & (channel < SHAPE.head_dim)[None, :]
     key_max = tl.load(at, mask=inside, other=0.0)
     key_min = tl.load(at + metadata.side, mask=inside, other=0.0)

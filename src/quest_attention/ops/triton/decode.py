@@ -21,15 +21,14 @@ from quest_attention.ops.selection import Selection
 from quest_attention.ops.step import Step
 from quest_attention.ops.triton.arguments import (
     by_head,
+    keys_argument,
     length_of,
     lengths_argument,
     load_query,
-    metadata_argument,
-    metadata_of_head,
-    pages_argument,
-    pages_of_head,
+    scored_metadata_argument,
     shape_of,
     side_by_side,
+    values_argument,
 )
 from quest_attention.ops.triton.attention import attend_slots
 from quest_attention.ops.triton.forms import kernels_of
@@ -69,9 +68,9 @@ def quest_decode(step: Step) -> tuple[Tensor, Selection] | None:
         _decode_kernel,
         (rows * (sections * tuning.score_splits + tuning.splits),),
         by_head(query),
-        pages_argument(kv.keys),
-        pages_argument(kv.values),
-        metadata_argument(kv.metadata),
+        keys_argument(kv),
+        values_argument(kv),
+        scored_metadata_argument(kv),
         table,
         table.stride(0),
         lengths_argument(step.seq_lens),
@@ -192,7 +191,7 @@ def _read_whole(row, out, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def _score_share(
-    q, row, metadata, scores, ahead, first, last, step, max_pages,
+    q, row, metadata, h, scores, ahead, first, last, step, max_pages,
     FORM: tl.constexpr, IS_MAX: tl.constexpr, SHAPE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Score blocks of pages from `first` to `last`, `step` apart; `ahead` are the physical pages of the first one."""
@@ -201,7 +200,7 @@ def _score_share(
         here = ahead
         if BLOCKS.score_stages > 1:
             here = tl.load(row.table + page, mask=page < max_pages, other=0)
-        score = score_row(q, metadata, here, page < last, FORM, IS_MAX, SHAPE)
+        score = score_row(q, metadata, h, here, page < last, FORM, IS_MAX, SHAPE)
         tl.store(scores + page, score, mask=page < last)
         if BLOCKS.score_stages == 1:  # else the compiler reads ahead
             ahead = tl.load(row.table + page + step, mask=page + step < max_pages, other=0)
@@ -256,7 +255,7 @@ def _wait(row):
 
 @triton.jit
 def _attend_share(
-    q, row, keys, values, found, part, splits, pages_per_split, scale, softcap,
+    q, row, keys, values, h, found, part, splits, pages_per_split, scale, softcap,
     SHAPE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Attend to some of a row's pages. They ascend, so the part-filled one is last and the tokens end as it does."""
@@ -264,7 +263,7 @@ def _attend_share(
     tokens = (row.count - 1) * SHAPE.page_size + (row.end - 1) % SHAPE.page_size + 1
     last_token = tl.minimum((first + pages_per_split) * SHAPE.page_size, tokens)
     largest, weight, gathered = attend_slots(
-        q, keys, values, row.physical, None, first * SHAPE.page_size, last_token, None, 0, scale, softcap,
+        q, keys, values, h, row.physical, None, first * SHAPE.page_size, last_token, None, 0, scale, softcap,
         SHAPE, BLOCKS.attended, BLOCKS.attend_stages,
     )  # fmt: skip
     store_partial(found, row.index, part, splits, largest, weight, gathered, SHAPE)
@@ -331,9 +330,8 @@ def _decode_kernel(
             _read_whole(row, out, BLOCKS.slots)
         if is_sparse & (first < total):
             scores = workspace.scores + index.to(tl.int64) * max_pages
-            row_metadata = metadata_of_head(metadata, h)
             start, step = first + split * BLOCKS.scored, score_splits * BLOCKS.scored
-            _score_share(q, row, row_metadata, scores, ahead, start, last, step, max_pages, FORM, IS_MAX, SHAPE, BLOCKS)
+            _score_share(q, row, metadata, h, scores, ahead, start, last, step, max_pages, FORM, IS_MAX, SHAPE, BLOCKS)
             tl.debug_barrier()  # every thread's scores are written before the program says so
             arrived = tl.atomic_add(row.counters + SCORED + section, 1, sem="acq_rel", scope="gpu")
             if arrived == score_splits - 1:
@@ -344,9 +342,8 @@ def _decode_kernel(
     else:
         q = load_query(query, b, h, SHAPE)
         _wait(row)
-        row_keys, row_values = pages_of_head(keys, h), pages_of_head(values, h)
         _attend_share(
-            q, row, row_keys, row_values, workspace, part, splits, pages_per_split, scale, softcap, SHAPE, BLOCKS
+            q, row, keys, values, h, workspace, part, splits, pages_per_split, scale, softcap, SHAPE, BLOCKS
         )  # fmt: skip
         tl.debug_barrier()
         arrived = tl.atomic_add(row.counters + ATTENDED, 1, sem="acq_rel", scope="gpu")

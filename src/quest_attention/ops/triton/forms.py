@@ -24,6 +24,11 @@ class FormKernels(NamedTuple):
     take: Any
     coefficient: float
 
+    @property
+    def cache_key(self) -> str:
+        """What Triton asks a constant for: by its name alone it would keep a kernel on disk when a function changes."""
+        return f"{self.score.cache_key}-{self.take.cache_key}-{self.coefficient}"
+
 
 _BOUNDS = FormKernels(score_bounds, take_bounds, 0.0)
 

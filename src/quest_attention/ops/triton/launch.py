@@ -15,8 +15,8 @@ __all__ = ["FUSED_ARITHMETIC", "KERNEL_DTYPES", "check_kernel_dtype", "is_interp
 FUSED_ARITHMETIC = {"enable_fp_fusion": True}
 """Multiply and add in one rounding: said here, because Triton's default changes after 3.9, which warns of it."""
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
-KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""Dtypes of keys that the kernels compute in."""
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
+"""Dtypes of keys that the kernels take: those they compute in, and one that they widen to the query's."""
 
 
 def check_kernel_dtype(keys: Tensor) -> None:
@@ -26,7 +26,9 @@ def check_kernel_dtype(keys: Tensor) -> None:
         QuestValueError: The keys are float64.
     """
     if keys.dtype not in KERNEL_DTYPES:
-        raise QuestValueError("keys.dtype", keys.dtype, "bfloat16, float16 or float32 for the Triton kernels")
+        raise QuestValueError(
+            "keys.dtype", keys.dtype, "bfloat16, float16, float32 or float8_e4m3fn for the Triton kernels"
+        )
 
 
 def is_interpreted() -> bool:

@@ -9,13 +9,15 @@ from torch import Tensor
 from quest_attention.ops.triton.arguments import (
     Shape,
     by_head,
+    keys_argument,
     length_of,
     lengths_argument,
     metadata_argument,
-    pages_argument,
     shape_of,
     side_by_side,
+    values_argument,
 )
+from quest_attention.ops.triton.arithmetic import narrow, widen
 from quest_attention.ops.triton.forms import FormKernels, kernels_of
 from quest_attention.ops.triton.launch import check_kernel_dtype, launch
 from quest_attention.pages import PagedKV, num_pages
@@ -40,7 +42,7 @@ def update_page_metadata(kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Te
     pages = 1 if touched <= 2 else _PAGES_PER_PROGRAM
     launch(
         _update_kernel, (triton.cdiv(touched, pages) * kv.num_kv_heads * kv.batch_size,),
-        pages_argument(kv.keys), metadata_argument(kv.metadata), table, table.stride(0), lengths_argument(seq_lens),
+        keys_argument(kv), metadata_argument(kv.metadata), table, table.stride(0), lengths_argument(seq_lens),
         lengths_argument(num_new_tokens), kv.num_kv_heads, triton.cdiv(touched, pages),
         FORM=_form_of(kv), SHAPE=_shape_of(kv), PAGES=pages, num_warps=4,
     )  # fmt: skip
@@ -52,7 +54,7 @@ def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: Tensor) ->
     table = side_by_side(kv.page_table)
     launch(
         _append_kernel, (kv.batch_size * kv.num_kv_heads,),
-        by_head(keys), by_head(values), pages_argument(kv.keys), pages_argument(kv.values),
+        by_head(keys), by_head(values), keys_argument(kv), values_argument(kv),
         metadata_argument(kv.metadata), table, table.stride(0), side_by_side(seq_lens), kv.num_kv_heads,
         FORM=_form_of(kv), SHAPE=_shape_of(kv), num_warps=1,
     )  # fmt: skip
@@ -86,22 +88,35 @@ def _launch_slots(
     shape = shape_of(page_size, 1, dim, dim if values is None else values.shape[-1])
     launch(
         _slot_kernel, (slots.shape[0] * heads,),
-        by_head(keys), None if values is None else by_head(values), None if kv is None else pages_argument(kv.keys),
-        None if kv is None else pages_argument(kv.values), metadata_argument(metadata), side_by_side(slots),
+        by_head(keys), None if values is None else by_head(values), None if kv is None else keys_argument(kv),
+        None if kv is None else values_argument(kv), metadata_argument(metadata), side_by_side(slots),
         slots.shape[0], heads,
         FORM=form, SHAPE=shape, num_warps=max(1, min(8, shape.block_page * shape.block_d // _KEYS_PER_WARP)),
     )  # fmt: skip
 
 
 @triton.jit
+def _as_stored(token, pages, h):
+    """New keys or values of head `h` as numbers of the cache they go to."""
+    dtype: tl.constexpr = pages.base.dtype.element_ty
+    if token.dtype != dtype:
+        token = token.to(tl.float32)
+        if pages.scale is not None:
+            token = tl.div_rn(token, tl.load(pages.scale + h * pages.scale_head))  # rounded, as in PyTorch
+        token = narrow(token, dtype)
+    return token
+
+
+@triton.jit
 def _write(new, row, pages, page, offset, h, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the channels of one new token and head to their place in the cache.
+    """Write the channels of one new token to their place in the cache.
 
     Returns:
         What was written, `[BLOCK]`.
     """
     channel = tl.arange(0, BLOCK)
     token = tl.load(new.base + row * new.row + h * new.head + channel, mask=channel < DIM, other=0.0)
+    token = _as_stored(token, pages, h)
     to = pages.base + page * pages.page + offset * pages.token + h * pages.head
     tl.store(to + channel, token, mask=channel < DIM)
     return token
@@ -112,7 +127,7 @@ def _take(keys, metadata, page, h, is_fresh, before, FORM: tl.constexpr, SHAPE: 
     """Take the fresh among some keys into the metadata of their page and head."""
     channel = tl.arange(0, SHAPE.block_d)
     at = metadata.base + page * metadata.page + h * metadata.head + channel
-    FORM.take(at, metadata.side, keys.to(tl.float32), is_fresh, before, channel < SHAPE.head_dim)
+    FORM.take(at, metadata.side, widen(keys, tl.float32), is_fresh, before, channel < SHAPE.head_dim)
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_kv_heads"])
@@ -134,8 +149,8 @@ def _append_kernel(
 @triton.jit(do_not_specialize=["num_tokens", "num_kv_heads"])
 def _slot_kernel(
     new_keys,
-    new_values,
-    keys,  # None where another writes K and V
+    new_values,  # None, as are `keys` and `values`, where another writes K and V
+    keys,
     values,
     metadata,
     slots,
@@ -149,7 +164,7 @@ def _slot_kernel(
     slot = tl.load(slots + token).to(tl.int64)
     if slot >= 0:
         page, offset = slot // SHAPE.page_size, slot % SHAPE.page_size
-        if keys is not None:
+        if new_values is not None:
             row = token.to(tl.int64)
             _write(new_keys, row, keys, page, offset, h, SHAPE.head_dim, SHAPE.block_d)
             _write(new_values, row, values, page, offset, h, SHAPE.value_dim, SHAPE.block_dv)
@@ -162,6 +177,8 @@ def _slot_kernel(
             channel = tl.arange(0, SHAPE.block_d)
             fresh = new_keys.base + h * new_keys.head + at[:, None].to(tl.int64) * new_keys.row + channel[None, :]
             key = tl.load(fresh, mask=is_here[:, None] & (channel < SHAPE.head_dim)[None, :], other=0.0)
+            if new_values is not None:
+                key = _as_stored(key, keys, h)
             starts_anew = tl.max((is_here & (back == offset)).to(tl.int32), 0) > 0
             before = tl.where(starts_anew, 0, offset.to(tl.int32) + 1 - tl.sum(is_here.to(tl.int32), 0))
             _take(key, metadata, page, h, is_here, before, FORM, SHAPE)

@@ -13,7 +13,8 @@ __all__ = ["score_moments", "take_moments"]
 @triton.jit
 def score_moments(
     q,  # [BLOCK_G, BLOCK_D]
-    metadata,  # of the row's head
+    metadata,
+    h,
     physical,  # [BLOCK_P]
     is_live,  # [BLOCK_P]
     COEFFICIENT: tl.constexpr,
@@ -21,7 +22,7 @@ def score_moments(
 ):
     """`q . mean + COEFFICIENT * |q| . deviation` of each page for each query head."""
     channel = tl.arange(0, SHAPE.block_d)
-    at = metadata.base + physical.to(tl.int64)[:, None] * metadata.page + channel[None, :]
+    at = metadata.base + h * metadata.head + physical.to(tl.int64)[:, None] * metadata.page + channel[None, :]
     inside = is_live[:, None] & (channel < SHAPE.head_dim)[None, :]
     mean = widen(tl.load(at, mask=inside, other=0.0), q.dtype)
     deviation = widen(tl.load(at + metadata.side, mask=inside, other=0.0), q.dtype)

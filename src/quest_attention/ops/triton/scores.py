@@ -13,8 +13,7 @@ from quest_attention.ops.triton.arguments import (
     length_of,
     lengths_argument,
     load_query,
-    metadata_argument,
-    metadata_of_head,
+    scored_metadata_argument,
     shape_of,
     side_by_side,
 )
@@ -39,7 +38,7 @@ def score_pages(step: Step, out: Tensor | None = None) -> Tensor:
     splits = scoring_programs(kv.max_pages, block, batch * heads, query.device)
     launch(
         _score_kernel, (batch * heads * splits,),
-        by_head(query), metadata_argument(kv.metadata), table, table.stride(0), lengths_argument(step.seq_lens),
+        by_head(query), scored_metadata_argument(kv), table, table.stride(0), lengths_argument(step.seq_lens),
         mask, 0 if mask is None else mask.stride(0), 0 if mask is None else mask.shape[1], by_head(scores),
         kv.max_pages, heads, splits,
         FORM=kernels_of(getattr(kv, "form", None)), IS_MAX=step.config.group_reduction == "max",
@@ -52,7 +51,8 @@ def score_pages(step: Step, out: Tensor | None = None) -> Tensor:
 @triton.jit
 def score_row(
     q,  # [BLOCK_G, BLOCK_D]
-    metadata,  # of the row's head
+    metadata,
+    h,
     physical,  # [BLOCK_P] pages; what stands where nothing is live is not used
     is_live,
     FORM: tl.constexpr,
@@ -60,7 +60,9 @@ def score_row(
     SHAPE: tl.constexpr,
 ):
     """Scores `[BLOCK_P]` of some pages of one row; what is not live gives nothing to rely on."""
-    score = FORM.score(q, metadata, physical, is_live, FORM.coefficient, SHAPE)
+    score = FORM.score(q, metadata, h, physical, is_live, FORM.coefficient, SHAPE)
+    if metadata.scale is not None:
+        score = score * tl.load(metadata.scale + h * metadata.scale_head)
     # A page with a key that is not finite ranks first, so that it is read and shows as in dense attention.
     score = tl.where(tl.abs(score) < float("inf"), score, float("inf"))
     if SHAPE.block_g > 1:
@@ -85,14 +87,13 @@ def _score_kernel(
     h = (row % num_kv_heads).to(tl.int64)
     end = length_of(lengths, b)
     row_table = page_table + b * table_stride
-    row_metadata = metadata_of_head(metadata, h)
     out = scores.base + b * scores.row + h * scores.head
     q = load_query(query, b, h, SHAPE)
     for first in tl.range(split * BLOCK_P, max_pages, splits * BLOCK_P, num_stages=STAGES):
         page = first + tl.arange(0, BLOCK_P)
         is_live = page * SHAPE.page_size < end
         physical = tl.load(row_table + page, mask=is_live, other=0)
-        score = score_row(q, row_metadata, physical, is_live, FORM, IS_MAX, SHAPE)
+        score = score_row(q, metadata, h, physical, is_live, FORM, IS_MAX, SHAPE)
         if token_mask is not None:
             seen = load_seen(token_mask + b * mask_stride, mask_width, page, end, SHAPE.page_size, SHAPE.block_page)
             is_live = is_live & (tl.max(seen.to(tl.int32), 1) > 0)

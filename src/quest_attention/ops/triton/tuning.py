@@ -117,9 +117,14 @@ def _block(most: int, item_bytes: int) -> int:
     return max(16, min(most, fits))
 
 
+def _computed_bytes(kv: PagedKV) -> int:
+    """Bytes of a number of the cache in registers: those stored in 8 bits are widened to 16 [bytes]."""
+    return max(2, kv.keys.element_size())
+
+
 def attended_block(kv: PagedKV) -> int:
     """Tokens attended to at a time."""
-    return _block(32, 2 * (kv.head_dim + kv.values.shape[-1]) * kv.keys.element_size())  # and as much ahead
+    return _block(32, 2 * (kv.head_dim + kv.values.shape[-1]) * _computed_bytes(kv))  # and as much ahead
 
 
 def attending_programs(slots: int, page_size: int, rows: int, device: torch.device) -> int:
@@ -163,7 +168,7 @@ def tune(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Tuning | Non
         score_splits=min(tiles, max(least, busy // (rows * sections))),
         splits=max(1, min(slots * kv.page_size // _LEAST_TOKENS, max(_LEAST_SHARES, wanted // rows))),
     )
-    widening = triton.next_power_of_2(kv.head_dim * kv.keys.element_size()) // _TUNED_BYTES
+    widening = triton.next_power_of_2(kv.head_dim * _computed_bytes(kv)) // _TUNED_BYTES
     if widening > 1:  # larger heads fill the registers with fewer tokens
         shape = shape._replace(block_t=max(16, shape.block_t // widening), max_registers=None)
     return shape
