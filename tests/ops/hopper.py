@@ -55,7 +55,7 @@ def run_all(dtype: torch.dtype, group: int, *, narrow: bool, host: bool, pages: 
         backend.append_token(kv, keys[:batch, 0], keys[:batch, 0], seq_lens)
     slots = torch.zeros(batch, dtype=torch.int64)
     backend.append_slots(kv, keys[:batch, 0], keys[:batch, 0], slots)
-    backend.update_slot_metadata(bounds, keys[:batch, 0], slots, page_size)
+    backend.update_slot_metadata(bounds, keys[:batch, 0], slots, page_size, kv.form)
     query = torch.empty(batch, heads * group, dim, dtype=dtype)
     mask = None if host else torch.ones(batch, length, dtype=torch.bool)
     backend.update_page_metadata(kv, seq_lens, length if host else 1)

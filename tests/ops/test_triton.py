@@ -166,7 +166,7 @@ def test_rounding_up_to_8_bits_is_exact() -> None:
     values = torch.cat([random_ones, torch.tensor(edges + others)])
     bits = torch.zeros(256, dtype=torch.uint8)
     _round_up_kernel[(1,)](values, bits, N=256)
-    expected = reference._outward(values, torch.float8_e4m3fn, upward=True).float()
+    expected = bounds._outward(values, torch.float8_e4m3fn, upward=True).float()
     torch.testing.assert_close(bits.view(torch.float8_e4m3fn).float(), expected, rtol=0, atol=0, equal_nan=True)
 
 

@@ -120,5 +120,5 @@ class QuestCPUImpl(QuestAttentionImpl, CPUAttentionBackendImpl):
         CPUAttentionBackendImpl.do_kv_cache_update(self, layer, key, value, opened.parts.stock, slots)
         if not self.chooses(layer):
             return  # nobody reads the bounds of a dense layer
-        page_size = opened.parts.keys.shape[1]
-        update_slot_metadata(opened.parts.metadata, key, slots, page_size=page_size, backend=self._options.backend)
+        kv, backend = opened.paged, self._options.backend
+        update_slot_metadata(kv.metadata, key, slots, page_size=kv.page_size, form=kv.form, backend=backend)

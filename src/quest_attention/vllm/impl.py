@@ -11,6 +11,7 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.models.utils import extract_layer_index
 
 from quest_attention.errors import QuestValueError
+from quest_attention.forms import form_of, metadata_dtype
 from quest_attention.ops import Selection
 from quest_attention.pages import PagedKV
 from quest_attention.serving.options import KEY
@@ -180,10 +181,11 @@ class QuestAttentionImpl:
     def open(self, kv_cache: Tensor) -> OpenCache:
         """Views of a layer's cache, made once: vLLM gives the same tensor each time."""
         if self._opened is None or self._opened.address != kv_cache.data_ptr():
-            fp8 = self._options.fp8_metadata
-            parts = self._layout.split(kv_cache, self.num_kv_heads, self.head_size, fp8=fp8)
+            config = self._options.config(1)
+            stored = metadata_dtype(config, kv_cache.dtype)
+            parts = self._layout.split(kv_cache, self.num_kv_heads, self.head_size, stored)
             nobody = torch.zeros(0, 1, dtype=torch.int32, device=kv_cache.device)
-            paged = PagedKV(parts.keys, parts.values, parts.metadata, nobody)
+            paged = PagedKV(parts.keys, parts.values, parts.metadata, nobody, form=form_of(config))
             self._opened = OpenCache(kv_cache.data_ptr(), parts, paged)
         return self._opened
 

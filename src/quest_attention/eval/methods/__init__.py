@@ -11,6 +11,7 @@ table compares what they read, not how much.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from quest_attention.config import QuestConfig
@@ -105,5 +106,13 @@ def _parse(spec: str, given: str) -> dict[str, Any]:
         if not equals or name == "token_budget" or name in options:
             expected = "option=value behind the colon, each option once; the budget has an option of its own"
             raise QuestValueError("method", spec, expected)
-        options[name] = int(value) if value.isdecimal() else value
+        options[name] = _value(value)
     return options
+
+
+def _value(text: str) -> int | float | str:
+    """A number where it is one."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quest_attention.forms import MetadataForm
 from quest_attention.ops.triton.launch import check_kernel_dtype, launch, lengths_argument, side_by_side
 from quest_attention.pages import FP8_METADATA, PagedKV, num_pages
 
@@ -94,7 +95,7 @@ def append_slots(kv: PagedKV, keys: Tensor, values: Tensor, slots: Tensor) -> No
     _launch_slots(kv.metadata, keys, slots, kv.page_size, kv, values)
 
 
-def update_slot_metadata(metadata: Tensor, keys: Tensor, slots: Tensor, page_size: int) -> None:
+def update_slot_metadata(metadata: Tensor, keys: Tensor, slots: Tensor, page_size: int, form: MetadataForm) -> None:
     """See `ops.update_slot_metadata`. One launch."""
     _launch_slots(metadata, keys, slots, page_size)
 
