@@ -18,6 +18,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from quest_attention.errors import QuestValueError, UnsupportedModelError
 from quest_attention.hf.compiler import kept_from_compilers
 from quest_attention.hf.layer import LAYER_ATTRIBUTE, QuestLayer
+from quest_attention.hf.reading import Reading
 from quest_attention.ops import quest_decode, sparse_decode_attention
 
 __all__ = ["EAGER_NAME", "SDPA_NAME", "AttentionForward", "Reader", "refuse_attentions", "register_attention"]
@@ -34,7 +35,7 @@ AttentionForward = Callable[..., tuple[Tensor, Tensor | None]]
 class Reader(Protocol):
     """A cache layer with an attention of its own, which it gets by having this method: what Quest is compared with.
 
-    Its `update` sets the layer as `LAYER_ATTRIBUTE` of the keys it returns.
+    Its `update` sets the layer as `LAYER_ATTRIBUTE` of the keys it returns, and decides its `Reading`.
     """
 
     def attend(
@@ -59,7 +60,11 @@ def register_attention() -> None:
 
 
 def _eager_or_decode_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """Eager's additive mask; for a decode step the boolean one, or none where nothing is masked, as Quest takes it."""
+    """Eager's additive mask; for a decode step the boolean one, or none where nothing is masked, as Quest takes it.
+
+    It is made before a layer has tokens, so it knows no `Reading`, and need not: dense attention takes both forms. For
+    several tokens none would let each see the later ones.
+    """
     q_length = kwargs["q_length"] if "q_length" in kwargs else args[1]
     if q_length != 1:
         mask: Tensor | None = eager_mask(*args, **kwargs)
@@ -116,29 +121,30 @@ def _attend(
 
     Raises:
         UnsupportedModelError: A decode step past the budget has a position bias, which bounds on keys cannot see, or
-            drops out weights, as a model in training does.
+            drops out weights, as a model in training does; or a decode step has more queries than the one of its token.
+            Fewer queries than tokens, as where a prompt's last token alone is asked for, read what the pass reads.
         QuestValueError: Its mask differs between heads, or adds anything but 0 and minus infinity; or its weights are
             asked for.
     """
     layer: QuestLayer | None = getattr(key, LAYER_ATTRIBUTE, None)
+    reading: Reading | None = getattr(layer, "reading", None)
+    if reading is not None and reading.is_step and query.shape[2] != 1:
+        raise UnsupportedModelError(f"query: got {query.shape[2]} tokens, expected 1, as the decode step wrote")
     own: AttentionForward | None = getattr(layer, "attend", None)
     if own is not None:
         return own(functools.partial(dense, module), query, key, value, attention_mask, **kwargs)
-    if layer is None or query.shape[2] != 1:
+    if layer is None or reading is Reading.SEVERAL_TOKENS:
         return dense(module, query, key, value, attention_mask, **kwargs)
     if layer.captured_lengths is not None:
         return _attend_captured(layer, layer.captured_lengths, query, **kwargs), None
-    layer.was_attended = True
-    batch, length = query.shape[0], key.shape[2]
-    if length <= layer.config.token_budget:
-        # The model's own function, so that a generation within the budget is the model's own to the last bit.
-        layer.counter.count_dense("within budget", batch * layer.num_pages)
-        return dense(module, query, key, value, attention_mask, **kwargs)
+    batch = query.shape[0]
+    layer.count_attention(batch)
     scaling, softcap, sinks = kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux")
-    if layer.is_dense:
-        layer.counter.count_dense("dense layer", batch * layer.num_pages)
+    if reading is not Reading.SPARSE:
         is_plain = all(kwargs.get(name) is None for name in ("softcap", "s_aux", "position_bias"))
-        if attention_mask is None and is_plain and not kwargs.get("dropout") and dense is sdpa_attention_forward:
+        # Within the budget the model's own function, so that a generation there is the model's own to the last bit.
+        is_ours = reading is Reading.DENSE_LAYER and attention_mask is None and dense is sdpa_attention_forward
+        if is_ours and is_plain and not kwargs.get("dropout"):
             return _dense_decode(query, key, value, scaling), None
         return dense(module, query, key, value, attention_mask, **kwargs)
     _check_plain(kwargs)
@@ -148,7 +154,7 @@ def _attend(
         step = quest_decode(
             query[:, :, 0].to(key.dtype),
             layer.paged,
-            length,
+            key.shape[2],
             layer.config,
             sm_scale=scaling,
             softcap=softcap,
@@ -216,7 +222,7 @@ def _attend_captured(layer: QuestLayer, lengths: Tensor, query: Tensor, **kwargs
     storage, backend = layer.storage, layer.config.backend
     assert storage is not None, "captured steps follow others"
     rows = query[:, :, 0].to(storage.dtype)
-    if layer.is_dense:
+    if layer.reading is Reading.DENSE_LAYER:
         pages = storage.every_page
         output, _ = sparse_decode_attention(rows, storage.paged, lengths, pages, **options, backend=backend)
     else:

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from quest_attention.hf.reading import Reading
+
 __all__ = ["LayerCounter", "QuestCounters"]
 
 
@@ -63,18 +65,18 @@ class LayerCounter:
         on_device = self._pages_read_on_device
         return self._pages_read + (0 if on_device is None else int(on_device))
 
-    def count_update(self, num_tokens: int) -> None:
+    def count_update(self, reading: Reading, num_tokens: int) -> None:
         """The cache took `num_tokens` new tokens of each sequence."""
         with self._lock:
-            if num_tokens == 1:
+            if reading.is_step:
                 self._updates += 1
             else:
                 self.prefill_tokens += num_tokens
 
-    def count_dense(self, reason: str, pages: int) -> None:
+    def count_dense(self, reading: Reading, pages: int) -> None:
         """A decode step read all `pages`."""
         with self._lock:
-            self.dense_steps_by_reason[reason] = self.dense_steps_by_reason.get(reason, 0) + 1
+            self.dense_steps_by_reason[reading.value] = self.dense_steps_by_reason.get(reading.value, 0) + 1
             self._pages_read += pages
             self.pages_held += pages
 

@@ -11,6 +11,7 @@ from quest_attention.eval.methods.quest import Quest, QuestSession
 from quest_attention.eval.methods.reading import refuse_mask
 from quest_attention.hf import QuestHandle, QuestLayer
 from quest_attention.hf.attention import AttentionForward
+from quest_attention.hf.reading import Reading
 from quest_attention.ops import Step, run_step
 from quest_attention.pages import num_pages
 
@@ -75,18 +76,17 @@ class _OracleLayer(QuestLayer):
         Raises:
             UnsupportedModelError: A decode step has a mask: its sequences are padded.
         """
-        batch, length, config = query.shape[0], key.shape[2], self.config
-        if query.shape[2] != 1:
+        if self.reading is Reading.SEVERAL_TOKENS:
             return dense(query, key, value, attention_mask, **kwargs)
-        self.was_attended = True
-        if length <= config.token_budget:
-            self.counter.count_dense("within budget", batch * self.num_pages)
+        batch, config = query.shape[0], self.config
+        self.count_attention(batch)
+        if self.reading is not Reading.SPARSE:
             return dense(query, key, value, attention_mask, **kwargs)
         refuse_mask(attention_mask)
         step = Step(
             query=query[:, :, 0],
             kv=self.paged,
-            seq_lens=length,
+            seq_lens=key.shape[2],
             config=config,
             sm_scale=kwargs.get("scaling"),
             softcap=kwargs.get("softcap"),

@@ -16,6 +16,7 @@ from quest_attention.eval.methods.reading import ReadingLayer, ReadingSession, r
 from quest_attention.eval.observation import attention_weights
 from quest_attention.hf import enable_quest
 from quest_attention.hf.attention import AttentionForward
+from quest_attention.hf.reading import Reading
 from quest_attention.hf.reporting import OnRead
 from quest_attention.ops import Selection
 
@@ -69,9 +70,8 @@ def heaviest_tokens(weights: Tensor, count: int) -> Tensor:
 
 class _TokenOracleLayer(ReadingLayer):
     def __init__(self, index: int, token_budget: int) -> None:
-        super().__init__(index)
+        super().__init__(index, token_budget)
         self.on_read: OnRead | None = None
-        self._token_budget = token_budget
 
     def attend(
         self,
@@ -87,20 +87,19 @@ class _TokenOracleLayer(ReadingLayer):
         Raises:
             UnsupportedModelError: A decode step has a mask: its sequences are padded.
         """
-        length = key.shape[2]
-        if query.shape[2] != 1:
+        if self.reading is Reading.SEVERAL_TOKENS:
             return dense(query, key, value, attention_mask, **kwargs)
-        self.tokens_read += min(self._token_budget, length)
-        if length <= self._token_budget:
+        self.tokens_read += min(self.token_budget, key.shape[2])
+        if self.reading is not Reading.SPARSE:
             return dense(query, key, value, attention_mask, **kwargs)
         refuse_mask(attention_mask)
         weights = attention_weights(query, key, **kwargs)[:, :, :, 0]  # [B, HKV, G, T]
-        tokens = heaviest_tokens(weights, self._token_budget)
+        tokens = heaviest_tokens(weights, self.token_budget)
         read_keys, read_values = (
             all_of.gather(2, tokens[..., None].expand(-1, -1, -1, all_of.shape[3])) for all_of in (key, value)
         )
         if self.on_read is not None:  # whose units are tokens here, as `TokenOracle.unit` says
-            counts = torch.full(tokens.shape[:2], self._token_budget, dtype=torch.int32, device=key.device)
+            counts = torch.full(tokens.shape[:2], self.token_budget, dtype=torch.int32, device=key.device)
             self.on_read(self.index, Selection(tokens.int(), counts), query, key, **kwargs)
         read = attention_weights(query, read_keys, **kwargs)[:, :, :, 0]  # [B, HKV, G, K]
         output = read @ read_values.float()  # [B, HKV, G, DV]
