@@ -1,4 +1,4 @@
-"""`Oracle`: the pages that hold the largest logits, found by looking at every key."""
+"""`PageCeiling`: the pages that hold the largest logits, found by looking at every key."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from quest_attention.hf.reading import Reading
 from quest_attention.ops import Step, run_step
 from quest_attention.pages import num_pages
 
-__all__ = ["Oracle", "true_scores"]
+__all__ = ["PageCeiling", "true_scores"]
 
 
-class Oracle(Quest):
+class PageCeiling(Quest):
     """Quest with the true largest logit of each page in place of its bound: the ceiling for any way to score pages.
 
     It reads every key to choose, so it is no method to serve with; forced pages, budget and attention are Quest's.
+    Commands and results call it an oracle, which in the code is `ops/reference.py`: the one that says what is right.
     """
 
     name = "oracle"
@@ -32,7 +33,7 @@ class Oracle(Quest):
         session = QuestSession(handle, max_length)
         for index, layer in enumerate(session.cache.layers):
             if isinstance(layer, QuestLayer) and not layer.is_dense:
-                session.cache.layers[index] = _OracleLayer(
+                session.cache.layers[index] = _CeilingLayer(
                     layer.config,
                     layer.counter,
                     is_dense=False,
@@ -61,7 +62,7 @@ def true_scores(query: Tensor, keys: Tensor, page_size: int) -> Tensor:
     return padded.view(batch, heads, pages, page_size).amax(-1)
 
 
-class _OracleLayer(QuestLayer):
+class _CeilingLayer(QuestLayer):
     def attend(
         self,
         dense: AttentionForward,
