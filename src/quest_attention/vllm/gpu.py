@@ -21,9 +21,9 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from quest_attention.ops import Selection, Workspace, append_slots, make_workspace, quest_decode
+from quest_attention.vllm.builder import QuestMetadataBuilder
 from quest_attention.vllm.impl import OpenCache, QuestAttentionImpl
 from quest_attention.vllm.layout import layout_of
-from quest_attention.vllm.planning import QuestPlanner
 from quest_attention.vllm.plugin import vllm_version
 from quest_attention.vllm.refusals import BACKEND_NAME
 from quest_attention.vllm.step import QuestStep
@@ -76,7 +76,7 @@ class QuestGPUBackend(FlashAttentionBackend):
         return layout_of(vllm_version()).customize(spec)
 
 
-class QuestGPUMetadataBuilder(QuestPlanner, FlashAttentionMetadataBuilder):
+class QuestGPUMetadataBuilder(QuestMetadataBuilder, FlashAttentionMetadataBuilder):
     """Metadata of a batch."""
 
     # A batch of single tokens is captured whole; others run in pieces between which attention is eager.

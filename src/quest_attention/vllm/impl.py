@@ -87,7 +87,7 @@ class QuestAttentionImpl:
         self._layout = layout_of(vllm_version())
         self._prepare_layout()
         self._opened: OpenCache | None = None
-        self._is_sparse: bool | None = None
+        self._is_dense: bool | None = None
 
     def _prepare_layout(self) -> None:
         from vllm.model_executor.layers.attention import Attention
@@ -116,7 +116,7 @@ class QuestAttentionImpl:
             return self._forward_stock(layer, query, key, value, kv_cache, None, output)
         opened = self.open(kv_cache)
         step: QuestStep | None = attn_metadata.quest
-        if step is not None and self.chooses(layer):
+        if step is not None and not self.is_dense(layer):
             is_counted = layer.layer_name == step.counted_layer
             if step.num_rows:
                 return self._forward_quest(layer, query, opened, step, output, is_counted=is_counted)
@@ -139,12 +139,12 @@ class QuestAttentionImpl:
 
     fused_qk_norm_rope_kvcache_supported = fused_qk_norm_mrope_kvcache_supported = fused_rope_kvcache_supported
 
-    def chooses(self, layer: Any) -> bool:
-        """Whether the layer is past the dense ones, by its rank among the full-attention layers of the model."""
-        if self._is_sparse is None:
+    def is_dense(self, layer: Any) -> bool:
+        """Whether the layer always reads everything, by its rank among the full-attention layers of the model."""
+        if self._is_dense is None:
             names = sparse_layers(self._layers, self._options.num_dense_layers, extract_layer_index)
-            self._is_sparse = layer.layer_name in names
-        return self._is_sparse
+            self._is_dense = layer.layer_name not in names
+        return self._is_dense
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
