@@ -165,20 +165,13 @@ class QuestCounters:
 
     def summary(self) -> str:
         """A table of one line per layer and a line for the whole."""
-        lines = [
-            f"{'layer':>5}  {'kind':<12} {'sparse':>8} {'dense':>8} {'pages read':>12} {'pages held':>12} {'read':>7}"
-        ]
-        for layer in self.layers:
-            share = f"{layer.pages_read / layer.pages_held:.1%}" if layer.pages_held else "-"
-            lines.append(
-                f"{layer.layer:>5}  {layer.kind:<12} {layer.sparse_steps:>8} {layer.dense_steps:>8} "
-                f"{layer.pages_read:>12} {layer.pages_held:>12} {share:>7}"
-            )
-        total = f"{self.share_read:.1%}" if self.pages_held else "-"
-        lines.append(
-            f"{'all':>5}  {'':<12} {self.sparse_steps:>8} {self.dense_steps:>8} "
-            f"{self.pages_read:>12} {self.pages_held:>12} {total:>7}"
-        )
+        rows: list[tuple[object, ...]] = [("layer", "kind", "sparse", "dense", "pages read", "pages held", "read")]
+        counted: list[LayerCounter | QuestCounters] = [*self.layers, self]
+        for each in counted:
+            name = (each.layer, each.kind) if isinstance(each, LayerCounter) else ("all", "")
+            steps, read, held = (each.sparse_steps, each.dense_steps), each.pages_read, each.pages_held
+            rows.append((*name, *steps, read, held, f"{read / held:.1%}" if held else "-"))
+        lines = ["{:>5}  {:<12} {:>8} {:>8} {:>12} {:>12} {:>7}".format(*row) for row in rows]
         if self.bypassed_steps:
             lines.append(f"{self.bypassed_steps} layer steps never reached Quest's attention and read everything")
         return "\n".join(lines)

@@ -189,17 +189,8 @@ class _CapturedStep:
         self.storages = _storages(cache)
         self.weights = weights
         layers = [layer for layer in cache.layers if isinstance(layer, QuestLayer)]
-
-        def run() -> Any:
-            return forward(
-                **self.inputs,
-                **{cache_name: cache},
-                attention_mask=None,
-                use_cache=True,
-                return_dict=True,
-                logits_to_keep=logits_to_keep,
-            )
-
+        given = {**self.inputs, cache_name: cache, "attention_mask": None, "logits_to_keep": logits_to_keep}
+        run = functools.partial(forward, **given, use_cache=True, return_dict=True)
         for layer in layers:
             layer.captured_lengths = self.lengths
         try:

@@ -66,7 +66,7 @@ class Watch:
             if any(counter.kind == "quest" for counter in cache.counters.layers):
                 for config in self._configs.read:
                     refuse_attentions(given, config)
-        elif not self.has_warned and not any(hasattr(layer, "attend") for layer in cache.layers):  # a `Reader`
+        elif not self.has_warned and not any(hasattr(layer, "attend") for layer in cache.layers):  # of their own
             self.has_warned = True
             warnings.warn(
                 f"the model was given a {type(cache).__name__}, which has no page metadata: every layer runs dense; "

@@ -24,22 +24,14 @@ from quest_attention.pages import num_pages
 from quest_attention.serving.rows import read_lengths
 from quest_attention.vllm.builder import QuestMetadataBuilder
 from quest_attention.vllm.folding import Fold
-from quest_attention.vllm.impl import OpenCache, QuestAttentionImpl
-from quest_attention.vllm.layout import layout_of
-from quest_attention.vllm.plugin import vllm_version
-from quest_attention.vllm.refusals import BACKEND_NAME
+from quest_attention.vllm.impl import OpenCache, QuestAttentionImpl, QuestBackend
 from quest_attention.vllm.step import QuestStep
 
 __all__ = ["QuestCPUBackend", "QuestCPUImpl", "QuestCPUMetadataBuilder"]
 
 
-class QuestCPUBackend(CPUAttentionBackend):
+class QuestCPUBackend(QuestBackend, CPUAttentionBackend):
     """What `--attention-backend CUSTOM` means on a CPU."""
-
-    @staticmethod
-    def get_name() -> str:
-        """The name by which vLLM looks it up."""
-        return BACKEND_NAME
 
     @staticmethod
     def get_impl_cls() -> type[QuestCPUImpl]:
@@ -50,11 +42,6 @@ class QuestCPUBackend(CPUAttentionBackend):
     def get_builder_cls() -> type[QuestCPUMetadataBuilder]:
         """Metadata of a batch."""
         return QuestCPUMetadataBuilder
-
-    @classmethod
-    def customize_spec(cls, spec: Any) -> Any:
-        """Room for the bounds, in releases of vLLM that ask the backend."""
-        return layout_of(vllm_version()).customize(spec)
 
 
 class QuestCPUMetadataBuilder(QuestMetadataBuilder, CPUAttentionMetadataBuilder):

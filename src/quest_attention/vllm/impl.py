@@ -18,10 +18,24 @@ from quest_attention.vllm.layout import BlockParts, layout_of
 from quest_attention.vllm.options import read_options
 from quest_attention.vllm.plugin import vllm_version
 from quest_attention.vllm.ranks import sparse_layers
-from quest_attention.vllm.refusals import check_layer, check_output_scales, check_transfer
+from quest_attention.vllm.refusals import BACKEND_NAME, check_layer, check_output_scales, check_transfer
 from quest_attention.vllm.step import QuestStep
 
-__all__ = ["OpenCache", "QuestAttentionImpl"]
+__all__ = ["OpenCache", "QuestAttentionImpl", "QuestBackend"]
+
+
+class QuestBackend:
+    """Stands before a stock backend among the bases of a class."""
+
+    @staticmethod
+    def get_name() -> str:
+        """The name by which vLLM looks it up."""
+        return BACKEND_NAME
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        """Room for the bounds, in releases of vLLM that ask the backend."""
+        return layout_of(vllm_version()).customize(spec)
 
 
 class QuestAttentionImpl:
@@ -85,14 +99,11 @@ class QuestAttentionImpl:
         # Filled while the model is made, and complete before its first step.
         self._layers: dict[str, Any] = vllm_config.compilation_config.static_forward_context
         self._layout = layout_of(vllm_version())
-        self._prepare_layout()
-        self._opened: OpenCache | None = None
-        self._is_dense: bool | None = None
-
-    def _prepare_layout(self) -> None:
         from vllm.model_executor.layers.attention import Attention
 
         self._layout.prepare(Attention, self.backend_class)
+        self._opened: OpenCache | None = None
+        self._is_dense: bool | None = None
 
     def forward(
         self,

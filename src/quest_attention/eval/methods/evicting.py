@@ -170,7 +170,7 @@ class _EvictingLayer(ReadingLayer):
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """See `hf.attention.Reader`.
+        """See `hf.attention.AttentionForward`.
 
         Raises:
             UnsupportedModelError: A decode step has a mask: its sequences are padded.

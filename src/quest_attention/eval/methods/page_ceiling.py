@@ -72,7 +72,7 @@ class _CeilingLayer(QuestLayer):
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """See `hf.attention.Reader`.
+        """See `hf.attention.AttentionForward`.
 
         Raises:
             UnsupportedModelError: A decode step has a mask: its sequences are padded.

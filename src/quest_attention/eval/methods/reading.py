@@ -21,7 +21,7 @@ __all__ = ["ReadingLayer", "ReadingSession", "refuse_mask"]
 
 
 class ReadingLayer(DynamicLayer):
-    """A cache layer with an attention of its own: a `Reader` of `hf.attention`.
+    """A cache layer with an attention of its own: see `AttentionForward` in `hf.attention`.
 
     Args:
         index: Of the layer in the model.
@@ -62,7 +62,7 @@ class ReadingLayer(DynamicLayer):
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """See `hf.attention.Reader`."""
+        """See `hf.attention.AttentionForward`."""
 
 
 def refuse_mask(attention_mask: Tensor | None) -> None:
