@@ -339,3 +339,6 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a model may write what the terminal's encoding lacks
     sys.exit(run())
+
+
+# Longer than 250 lines: every option of every command stands here with its help.

@@ -19,10 +19,24 @@ from quest_attention.vllm.layout import BlockParts, layout_of
 from quest_attention.vllm.options import read_options
 from quest_attention.vllm.plugin import vllm_version
 from quest_attention.vllm.ranks import sparse_layers
-from quest_attention.vllm.refusals import check_layer, check_output_scales, check_transfer
+from quest_attention.vllm.refusals import BACKEND_NAME, check_layer, check_output_scales, check_transfer
 from quest_attention.vllm.step import QuestStep
 
-__all__ = ["OpenCache", "QuestAttentionImpl"]
+__all__ = ["OpenCache", "QuestAttentionImpl", "QuestBackend"]
+
+
+class QuestBackend:
+    """Stands before a stock backend among the bases of a class."""
+
+    @staticmethod
+    def get_name() -> str:
+        """The name by which vLLM looks it up."""
+        return BACKEND_NAME
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        """Room for the bounds, in releases of vLLM that ask the backend."""
+        return layout_of(vllm_version()).customize(spec)
 
 
 class QuestAttentionImpl:
@@ -86,14 +100,11 @@ class QuestAttentionImpl:
         # Filled while the model is made, and complete before its first step.
         self._layers: dict[str, Any] = vllm_config.compilation_config.static_forward_context
         self._layout = layout_of(vllm_version())
-        self._prepare_layout()
-        self._opened: OpenCache | None = None
-        self._is_sparse: bool | None = None
-
-    def _prepare_layout(self) -> None:
         from vllm.model_executor.layers.attention import Attention
 
         self._layout.prepare(Attention, self.backend_class)
+        self._opened: OpenCache | None = None
+        self._is_dense: bool | None = None
 
     def forward(
         self,
@@ -117,7 +128,7 @@ class QuestAttentionImpl:
             return self._forward_stock(layer, query, key, value, kv_cache, None, output)
         opened = self.open(kv_cache)
         step: QuestStep | None = attn_metadata.quest
-        if step is not None and self.chooses(layer):
+        if step is not None and not self.is_dense(layer):
             is_counted = layer.layer_name == step.counted_layer
             if step.num_rows:
                 return self._forward_quest(layer, query, opened, step, output, is_counted=is_counted)
@@ -140,12 +151,12 @@ class QuestAttentionImpl:
 
     fused_qk_norm_rope_kvcache_supported = fused_qk_norm_mrope_kvcache_supported = fused_rope_kvcache_supported
 
-    def chooses(self, layer: Any) -> bool:
-        """Whether the layer is past the dense ones, by its rank among the full-attention layers of the model."""
-        if self._is_sparse is None:
+    def is_dense(self, layer: Any) -> bool:
+        """Whether the layer always reads everything, by its rank among the full-attention layers of the model."""
+        if self._is_dense is None:
             names = sparse_layers(self._layers, self._options.num_dense_layers, extract_layer_index)
-            self._is_sparse = layer.layer_name in names
-        return self._is_sparse
+            self._is_dense = layer.layer_name not in names
+        return self._is_dense
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor

@@ -20,11 +20,11 @@ from quest_attention.eval.methods.evicting import Evicting
 from quest_attention.eval.methods.full import Full
 from quest_attention.eval.methods.h2o import H2O
 from quest_attention.eval.methods.method import LayerReads, Method, Session
-from quest_attention.eval.methods.oracle import Oracle
+from quest_attention.eval.methods.page_ceiling import PageCeiling
 from quest_attention.eval.methods.quest import Quest
 from quest_attention.eval.methods.snapkv import SnapKV
 from quest_attention.eval.methods.streaming_llm import SlidingWindow, StreamingLLM
-from quest_attention.eval.methods.token_oracle import TokenOracle
+from quest_attention.eval.methods.token_ceiling import TokenCeiling
 from quest_attention.eval.methods.tova import TOVA
 
 __all__ = [
@@ -34,18 +34,18 @@ __all__ = [
     "Full",
     "LayerReads",
     "Method",
-    "Oracle",
+    "PageCeiling",
     "Quest",
     "Session",
     "SlidingWindow",
     "SnapKV",
     "StreamingLLM",
-    "TokenOracle",
+    "TokenCeiling",
     "make_method",
 ]
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Full, Quest, Oracle, TokenOracle, StreamingLLM, H2O, TOVA, SnapKV)
+    method.name: method for method in (Full, Quest, PageCeiling, TokenCeiling, StreamingLLM, H2O, TOVA, SnapKV)
 }
 """Every method of a table by name."""
 
@@ -83,7 +83,7 @@ def make_method(
         return kind(_config(spec, options, _parse(spec, given) if colon else {}))
     if colon:
         raise QuestValueError("method", spec, f"{name} without options: quest and oracle alone take them")
-    return kind(token_budget, num_dense_layers) if issubclass(kind, Evicting | TokenOracle) else kind()
+    return kind(token_budget, num_dense_layers) if issubclass(kind, Evicting | TokenCeiling) else kind()
 
 
 def _config(spec: str, options: dict[str, Any], own: dict[str, Any]) -> QuestConfig:
