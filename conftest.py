@@ -35,7 +35,7 @@ torch.set_num_threads(1)  # workers share the cores
 # What extras bring is imported by some modules, which environments without them leave out of the doctests.
 _NEEDS = {
     "lm_eval": ["eval/lm_eval.py"],
-    "vllm": ["vllm/cpu.py", "vllm/gpu.py", "vllm/impl.py", "vllm/planning.py"],
+    "vllm": ["vllm/cpu.py", "vllm/gpu.py", "vllm/impl.py", "vllm/builder.py"],
 }
 collect_ignore = [
     f"src/quest_attention/{module}"

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from quest_attention.errors import QuestValueError
 
-__all__ = ["Backend", "GroupReduction", "MetadataDtype", "QuestConfig", "check_integer"]
+__all__ = ["Backend", "GroupReduction", "Metadata", "MetadataDtype", "QuestConfig", "check_integer"]
 
 GroupReduction = Literal["max", "mean"]
+Metadata = Literal["bounds", "moments"]
 MetadataDtype = Literal["kv", "fp8"]
 Backend = Literal["auto", "torch", "triton", "reference"]
+_SINK_PAGES: dict[Metadata, int] = {"bounds": 0, "moments": 1}
+"""First pages that a form wants read always: moments rank the one with the attention sink too low."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,17 @@ class QuestConfig:
         page_size: Tokens per page [tokens].
         num_dense_layers: Leading full-attention layers that always read the whole cache, counted by their rank among
             such layers: those with a window or a state are not counted [layers].
-        num_sink_pages: First pages of a sequence that are always read [pages].
+        num_sink_pages: First pages of a sequence that are always read; None is what the metadata wants, 1 for moments
+            and 0 for bounds, and is replaced by it when the config is made [pages].
         num_recent_pages: Last pages of a sequence that are always read, the page being written included [pages].
             The page being written is read even when this is 0.
-        group_reduction: How the bounds of the query heads that share a KV head become one score: `"max"` or `"mean"`.
+        group_reduction: How the scores of the query heads that share a KV head become one score: `"max"` or `"mean"`.
         backend: `"auto"` picks by device; a backend named here works or raises.
-        metadata_dtype: How page metadata is stored: `"kv"` in the dtype of the keys, `"fp8"` in 8 bits (e4m3), each
-            bound rounded outward, so that it still bounds: half the bytes to score, a looser ranking.
+        metadata: What is kept of a page's keys and how a query scores it: `"bounds"`, the paper's, or `"moments"`, mean
+            and standard deviation; see `quest_attention.forms`.
+        metadata_dtype: How page metadata is stored: `"kv"` in the dtype of the keys, `"fp8"`, for bounds alone, in 8
+            bits (e4m3), each rounded outward, so that it still bounds: half the bytes to score, a looser ranking.
+        moments_coefficient: How many standard deviations above its mean a page's best key is taken to lie.
 
     Raises:
         QuestValueError: A value is out of range, or the budget cannot hold the pages that are always read.
@@ -51,19 +59,30 @@ class QuestConfig:
     token_budget: int = 2048
     page_size: int = 16
     num_dense_layers: int = 2
-    num_sink_pages: int = 0
+    num_sink_pages: int = cast("int", None)  # of a config that is made, always a number
     num_recent_pages: int = 1
     group_reduction: GroupReduction = "max"
     backend: Backend = "auto"
     metadata_dtype: MetadataDtype = "kv"
+    metadata: Metadata = "bounds"
+    moments_coefficient: float = 1.0
 
     def __post_init__(self) -> None:
+        _check_choice("metadata", self.metadata, get_args(Metadata))
+        sinks: object = self.num_sink_pages
+        if sinks is None:
+            object.__setattr__(self, "num_sink_pages", _SINK_PAGES[self.metadata])
         for name in ("token_budget", "page_size"):
             check_integer(name, getattr(self, name), minimum=1)
         for name in ("num_dense_layers", "num_sink_pages", "num_recent_pages"):
             check_integer(name, getattr(self, name), minimum=0)
         _check_choice("group_reduction", self.group_reduction, get_args(GroupReduction))
         _check_choice("metadata_dtype", self.metadata_dtype, get_args(MetadataDtype))
+        if self.metadata != "bounds" and self.metadata_dtype != "kv":
+            raise QuestValueError("metadata_dtype", self.metadata_dtype, f"kv for {self.metadata}: see the form")
+        coefficient: object = self.moments_coefficient
+        if not isinstance(coefficient, int | float) or isinstance(coefficient, bool) or not 0 <= coefficient < math.inf:
+            raise QuestValueError("moments_coefficient", coefficient, "a number of at least 0")
         _check_choice("backend", self.backend, get_args(Backend))
         if self.page_budget < self.num_forced_pages:
             needed = self.num_forced_pages * self.page_size

@@ -17,12 +17,15 @@ logical shape is always `[N, page_size, HKV, D]`; what differs between layouts i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from quest_attention.errors import QuestValueError
+from quest_attention.forms import FP8, KEY_MAX, KEY_MIN, Bounds, MetadataForm
+
+FP8_METADATA = FP8  # TODO
 
 __all__ = [
     "FP8_METADATA",
@@ -31,17 +34,12 @@ __all__ = [
     "ContiguousKV",
     "PagedKV",
     "check_like",
-    "check_metadata_dtype",
+    "check_metadata",
     "check_side_by_side",
     "num_pages",
 ]
 
-KEY_MAX = 0
-"""Index of the largest key per channel in the third dimension of page metadata."""
-KEY_MIN = 1
-"""Index of the smallest key per channel in the third dimension of page metadata."""
-FP8_METADATA = torch.float8_e4m3fn
-"""The narrow dtype of page metadata."""
+_BOUNDS = Bounds()
 
 
 def num_pages(num_tokens: int, page_size: int) -> int:
@@ -59,7 +57,7 @@ class ContiguousKV(NamedTuple):
     Attributes:
         keys: `[B, HKV, capacity, D]`.
         values: `[B, HKV, capacity, DV]`.
-        metadata: `[B, HKV, capacity / page_size, 2, D]`.
+        metadata: `[B, HKV, capacity / page_size, *form.shape]`.
         first_rows: `[B, HKV, 1]` int64, where a head's pages begin when all pages are seen as rows.
         page_table: `[B, P]` int32, the only page table that says what these tensors say.
     """
@@ -76,14 +74,19 @@ class PagedKV:
     """Keys, values and page metadata of a batch of sequences, reached through strides and a page table.
 
     Attributes:
-        keys: `[N, page_size, HKV, D]`, any strides but a last one of 1; float32, bfloat16, float16 or float64.
+        keys: `[N, page_size, HKV, D]`, any strides but a last one of 1; float32, bfloat16, float16, float64, or, with
+            scales, float8_e4m3fn.
         values: `[N, page_size, HKV, DV]`, else as `keys`.
-        metadata: `[N, HKV, 2, D]`: the largest (`KEY_MAX`) and smallest (`KEY_MIN`) key per channel, in the dtype of
-            `keys`, or rounded outward to float8_e4m3fn, where NaN stands for what is beyond its range.
+        metadata: `[N, HKV, *form.shape]`, of the keys as they are stored, in one of the dtypes that the form has beside
+            theirs: `[N, HKV, 2, D]` in the dtype of the keys for bounds and moments, or float8_e4m3fn for bounds.
         page_table: `[B, P]` int32, any strides, the physical page of each logical page. Entries past a sequence's end
             may hold anything.
         contiguous: The tensors behind `keys`, `values` and `metadata` when they are one contiguous cache, else None;
             None too for another page table over such a cache.
+        form: What the metadata is.
+        key_scale: Of keys in float8_e4m3fn, else None: `[1]` or `[HKV]` float32, above 0. A key is what is stored times
+            its scale, and what the metadata says of keys is in units of what is stored.
+        value_scale: Likewise of values.
 
     Raises:
         QuestValueError: Shapes, dtypes, devices or strides do not fit together.
@@ -94,6 +97,9 @@ class PagedKV:
     metadata: Tensor
     page_table: Tensor
     contiguous: ContiguousKV | None = None
+    form: MetadataForm = _BOUNDS
+    key_scale: Tensor | None = None
+    value_scale: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check_dims("keys", self.keys, "[N, page_size, HKV, D]")
@@ -101,10 +107,14 @@ class PagedKV:
         if 0 in (page_size, heads, dim):
             expected = "[N, page_size, HKV, D] with at least one token, head and channel"
             raise QuestValueError("keys.shape", list(self.keys.shape), expected)
-        if not self.keys.dtype.is_floating_point or self.keys.dtype.itemsize not in (2, 4, 8):
-            raise QuestValueError("keys.dtype", self.keys.dtype, "float32, bfloat16, float16 or float64")
+        if self.keys.dtype != FP8 and (
+            not self.keys.dtype.is_floating_point or self.keys.dtype.itemsize not in (2, 4, 8)
+        ):
+            raise QuestValueError("keys.dtype", self.keys.dtype, f"float32, bfloat16, float16, float64 or {FP8}")
         check_like("values", self.values, (pages, page_size, heads, self.values.shape[-1]), self.keys, "keys")
-        _check_metadata(self.metadata, self.keys, (pages, heads, 2, dim))
+        check_metadata(self.metadata, self.keys, (pages, heads), self.form, page_size)
+        for name, scale in (("key_scale", self.key_scale), ("value_scale", self.value_scale)):
+            _check_scale(name, scale, self.keys)
         for name, tensor in (("keys", self.keys), ("values", self.values), ("metadata", self.metadata)):
             check_side_by_side(name, tensor, "channels of a token")
         _check_dims("page_table", self.page_table, "[B, P]")
@@ -118,55 +128,59 @@ class PagedKV:
             raise QuestValueError("page_table", "another than the contiguous cache's", expected)
 
     @classmethod
-    def from_nhd(cls, keys: Tensor, values: Tensor, metadata: Tensor, page_table: Tensor) -> PagedKV:
+    def from_nhd(cls, keys: Tensor, values: Tensor, metadata: Tensor, page_table: Tensor, **others: Any) -> PagedKV:
         """View pages stored as (tokens, heads, dim).
 
         Args:
             keys: `[N, page_size, HKV, D]`.
             values: As `keys`.
-            metadata: `[N, HKV, 2, D]`.
+            metadata: See `PagedKV`.
             page_table: `[B, P]` int32.
+            **others: `form`, `key_scale` and `value_scale`.
         """
-        return cls(keys, values, metadata, page_table)
+        return cls(keys, values, metadata, page_table, **others)
 
     @classmethod
-    def from_hnd(cls, keys: Tensor, values: Tensor, metadata: Tensor, page_table: Tensor) -> PagedKV:
+    def from_hnd(cls, keys: Tensor, values: Tensor, metadata: Tensor, page_table: Tensor, **others: Any) -> PagedKV:
         """View pages stored as (heads, tokens, dim).
 
         Args:
             keys: `[N, HKV, page_size, D]`.
             values: As `keys`.
-            metadata: `[N, HKV, 2, D]`.
+            metadata: See `PagedKV`.
             page_table: `[B, P]` int32.
+            **others: `form`, `key_scale` and `value_scale`.
         """
         _check_dims("keys", keys, "[N, HKV, page_size, D]")
         _check_dims("values", values, "[N, HKV, page_size, D]")
-        return cls(keys.transpose(1, 2), values.transpose(1, 2), metadata, page_table)
+        return cls(keys.transpose(1, 2), values.transpose(1, 2), metadata, page_table, **others)
 
     @classmethod
-    def from_contiguous(cls, keys: Tensor, values: Tensor, metadata: Tensor) -> PagedKV:
+    def from_contiguous(cls, keys: Tensor, values: Tensor, metadata: Tensor, **others: Any) -> PagedKV:
         """View the cache of a transformers layer as pages; nothing is copied.
 
         Args:
             keys: `[B, HKV, capacity, D]`, contiguous, capacity a multiple of the page size.
             values: As `keys`.
-            metadata: `[B, HKV, capacity / page_size, 2, D]`, contiguous; its shape gives the page size.
+            metadata: `[B, HKV, capacity / page_size, *form.shape]`, contiguous; its shape gives the page size.
+            **others: `form`, `key_scale` and `value_scale`.
 
         Raises:
             QuestValueError: A tensor is not contiguous or the shapes do not fit.
         """
         _check_dims("keys", keys, "[B, HKV, capacity, D]")
-        batch, heads, capacity, dim = keys.shape
+        batch, heads, capacity, _ = keys.shape
         check_like("values", values, (batch, heads, capacity, values.shape[-1]), keys, "keys")
         if metadata.dim() != 5 or metadata.shape[2] == 0 or capacity % metadata.shape[2]:
             got = list(metadata.shape)
-            raise QuestValueError("metadata.shape", got, f"[{batch}, {heads}, {capacity} / page_size, 2, {dim}]")
+            expected = f"[{batch}, {heads}, {capacity} / page_size] and what the form keeps of a page"
+            raise QuestValueError("metadata.shape", got, expected)
         pages = metadata.shape[2]
-        _check_metadata(metadata, keys, (batch, heads, pages, 2, dim))
+        page_size = capacity // pages
+        check_metadata(metadata, keys, (batch, heads, pages), others.get("form", _BOUNDS), page_size)
         for name, tensor in (("keys", keys), ("values", values), ("metadata", metadata)):
             if not tensor.is_contiguous():
                 raise QuestValueError(f"{name}.stride()", tensor.stride(), "a contiguous tensor")
-        page_size = capacity // pages
         # Head h adds h * pages pages to the id through its stride.
         reach = (batch - 1) * heads * pages + pages if batch else 0
 
@@ -175,13 +189,14 @@ class PagedKV:
             strides = (page_size * width, width, capacity * width, 1)
             return tensor.as_strided((reach, page_size, heads, width), strides, tensor.storage_offset())
 
-        meta_strides = (2 * dim, pages * 2 * dim, dim, 1)
-        meta_pages = metadata.as_strided((reach, heads, 2, dim), meta_strides, metadata.storage_offset())
+        rows, width = metadata.shape[3:]
+        meta_strides = (rows * width, pages * rows * width, width, 1)
+        meta_pages = metadata.as_strided((reach, heads, rows, width), meta_strides, metadata.storage_offset())
         first = torch.arange(batch, dtype=torch.int32, device=keys.device) * (heads * pages)
         page_table = first[:, None] + torch.arange(pages, dtype=torch.int32, device=keys.device)
         first_rows = (torch.arange(batch * heads, device=keys.device) * pages).view(batch, heads, 1)
         contiguous = ContiguousKV(keys, values, metadata, first_rows, page_table)
-        return cls(as_pages(keys), as_pages(values), meta_pages, page_table, contiguous)
+        return cls(as_pages(keys), as_pages(values), meta_pages, page_table, contiguous, **others)
 
     @property
     def page_size(self) -> int:
@@ -208,21 +223,38 @@ class PagedKV:
         """Logical pages a sequence can have, P [pages]."""
         return self.page_table.shape[1]
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether keys and values are stored in 8 bits, with scales."""
+        return self.keys.dtype == FP8
+
 
 def _check_dims(name: str, tensor: Tensor, layout: str) -> None:
     if tensor.dim() != layout.count(",") + 1:
         raise QuestValueError(f"{name}.shape", list(tensor.shape), layout)
 
 
-def _check_metadata(metadata: Tensor, keys: Tensor, shape: tuple[int, ...]) -> None:
-    check_metadata_dtype(metadata, keys)
-    check_like("metadata", metadata, shape, keys, "keys", check_dtype=False)
+def check_metadata(metadata: Tensor, keys: Tensor, pages: tuple[int, ...], form: MetadataForm, page_size: int) -> None:
+    """What a form keeps of `pages` pages of keys `[..., D]`."""
+    check_like("metadata", metadata, (*pages, *form.shape(page_size, keys.shape[-1])), keys, "keys", check_dtype=False)
+    dtypes = form.dtypes(keys.dtype)
+    if metadata.dtype not in dtypes:
+        expected = " or ".join(map(str, dtypes)) + f", for {form.name} of keys in {keys.dtype}"
+        raise QuestValueError("metadata.dtype", metadata.dtype, expected)
 
 
-def check_metadata_dtype(metadata: Tensor, keys: Tensor) -> None:
-    """Page metadata in the dtype of the keys or in the narrow one."""
-    if metadata.dtype not in (keys.dtype, FP8_METADATA):
-        raise QuestValueError("metadata.dtype", metadata.dtype, f"{keys.dtype}, as keys, or {FP8_METADATA}")
+def _check_scale(name: str, scale: Tensor | None, keys: Tensor) -> None:
+    """One scale, or one a head, where keys and values are quantised."""
+    if keys.dtype != FP8:
+        if scale is not None:
+            raise QuestValueError(name, "a tensor", f"None: a cache in {keys.dtype} has no scales")
+        return
+    heads = keys.shape[2]
+    if scale is None or scale.dtype != torch.float32 or scale.shape not in ((1,), (heads,)):
+        got = scale if scale is None else f"{list(scale.shape)} {scale.dtype}"
+        raise QuestValueError(name, got, f"[1] or [{heads}] torch.float32 for a cache in {keys.dtype}")
+    if scale.device != keys.device:
+        raise QuestValueError(f"{name}.device", str(scale.device), f"{keys.device}, as keys")
 
 
 def check_like(

@@ -15,13 +15,13 @@ from families import FAMILIES, build
 from quest_attention import QuestConfig, QuestStateError, QuestValueError
 from quest_attention.eval.context import read_context
 from quest_attention.eval.decode import decode_answer
-from quest_attention.eval.methods import METHODS, Full, Method, Oracle, Quest, Session, make_method
+from quest_attention.eval.methods import METHODS, Full, Method, PageCeiling, Quest, Session, make_method
 from quest_attention.eval.methods.evicting import Policy
 from quest_attention.eval.methods.h2o import H2O
-from quest_attention.eval.methods.oracle import true_scores
+from quest_attention.eval.methods.page_ceiling import true_scores
 from quest_attention.eval.methods.snapkv import _KERNEL, SnapKV
 from quest_attention.eval.methods.streaming_llm import StreamingLLM
-from quest_attention.eval.methods.token_oracle import heaviest_tokens
+from quest_attention.eval.methods.token_ceiling import heaviest_tokens
 from quest_attention.eval.methods.tova import TOVA
 from quest_attention.eval.observation import WINDOW, Observation, attention_weights
 from quest_attention.hf import cache_argument, layer_kinds
@@ -262,7 +262,7 @@ def test_the_oracle_reads_the_pages_of_the_largest_logits(model: LlamaForCausalL
     """And so at least as much attention mass as Quest, which only bounds the logits."""
     seen: list[tuple[int, list[list[int]]]] = []
     used = method("oracle", 16)
-    assert isinstance(used, Oracle)
+    assert isinstance(used, PageCeiling)
     used.on_select = lambda layer, selected, _: seen.append((layer, selected.pages[0].tolist()))
     answer(model, used)
     assert {layer for layer, _ in seen} == set(range(DENSE, LAYERS))

@@ -17,13 +17,8 @@ from quest_attention import QuestValueError
 from quest_attention.cli.app import run
 from quest_attention.eval.report import read_results, write_report
 from quest_attention.eval.report.figures import _accuracy, _grid, _styles, draw_pictures
-from quest_attention.eval.report.results import (
-    accuracy_rows,
-    continuation_rows,
-    perplexity_rows,
-    recall_rows,
-    tells_nothing,
-)
+from quest_attention.eval.report.results import tells_nothing
+from quest_attention.eval.report.tables import accuracy_rows, continuation_rows, perplexity_rows, recall_rows
 from quest_attention.eval.wilson import wilson_interval
 
 METHODS = ("full", "quest", "oracle", "token_oracle", "streaming_llm", "h2o", "tova", "snapkv", "quest:page_size=32")

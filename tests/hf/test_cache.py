@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache
 from families import FAMILIES, build
 from quest_attention import QuestCache, QuestConfig, QuestStateError, QuestValueError, enable_quest
 from quest_attention.eval.context import read_context
-from quest_attention.eval.methods.oracle import Oracle
+from quest_attention.eval.methods.page_ceiling import PageCeiling
 from quest_attention.eval.methods.quest import Quest
 from quest_attention.hf import QuestLayer, cache_argument, layer_kinds
 from quest_attention.hf.naming import CACHE
@@ -124,7 +124,7 @@ def test_every_place_that_takes_a_length_makes_room_for_it_at_once(family: str, 
                 stored.update(*tokens(first))
                 assert stored.capacity == 8192
     context = read_context(model, prompt(length=first))
-    for method in (Quest(SMALL), Oracle(SMALL)):
+    for method in (Quest(SMALL), PageCeiling(SMALL)):
         with torch.inference_mode(), method.session(model, 8192) as session:
             session.load(context)
             assert {layer.capacity for layer in session.cache.layers if isinstance(layer, QuestLayer)} == {8192}

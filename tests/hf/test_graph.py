@@ -15,6 +15,7 @@ from torch import Tensor
 from quest_attention import BackendError, QuestConfig, QuestStateError, QuestWarning, enable_quest
 from quest_attention.hf import cache_argument, enable, graph
 from quest_attention.hf.naming import CACHE
+from quest_attention.hf.reading import Reading
 from tiny import make_llama, prompt
 
 SMALL = QuestConfig(token_budget=32, page_size=8, num_dense_layers=1)
@@ -113,6 +114,28 @@ def test_storage_that_grows_is_captured_again(device: str) -> None:
         assert quest.graphs.eager_steps["the storage is full and grows in this step"] >= 1
         assert quest.graphs.eager_steps["the forward pass was given output_hidden_states"] == 60
         assert cache.get_seq_length() == plain.get_seq_length() == 100
+
+
+def test_what_a_captured_step_reads(device: str) -> None:
+    """Said when it is captured, and again at each replay, of which the host sees nothing."""
+    model: Any = make_llama().to(device)
+    ids = prompt(1, 40).to(device)
+    with torch.inference_mode(), enabled(model, device) as quest:
+        cache = quest.make_cache(max_length=64)
+        model(ids, **cache_argument(cache))
+        for replayed in (1, 2):
+            model(input_ids=ids[:, :1], **cache_argument(cache))
+            assert quest.graphs.replayed_steps == replayed
+            assert [layer.reading for layer in cache.layers] == [Reading.DENSE_LAYER, Reading.SPARSE, Reading.SPARSE]
+        model(ids[:, :3], **cache_argument(cache))
+        assert {layer.reading for layer in cache.layers} == {Reading.SEVERAL_TOKENS}
+        model(input_ids=ids[:, :1], **cache_argument(cache))
+        assert [layer.reading for layer in cache.layers] == [Reading.DENSE_LAYER, Reading.SPARSE, Reading.SPARSE]
+        cache.crop(-30)
+        model(input_ids=ids[:, :1], **cache_argument(cache))
+        assert {layer.reading for layer in cache.layers} == {Reading.WITHIN_BUDGET}
+        assert (quest.graphs.replayed_steps, quest.graphs.captures, quest.graphs.eager_steps) == (3, 1, {})
+        assert [counter.sparse_steps for counter in quest.counters.layers] == [0, 3, 3]
 
 
 class ReusedMemory:

@@ -72,7 +72,7 @@ def test_bounds_alone_leave_the_cache_alone(backend: Backend) -> None:
     slots = torch.tensor([*range(8, 16), -1, 5, 6, 7, -1], dtype=torch.int32)
     before = mine.keys.clone()
     update_slot_metadata(mine.metadata, keys, slots, page_size=mine.page_size, backend=available(backend))
-    reference.update_slot_metadata(oracle.metadata, keys, slots.tolist(), oracle.page_size)
+    reference.update_slot_metadata(oracle.metadata, keys, slots.tolist(), oracle.page_size, oracle.form)
     torch.testing.assert_close(mine.metadata, oracle.metadata, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(mine.keys, before, rtol=0, atol=0, equal_nan=True)
 

@@ -34,7 +34,7 @@ class Attends(QuestCPUImpl):
         self.num_kv_heads, self.head_size = HEADS, DIM
         self._options = QuestOptions({"num_dense_layers": num_dense_layers})
         self._layers = {name: a_layer(name) for name in layers}
-        self._is_sparse = None
+        self._is_dense = None
         self.ran: list[str] = []
 
     def open(self, kv_cache: Tensor) -> OpenCache:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from quest_attention import BackendError, QuestValueError, UnsupportedModelError
-from quest_attention.pages import FP8_METADATA, KEY_MAX, KEY_MIN
+from quest_attention.forms import FP8, KEY_MAX, KEY_MIN
 from quest_attention.vllm import plugin
 from quest_attention.vllm.folding import Fold
 from quest_attention.vllm.layout import PaddedBlocks, RowedBlocks, layout_of
@@ -77,7 +77,7 @@ def test_a_row_more_in_each_block(fp8: bool) -> None:
     assert isinstance(layout, RowedBlocks)
     assert layout.customize(FullAttentionSpec()).tokens_per_state == Fraction(TOKENS, TOKENS + 1)
     cache = torch.zeros(BLOCKS, HEADS, TOKENS + 1, 2 * DIM, dtype=torch.bfloat16)
-    assert_parts(layout.split(cache, HEADS, DIM, fp8=fp8), cache, fp8=fp8)
+    assert_parts(layout.split(cache, HEADS, DIM, FP8 if fp8 else cache.dtype), cache, fp8=fp8)
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -89,14 +89,14 @@ def test_padding_at_the_end_of_each_block(device: str, fp8: bool) -> None:
     taken, room = 2 * TOKENS * HEADS * DIM, 2 * HEADS * DIM
     storage = torch.zeros(BLOCKS, taken + room, dtype=torch.bfloat16)
     cache = storage[:, :taken].view(BLOCKS, *shape)
-    assert_parts(layout.split(cache, HEADS, DIM, fp8=fp8), storage, fp8=fp8)
+    assert_parts(layout.split(cache, HEADS, DIM, FP8 if fp8 else cache.dtype), storage, fp8=fp8)
 
 
 def assert_parts(parts: Any, storage: torch.Tensor, *, fp8: bool) -> None:
     """Every number of a block belongs to one of keys, values and bounds, and nothing to two."""
     assert parts.keys.shape == parts.values.shape == (BLOCKS, TOKENS, HEADS, DIM)
     assert parts.metadata.shape == (BLOCKS, HEADS, 2, DIM)
-    assert parts.metadata.dtype == (FP8_METADATA if fp8 else torch.bfloat16)
+    assert parts.metadata.dtype == (FP8 if fp8 else torch.bfloat16)
     parts.keys.fill_(1)
     parts.values.fill_(2)
     parts.metadata[:, :, KEY_MAX] = 3

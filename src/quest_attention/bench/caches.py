@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quest_attention.forms import FP8
 from quest_attention.ops import update_page_metadata
-from quest_attention.pages import FP8_METADATA, PagedKV, num_pages
+from quest_attention.pages import PagedKV, num_pages
 
 __all__ = ["in_8_bits", "make_caches"]
 
@@ -52,6 +53,6 @@ def make_caches(
 
 def in_8_bits(kv: PagedKV, lengths: Tensor) -> PagedKV:
     """The same cache with bounds rounded outward to 8 bits."""
-    narrow = PagedKV(kv.keys, kv.values, torch.empty_like(kv.metadata, dtype=FP8_METADATA), kv.page_table)
+    narrow = PagedKV(kv.keys, kv.values, torch.empty_like(kv.metadata, dtype=FP8), kv.page_table)
     update_page_metadata(narrow, lengths, lengths)
     return narrow

@@ -32,9 +32,13 @@ app = typer.Typer(
 
 Model = Annotated[str | None, typer.Option("--model", "-m", help=MODEL_HELP, show_default=False)]
 TokenBudget = Annotated[int, typer.Option("--token-budget", "-b", help="Most tokens a step may read.")]
-SinkPages = Annotated[int, typer.Option("--sink-pages", help="First pages always read.")]
+SinkPages = Annotated[
+    int | None, typer.Option("--sink-pages", help="First pages always read; by default 0, with moments 1.")
+]
 RecentPages = Annotated[int, typer.Option("--recent-pages", help="Last pages always read.")]
 GroupReduction = Annotated[str, typer.Option(help="Over the query heads of a KV head: max or mean.")]
+Metadata = Annotated[str, typer.Option(help="Of a page's keys: bounds (the paper's) or moments (mean, deviation).")]
+Coefficient = Annotated[float, typer.Option(help="Deviations above its mean where a page's best key is taken to lie.")]
 MetadataDtype = Annotated[str, typer.Option(help="Page bounds as the keys (kv) or in 8 bits (fp8).")]
 PageSize = Annotated[int, typer.Option(help="Tokens per page.")]
 DenseLayers = Annotated[int, typer.Option("--dense-layers", help="First layers that read everything.")]
@@ -147,7 +151,9 @@ def generate(
     num_sink_pages: SinkPages = QuestConfig.num_sink_pages,
     num_recent_pages: RecentPages = QuestConfig.num_recent_pages,
     group_reduction: GroupReduction = QuestConfig.group_reduction,
+    metadata: Metadata = QuestConfig.metadata,
     metadata_dtype: MetadataDtype = QuestConfig.metadata_dtype,
+    moments_coefficient: Coefficient = QuestConfig.moments_coefficient,
     backend: Backend = QuestConfig.backend,
     dense: Annotated[bool, typer.Option("--dense", help="Read everything, without Quest, to compare.")] = False,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens to write at most.")] = 128,
@@ -177,7 +183,9 @@ def generate(
             "num_sink_pages": num_sink_pages,
             "num_recent_pages": num_recent_pages,
             "group_reduction": group_reduction,
+            "metadata": metadata,
             "metadata_dtype": metadata_dtype,
+            "moments_coefficient": moments_coefficient,
             "backend": backend,
         }
     )
@@ -331,3 +339,6 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a model may write what the terminal's encoding lacks
     sys.exit(run())
+
+
+# Longer than 250 lines: every option of every command stands here with its help.

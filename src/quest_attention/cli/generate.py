@@ -288,3 +288,6 @@ def _report(
         "quest": None if config is None else asdict(config),
         "counters": None if counters is None else counters.to_dict(),
     }
+
+
+# Longer than 250 lines: what is noted while a text is written, and the two reports of it, change together.

@@ -115,7 +115,7 @@ class _ObservedLayer(DynamicLayer):
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """See `hf.attention.Reader`."""
+        """See `hf.attention.AttentionForward`."""
         self._observation.observe(query, key, **kwargs)
         return dense(query, key, value, attention_mask, **kwargs)
 

@@ -268,3 +268,6 @@ def _total(reads: list[LayerReads], name: str) -> int:
 def _first_sentence(text: str) -> str:
     """What a person would take for the answer: a model goes on writing after it."""
     return re.split(r"[.\n]", text.strip(), maxsplit=1)[0]
+
+
+# Longer than 250 lines: the case, how it runs and what its numbers mean are read together.

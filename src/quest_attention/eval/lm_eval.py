@@ -346,3 +346,6 @@ if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()
+
+
+# Longer than 250 lines: one class with all of the harness's interface, and what each of its options means.

@@ -352,3 +352,6 @@ def _totals(reads: Sequence[LayerReads]) -> dict[str, int]:
         "tokens_held": sum(layer.tokens_held for layer in reads),
         "sparse_steps": sum(layer.steps for layer in reads if layer.is_sparse),
     }
+
+
+# Longer than 250 lines: the four kinds of measurement share one model, its frame and its texts.

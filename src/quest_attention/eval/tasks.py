@@ -440,3 +440,6 @@ def _task(name: str) -> Task:
     if name not in TASKS:
         raise QuestValueError("task", name, f"one of {', '.join(TASKS)}")
     return TASKS[name]
+
+
+# Longer than 250 lines: tasks, facts and samples are made of one another, and training takes them from one place.

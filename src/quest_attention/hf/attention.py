@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,36 +18,25 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from quest_attention.errors import QuestValueError, UnsupportedModelError
 from quest_attention.hf.compiler import kept_from_compilers
 from quest_attention.hf.layer import LAYER_ATTRIBUTE, QuestLayer
+from quest_attention.hf.reading import Reading
 from quest_attention.ops import quest_decode, sparse_decode_attention
 
-__all__ = ["EAGER_NAME", "SDPA_NAME", "AttentionForward", "Reader", "refuse_attentions", "register_attention"]
+__all__ = ["EAGER_NAME", "SDPA_NAME", "AttentionForward", "refuse_attentions", "register_attention"]
 
 SDPA_NAME = "quest"
 """Registered for models whose dense attention is scaled_dot_product_attention."""
 EAGER_NAME = "quest_eager"
 """Registered for models whose dense attention is their own eager one: logit softcap, attention sinks, or by choice."""
+_OPTIONS = {"sm_scale": "scaling", "softcap": "softcap", "sinks": "s_aux"}
+"""Options of the verbs, and what transformers calls them."""
 
 AttentionForward = Callable[..., tuple[Tensor, Tensor | None]]
-"""The signature of transformers' attention functions, as far as it matters here."""
+"""The signature of transformers' attention functions, as far as it matters here.
 
-
-class Reader(Protocol):
-    """A cache layer with an attention of its own, which it gets by having this method: what Quest is compared with.
-
-    Its `update` sets the layer as `LAYER_ATTRIBUTE` of the keys it returns.
-    """
-
-    def attend(
-        self,
-        dense: AttentionForward,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attention as transformers asks for it; `dense(query, key, value, attention_mask, **kwargs)` reads all."""
-        ...
+A cache layer may have an attention of its own: what Quest is compared with. Its `update` decides its `reading` and sets
+it as `LAYER_ATTRIBUTE` of the keys; its `attend(dense, query, key, value, attention_mask, **kwargs)` is then called,
+where `dense(query, key, value, attention_mask, **kwargs)` reads all.
+"""
 
 
 def register_attention() -> None:
@@ -59,12 +48,13 @@ def register_attention() -> None:
 
 
 def _eager_or_decode_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """Eager's additive mask; for a decode step the boolean one, or none where nothing is masked, as Quest takes it."""
+    """Eager's additive mask; for a decode step the boolean one, or none where nothing is masked, as Quest takes it.
+
+    It is made before a layer has tokens, so it knows no `Reading`, and need not: dense attention takes both forms. For
+    several tokens none would let each see the later ones.
+    """
     q_length = kwargs["q_length"] if "q_length" in kwargs else args[1]
-    if q_length != 1:
-        mask: Tensor | None = eager_mask(*args, **kwargs)
-    else:
-        mask = sdpa_mask(*args, **kwargs)
+    mask: Tensor | None = (eager_mask if q_length != 1 else sdpa_mask)(*args, **kwargs)
     return mask
 
 
@@ -105,7 +95,7 @@ def _attend(
     Args:
         dense: The model's own attention.
         module: The attention module.
-        query: `[B, HQ, T, D]`, T the tokens of this pass.
+        query: `[B, HQ, T, D]`, T the tokens of this pass, or its last ones, which then read what it reads.
         key: `[B, HKV, length, D]`, from `QuestLayer.update` or any other cache.
         value: `[B, HKV, length, DV]`.
         attention_mask: None, or `[B, 1, T, length]`, boolean (True attends) or additive.
@@ -116,43 +106,44 @@ def _attend(
 
     Raises:
         UnsupportedModelError: A decode step past the budget has a position bias, which bounds on keys cannot see, or
-            drops out weights, as a model in training does.
+            drops out weights, as a model in training does; or a decode step has more queries than the one of its token.
         QuestValueError: Its mask differs between heads, or adds anything but 0 and minus infinity; or its weights are
             asked for.
     """
     layer: QuestLayer | None = getattr(key, LAYER_ATTRIBUTE, None)
+    reading: Reading | None = getattr(layer, "reading", None)
+    if reading is not None and reading.is_step and query.shape[2] != 1:
+        raise UnsupportedModelError(f"query: got {query.shape[2]} tokens, expected 1, as the decode step wrote")
     own: AttentionForward | None = getattr(layer, "attend", None)
     if own is not None:
         return own(functools.partial(dense, module), query, key, value, attention_mask, **kwargs)
-    if layer is None or query.shape[2] != 1:
+    if layer is None or reading is Reading.SEVERAL_TOKENS:
         return dense(module, query, key, value, attention_mask, **kwargs)
+    options = {ours: kwargs.get(theirs) for ours, theirs in _OPTIONS.items()}
     if layer.captured_lengths is not None:
-        return _attend_captured(layer, layer.captured_lengths, query, **kwargs), None
-    layer.was_attended = True
-    batch, length = query.shape[0], key.shape[2]
-    if length <= layer.config.token_budget:
-        # The model's own function, so that a generation within the budget is the model's own to the last bit.
-        layer.counter.count_dense("within budget", batch * layer.num_pages)
-        return dense(module, query, key, value, attention_mask, **kwargs)
-    scaling, softcap, sinks = kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux")
-    if layer.is_dense:
-        layer.counter.count_dense("dense layer", batch * layer.num_pages)
+        _check_plain(kwargs)
+        return _attend_captured(layer, layer.captured_lengths, query, options), None
+    batch = query.shape[0]
+    layer.count_attention(batch)
+    if reading is not Reading.SPARSE:
         is_plain = all(kwargs.get(name) is None for name in ("softcap", "s_aux", "position_bias"))
-        if attention_mask is None and is_plain and not kwargs.get("dropout") and dense is sdpa_attention_forward:
-            return _dense_decode(query, key, value, scaling), None
+        # Within the budget the model's own function, so that a generation there is the model's own to the last bit.
+        is_ours = reading is Reading.DENSE_LAYER and attention_mask is None and dense is sdpa_attention_forward
+        if is_ours and is_plain and not kwargs.get("dropout"):
+            return _dense_decode(query, key, value, options["sm_scale"]), None
         return dense(module, query, key, value, attention_mask, **kwargs)
     _check_plain(kwargs)
     refuse_attentions(kwargs, getattr(module, "config", None))
     assert layer.storage is not None, "the keys are a view of it"
-    with _exact(query):
+    autocast = _autocast_dtype(query)
+    # It would round the scores of pages: bounds hold in float32.
+    with nullcontext() if autocast is None else torch.autocast(query.device.type, enabled=False):
         step = quest_decode(
             query[:, :, 0].to(key.dtype),
             layer.paged,
-            length,
+            key.shape[2],
             layer.config,
-            sm_scale=scaling,
-            softcap=softcap,
-            sinks=sinks,
+            **options,
             token_mask=None if attention_mask is None else _token_mask(attention_mask),
             workspace=layer.storage.workspace(query.shape[1]),
         )
@@ -160,7 +151,7 @@ def _attend(
     read = batch * layer.config.page_budget if attention_mask is None else step.selected.pages_read
     layer.counter.count_sparse(read, batch * layer.num_pages)
     layer.report(step.selected, query, key, **kwargs)
-    return step.output[:, None].to(_dtype_of_output(query)), None
+    return step.output[:, None].to(autocast or query.dtype), None
 
 
 def refuse_attentions(given: Mapping[str, Any], config: Any) -> None:
@@ -182,19 +173,11 @@ def refuse_attentions(given: Mapping[str, Any], config: Any) -> None:
         )
 
 
-def _exact(query: Tensor) -> AbstractContextManager[object]:
-    """Without autocast, which would round the scores of pages: bounds hold in float32."""
-    return torch.autocast(query.device.type, enabled=False) if _is_autocast(query) else nullcontext()
-
-
-def _dtype_of_output(query: Tensor) -> torch.dtype:
-    """What dense attention gives: under autocast its dtype, though rotary embeddings leave queries in float32."""
-    return torch.get_autocast_dtype(query.device.type) if _is_autocast(query) else query.dtype
-
-
-def _is_autocast(query: Tensor) -> bool:
+def _autocast_dtype(query: Tensor) -> torch.dtype | None:
+    """What autocast makes dense attention give, though rotary embeddings leave queries in float32; None without it."""
     kind = query.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if is_on else None
 
 
 def _check_plain(kwargs: dict[str, Any]) -> None:
@@ -205,18 +188,12 @@ def _check_plain(kwargs: dict[str, Any]) -> None:
         raise UnsupportedModelError(f"dropout: got {kwargs['dropout']}, expected 0: put the model in eval()")
 
 
-def _attend_captured(layer: QuestLayer, lengths: Tensor, query: Tensor, **kwargs: Any) -> Tensor:
+def _attend_captured(layer: QuestLayer, lengths: Tensor, query: Tensor, options: dict[str, Any]) -> Tensor:
     """A decode step whose lengths are on the device, nothing padded: `[B, 1, HQ, DV]`."""
-    _check_plain(kwargs)
-    options: dict[str, Any] = {
-        "sm_scale": kwargs.get("scaling"),
-        "softcap": kwargs.get("softcap"),
-        "sinks": kwargs.get("s_aux"),
-    }
     storage, backend = layer.storage, layer.config.backend
     assert storage is not None, "captured steps follow others"
     rows = query[:, :, 0].to(storage.dtype)
-    if layer.is_dense:
+    if layer.reading is Reading.DENSE_LAYER:
         pages = storage.every_page
         output, _ = sparse_decode_attention(rows, storage.paged, lengths, pages, **options, backend=backend)
     else:

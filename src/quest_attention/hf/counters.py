@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from quest_attention.hf.reading import Reading
+
 __all__ = ["LayerCounter", "QuestCounters"]
 
 
@@ -63,18 +65,18 @@ class LayerCounter:
         on_device = self._pages_read_on_device
         return self._pages_read + (0 if on_device is None else int(on_device))
 
-    def count_update(self, num_tokens: int) -> None:
+    def count_update(self, reading: Reading, num_tokens: int) -> None:
         """The cache took `num_tokens` new tokens of each sequence."""
         with self._lock:
-            if num_tokens == 1:
+            if reading.is_step:
                 self._updates += 1
             else:
                 self.prefill_tokens += num_tokens
 
-    def count_dense(self, reason: str, pages: int) -> None:
+    def count_dense(self, reading: Reading, pages: int) -> None:
         """A decode step read all `pages`."""
         with self._lock:
-            self.dense_steps_by_reason[reason] = self.dense_steps_by_reason.get(reason, 0) + 1
+            self.dense_steps_by_reason[reading.value] = self.dense_steps_by_reason.get(reading.value, 0) + 1
             self._pages_read += pages
             self.pages_held += pages
 
@@ -163,20 +165,13 @@ class QuestCounters:
 
     def summary(self) -> str:
         """A table of one line per layer and a line for the whole."""
-        lines = [
-            f"{'layer':>5}  {'kind':<12} {'sparse':>8} {'dense':>8} {'pages read':>12} {'pages held':>12} {'read':>7}"
-        ]
-        for layer in self.layers:
-            share = f"{layer.pages_read / layer.pages_held:.1%}" if layer.pages_held else "-"
-            lines.append(
-                f"{layer.layer:>5}  {layer.kind:<12} {layer.sparse_steps:>8} {layer.dense_steps:>8} "
-                f"{layer.pages_read:>12} {layer.pages_held:>12} {share:>7}"
-            )
-        total = f"{self.share_read:.1%}" if self.pages_held else "-"
-        lines.append(
-            f"{'all':>5}  {'':<12} {self.sparse_steps:>8} {self.dense_steps:>8} "
-            f"{self.pages_read:>12} {self.pages_held:>12} {total:>7}"
-        )
+        rows: list[tuple[object, ...]] = [("layer", "kind", "sparse", "dense", "pages read", "pages held", "read")]
+        counted: list[LayerCounter | QuestCounters] = [*self.layers, self]
+        for each in counted:
+            name = (each.layer, each.kind) if isinstance(each, LayerCounter) else ("all", "")
+            steps, read, held = (each.sparse_steps, each.dense_steps), each.pages_read, each.pages_held
+            rows.append((*name, *steps, read, held, f"{read / held:.1%}" if held else "-"))
+        lines = ["{:>5}  {:<12} {:>8} {:>8} {:>12} {:>12} {:>7}".format(*row) for row in rows]
         if self.bypassed_steps:
             lines.append(f"{self.bypassed_steps} layer steps never reached Quest's attention and read everything")
         return "\n".join(lines)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from types import TracebackType
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from quest_attention.config import QuestConfig
-from quest_attention.errors import BackendError, QuestStateError, QuestValueError, QuestWarning, UnsupportedModelError
+from quest_attention.errors import BackendError, QuestStateError, QuestValueError, QuestWarning
 from quest_attention.hf.attention import EAGER_NAME, SDPA_NAME, register_attention
 from quest_attention.hf.cache import QuestCache, check_on_select, layer_kinds
 from quest_attention.hf.configs import PrivateConfigs
@@ -18,7 +17,7 @@ from quest_attention.hf.counters import LayerCounter, QuestCounters
 from quest_attention.hf.graph import DecodeGraphs
 from quest_attention.hf.naming import CACHE
 from quest_attention.hf.reporting import OnSelect
-from quest_attention.hf.support import check_supported, needs_eager
+from quest_attention.hf.support import REFUSED_METHODS, check_supported, needs_eager
 from quest_attention.hf.watch import Watch
 from quest_attention.ops import resolve_backend
 
@@ -26,7 +25,6 @@ __all__ = ["QuestHandle", "enable_quest"]
 
 _HANDLE = "_quest_handle"
 _ABSENT = object()
-_CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
 def enable_quest(
@@ -128,9 +126,7 @@ class QuestHandle:
         ours = {
             _HANDLE: self,
             "_prepare_cache_for_generation": self._prepare_cache_for_generation,
-            "set_attn_implementation": _refuse_attention,
-            "__reduce_ex__": _refuse_copy,  # looked up by copy.deepcopy and pickle
-            **dict.fromkeys(_CONTINUOUS_BATCHING, _refuse_continuous_batching),
+            **REFUSED_METHODS,
         }
         if self.graphs is not None:
             ours["forward"] = self.graphs.wrap()
@@ -145,9 +141,7 @@ class QuestHandle:
         self._is_entered = True
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._is_entered = False
         self.disable()
 
@@ -234,24 +228,3 @@ class QuestHandle:
 
 def _warn_dense(why: str) -> None:
     warnings.warn(f"generate() {why}: every layer runs dense", QuestWarning, stacklevel=5)
-
-
-def _refuse_attention(*args: Any, **kwargs: Any) -> NoReturn:
-    raise QuestStateError(
-        "set_attn_implementation: got a model with Quest, whose attention is Quest's: choose it before enable_quest(), "
-        "whose dense steps then follow it, or after disable()"
-    )
-
-
-def _refuse_copy(*args: Any) -> NoReturn:
-    raise QuestStateError(
-        "copy or pickle: got a model with Quest, which is tied to its handle: do it before enable_quest() or after "
-        "disable(); save_pretrained() and state_dict() work meanwhile"
-    )
-
-
-def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
-    raise UnsupportedModelError(
-        "generate_batch: got a model with Quest, expected one without, whose paged cache knows only transformers' own "
-        "attention: use generate(), or disable() Quest first"
-    )

@@ -19,6 +19,7 @@ from quest_attention.errors import QuestError, QuestStateError, QuestWarning
 from quest_attention.hf.cache import QuestCache
 from quest_attention.hf.layer import QuestLayer, StorageTooNarrowError
 from quest_attention.hf.naming import CACHE, CACHE_NAMES, given_cache
+from quest_attention.hf.reading import Reading
 from quest_attention.hf.storage import KVStorage
 
 __all__ = ["DecodeGraphs"]
@@ -71,10 +72,10 @@ class DecodeGraphs:
         def forward(*args: Any, **kwargs: Any) -> Any:
             given = {**dict(zip(self._names, args, strict=False)), **kwargs}
             cache, ids = given_cache(given), given.get("input_ids")
-            if not isinstance(cache, QuestCache) or not isinstance(ids, Tensor) or ids.shape[1] != 1:
+            if not isinstance(cache, QuestCache) or not isinstance(ids, Tensor):
                 return self._forward(*args, **kwargs)
-            length = cache.get_seq_length()
-            if length + 1 <= cache.quest.token_budget:
+            length, new = cache.get_seq_length(), ids.shape[1]
+            if Reading.of(new, length + new, cache.quest.token_budget) is not Reading.SPARSE:
                 return self._forward(*args, **kwargs)
             with self._lock:
                 reason = self._why_not(cache, length, given)
@@ -188,17 +189,8 @@ class _CapturedStep:
         self.storages = _storages(cache)
         self.weights = weights
         layers = [layer for layer in cache.layers if isinstance(layer, QuestLayer)]
-
-        def run() -> Any:
-            return forward(
-                **self.inputs,
-                **{cache_name: cache},
-                attention_mask=None,
-                use_cache=True,
-                return_dict=True,
-                logits_to_keep=logits_to_keep,
-            )
-
+        given = {**self.inputs, cache_name: cache, "attention_mask": None, "logits_to_keep": logits_to_keep}
+        run = functools.partial(forward, **given, use_cache=True, return_dict=True)
         for layer in layers:
             layer.captured_lengths = self.lengths
         try:

@@ -10,6 +10,7 @@ from torch import Tensor
 from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestStateError
 from quest_attention.hf.counters import LayerCounter
+from quest_attention.hf.reading import Reading
 from quest_attention.hf.reporting import OnSelect, StepReporter
 from quest_attention.hf.storage import KVStorage
 from quest_attention.hf.stored import StoredLayer
@@ -143,12 +144,13 @@ class QuestLayer(StepReporter, StoredLayer):
             self._hold(self.storage.moved(start, length=length, dtype=widest))
         self.storage.write(key_states, value_states, start)
         self._length = end
-        self.counter.count_update(new)
-        if new == 1:
-            self._expect_attention(is_sparse=not self.is_dense and end > self.config.token_budget)
+        self._begin(self._reading_of(new, end), new)
         keys, values = self.storage.keys[:, :, :end], self.storage.values[:, :, :end]
         setattr(keys, LAYER_ATTRIBUTE, self)
         return keys, values
+
+    def _reading_of(self, new: int, length: int) -> Reading:
+        return Reading.of(new, length, self.config.token_budget, is_dense=self.is_dense)
 
     def _widest(self, keys: Tensor, values: Tensor) -> torch.dtype:
         """The dtype that holds what is stored and these tokens, as `torch.cat` would choose it.
@@ -163,6 +165,8 @@ class QuestLayer(StepReporter, StoredLayer):
         assert self.storage is not None and self.dtype is not None, "storage allocated"
         if self._widest(keys, values) != self.dtype:
             raise StorageTooNarrowError(f"tokens of {self._widest(keys, values)} for a cache of {self.dtype}")
+        self.reading = self._reading_of(keys.shape[2], self._length + 1)
+        assert self.reading in (Reading.SPARSE, Reading.DENSE_LAYER), "graphs are of single tokens past the budget"
         self.storage.append(keys.to(self.dtype), values.to(self.dtype), lengths)
         everything = self.storage.keys[:, :, :]
         setattr(everything, LAYER_ATTRIBUTE, self)
@@ -171,10 +175,7 @@ class QuestLayer(StepReporter, StoredLayer):
     def count_captured_step(self, batch: int) -> None:
         """A captured step of `batch` sequences ran: the length and the counters follow."""
         self._length += 1
-        self.was_attended = True
-        self.counter.count_update(1)
-        held = batch * self.num_pages
-        if self.is_dense:
-            self.counter.count_dense("dense layer", held)
-        else:
-            self.counter.count_sparse(batch * self.config.page_budget, held)
+        self._begin(self._reading_of(1, self._length), 1)
+        self.count_attention(batch)
+        if self.reading is Reading.SPARSE:
+            self.counter.count_sparse(batch * self.config.page_budget, batch * self.num_pages)

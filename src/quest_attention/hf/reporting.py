@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quest_attention.errors import QuestWarning
 from quest_attention.hf.counters import LayerCounter
+from quest_attention.hf.reading import Reading
 from quest_attention.ops import Selection
 
 __all__ = ["OnRead", "OnSelect", "StepReporter"]
@@ -30,6 +31,7 @@ class StepReporter:
 
     Attributes:
         on_read: Like `on_select`, with the query and the keys.
+        reading: What the attention of the pass reads whose tokens came last; None before the first.
         was_attended: Whether Quest's attention function has seen the keys of the last decode step.
     """
 
@@ -37,6 +39,7 @@ class StepReporter:
         self.counter = counter
         self.on_select = on_select
         self.on_read: OnRead | None = None
+        self.reading: Reading | None = None
         self.was_attended = True
 
     @property
@@ -56,13 +59,20 @@ class StepReporter:
         if self.on_read is not None:
             self.on_read(self.counter.layer, selected, query, keys, **kwargs)
 
-    def _expect_attention(self, *, is_sparse: bool) -> None:
-        """Warn when the keys of the step before were never handed to Quest's attention function.
+    def count_attention(self, batch: int) -> None:
+        """The attention function sees the keys of a decode step of `batch` sequences. One that reads all is counted."""
+        assert self.reading is not None and self.reading.is_step, "said when its token was written"
+        self.was_attended = True
+        if self.reading is not Reading.SPARSE:
+            self.counter.count_dense(self.reading, batch * self.num_pages)
 
-        Args:
-            is_sparse: Whether the function would have chosen pages.
-        """
-        if is_sparse and not self.was_attended:
+    def _begin(self, reading: Reading, new: int) -> None:
+        """Say what a pass of `new` tokens reads, and warn when attention never saw the keys of the step before."""
+        self.reading = reading
+        self.counter.count_update(reading, new)
+        if not reading.is_step:
+            return
+        if reading is Reading.SPARSE and not self.was_attended:
             warnings.warn(
                 "a QuestCache is in use but its keys do not reach Quest's attention, so every step reads all of it: "
                 "call enable_quest(model) first",

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from quest_attention.config import QuestConfig
+from quest_attention.forms import Bounds, form_of, metadata_dtype
 from quest_attention.hf.workspaces import Workspaces
 from quest_attention.ops import Selection, Workspace, append_token, update_page_metadata
-from quest_attention.pages import FP8_METADATA, PagedKV, num_pages
+from quest_attention.pages import PagedKV, num_pages
 
 __all__ = ["KVStorage"]
-
-_SIDES = 2
-"""The largest and the smallest key of a page."""
 
 
 class KVStorage:
@@ -63,8 +61,9 @@ class KVStorage:
             self.values = values.new_empty(batch, heads, pages * config.page_size, values.shape[3], dtype=dtype)
             self.metadata: Tensor | None = None
             if has_bounds:
-                narrow = FP8_METADATA if config.metadata_dtype == "fp8" else dtype
-                self.metadata = keys.new_empty(batch, heads, pages, _SIDES, keys.shape[3], dtype=narrow)
+                shape = form_of(config).shape(config.page_size, keys.shape[3])
+                stored = metadata_dtype(config, dtype)
+                self.metadata = keys.new_empty(batch, heads, pages, *shape, dtype=stored)
         self._paged: PagedKV | None = None
         self._every_page: Selection | None = None
         self._scratch: dict[int, Workspace | None] = {}
@@ -97,9 +96,10 @@ class KVStorage:
 
     def _as_pages(self) -> PagedKV:
         if self.metadata is not None:
-            return PagedKV.from_contiguous(self.keys, self.values, self.metadata)
+            return PagedKV.from_contiguous(self.keys, self.values, self.metadata, form=form_of(self._config))
         batch, heads, capacity, dim = self.keys.shape
-        shape = (batch, heads, capacity // self._config.page_size, _SIDES, dim)
+        pages, page_size = capacity // self._config.page_size, self._config.page_size
+        shape = (batch, heads, pages, *Bounds().shape(page_size, dim))
         paged = PagedKV.from_contiguous(self.keys, self.values, self.keys.new_empty(shape))
         nothing = self.keys.new_empty(dim).expand(paged.metadata.shape)
         return dataclasses.replace(paged, metadata=nothing, contiguous=None)  # the tensor of the shape goes again

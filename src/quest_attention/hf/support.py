@@ -1,18 +1,18 @@
-"""Which models Quest can serve, and why not the others."""
+"""Which models Quest can serve, and why not the others; which of their methods it cannot."""
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from quest_attention.config import QuestConfig
-from quest_attention.errors import QuestWarning, UnsupportedModelError
+from quest_attention.errors import QuestStateError, QuestWarning, UnsupportedModelError
 from quest_attention.hf.cache import layer_kinds
 
-__all__ = ["check_supported", "needs_eager"]
+__all__ = ["REFUSED_METHODS", "check_supported", "needs_eager"]
 
 
 def check_supported(model: object, quest: QuestConfig) -> None:
@@ -48,18 +48,11 @@ def check_supported(model: object, quest: QuestConfig) -> None:
         raise refuse(
             "expected one with full-attention layers: all of this one's are windowed, so reads are bounded already"
         )
-    if all(kind == "latent" for kind in kinds.values()):
-        warnings.warn(
-            f"{name} rebuilds its keys from a latent cache (MLA), which page bounds cannot see: every layer runs dense",
-            QuestWarning,
-            stacklevel=4,
-        )
-    elif "quest" not in kinds.values():
-        warnings.warn(
-            f"num_dense_layers={quest.num_dense_layers} leaves no layer of {name} to Quest: every layer runs dense",
-            QuestWarning,
-            stacklevel=4,
-        )
+    if "quest" not in kinds.values():
+        why = f"num_dense_layers={quest.num_dense_layers} leaves no layer of {name} to Quest"
+        if set(kinds.values()) == {"latent"}:
+            why = f"{name} rebuilds its keys from a latent cache (MLA), which page bounds cannot see"
+        warnings.warn(f"{why}: every layer runs dense", QuestWarning, stacklevel=4)
 
 
 def _inside(wrapper: object) -> str:
@@ -84,3 +77,33 @@ def needs_eager(model: PreTrainedModel) -> bool:
         or getattr(text, "attn_logit_softcapping", None) is not None
         or model.config._attn_implementation == "eager"
     )
+
+
+def _refuse_attention(*args: Any, **kwargs: Any) -> NoReturn:
+    raise QuestStateError(
+        "set_attn_implementation: got a model with Quest, whose attention is Quest's: choose it before enable_quest(), "
+        "whose dense steps then follow it, or after disable()"
+    )
+
+
+def _refuse_copy(*args: Any) -> NoReturn:
+    raise QuestStateError(
+        "copy or pickle: got a model with Quest, which is tied to its handle: do it before enable_quest() or after "
+        "disable(); save_pretrained() and state_dict() work meanwhile"
+    )
+
+
+def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
+    raise UnsupportedModelError(
+        "generate_batch: got a model with Quest, expected one without, whose paged cache knows only transformers' own "
+        "attention: use generate(), or disable() Quest first"
+    )
+
+
+_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+REFUSED_METHODS = {
+    "set_attn_implementation": _refuse_attention,
+    "__reduce_ex__": _refuse_copy,  # looked up by copy.deepcopy and pickle
+    **dict.fromkeys(_BATCHING, _refuse_continuous_batching),
+}
+"""Methods of a model that are refused while Quest is enabled on it, and what stands in their places."""

@@ -16,6 +16,7 @@ from quest_attention.hf.cache import QuestCache
 from quest_attention.hf.compiler import kept_from_compilers
 from quest_attention.hf.configs import PrivateConfigs
 from quest_attention.hf.naming import given_cache
+from quest_attention.hf.reading import Reading
 
 __all__ = ["Watch"]
 
@@ -55,16 +56,17 @@ class Watch:
         self._configs.check_attention()
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         cache = given_cache(given)
-        if not isinstance(cache, Cache) or not _is_decode_step(given):
+        tokens = next((given[name] for name in _TOKENS if given.get(name) is not None), None)  # [B, T] or [B, T, D]
+        if not isinstance(cache, Cache) or not isinstance(tokens, Tensor) or tokens.dim() < 2:
             return
-        quest = cache.quest if isinstance(cache, QuestCache) else self._quest
-        if cache.get_seq_length() < quest.token_budget:
+        quest, new = cache.quest if isinstance(cache, QuestCache) else self._quest, tokens.shape[1]
+        if Reading.of(new, cache.get_seq_length() + new, quest.token_budget) is not Reading.SPARSE:
             return
         if isinstance(cache, QuestCache):
             if any(counter.kind == "quest" for counter in cache.counters.layers):
                 for config in self._configs.read:
                     refuse_attentions(given, config)
-        elif not self.has_warned and not any(hasattr(layer, "attend") for layer in cache.layers):  # a `Reader`
+        elif not self.has_warned and not any(hasattr(layer, "attend") for layer in cache.layers):  # of their own
             self.has_warned = True
             warnings.warn(
                 f"the model was given a {type(cache).__name__}, which has no page metadata: every layer runs dense; "
@@ -72,9 +74,3 @@ class Watch:
                 QuestWarning,
                 stacklevel=6,
             )
-
-
-def _is_decode_step(given: dict[str, Any]) -> bool:
-    """Whether a forward pass is of one token per sequence."""
-    tokens = next((given[name] for name in _TOKENS if given.get(name) is not None), None)  # [B, T] or [B, T, D]
-    return isinstance(tokens, Tensor) and tokens.dim() > 1 and tokens.shape[1] == 1

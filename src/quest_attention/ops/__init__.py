@@ -1,10 +1,10 @@
 """The verbs of Quest, on a paged view of the KV cache.
 
-    update_page_metadata     take new tokens into the bounds of their pages
-    append_token             write one token of each sequence, and take it into the bounds
-    append_slots             write tokens to the slots of a server's cache, and take them into the bounds
-    update_slot_metadata     the bounds alone, where somebody else writes the keys
-    score_pages              bound the largest logit each page can give to the query
+    update_page_metadata     take new tokens into the metadata of their pages
+    append_token             write one token of each sequence, and take it into the metadata
+    append_slots             write tokens to the slots of a server's cache, and take them into the metadata
+    update_slot_metadata     the metadata alone, where somebody else writes the keys
+    score_pages              the largest logit that each page promises the query: a bound on it, where that is kept
     select_pages             choose the pages to read
     sparse_decode_attention  attend to the tokens of the chosen pages
     quest_decode             score, select and attend: one decode step of one layer
@@ -34,6 +34,7 @@ from torch import Tensor
 
 from quest_attention.config import Backend, GroupReduction, QuestConfig
 from quest_attention.errors import QuestValueError
+from quest_attention.forms import Bounds, MetadataForm, form_of
 from quest_attention.ops.checks import (
     check_counters,
     check_lengths,
@@ -88,11 +89,11 @@ class QuestOutput(NamedTuple):
 def update_page_metadata(
     kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Tensor | int, backend: Backend = "auto"
 ) -> None:
-    """Take the tokens written last into the bounds of their pages, in place: after a prefill, a chunk or one token.
+    """Take the tokens written last into the metadata of their pages, in place: after a prefill, a chunk or one token.
 
-    A page whose first token is among the new ones starts anew, whatever it held; any other page's bounds only widen. So
-    after a rollback the bounds of the last page may be wider than its keys: still bounds. Source: section 3.2 of the
-    paper.
+    A page whose first token is among the new ones starts anew, whatever it held; any other page's goes on. So after a
+    rollback the bounds of the last page may be wider than its keys: still bounds. Taking all of its tokens again makes
+    any form of metadata right. Source: section 3.2 of the paper.
 
     Args:
         kv: The cache; keys of the new tokens are already in it.
@@ -121,13 +122,16 @@ def update_page_metadata(
 
 
 def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: Tensor | int, backend: Backend = "auto") -> None:
-    """Write one token of each sequence where its length says, and take it into the bounds of its page, in place.
+    """Write one token of each sequence where its length says, and take it into the metadata of its page, in place.
 
     For a decode step whose lengths only the device knows, as in a CUDA graph; a length of the host's is sent there.
+    A cache in 8 bits takes a wider dtype and rounds it, in units of its scales, to the nearest, the largest number it
+    has standing for all beyond it; its metadata is of what is stored, which rounding may have carried past a bound.
 
     Args:
         kv: The cache.
-        keys: `[B, HKV, D]`, dtype of the cache, channels side by side.
+        keys: `[B, HKV, D]`, dtype of the cache, or bfloat16, float16 or float32 for one in 8 bits; channels side by
+            side.
         values: `[B, HKV, DV]`, likewise.
         seq_lens: Tokens per sequence, the new one included; 0 leaves a sequence alone [tokens].
         backend: Which implementation runs.
@@ -149,16 +153,16 @@ def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: Tensor | i
 
 
 def append_slots(kv: PagedKV, keys: Tensor, values: Tensor, slots: Tensor, backend: Backend = "auto") -> None:
-    """Write tokens to their slots, and take them into the bounds of their pages, in place.
+    """Write tokens to their slots, and take them into the metadata of their pages, in place.
 
     For a server, whose batch holds prompts and single tokens of many sequences: the slot says where a token goes,
     whoever it belongs to, so the page table is not read. The tokens of a sequence stand next to each other, in order.
-    A page whose first token is among them starts anew; any other page's bounds only widen, as they do when
-    speculated tokens were rolled back. Source: section 3.2 of the paper; `slot_mapping` in vLLM.
+    A page whose first token is among them starts anew; any other page's goes on, also after speculated tokens were
+    rolled back. Source: section 3.2 of the paper; `slot_mapping` in vLLM. Of a cache in 8 bits see `append_token`.
 
     Args:
         kv: The cache.
-        keys: `[T, HKV, D]`, dtype of the cache, channels side by side.
+        keys: `[T, HKV, D]`, dtype as `append_token` takes it, channels side by side.
         values: `[T, HKV, DV]`, likewise.
         slots: `[T]` int32 or int64, page id times page size plus the offset in the page; a negative one is skipped.
         backend: Which implementation runs.
@@ -181,24 +185,31 @@ def append_slots(kv: PagedKV, keys: Tensor, values: Tensor, slots: Tensor, backe
 
 
 def update_slot_metadata(
-    metadata: Tensor, keys: Tensor, slots: Tensor, *, page_size: int, backend: Backend = "auto"
+    metadata: Tensor,
+    keys: Tensor,
+    slots: Tensor,
+    *,
+    page_size: int,
+    form: MetadataForm = Bounds(),  # noqa: B008 - a frozen value
+    backend: Backend = "auto",
 ) -> None:
-    """`append_slots` for the bounds alone: where the cache is in a format of its own and somebody else writes it.
+    """`append_slots` for the metadata alone: where the cache is in a format of its own and somebody else writes it.
 
     Args:
-        metadata: `[N, HKV, 2, D]`, channels side by side, as in `PagedKV`.
-        keys: `[T, HKV, D]`, channels side by side; their dtype is the metadata's, unless that is float8_e4m3fn.
+        metadata: `[N, HKV, *form.shape]`, numbers of a row side by side, as in `PagedKV`.
+        keys: `[T, HKV, D]`, as they are stored, channels side by side.
         slots: See `append_slots`.
         page_size: Tokens per page [tokens].
+        form: What the metadata is.
         backend: Which implementation runs.
 
     Raises:
         QuestValueError: A shape, dtype, device or slot is wrong.
         BackendError: The backend cannot run here.
     """
-    check_slot_metadata(metadata, keys, page_size)
+    check_slot_metadata(metadata, keys, page_size, form)
     check_slots(slots, keys.shape[0], metadata.shape[0] * page_size, metadata.device)
-    _verbs(backend, keys).update_slot_metadata(metadata, keys, slots, page_size)
+    _verbs(backend, keys).update_slot_metadata(metadata, keys, slots, page_size, form)
 
 
 def score_pages(
@@ -211,13 +222,14 @@ def score_pages(
     out: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Bound the largest unscaled logit that any key of each page can give to the query: the page's criticality.
+    """The largest unscaled logit that a key of each page promises the query, by its metadata: the page's criticality.
 
-    `U(page) = sum_d max(q_d * min_d, q_d * max_d)`, equation 2 of the paper, for each query head; the query heads that
-    share a KV head are reduced to one score. The arithmetic is float32 whatever the dtype of the cache.
+    Of bounds `U(page) = sum_d max(q_d * min_d, q_d * max_d)`, equation 2 of the paper, which no key exceeds; other
+    forms say what theirs is. The query heads that share a KV head are reduced to one score. The arithmetic is float32
+    whatever the dtype of the cache.
 
     Args:
-        query: `[B, HQ, D]`, dtype of the cache, HQ a multiple of HKV.
+        query: `[B, HQ, D]`, dtype as `append_token` takes it, HQ a multiple of HKV.
         kv: The cache.
         seq_lens: Tokens per sequence [tokens].
         token_mask: `[B, T]` bool, True where a token may be attended to (padding is False, and so is what lies past
@@ -309,7 +321,7 @@ def sparse_decode_attention(
     """Attend to the tokens of the selected pages alone.
 
     Args:
-        query: `[B, HQ, D]`, dtype of the cache, HQ a multiple of HKV.
+        query: `[B, HQ, D]`, dtype as `append_token` takes it, HQ a multiple of HKV.
         kv: The cache.
         seq_lens: Tokens per sequence [tokens].
         selected: Pages to read, from `select_pages` or chosen otherwise: see `Selection`.
@@ -358,10 +370,10 @@ def quest_decode(
     """One decode step of one layer: score the pages, select, attend. Figure 5 of the paper.
 
     Args:
-        query: `[B, HQ, D]`, dtype of the cache, HQ a multiple of HKV.
+        query: `[B, HQ, D]`, dtype as `append_token` takes it, HQ a multiple of HKV.
         kv: The cache, its metadata up to date.
         seq_lens: Tokens per sequence, the query's own included [tokens].
-        config: Budget, forced pages, group reduction and backend. Its page size must be the cache's.
+        config: Budget, forced pages, group reduction and backend. Page size and metadata must be the cache's.
         sm_scale: Factor on the logits; None is `D ** -0.5`.
         softcap: See `sparse_decode_attention`.
         sinks: See `sparse_decode_attention`.
@@ -417,9 +429,12 @@ def run_step(
         The output and the pages that were read.
 
     Raises:
-        QuestValueError: The scores have another shape or dtype, or fewer pages than a sequence.
+        QuestValueError: The config's form of metadata is not the cache's; or the scores have another shape or dtype, or
+            fewer pages than a sequence.
         BackendError: The backend cannot run here.
     """
+    if score is None and step.kv.form != (form := form_of(step.config)):
+        raise QuestValueError("config.metadata", form, f"{step.kv.form}, as the cache")
     backend = resolve_backend(step.config.backend, step.kv.keys.device, step.kv.keys.dtype)
     if backend.fused is not None and score is None and attend is None:
         done = backend.fused(step)

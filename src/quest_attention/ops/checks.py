@@ -7,8 +7,9 @@ from torch import Tensor
 
 from quest_attention.config import check_integer
 from quest_attention.errors import QuestValueError
+from quest_attention.forms import FP8, MetadataForm
 from quest_attention.ops.selection import Selection
-from quest_attention.pages import PagedKV, check_like, check_metadata_dtype, check_side_by_side
+from quest_attention.pages import PagedKV, check_like, check_metadata, check_side_by_side
 
 __all__ = [
     "check_counters",
@@ -21,7 +22,10 @@ __all__ = [
     "check_slots",
     "check_token",
     "check_token_mask",
+    "check_wide",
 ]
+
+_WIDE = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _is_readable(device: torch.device) -> bool:
@@ -63,8 +67,17 @@ def check_new_tokens(num_new_tokens: Tensor | int, seq_lens: Tensor | int, devic
 
 def check_token(name: str, token: Tensor, stored: Tensor, count: int) -> None:
     """Tokens `[T, HKV, D]`, `count` of them, to be written to pages `[N, page_size, HKV, D]`."""
-    check_like(name, token, (count, *stored.shape[2:]), stored, "the cache")
+    is_quantised = stored.dtype == FP8
+    check_like(name, token, (count, *stored.shape[2:]), stored, "the cache", check_dtype=not is_quantised)
+    if is_quantised:
+        check_wide(name, token)
     check_side_by_side(name, token, "channels of a token")
+
+
+def check_wide(name: str, tensor: Tensor) -> None:
+    """A dtype in which a step over a quantised cache is calculated."""
+    if tensor.dtype not in _WIDE:
+        raise QuestValueError(f"{name}.dtype", tensor.dtype, "bfloat16, float16 or float32 beside a cache in 8 bits")
 
 
 def check_slots(slots: Tensor, count: int, capacity: int, device: torch.device) -> None:
@@ -79,15 +92,13 @@ def check_slots(slots: Tensor, count: int, capacity: int, device: torch.device) 
         raise QuestValueError("slots", int(slots.max()), f"less than {capacity}: the cache holds no more tokens")
 
 
-def check_slot_metadata(metadata: Tensor, keys: Tensor, page_size: int) -> None:
-    """Page metadata `[N, HKV, 2, D]` for keys `[T, HKV, D]`."""
+def check_slot_metadata(metadata: Tensor, keys: Tensor, page_size: int, form: MetadataForm) -> None:
+    """What a form keeps of pages, `[N, HKV, *form.shape]`, for keys `[T, HKV, D]`."""
     check_integer("page_size", page_size, minimum=1)
-    if metadata.dim() != 4 or metadata.shape[2] != 2 or 0 in metadata.shape[1:]:
-        raise QuestValueError("metadata.shape", list(metadata.shape), "[N, HKV, 2, D]")
-    check_side_by_side("metadata", metadata, "channels of a bound")
-    count = keys.shape[0] if keys.dim() else 0
-    check_like("keys", keys, (count, metadata.shape[1], metadata.shape[3]), metadata, "metadata", check_dtype=False)
-    check_metadata_dtype(metadata, keys)
+    if keys.dim() != 3 or 0 in keys.shape[1:]:
+        raise QuestValueError("keys.shape", list(keys.shape), "[T, HKV, D]")
+    check_metadata(metadata, keys, (metadata.shape[0] if metadata.dim() else 0, keys.shape[1]), form, page_size)
+    check_side_by_side("metadata", metadata, "numbers of a row")
     check_side_by_side("keys", keys, "channels of a token")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quest_attention.config import Backend, QuestConfig
 from quest_attention.errors import BackendError, QuestValueError
+from quest_attention.forms import MetadataForm
 from quest_attention.ops import reference_backend, torch_backend
 from quest_attention.ops.selection import DecodeWorkspace, Selection, Workspace
 from quest_attention.ops.step import Rows, Step
@@ -35,7 +36,9 @@ class Verbs(Protocol):
 
     def append_slots(self, kv: PagedKV, keys: Tensor, values: Tensor, slots: Tensor) -> None: ...
 
-    def update_slot_metadata(self, metadata: Tensor, keys: Tensor, slots: Tensor, page_size: int) -> None: ...
+    def update_slot_metadata(
+        self, metadata: Tensor, keys: Tensor, slots: Tensor, page_size: int, form: MetadataForm
+    ) -> None: ...
 
     def score_pages(self, step: Step, out: Tensor | None = None) -> Tensor: ...
 

@@ -2,7 +2,8 @@
 
 Tang et al., arXiv:2406.10774. Section 3.2 gives the metadata (per page and channel, the smallest and largest key) and
 the criticality of a page, `U = sum_d max(q_d * min_d, q_d * max_d)`; section 3.3 the selection of the best pages and
-attention over them alone. Shapes use the letters of `pages.py`. All arithmetic is in float64.
+attention over them alone. What the metadata of a page is, its form says (`quest_attention.forms`), with an oracle of
+its own for the keys and the score of one page. Shapes use the letters of `pages.py`. All arithmetic is in float64.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from quest_attention.config import GroupReduction
-from quest_attention.pages import KEY_MAX, KEY_MIN, PagedKV, num_pages
+from quest_attention.forms import FP8, MetadataForm
+from quest_attention.pages import PagedKV, num_pages
 
 __all__ = [
     "append_slots",
@@ -26,54 +28,74 @@ __all__ = [
     "update_slot_metadata",
 ]
 
+_LARGEST = torch.finfo(FP8).max
+
 
 def update_page_metadata(kv: PagedKV, seq_lens: list[int], num_new_tokens: list[int]) -> None:
-    """Take the tokens written last into the bounds of their pages, one token at a time."""
+    """Take the tokens written last into the metadata of their pages, one page at a time."""
     for b, length in enumerate(seq_lens):
-        for token in range(max(0, length - num_new_tokens[b]), length):
-            page, offset = divmod(token, kv.page_size)
+        start = max(0, length - num_new_tokens[b])
+        for page in range(start // kv.page_size, num_pages(length, kv.page_size)):
+            first = page * kv.page_size
+            new = range(max(start, first) - first, min(length, first + kv.page_size) - first)
             physical = int(kv.page_table[b, page])
-            _take_token(kv.metadata[physical], kv.keys[physical, offset], offset)
+            if new:
+                _take(kv.form, kv.metadata[physical], kv.keys[physical, new.start : new.stop], new.start)
 
 
 def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: list[int]) -> None:
-    """Write the last token of each sequence, and take it into the bounds of its page."""
+    """Write the last token of each sequence, and take it into the metadata of its page."""
     for b, length in enumerate(seq_lens):
         if length:
             page, offset = divmod(length - 1, kv.page_size)
-            physical = int(kv.page_table[b, page])
-            kv.keys[physical, offset] = keys[b]
-            kv.values[physical, offset] = values[b]
+            _write(kv, int(kv.page_table[b, page]), offset, keys[b], values[b])
     update_page_metadata(kv, seq_lens, [min(1, length) for length in seq_lens])
 
 
 def append_slots(kv: PagedKV, keys: Tensor, values: Tensor, slots: list[int]) -> None:
-    """Write tokens to their slots, and take them into the bounds of their pages."""
+    """Write tokens to their slots, and take them into the metadata of their pages."""
     for token, slot in enumerate(slots):
         if slot >= 0:
-            page, offset = divmod(slot, kv.page_size)
-            kv.keys[page, offset] = keys[token]
-            kv.values[page, offset] = values[token]
-    update_slot_metadata(kv.metadata, keys, slots, kv.page_size)
+            _write(kv, *divmod(slot, kv.page_size), keys[token], values[token])
+    scale = _scales(kv.key_scale, kv.num_kv_heads)
+    stored = torch.stack([_quantised(key, scale) for key in keys]) if kv.is_quantised and len(keys) else keys
+    update_slot_metadata(kv.metadata, stored, slots, kv.page_size, kv.form)
 
 
-def update_slot_metadata(metadata: Tensor, keys: Tensor, slots: list[int], page_size: int) -> None:
-    """Take tokens into the bounds of the pages that their slots lie in, one at a time."""
-    for token, slot in enumerate(slots):
-        if slot >= 0:
-            page, offset = divmod(slot, page_size)
-            _take_token(metadata[page], keys[token], offset)
+def update_slot_metadata(metadata: Tensor, keys: Tensor, slots: list[int], page_size: int, form: MetadataForm) -> None:
+    """Take tokens into the metadata of the pages that their slots lie in, the tokens of a page at a time."""
+    token = 0
+    while token < len(slots):
+        page, offset = divmod(slots[token], page_size)
+        last = token + 1
+        while last < len(slots) and slots[last] // page_size == page:
+            last += 1
+        if slots[token] >= 0:
+            _take(form, metadata[page], keys[token:last], offset)
+        token = last
 
 
-def _take_token(bounds: Tensor, keys: Tensor, offset: int) -> None:
-    """Widen the bounds of a page, `[HKV, 2, D]`, by one token's keys, `[HKV, D]`, in place."""
-    for head, key in enumerate(keys):
-        key_max = key_min = key
-        if offset > 0:  # a page starts anew at its first token, whoever used it before
-            key_max = torch.maximum(bounds[head, KEY_MAX].to(key.dtype), key)
-            key_min = torch.minimum(bounds[head, KEY_MIN].to(key.dtype), key)
-        bounds[head, KEY_MAX] = _outward(key_max, bounds.dtype, upward=True)
-        bounds[head, KEY_MIN] = _outward(key_min, bounds.dtype, upward=False)
+def _take(form: MetadataForm, kept: Tensor, keys: Tensor, before: int) -> None:
+    """Take new keys `[T, HKV, D]` of one page into what is kept of it, `[HKV, *form.shape]`, in place."""
+    for head in range(keys.shape[1]):
+        kept[head] = form.take_by_hand(kept[head], keys[:, head], before)
+
+
+def _write(kv: PagedKV, page: int, offset: int, key: Tensor, value: Tensor) -> None:
+    """Write one token, `[HKV, D]`, to its place, quantised where the cache is."""
+    for stored, token, scale in ((kv.keys, key, kv.key_scale), (kv.values, value, kv.value_scale)):
+        heads = _scales(scale, kv.num_kv_heads)
+        stored[page, offset] = _quantised(token, heads) if kv.is_quantised else token
+
+
+def _quantised(token: Tensor, scales: Tensor) -> Tensor:
+    """`[HKV, D]` in units of a scale for each head, the nearest numbers of 8 bits; what is beyond the largest is it."""
+    return (token.double() / scales[:, None]).clamp(-_LARGEST, _LARGEST).float().to(FP8)
+
+
+def _scales(scale: Tensor | None, heads: int) -> Tensor:
+    """For each head, `[HKV]` float64."""
+    return torch.ones(heads, dtype=torch.float64) if scale is None else scale.double().cpu().expand(heads)
 
 
 def score_pages(
@@ -83,24 +105,21 @@ def score_pages(
     token_mask: Tensor | None = None,
     group_reduction: GroupReduction = "max",
 ) -> Tensor:
-    """Upper bound on the unscaled logit each page can give: `[B, HKV, P]` float64, -inf where there is no page."""
+    """Unscaled logit that each page promises: `[B, HKV, P]` float64, -inf where there is no page."""
     batch, num_query_heads, _ = query.shape
     group = num_query_heads // kv.num_kv_heads
     scores = torch.full((batch, kv.num_kv_heads, kv.max_pages), -math.inf, dtype=torch.float64)
+    key_scales = _scales(kv.key_scale, kv.num_kv_heads)
     for b in range(batch):
         for page in _live_pages(b, kv.page_size, seq_lens, token_mask):
             physical = int(kv.page_table[b, page])
             for h in range(kv.num_kv_heads):
-                key_max = kv.metadata[physical, h, KEY_MAX].double()
-                key_min = kv.metadata[physical, h, KEY_MIN].double()
-                bounds = []
-                for g in range(group):
-                    q = query[b, h * group + g].double()
-                    bounds.append(torch.maximum(q * key_min, q * key_max).sum())
-                finite = bool(torch.isfinite(key_max).all() and torch.isfinite(key_min).all())
-                score = torch.stack(bounds).max() if group_reduction == "max" else torch.stack(bounds).mean()
+                heads = query[b, h * group : (h + 1) * group]
+                each = torch.stack([kv.form.score_by_hand(q, kv.metadata[physical, h]) for q in heads]) * key_scales[h]
+                score = each.max() if group_reduction == "max" else each.mean()
                 # A page with a non-finite key ranks first, so that it is read and shows as it would in dense attention.
-                scores[b, h, page] = score if finite and torch.isfinite(score) else math.inf
+                is_finite = bool(torch.isfinite(each).all() and torch.isfinite(kv.metadata[physical, h].float()).all())
+                scores[b, h, page] = score if is_finite else math.inf
     return scores
 
 
@@ -149,6 +168,7 @@ def sparse_decode_attention(
     group = num_query_heads // kv.num_kv_heads
     output = torch.zeros(batch, num_query_heads, kv.values.shape[-1], dtype=torch.float64)
     lse = torch.full((batch, num_query_heads), -math.inf, dtype=torch.float64)
+    key_scales, value_scales = (_scales(scale, kv.num_kv_heads) for scale in (kv.key_scale, kv.value_scale))
     for b in range(batch):
         live = set(_live_tokens(b, seq_lens, token_mask))
         for head in range(num_query_heads):
@@ -163,8 +183,8 @@ def sparse_decode_attention(
                 lse[b, head] = -math.inf if sinks is None else sinks[head].double()
                 continue
             where = [(int(kv.page_table[b, t // kv.page_size]), t % kv.page_size) for t in tokens]
-            keys = torch.stack([kv.keys[page, offset, h] for page, offset in where]).double()
-            values = torch.stack([kv.values[page, offset, h] for page, offset in where]).double()
+            keys = torch.stack([kv.keys[page, offset, h] for page, offset in where]).double() * key_scales[h]
+            values = torch.stack([kv.values[page, offset, h] for page, offset in where]).double() * value_scales[h]
             logits = keys @ query[b, head].double() * sm_scale
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
@@ -181,19 +201,6 @@ def count_reads(counts: list[list[int]], seq_lens: list[int], page_size: int, to
     dense = sum(0 < length <= token_budget for length in seq_lens)
     read = sum(sum(row) for row in counts) // len(counts[0]) if counts else 0
     return [sparse, dense, read, sum(num_pages(length, page_size) for length in seq_lens)]
-
-
-def _outward(bounds: Tensor, dtype: torch.dtype, *, upward: bool) -> Tensor:
-    """The nearest number of the metadata's dtype that still bounds; NaN where there is none, which ranks first."""
-    if dtype == bounds.dtype:
-        return bounds
-    every = torch.arange(256, dtype=torch.uint8).view(dtype).double()
-    stored = torch.full_like(bounds, math.nan, dtype=torch.float64)
-    for channel, bound in enumerate(bounds.double().tolist()):
-        fits = every[every >= bound] if upward else every[every <= bound]
-        if len(fits):
-            stored[channel] = fits.min() if upward else fits.max()
-    return stored.to(dtype)
 
 
 def _live_tokens(b: int, seq_lens: list[int], token_mask: Tensor | None) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quest_attention.forms import MetadataForm
 from quest_attention.ops import reference
 from quest_attention.ops.selection import Selection
 from quest_attention.ops.step import Rows, Step
@@ -37,9 +38,9 @@ def append_slots(kv: PagedKV, keys: Tensor, values: Tensor, slots: Tensor) -> No
     reference.append_slots(kv, keys, values, slots.tolist())
 
 
-def update_slot_metadata(metadata: Tensor, keys: Tensor, slots: Tensor, page_size: int) -> None:
+def update_slot_metadata(metadata: Tensor, keys: Tensor, slots: Tensor, page_size: int, form: MetadataForm) -> None:
     """See `ops.update_slot_metadata`."""
-    reference.update_slot_metadata(metadata, keys, slots.tolist(), page_size)
+    reference.update_slot_metadata(metadata, keys, slots.tolist(), page_size, form)
 
 
 def score_pages(step: Step, out: Tensor | None = None) -> Tensor:

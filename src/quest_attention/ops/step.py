@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestValueError
-from quest_attention.ops.checks import check_lengths, check_token_mask
+from quest_attention.ops.checks import check_lengths, check_token_mask, check_wide
 from quest_attention.ops.selection import Workspace
 from quest_attention.pages import PagedKV, check_like
 
@@ -40,7 +40,7 @@ class Step(Rows):
     What holds a `Step` need check nothing again: backends take one as it is.
 
     Attributes:
-        query: `[B, HQ, D]`, dtype of the cache, HQ a multiple of HKV.
+        query: `[B, HQ, D]`, dtype of the cache, or a wider one where that is quantised, HQ a multiple of HKV.
         kv: The cache, its metadata up to date.
         sm_scale: Factor on the logits; None is `D ** -0.5`.
         softcap: Cap of the scaled logits.
@@ -69,7 +69,9 @@ class Step(Rows):
             raise QuestValueError("query.shape", list(shape), expected)
         if shape[1] == 0 or shape[1] % kv_heads:
             raise QuestValueError("query.shape[1]", shape[1], f"a multiple of the {kv_heads} KV heads")
-        check_like("query", query, shape, keys, "keys")
+        if kv.is_quantised:
+            check_wide("query", query)
+        check_like("query", query, shape, keys, "keys", check_dtype=not kv.is_quantised)
         check_lengths("seq_lens", self.seq_lens, batch, max_pages * page_size, device)
         check_token_mask(self.token_mask, batch, device)
         if self.sm_scale is not None and not math.isfinite(self.sm_scale):

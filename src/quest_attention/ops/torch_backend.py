@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quest_attention.ops.rounding import round_down, round_up
+from quest_attention.forms import FP8, MetadataForm
 from quest_attention.ops.selection import DecodeWorkspace, Selection
 from quest_attention.ops.step import Rows, Step
-from quest_attention.pages import KEY_MAX, KEY_MIN, ContiguousKV, PagedKV, num_pages
+from quest_attention.pages import ContiguousKV, PagedKV, num_pages
 
 __all__ = [
     "append_slots",
@@ -33,6 +33,7 @@ __all__ = [
 _CHUNK_BYTES = 1 << 21
 """Float32 metadata scored at a time on a CPU [bytes]: a bound on scratch memory."""
 
+_LARGEST = torch.finfo(FP8).max
 _ALWAYS = torch.iinfo(torch.int64).max
 _NEVER = torch.iinfo(torch.int64).min
 _BEYOND = torch.iinfo(torch.int32).max
@@ -41,7 +42,7 @@ _BEYOND = torch.iinfo(torch.int32).max
 def update_page_metadata(kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Tensor | int) -> None:
     """See `ops.update_page_metadata`."""
     if isinstance(seq_lens, int) and isinstance(num_new_tokens, int) and kv.contiguous is not None:
-        _update_contiguous(kv.contiguous, kv.page_size, seq_lens - num_new_tokens, seq_lens)
+        _update_contiguous(kv.contiguous, kv.form, kv.page_size, seq_lens - num_new_tokens, seq_lens)
         return
     lengths, new = _per_row(seq_lens, kv), _per_row(num_new_tokens, kv)
     begin = (lengths - new).clamp(min=0)  # [B]; where nobody checked values, more new tokens than there are mean all
@@ -56,51 +57,33 @@ def update_page_metadata(kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Te
     physical = kv.page_table[b, logical].long()
     token = logical[:, None] * kv.page_size + torch.arange(kv.page_size, device=lengths.device)  # [M, page_size]
     written = (token >= begin[b, None]) & (token < lengths[b, None])
-    keys = kv.keys[physical]  # [M, page_size, HKV, D]
-    outside = ~written[:, :, None, None]
-    key_max = keys.masked_fill(outside, -math.inf).amax(1)
-    key_min = keys.masked_fill(outside, math.inf).amin(1)
-    _widen(kv.metadata, physical, key_max, key_min, goes_on=~written[:, 0])
+    before = (begin[b] - token[:, 0]).clamp(min=0)
+    _take(kv.metadata, kv.form, physical, kv.keys[physical], before, written)
 
 
-def _widen(metadata: Tensor, pages: Tensor, key_max: Tensor, key_min: Tensor, goes_on: Tensor) -> None:
-    """Take bounds of new keys `[M, HKV, D]` into those of pages `[M]`; a page that does not go on starts anew."""
-    old, before = metadata[pages].to(key_max.dtype), goes_on[:, None, None]
-    key_max = torch.where(before, torch.maximum(key_max, old[:, :, KEY_MAX]), key_max)
-    key_min = torch.where(before, torch.minimum(key_min, old[:, :, KEY_MIN]), key_min)
-    metadata[pages] = torch.stack([round_up(key_max, metadata.dtype), round_down(key_min, metadata.dtype)], dim=2)
+def _take(metadata: Tensor, form: MetadataForm, pages: Tensor, keys: Tensor, before: Tensor, written: Tensor) -> None:
+    """Take those keys `[M, page_size, HKV, D]` that are new, `[M, page_size]`, into the metadata of pages `[M]`."""
+    kept = metadata[pages]
+    form.take(kept, keys.transpose(1, 2), before[:, None].expand(kept.shape[:2]), written[:, None])
+    metadata[pages] = kept
 
 
-def _update_contiguous(cache: ContiguousKV, page_size: int, start: int, end: int) -> None:
+def _update_contiguous(cache: ContiguousKV, form: MetadataForm, page_size: int, start: int, end: int) -> None:
     """Take tokens `start` to `end` of every sequence: the rest of a page, whole pages, the beginning of a page."""
     keys, metadata = cache.keys, cache.metadata
     if start % page_size and start < end:
         page = start // page_size
         stop = min(end, (page + 1) * page_size)
-        fresh = keys[:, :, start:stop]
-        key_max, key_min = metadata[:, :, page, KEY_MAX], metadata[:, :, page, KEY_MIN]
-        one = stop - start == 1  # the append of a decode step, spared two reductions
-        largest = fresh[:, :, 0] if one else fresh.amax(2)
-        smallest = fresh[:, :, 0] if one else fresh.amin(2)
-        if metadata.dtype == keys.dtype:
-            torch.maximum(key_max, largest, out=key_max)
-            torch.minimum(key_min, smallest, out=key_min)
-        else:
-            key_max.copy_(round_up(torch.maximum(key_max.to(keys.dtype), largest), metadata.dtype))
-            key_min.copy_(round_down(torch.minimum(key_min.to(keys.dtype), smallest), metadata.dtype))
+        form.take(metadata[:, :, page], keys[:, :, start:stop], start % page_size)
         start = stop
     whole = (end - start) // page_size
     if whole:
         first = start // page_size
         stop = start + whole * page_size
-        pages = keys[:, :, start:stop].unflatten(2, (whole, page_size))
-        metadata[:, :, first : first + whole, KEY_MAX] = round_up(pages.amax(3), metadata.dtype)
-        metadata[:, :, first : first + whole, KEY_MIN] = round_down(pages.amin(3), metadata.dtype)
+        form.take(metadata[:, :, first : first + whole], keys[:, :, start:stop].unflatten(2, (whole, page_size)), 0)
         start = stop
     if start < end:
-        fresh = keys[:, :, start:end]
-        metadata[:, :, start // page_size, KEY_MAX] = round_up(fresh.amax(2), metadata.dtype)
-        metadata[:, :, start // page_size, KEY_MIN] = round_down(fresh.amin(2), metadata.dtype)
+        form.take(metadata[:, :, start // page_size], keys[:, :, start:end], 0)
 
 
 def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: Tensor) -> None:
@@ -108,46 +91,57 @@ def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: Tensor) ->
     rows = (seq_lens > 0).nonzero()[:, 0]
     position = seq_lens[rows].long() - 1
     physical = kv.page_table[rows, position // kv.page_size].long()
-    kv.keys[physical, position % kv.page_size] = keys[rows]
-    kv.values[physical, position % kv.page_size] = values[rows]
+    kv.keys[physical, position % kv.page_size] = _as_stored(keys[rows], kv.key_scale)
+    kv.values[physical, position % kv.page_size] = _as_stored(values[rows], kv.value_scale)
     update_page_metadata(kv, seq_lens, seq_lens.clamp(max=1))
 
 
 def append_slots(kv: PagedKV, keys: Tensor, values: Tensor, slots: Tensor) -> None:
     """See `ops.append_slots`."""
     used = slots >= 0
-    keys, values, slots = keys[used], values[used], slots[used].long()
+    keys, values, slots = (
+        _as_stored(keys[used], kv.key_scale),
+        _as_stored(values[used], kv.value_scale),
+        slots[used].long(),
+    )
     page, offset = slots // kv.page_size, slots % kv.page_size
     kv.keys[page, offset] = keys
     kv.values[page, offset] = values
-    update_slot_metadata(kv.metadata, keys, slots, kv.page_size)
+    update_slot_metadata(kv.metadata, keys, slots, kv.page_size, kv.form)
 
 
-def update_slot_metadata(metadata: Tensor, keys: Tensor, slots: Tensor, page_size: int) -> None:
+def update_slot_metadata(metadata: Tensor, keys: Tensor, slots: Tensor, page_size: int, form: MetadataForm) -> None:
     """See `ops.update_slot_metadata`."""
     used = slots >= 0
     keys, slots = keys[used], slots[used].long()
     pages, where = torch.unique_consecutive(slots // page_size, return_inverse=True)  # [M], [T]
-    shape = (pages.shape[0], *keys.shape[1:])
-    index = where[:, None, None].expand_as(keys)
-    key_max = keys.new_full(shape, -math.inf).scatter_reduce_(0, index, keys, "amax")
-    key_min = keys.new_full(shape, math.inf).scatter_reduce_(0, index, keys, "amin")
-    first = slots.new_full(pages.shape, page_size).scatter_reduce_(0, where, slots % page_size, "amin")
-    _widen(metadata, pages, key_max, key_min, goes_on=first > 0)
+    offset = slots % page_size
+    by_page = keys.new_zeros(pages.shape[0], page_size, *keys.shape[1:])
+    written = torch.zeros(by_page.shape[:2], dtype=torch.bool, device=keys.device)
+    by_page[where, offset], written[where, offset] = keys, True
+    before = slots.new_full(pages.shape, page_size).scatter_reduce_(0, where, offset, "amin")
+    _take(metadata, form, pages, by_page, before, written)
+
+
+def _as_stored(tokens: Tensor, scale: Tensor | None) -> Tensor:
+    """Tokens `[T, HKV, D]` as a cache holds them, which is quantised if it has scales."""
+    if scale is None:
+        return tokens
+    return (tokens.float() / scale[:, None]).clamp(-_LARGEST, _LARGEST).to(FP8)
 
 
 def score_pages(step: Step, out: Tensor | None = None) -> Tensor:
-    """See `ops.score_pages`. All pages in one product: `U = relu(q) . max + min(q, 0) . min`."""
+    """See `ops.score_pages`. The metadata of many pages at a time, as the form scores it."""
     query, kv, seq_lens, token_mask = step.query, step.kv, step.seq_lens, step.token_mask
     batch, heads, dim = kv.batch_size, kv.num_kv_heads, kv.head_dim
     scores = out if out is not None else query.new_empty(batch, heads, kv.max_pages, dtype=torch.float32)
     # A slice, perhaps, of all that a layer projects.
     grouped = query.float().reshape(batch * heads, query.shape[1] // heads, dim)
-    split = torch.cat([grouped.clamp(min=0), grouped.clamp(max=0)], dim=-1)  # [B * HKV, G, 2D], max first as metadata
+    seen = kv.form.see(grouped)
     live = num_pages(seq_lens, kv.page_size) if isinstance(seq_lens, int) else kv.max_pages
     chunk = max(1, live)
     if query.device.type == "cpu":
-        chunk = max(16, _CHUNK_BYTES // max(1, batch * heads * 2 * dim * 4))
+        chunk = max(16, _CHUNK_BYTES // max(1, batch * heads * seen.shape[2] * 4))
     table, dead = kv.page_table, None
     if isinstance(seq_lens, Tensor):
         dead = ~_live_pages(seq_lens, None, kv.page_size, kv.max_pages, scores)
@@ -155,8 +149,10 @@ def score_pages(step: Step, out: Tensor | None = None) -> Tensor:
             table = table.masked_fill(dead, 0)
     for start in range(0, live, chunk):
         stop = min(live, start + chunk)
-        bounds = _metadata_rows(kv, table[:, start:stop], start, stop).float()  # [B * HKV, pages, 2D]
-        logits = torch.bmm(bounds, split.transpose(1, 2)).view(batch, heads, stop - start, grouped.shape[1])
+        kept = _metadata_rows(kv, table[:, start:stop], start, stop)
+        logits = kv.form.score(seen, kept).view(batch, heads, stop - start, grouped.shape[1])
+        if kv.key_scale is not None:
+            logits *= kv.key_scale[:, None, None]
         part = scores[:, :, start:stop]
         if step.config.group_reduction == "max":
             torch.amax(logits, 3, out=part)
@@ -175,7 +171,7 @@ def score_pages(step: Step, out: Tensor | None = None) -> Tensor:
 
 
 def _metadata_rows(kv: PagedKV, physical: Tensor, start: int, stop: int) -> Tensor:
-    """Bounds of logical pages `start` to `stop`: `[B * HKV, stop - start, 2D]`, a view of a contiguous cache."""
+    """Of logical pages `start` to `stop`: `[B * HKV, stop - start, numbers]`, a view of a contiguous cache."""
     if kv.contiguous is not None:
         return kv.contiguous.metadata.flatten(0, 1)[:, start:stop].flatten(2)
     rows = _gather(kv.metadata.flatten(2)[:, None], physical[:, None].expand(-1, kv.num_kv_heads, -1))
@@ -270,7 +266,9 @@ def sparse_decode_attention(
         values = values.masked_fill(~attendable[..., None], 0)
         mask = attendable[:, :, None]
     if step.softcap is None and sinks is None and not return_lse:
-        output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=step.scale)
+        output = F.scaled_dot_product_attention(
+            grouped.to(keys.dtype), keys, values, attn_mask=mask, scale=step.scale
+        ).to(query.dtype)
         if mask is not None:  # a row with nothing to attend to is zero, not NaN
             output = output.masked_fill(~mask.any(-1, keepdim=True), 0)
         return output.flatten(1, 2), None
@@ -321,8 +319,16 @@ def _gather_pages(kv: PagedKV, pages: Tensor, is_page: Tensor | None = None) -> 
     """Copy logical pages `[B, HKV, K]` out of the cache; some page is copied for what is none, to be masked.
 
     Returns:
-        Keys `[B, HKV, K * page_size, D]` and values `[B, HKV, K * page_size, DV]`.
+        Keys `[B, HKV, K * page_size, D]` and values `[B, HKV, K * page_size, DV]`; of a quantised cache what they stand
+        for, in float32.
     """
+    keys, values = _copy_pages(kv, pages, is_page)
+    if kv.key_scale is None or kv.value_scale is None:
+        return keys, values
+    return keys.float() * kv.key_scale[:, None, None], values.float() * kv.value_scale[:, None, None]
+
+
+def _copy_pages(kv: PagedKV, pages: Tensor, is_page: Tensor | None) -> tuple[Tensor, Tensor]:
     used = pages.long()
     if kv.contiguous is None:
         physical = kv.page_table[:, None].expand(-1, pages.shape[1], -1).gather(2, used)

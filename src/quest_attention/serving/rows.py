@@ -15,7 +15,10 @@ from quest_attention.pages import num_pages
 from quest_attention.serving.counters import StepCounters
 from quest_attention.serving.options import advice_on_budget
 
-__all__ = ["RowPlanner", "read_lengths"]
+__all__ = ["DECODE_TOKENS", "RowPlanner", "read_lengths"]
+
+DECODE_TOKENS = 1
+"""Tokens of a decode row, which alone may choose. The check of speculated tokens has more and stays dense."""
 
 
 class RowPlanner:

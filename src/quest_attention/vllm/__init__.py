@@ -7,7 +7,7 @@
     refusals.py  what Quest cannot serve, said before a model is loaded
     ranks.py     the layers of a model that are sparse
     layout.py    where the bounds lie: inside vLLM's own blocks, so that they travel and are paid for with them
-    step.py      the rows of a batch that run Quest; planning.py finds them, for any device
+    step.py      the rows of a batch that run Quest; builder.py finds them, for any device
     impl.py      the attention of a layer, for any device: which rows go where
     cpu.py, gpu.py  the attention backends: the stock one, with Quest for decode rows past the budget
     folding.py   KV heads folded into blocks, for the stock kernel of a CPU

@@ -22,24 +22,16 @@ from vllm.v1.attention.backends.cpu_attn import (
 from quest_attention.ops import Selection, Step, run_step, update_slot_metadata
 from quest_attention.pages import num_pages
 from quest_attention.serving.rows import read_lengths
+from quest_attention.vllm.builder import QuestMetadataBuilder
 from quest_attention.vllm.folding import Fold
-from quest_attention.vllm.impl import OpenCache, QuestAttentionImpl
-from quest_attention.vllm.layout import layout_of
-from quest_attention.vllm.planning import QuestPlanner
-from quest_attention.vllm.plugin import vllm_version
-from quest_attention.vllm.refusals import BACKEND_NAME
+from quest_attention.vllm.impl import OpenCache, QuestAttentionImpl, QuestBackend
 from quest_attention.vllm.step import QuestStep
 
 __all__ = ["QuestCPUBackend", "QuestCPUImpl", "QuestCPUMetadataBuilder"]
 
 
-class QuestCPUBackend(CPUAttentionBackend):
+class QuestCPUBackend(QuestBackend, CPUAttentionBackend):
     """What `--attention-backend CUSTOM` means on a CPU."""
-
-    @staticmethod
-    def get_name() -> str:
-        """The name by which vLLM looks it up."""
-        return BACKEND_NAME
 
     @staticmethod
     def get_impl_cls() -> type[QuestCPUImpl]:
@@ -51,13 +43,8 @@ class QuestCPUBackend(CPUAttentionBackend):
         """Metadata of a batch."""
         return QuestCPUMetadataBuilder
 
-    @classmethod
-    def customize_spec(cls, spec: Any) -> Any:
-        """Room for the bounds, in releases of vLLM that ask the backend."""
-        return layout_of(vllm_version()).customize(spec)
 
-
-class QuestCPUMetadataBuilder(QuestPlanner, CPUAttentionMetadataBuilder):
+class QuestCPUMetadataBuilder(QuestMetadataBuilder, CPUAttentionMetadataBuilder):
     """Metadata of a batch; that of folded rows is made once for all layers."""
 
     def _plan(self, batch: Any) -> QuestStep | None:
@@ -118,7 +105,7 @@ class QuestCPUImpl(QuestAttentionImpl, CPUAttentionBackendImpl):
     def write(self, layer: Any, key: Tensor, value: Tensor, opened: OpenCache, slots: Tensor) -> None:
         """See `QuestAttentionImpl`."""
         CPUAttentionBackendImpl.do_kv_cache_update(self, layer, key, value, opened.parts.stock, slots)
-        if not self.chooses(layer):
+        if self.is_dense(layer):
             return  # nobody reads the bounds of a dense layer
-        page_size = opened.parts.keys.shape[1]
-        update_slot_metadata(opened.parts.metadata, key, slots, page_size=page_size, backend=self._options.backend)
+        kv, backend = opened.paged, self._options.backend
+        update_slot_metadata(kv.metadata, key, slots, page_size=kv.page_size, form=kv.form, backend=backend)

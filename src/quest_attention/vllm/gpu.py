@@ -21,11 +21,8 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from quest_attention.ops import Selection, Workspace, append_slots, make_workspace, quest_decode
-from quest_attention.vllm.impl import OpenCache, QuestAttentionImpl
-from quest_attention.vllm.layout import layout_of
-from quest_attention.vllm.planning import QuestPlanner
-from quest_attention.vllm.plugin import vllm_version
-from quest_attention.vllm.refusals import BACKEND_NAME
+from quest_attention.vllm.builder import QuestMetadataBuilder
+from quest_attention.vllm.impl import OpenCache, QuestAttentionImpl, QuestBackend
 from quest_attention.vllm.step import QuestStep
 
 _logger = logging.getLogger("vllm.quest_attention")
@@ -33,13 +30,8 @@ _logger = logging.getLogger("vllm.quest_attention")
 __all__ = ["QuestGPUBackend", "QuestGPUImpl", "QuestGPUMetadataBuilder"]
 
 
-class QuestGPUBackend(FlashAttentionBackend):
+class QuestGPUBackend(QuestBackend, FlashAttentionBackend):
     """What `--attention-backend CUSTOM` means on an NVIDIA GPU."""
-
-    @staticmethod
-    def get_name() -> str:
-        """The name by which vLLM looks it up."""
-        return BACKEND_NAME
 
     @staticmethod
     def get_impl_cls() -> type[QuestGPUImpl]:
@@ -70,13 +62,8 @@ class QuestGPUBackend(FlashAttentionBackend):
         """Decoders alone."""
         return bool(attn_type == AttentionType.DECODER)
 
-    @classmethod
-    def customize_spec(cls, spec: Any) -> Any:
-        """Room for the bounds, in releases of vLLM that ask the backend."""
-        return layout_of(vllm_version()).customize(spec)
 
-
-class QuestGPUMetadataBuilder(QuestPlanner, FlashAttentionMetadataBuilder):
+class QuestGPUMetadataBuilder(QuestMetadataBuilder, FlashAttentionMetadataBuilder):
     """Metadata of a batch."""
 
     # A batch of single tokens is captured whole; others run in pieces between which attention is eager.

@@ -11,6 +11,7 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.models.utils import extract_layer_index
 
 from quest_attention.errors import QuestValueError
+from quest_attention.forms import form_of, metadata_dtype
 from quest_attention.ops import Selection
 from quest_attention.pages import PagedKV
 from quest_attention.serving.options import KEY
@@ -18,10 +19,24 @@ from quest_attention.vllm.layout import BlockParts, layout_of
 from quest_attention.vllm.options import read_options
 from quest_attention.vllm.plugin import vllm_version
 from quest_attention.vllm.ranks import sparse_layers
-from quest_attention.vllm.refusals import check_layer, check_output_scales, check_transfer
+from quest_attention.vllm.refusals import BACKEND_NAME, check_layer, check_output_scales, check_transfer
 from quest_attention.vllm.step import QuestStep
 
-__all__ = ["OpenCache", "QuestAttentionImpl"]
+__all__ = ["OpenCache", "QuestAttentionImpl", "QuestBackend"]
+
+
+class QuestBackend:
+    """Stands before a stock backend among the bases of a class."""
+
+    @staticmethod
+    def get_name() -> str:
+        """The name by which vLLM looks it up."""
+        return BACKEND_NAME
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        """Room for the bounds, in releases of vLLM that ask the backend."""
+        return layout_of(vllm_version()).customize(spec)
 
 
 class QuestAttentionImpl:
@@ -85,14 +100,11 @@ class QuestAttentionImpl:
         # Filled while the model is made, and complete before its first step.
         self._layers: dict[str, Any] = vllm_config.compilation_config.static_forward_context
         self._layout = layout_of(vllm_version())
-        self._prepare_layout()
-        self._opened: OpenCache | None = None
-        self._is_sparse: bool | None = None
-
-    def _prepare_layout(self) -> None:
         from vllm.model_executor.layers.attention import Attention
 
         self._layout.prepare(Attention, self.backend_class)
+        self._opened: OpenCache | None = None
+        self._is_dense: bool | None = None
 
     def forward(
         self,
@@ -116,7 +128,7 @@ class QuestAttentionImpl:
             return self._forward_stock(layer, query, key, value, kv_cache, None, output)
         opened = self.open(kv_cache)
         step: QuestStep | None = attn_metadata.quest
-        if step is not None and self.chooses(layer):
+        if step is not None and not self.is_dense(layer):
             is_counted = layer.layer_name == step.counted_layer
             if step.num_rows:
                 return self._forward_quest(layer, query, opened, step, output, is_counted=is_counted)
@@ -139,12 +151,12 @@ class QuestAttentionImpl:
 
     fused_qk_norm_rope_kvcache_supported = fused_qk_norm_mrope_kvcache_supported = fused_rope_kvcache_supported
 
-    def chooses(self, layer: Any) -> bool:
-        """Whether the layer is past the dense ones, by its rank among the full-attention layers of the model."""
-        if self._is_sparse is None:
+    def is_dense(self, layer: Any) -> bool:
+        """Whether the layer always reads everything, by its rank among the full-attention layers of the model."""
+        if self._is_dense is None:
             names = sparse_layers(self._layers, self._options.num_dense_layers, extract_layer_index)
-            self._is_sparse = layer.layer_name in names
-        return self._is_sparse
+            self._is_dense = layer.layer_name not in names
+        return self._is_dense
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
@@ -180,10 +192,11 @@ class QuestAttentionImpl:
     def open(self, kv_cache: Tensor) -> OpenCache:
         """Views of a layer's cache, made once: vLLM gives the same tensor each time."""
         if self._opened is None or self._opened.address != kv_cache.data_ptr():
-            fp8 = self._options.fp8_metadata
-            parts = self._layout.split(kv_cache, self.num_kv_heads, self.head_size, fp8=fp8)
+            config = self._options.config(1)
+            stored = metadata_dtype(config, kv_cache.dtype)
+            parts = self._layout.split(kv_cache, self.num_kv_heads, self.head_size, stored)
             nobody = torch.zeros(0, 1, dtype=torch.int32, device=kv_cache.device)
-            paged = PagedKV(parts.keys, parts.values, parts.metadata, nobody)
+            paged = PagedKV(parts.keys, parts.values, parts.metadata, nobody, form=form_of(config))
             self._opened = OpenCache(kv_cache.data_ptr(), parts, paged)
         return self._opened
 

@@ -15,15 +15,14 @@ from fractions import Fraction
 from functools import wraps
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from quest_attention.errors import UnsupportedModelError
-from quest_attention.pages import FP8_METADATA
+from quest_attention.forms import TwoVectors
 
 __all__ = ["BlockLayout", "BlockParts", "PaddedBlocks", "RowedBlocks", "check_full", "layout_of"]
 
-_SIDES = 2
-"""The largest and the smallest key."""
 _INSTALLED = "quest_attention_padding"
 
 
@@ -34,7 +33,7 @@ class BlockParts(NamedTuple):
         stock: What vLLM's own backend expects.
         keys: `[B, N, H, D]`. On a CPU vLLM keeps keys and values in formats of its own in this place.
         values: `[B, N, H, D]`.
-        metadata: `[B, H, 2, D]`, the bounds; see `PagedKV`.
+        metadata: `[B, H, 2, D]`; see `PagedKV`.
     """
 
     stock: Tensor
@@ -63,8 +62,8 @@ class BlockLayout(Protocol):
         """
         ...
 
-    def split(self, kv_cache: Tensor, num_kv_heads: int, head_dim: int, *, fp8: bool) -> BlockParts:
-        """Views of a layer's cache; `fp8` where the bounds have 8 bits."""
+    def split(self, kv_cache: Tensor, num_kv_heads: int, head_dim: int, stored: torch.dtype) -> BlockParts:
+        """Views of a layer's cache, whose metadata has the dtype `stored`."""
         ...
 
 
@@ -79,12 +78,12 @@ class RowedBlocks:
         check_full(spec)
         return replace(spec, tokens_per_state=Fraction(spec.block_size, spec.block_size + 1))
 
-    def split(self, kv_cache: Tensor, num_kv_heads: int, head_dim: int, *, fp8: bool) -> BlockParts:
+    def split(self, kv_cache: Tensor, num_kv_heads: int, head_dim: int, stored: torch.dtype) -> BlockParts:
         """See `BlockLayout`."""
         del num_kv_heads
         stock, room = kv_cache[:, :, :-1], kv_cache[:, :, -1]
         keys, values = stock.transpose(1, 2).split(head_dim, -1)
-        return BlockParts(stock, keys, values, _as_bounds(room, fp8=fp8))
+        return BlockParts(stock, keys, values, _as_metadata(room, stored))
 
 
 class PaddedBlocks:
@@ -108,9 +107,9 @@ class PaddedBlocks:
         """VLLM 0.25 does not ask."""
         return spec
 
-    def split(self, kv_cache: Tensor, num_kv_heads: int, head_dim: int, *, fp8: bool) -> BlockParts:
+    def split(self, kv_cache: Tensor, num_kv_heads: int, head_dim: int, stored: torch.dtype) -> BlockParts:
         """See `BlockLayout`."""
-        width = _SIDES * head_dim
+        width = TwoVectors.ROWS * head_dim
         taken = kv_cache[0].numel()  # numbers of keys and values in a block
         if kv_cache.stride(0) < taken + num_kv_heads * width:
             wanted = taken + num_kv_heads * width
@@ -124,7 +123,7 @@ class PaddedBlocks:
         )
         on_gpu = kv_cache.dim() == 5
         keys, values = kv_cache.unbind(1) if on_gpu else kv_cache.transpose(1, 2).split(head_dim, -1)
-        return BlockParts(kv_cache, keys, values, _as_bounds(room, fp8=fp8))
+        return BlockParts(kv_cache, keys, values, _as_metadata(room, stored))
 
 
 def layout_of(version: tuple[int, int]) -> BlockLayout:
@@ -134,17 +133,15 @@ def layout_of(version: tuple[int, int]) -> BlockLayout:
 
 def _padded(spec: Any) -> Any:
     check_full(spec)
-    room = _SIDES * spec.num_kv_heads * spec.head_size * spec.dtype.itemsize
+    room = TwoVectors.ROWS * spec.num_kv_heads * spec.head_size * spec.dtype.itemsize
     return replace(spec, page_size_padded=spec.real_page_size_bytes + room)
 
 
-def _as_bounds(room: Tensor, *, fp8: bool) -> Tensor:
-    """`[B, H, 2 D]` as `[B, H, 2, D]`; bounds in 8 bits take the first part of the room."""
+def _as_metadata(room: Tensor, stored: torch.dtype) -> Tensor:
+    """`[B, H, 2 D]` as `[B, H, 2, D]`; metadata in 8 bits takes the first part of the room."""
     width = room.shape[-1]
-    if fp8:
-        room = room.view(FP8_METADATA)[..., :width]
-    bounds: Tensor = room.unflatten(-1, (_SIDES, width // _SIDES))
-    return bounds
+    metadata: Tensor = room.view(stored)[..., :width].unflatten(-1, (TwoVectors.ROWS, width // TwoVectors.ROWS))
+    return metadata
 
 
 def check_full(spec: Any) -> None:

@@ -92,11 +92,9 @@ def check_output_scales(output_scale: Any, output_block_scale: Any) -> None:
     Raises:
         QuestValueError: There is a scale.
     """
+    expected = "None: Quest writes its output in the dtype of the model, so turn off pass_config.fuse_attn_quant"
     for name, scale in (("output_scale", output_scale), ("output_block_scale", output_block_scale)):
         if scale is not None:
-            expected = (
-                "None: Quest writes its output in the dtype of the model, so turn off pass_config.fuse_attn_quant"
-            )
             raise QuestValueError(name, "a tensor", expected)
 
 

@@ -11,6 +11,7 @@ table compares what they read, not how much.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from quest_attention.config import QuestConfig
@@ -19,11 +20,11 @@ from quest_attention.eval.methods.evicting import Evicting
 from quest_attention.eval.methods.full import Full
 from quest_attention.eval.methods.h2o import H2O
 from quest_attention.eval.methods.method import LayerReads, Method, Session
-from quest_attention.eval.methods.oracle import Oracle
+from quest_attention.eval.methods.page_ceiling import PageCeiling
 from quest_attention.eval.methods.quest import Quest
 from quest_attention.eval.methods.snapkv import SnapKV
 from quest_attention.eval.methods.streaming_llm import SlidingWindow, StreamingLLM
-from quest_attention.eval.methods.token_oracle import TokenOracle
+from quest_attention.eval.methods.token_ceiling import TokenCeiling
 from quest_attention.eval.methods.tova import TOVA
 
 __all__ = [
@@ -33,18 +34,18 @@ __all__ = [
     "Full",
     "LayerReads",
     "Method",
-    "Oracle",
+    "PageCeiling",
     "Quest",
     "Session",
     "SlidingWindow",
     "SnapKV",
     "StreamingLLM",
-    "TokenOracle",
+    "TokenCeiling",
     "make_method",
 ]
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Full, Quest, Oracle, TokenOracle, StreamingLLM, H2O, TOVA, SnapKV)
+    method.name: method for method in (Full, Quest, PageCeiling, TokenCeiling, StreamingLLM, H2O, TOVA, SnapKV)
 }
 """Every method of a table by name."""
 
@@ -82,7 +83,7 @@ def make_method(
         return kind(_config(spec, options, _parse(spec, given) if colon else {}))
     if colon:
         raise QuestValueError("method", spec, f"{name} without options: quest and oracle alone take them")
-    return kind(token_budget, num_dense_layers) if issubclass(kind, Evicting | TokenOracle) else kind()
+    return kind(token_budget, num_dense_layers) if issubclass(kind, Evicting | TokenCeiling) else kind()
 
 
 def _config(spec: str, options: dict[str, Any], own: dict[str, Any]) -> QuestConfig:
@@ -105,5 +106,13 @@ def _parse(spec: str, given: str) -> dict[str, Any]:
         if not equals or name == "token_budget" or name in options:
             expected = "option=value behind the colon, each option once; the budget has an option of its own"
             raise QuestValueError("method", spec, expected)
-        options[name] = int(value) if value.isdecimal() else value
+        options[name] = _value(value)
     return options
+
+
+def _value(text: str) -> int | float | str:
+    """A number where it is one."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text

@@ -24,6 +24,7 @@ from quest_attention.eval.methods.reading import ReadingLayer, ReadingSession, r
 from quest_attention.eval.observation import Observation, attention_weights
 from quest_attention.hf import QuestHandle, enable_quest
 from quest_attention.hf.attention import AttentionForward
+from quest_attention.hf.reading import Reading
 
 __all__ = ["Evicting", "Policy", "last_indices", "top_indices"]
 
@@ -122,25 +123,27 @@ class _EvictingLayer(ReadingLayer):
     is_croppable = False
 
     def __init__(self, index: int, policy: Policy, token_budget: int) -> None:
-        super().__init__(index)
+        super().__init__(index, token_budget)
         self.policy = policy
         self.observation: Observation | None = None
-        self._room = token_budget - 1
         self._length = 0
         self._scores: Tensor | None = None  # [B, HKV, n], once decoding has begun
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         new = key_states.shape[2]
-        if new > 1 and self._scores is not None:
-            raise QuestStateError("tokens were dropped already: feed further ones one by one")
-        if new == 1 and self._length:
-            self._evict()
-        self._length += new
         keys, values = super().update(key_states, value_states, *args, **kwargs)
+        self._length += new
         if self._scores is not None:
             self._scores = torch.nn.functional.pad(self._scores, (0, new))
             self.tokens_read += keys.shape[2]
         return keys, values
+
+    def make_room(self) -> None:
+        if self.reading is Reading.SEVERAL_TOKENS:
+            if self._scores is not None:
+                raise QuestStateError("tokens were dropped already: feed further ones one by one")
+        elif self._length:
+            self._evict()
 
     def _evict(self) -> None:
         assert self.keys is not None and self.values is not None, "tokens were written"
@@ -151,8 +154,9 @@ class _EvictingLayer(ReadingLayer):
                 self.observation = None  # it holds the keys that go now
             else:
                 self._scores = torch.zeros(self.keys.shape[:3], device=self.keys.device)
-        if self._scores.shape[2] > self._room:
-            index = self.policy.keep(self._scores, self._room)
+        room = self.token_budget - 1
+        if self._scores.shape[2] > room:
+            index = self.policy.keep(self._scores, room)
             self._scores = self._scores.gather(2, index)
             self.keys = self.keys.gather(2, index[..., None].expand(-1, -1, -1, self.keys.shape[3]))
             self.values = self.values.gather(2, index[..., None].expand(-1, -1, -1, self.values.shape[3]))
@@ -166,7 +170,7 @@ class _EvictingLayer(ReadingLayer):
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """See `hf.attention.Reader`.
+        """See `hf.attention.AttentionForward`.
 
         Raises:
             UnsupportedModelError: A decode step has a mask: its sequences are padded.

@@ -15,29 +15,42 @@ from quest_attention.eval.methods.method import LayerReads, Session
 from quest_attention.hf import QuestHandle, QuestLayer
 from quest_attention.hf.attention import AttentionForward
 from quest_attention.hf.layer import LAYER_ATTRIBUTE
+from quest_attention.hf.reading import Reading
 
 __all__ = ["ReadingLayer", "ReadingSession", "refuse_mask"]
 
 
 class ReadingLayer(DynamicLayer):
-    """A cache layer with an attention of its own: a `Reader` of `hf.attention`.
+    """A cache layer with an attention of its own: see `AttentionForward` in `hf.attention`.
+
+    Args:
+        index: Of the layer in the model.
+        token_budget: Tokens a step reads, its own included [tokens].
 
     Attributes:
-        index: Of the layer in the model.
+        reading: What the attention of the pass reads whose tokens came last; None before the first.
         tokens_read: Summed over decode steps, per KV head and sequence [tokens].
     """
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, token_budget: int) -> None:
         super().__init__()
         self.index = index
+        self.token_budget = token_budget
+        self.reading: Reading | None = None
         self.tokens_read = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Views of all keys and values so far, the keys with the layer itself, by which `attend` is found."""
+        new = key_states.shape[2]
+        self.reading = Reading.of(new, self.get_seq_length() + new, self.token_budget)
+        self.make_room()
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         keys = keys[:, :, :]  # a view, so that the stored tensor does not hold the layer that holds it
         setattr(keys, LAYER_ATTRIBUTE, self)
         return keys, values
+
+    def make_room(self) -> None:
+        """Before the tokens of a pass are written: drop what goes, by `reading`."""
 
     @abstractmethod
     def attend(
@@ -49,7 +62,7 @@ class ReadingLayer(DynamicLayer):
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """See `hf.attention.Reader`."""
+        """See `hf.attention.AttentionForward`."""
 
 
 def refuse_mask(attention_mask: Tensor | None) -> None:

@@ -6,16 +6,8 @@ import json
 from pathlib import Path
 
 from quest_attention.errors import QuestStateError
-from quest_attention.eval.report.results import (
-    SUMMARY,
-    Results,
-    accuracy_rows,
-    continuation_rows,
-    from_summary,
-    perplexity_rows,
-    read_results,
-    recall_rows,
-)
+from quest_attention.eval.report.results import SUMMARY, Results, from_summary, read_results
+from quest_attention.eval.report.tables import accuracy_rows, continuation_rows, perplexity_rows, recall_rows
 from quest_attention.eval.run_folder import write_whole
 
 __all__ = [

@@ -318,3 +318,6 @@ def _same(name: str, got: object, expected: object, sample: Prediction | Recolle
     if got != expected:
         who = f"sample {sample.index} of {sample.task} by {sample.method}"
         raise QuestValueError(name, got, f"{expected} for {who}, as in the samples before")
+
+
+# Longer than 250 lines: five kinds of cell, each with what its numbers mean and how samples become it.

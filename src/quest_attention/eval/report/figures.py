@@ -535,3 +535,6 @@ def _position_ticks(length: int) -> list[int]:
     step = max(1, length // 4)
     step = step // 1024 * 1024 or step
     return list(range(0, length + 1, step))
+
+
+# Longer than 250 lines: the kinds of figure share panels, styles and legends.

@@ -12,8 +12,8 @@ import jinja2
 
 from quest_attention.eval.longbench import LONGBENCH_PREFIX
 from quest_attention.eval.report.figures import Picture
-from quest_attention.eval.report.results import (
-    Results,
+from quest_attention.eval.report.results import Results
+from quest_attention.eval.report.tables import (
     accuracy_row,
     accuracy_rows,
     continuation_rows,

@@ -1,11 +1,11 @@
-"""`Results`: a run as it lies in its folder, summed up in cells, and the rows of its tables."""
+"""`Results`: a run as it lies in its folder, summed up in cells."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -33,14 +33,9 @@ __all__ = [
     "METHOD_ORDER",
     "SUMMARY",
     "Results",
-    "accuracy_row",
-    "accuracy_rows",
-    "continuation_rows",
     "from_summary",
     "method_rank",
-    "perplexity_rows",
     "read_results",
-    "recall_rows",
     "tells_nothing",
 ]
 
@@ -130,7 +125,7 @@ def read_results(folder: Path) -> Results:
     for name in (SETTINGS, SAMPLES):
         if not (folder / name).is_file():
             raise QuestValueError("folder", str(folder), f"the folder of a run, with {name} in it, or {SUMMARY}")
-    settings = _read_settings(folder / SETTINGS)
+    settings = _checked(folder / SETTINGS, _read_object(folder / SETTINGS, "the settings of a run"))
     samples = read_samples(folder / SAMPLES)
     if not samples:
         raise QuestValueError(SAMPLES, "an empty file", "at least one line")
@@ -174,97 +169,6 @@ def tells_nothing(results: Results, task: str, length: int) -> bool:
     return any(cell.score < LEAST_TELLING for cell in full if (cell.task, cell.length) == (task, length))
 
 
-def accuracy_rows(results: Results) -> list[tuple[str, ...]]:
-    """The retrieval tasks as a table of plain strings: headings first, then a row for each method and budget.
-
-    Task and length stand in the first row of their block alone. Without such tasks there are no rows, nor headings. A
-    block in which full attention itself fails is said to tell nothing.
-    """
-    rows = []
-    block: tuple[str, int] | None = None
-    for cell in results.accuracy:
-        is_first, block = block != (cell.task, cell.length), (cell.task, cell.length)
-        remark = (
-            f"tells nothing: full below {LEAST_TELLING:.0f} %" if tells_nothing(results, cell.task, cell.length) else ""
-        )
-        names = (cell.task if is_first else "", f"{cell.length}" if is_first else "")
-        rows.append((*names, *accuracy_row(cell), remark))
-    return _headed(("task", "length", "method", "budget", "score", "n", "share read", ""), rows)
-
-
-def accuracy_row(cell: AccuracyCell | NeedleCell) -> tuple[str, ...]:
-    """Method, budget, score with its interval, n and, for a cell that knows it, the share read."""
-    start = (cell.method, _budget(cell.token_budget), _with_interval(cell.score, cell.low, cell.high), str(cell.n))
-    return (*start, _share(cell.share_read)) if isinstance(cell, AccuracyCell) else start
-
-
-def perplexity_rows(results: Results) -> list[tuple[str, ...]]:
-    """Perplexity as a table of plain strings, headings first; the change is against full attention on as many books."""
-    full = {cell.length: cell for cell in results.perplexity if cell.token_budget is None}
-    rows = []
-    for cell in results.perplexity:
-        base = full.get(cell.length)
-        is_known = base is not None and base is not cell and base.n == cell.n
-        change = f"{100 * (cell.perplexity / base.perplexity - 1):+.2f} %" if is_known and base is not None else ""
-        names = (str(cell.length), cell.method, _budget(cell.token_budget))
-        rows.append((*names, f"{cell.perplexity:.4g}", change, str(cell.n), _share(cell.share_read)))
-    return _headed(("length", "method", "budget", "perplexity", "against full", "books", "share read"), rows)
-
-
-def continuation_rows(results: Results) -> list[tuple[str, ...]]:
-    """Ends of stretches as a table of plain strings, headings first."""
-    rows = [
-        (
-            str(cell.length),
-            cell.method,
-            _budget(cell.token_budget),
-            f"{cell.perplexity:.4g}",
-            "" if cell.more is None else _with_interval(cell.more, cell.more_low, cell.more_high, sign="+"),
-            _with_interval(cell.agreement, cell.agreement_low, cell.agreement_high),
-            str(cell.n),
-            _share(cell.share_read),
-        )
-        for cell in results.continuation
-    ]
-    return _headed(
-        ("length", "method", "budget", "perplexity", "against full", "agreement", "stretches", "share read"), rows
-    )
-
-
-def recall_rows(results: Results) -> list[tuple[str, ...]]:
-    """Recall as a table of plain strings, headings first."""
-    rows = [
-        (
-            str(cell.length),
-            cell.method,
-            _budget(cell.token_budget),
-            _with_interval(cell.mass, cell.mass_low, cell.mass_high),
-            _with_interval(cell.top10, cell.top10_low, cell.top10_high),
-            str(cell.n),
-        )
-        for cell in results.recall
-    ]
-    return _headed(("length", "method", "budget", "attention mass", "top 10 tokens", "n"), rows)
-
-
-def _headed(headings: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    found = list(rows)
-    return [headings, *found] if found else []
-
-
-def _with_interval(mean: float, low: float | None, high: float | None, sign: str = "") -> str:
-    shown = f"{mean:{sign}.1f} %"
-    return shown if low is None or high is None else f"{shown} ({low:{sign}.1f} to {high:{sign}.1f})"
-
-
-def _budget(token_budget: int | None) -> str:
-    return "all" if token_budget is None else str(token_budget)
-
-
-def _share(share: float | None) -> str:
-    return "not counted" if share is None else f"{100 * share:.1f} %"
-
-
 def _read_summary(path: Path) -> Results:
     return from_summary(_read_object(path, "the summary of a run"), path)
 
@@ -297,10 +201,6 @@ def from_summary(found: Mapping[str, Any], path: Path) -> Results:
     continuation = cells("continuation", ContinuationCell) if "continuation" in found else ()  # older ones have none
     lines = sum(cell.n for kind in (accuracy, perplexity, recall, continuation) for cell in kind)
     return Results(settings, lines, accuracy, needle, perplexity, recall, continuation)
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    return _checked(path, _read_object(path, "the settings of a run"))
 
 
 def _read_object(path: Path, what: str) -> dict[str, Any]:

@@ -128,17 +128,17 @@ def by_head(tensor: Tensor) -> ByHead:
 
 def keys_argument(kv: PagedKV) -> Pages:
     """The keys of a cache as an argument."""
-    return _pages(kv.keys, getattr(kv, "key_scale", None))
+    return _pages(kv.keys, kv.key_scale)
 
 
 def values_argument(kv: PagedKV) -> Pages:
     """The values of a cache as an argument."""
-    return _pages(kv.values, getattr(kv, "value_scale", None))
+    return _pages(kv.values, kv.value_scale)
 
 
 def scored_metadata_argument(kv: PagedKV) -> Metadata:
     """The page metadata of a cache as an argument, with the scale that scoring needs."""
-    return metadata_argument(kv.metadata, getattr(kv, "key_scale", None))
+    return metadata_argument(kv.metadata, kv.key_scale)
 
 
 def _pages(tensor: Tensor, scale: Tensor | None) -> Pages:

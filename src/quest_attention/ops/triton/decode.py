@@ -92,7 +92,7 @@ def quest_decode(step: Step) -> tuple[Tensor, Selection] | None:
         tuning.score_splits,
         tuning.splits,
         triton.cdiv(slots, tuning.splits),
-        FORM=kernels_of(getattr(kv, "form", None)),
+        FORM=kernels_of(kv.form),
         IS_MAX=config.group_reduction == "max",
         SHAPE=shape_of(kv.page_size, group, kv.head_dim, width),
         BLOCKS=_Blocks(

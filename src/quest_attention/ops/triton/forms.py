@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from quest_attention.errors import BackendError
+from quest_attention.forms import Bounds, MetadataForm, Moments
 from quest_attention.ops.triton.bounds import score_bounds, take_bounds
 from quest_attention.ops.triton.moments import score_moments, take_moments
 
@@ -30,10 +33,18 @@ class FormKernels(NamedTuple):
         return f"{self.score.cache_key}-{self.take.cache_key}-{self.coefficient}"
 
 
-_BOUNDS = FormKernels(score_bounds, take_bounds, 0.0)
+_KERNELS: dict[type, Callable[[Any], FormKernels]] = {
+    Bounds: lambda _: FormKernels(score_bounds, take_bounds, 0.0),
+    Moments: lambda form: FormKernels(score_moments, take_moments, float(form.coefficient)),
+}
 
 
-def kernels_of(form: object) -> FormKernels:
-    """The device functions of a form; None is `Bounds()`."""
-    coefficient = getattr(form, "coefficient", None)
-    return _BOUNDS if coefficient is None else FormKernels(score_moments, take_moments, float(coefficient))
+def kernels_of(form: MetadataForm) -> FormKernels:
+    """The device functions of a form.
+
+    Raises:
+        BackendError: The form has none.
+    """
+    if type(form) not in _KERNELS:
+        raise BackendError(f"backend: got 'triton', expected 'torch' here: there are no kernels for {form}")
+    return _KERNELS[type(form)](form)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quest_attention.forms import MetadataForm
 from quest_attention.ops.triton.arguments import (
     Shape,
     by_head,
@@ -18,7 +19,7 @@ from quest_attention.ops.triton.arguments import (
     values_argument,
 )
 from quest_attention.ops.triton.arithmetic import narrow, widen
-from quest_attention.ops.triton.forms import FormKernels, kernels_of
+from quest_attention.ops.triton.forms import kernels_of
 from quest_attention.ops.triton.launch import check_kernel_dtype, launch
 from quest_attention.pages import PagedKV, num_pages
 
@@ -44,7 +45,7 @@ def update_page_metadata(kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Te
         _update_kernel, (triton.cdiv(touched, pages) * kv.num_kv_heads * kv.batch_size,),
         keys_argument(kv), metadata_argument(kv.metadata), table, table.stride(0), lengths_argument(seq_lens),
         lengths_argument(num_new_tokens), kv.num_kv_heads, triton.cdiv(touched, pages),
-        FORM=_form_of(kv), SHAPE=_shape_of(kv), PAGES=pages, num_warps=4,
+        FORM=kernels_of(kv.form), SHAPE=_shape_of(kv), PAGES=pages, num_warps=4,
     )  # fmt: skip
 
 
@@ -56,22 +57,18 @@ def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: Tensor) ->
         _append_kernel, (kv.batch_size * kv.num_kv_heads,),
         by_head(keys), by_head(values), keys_argument(kv), values_argument(kv),
         metadata_argument(kv.metadata), table, table.stride(0), side_by_side(seq_lens), kv.num_kv_heads,
-        FORM=_form_of(kv), SHAPE=_shape_of(kv), num_warps=1,
+        FORM=kernels_of(kv.form), SHAPE=_shape_of(kv), num_warps=1,
     )  # fmt: skip
 
 
 def append_slots(kv: PagedKV, keys: Tensor, values: Tensor, slots: Tensor) -> None:
     """See `ops.append_slots`. One launch."""
-    _launch_slots(kv.metadata, keys, slots, kv.page_size, _form_of(kv), kv, values)
+    _launch_slots(kv.metadata, keys, slots, kv.page_size, kv.form, kv, values)
 
 
-def update_slot_metadata(metadata: Tensor, keys: Tensor, slots: Tensor, page_size: int) -> None:
+def update_slot_metadata(metadata: Tensor, keys: Tensor, slots: Tensor, page_size: int, form: MetadataForm) -> None:
     """See `ops.update_slot_metadata`. One launch."""
-    _launch_slots(metadata, keys, slots, page_size, kernels_of(None))
-
-
-def _form_of(kv: PagedKV) -> FormKernels:
-    return kernels_of(getattr(kv, "form", None))
+    _launch_slots(metadata, keys, slots, page_size, form)
 
 
 def _shape_of(kv: PagedKV) -> Shape:
@@ -79,7 +76,7 @@ def _shape_of(kv: PagedKV) -> Shape:
 
 
 def _launch_slots(
-    metadata: Tensor, keys: Tensor, slots: Tensor, page_size: int, form: FormKernels, kv: PagedKV | None = None,
+    metadata: Tensor, keys: Tensor, slots: Tensor, page_size: int, form: MetadataForm, kv: PagedKV | None = None,
     values: Tensor | None = None,
 ) -> None:  # fmt: skip
     """One program for each token and KV head; K and V are written where a cache is given."""
@@ -91,7 +88,8 @@ def _launch_slots(
         by_head(keys), None if values is None else by_head(values), None if kv is None else keys_argument(kv),
         None if kv is None else values_argument(kv), metadata_argument(metadata), side_by_side(slots),
         slots.shape[0], heads,
-        FORM=form, SHAPE=shape, num_warps=max(1, min(8, shape.block_page * shape.block_d // _KEYS_PER_WARP)),
+        FORM=kernels_of(form), SHAPE=shape,
+        num_warps=max(1, min(8, shape.block_page * shape.block_d // _KEYS_PER_WARP)),
     )  # fmt: skip
 
 

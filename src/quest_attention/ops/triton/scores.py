@@ -41,7 +41,7 @@ def score_pages(step: Step, out: Tensor | None = None) -> Tensor:
         by_head(query), scored_metadata_argument(kv), table, table.stride(0), lengths_argument(step.seq_lens),
         mask, 0 if mask is None else mask.stride(0), 0 if mask is None else mask.shape[1], by_head(scores),
         kv.max_pages, heads, splits,
-        FORM=kernels_of(getattr(kv, "form", None)), IS_MAX=step.config.group_reduction == "max",
+        FORM=kernels_of(kv.form), IS_MAX=step.config.group_reduction == "max",
         SHAPE=shape_of(kv.page_size, group, kv.head_dim, kv.values.shape[-1]), BLOCK_P=block, STAGES=stages,
         num_warps=4,
     )  # fmt: skip

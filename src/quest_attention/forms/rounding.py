@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quest_attention.pages import FP8_METADATA
+from quest_attention.forms.form import FP8
 
 __all__ = ["round_down", "round_up"]
 
-_LARGEST = torch.finfo(FP8_METADATA).max
+_LARGEST = torch.finfo(FP8).max
 
 
 def round_up(bounds: Tensor, dtype: torch.dtype) -> Tensor:
@@ -20,7 +20,7 @@ def round_up(bounds: Tensor, dtype: torch.dtype) -> Tensor:
     >>> round_up(torch.tensor([0.3, -0.3, 1000.0]), torch.float8_e4m3fn).tolist()
     [0.3125, -0.28125, nan]
     """
-    if dtype != FP8_METADATA:
+    if dtype != FP8:
         return bounds.to(dtype)
     wide = bounds if bounds.dtype == torch.float64 else bounds.float()  # float32 may lie on the wrong side of it
     nearest = wide.clamp(-_LARGEST, _LARGEST).to(dtype)
@@ -32,6 +32,6 @@ def round_up(bounds: Tensor, dtype: torch.dtype) -> Tensor:
 
 def round_down(bounds: Tensor, dtype: torch.dtype) -> Tensor:
     """The largest numbers of `dtype` that are at most `bounds`; see `round_up`."""
-    if dtype != FP8_METADATA:
+    if dtype != FP8:
         return bounds.to(dtype)
     return (round_up(-bounds, dtype).view(torch.uint8) ^ 0x80).view(dtype)

@@ -1,4 +1,4 @@
-"""`Oracle`: the pages that hold the largest logits, found by looking at every key."""
+"""`PageCeiling`: the pages that hold the largest logits, found by looking at every key."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from quest_attention.eval.methods.quest import Quest, QuestSession
 from quest_attention.eval.methods.reading import refuse_mask
 from quest_attention.hf import QuestHandle, QuestLayer
 from quest_attention.hf.attention import AttentionForward
+from quest_attention.hf.reading import Reading
 from quest_attention.ops import Step, run_step
 from quest_attention.pages import num_pages
 
-__all__ = ["Oracle", "true_scores"]
+__all__ = ["PageCeiling", "true_scores"]
 
 
-class Oracle(Quest):
+class PageCeiling(Quest):
     """Quest with the true largest logit of each page in place of its bound: the ceiling for any way to score pages.
 
     It reads every key to choose, so it is no method to serve with; forced pages, budget and attention are Quest's.
+    Commands and results call it an oracle, which in the code is `ops/reference.py`: the one that says what is right.
     """
 
     name = "oracle"
@@ -31,7 +33,7 @@ class Oracle(Quest):
         session = QuestSession(handle, max_length)
         for index, layer in enumerate(session.cache.layers):
             if isinstance(layer, QuestLayer) and not layer.is_dense:
-                session.cache.layers[index] = _OracleLayer(
+                session.cache.layers[index] = _CeilingLayer(
                     layer.config,
                     layer.counter,
                     is_dense=False,
@@ -60,7 +62,7 @@ def true_scores(query: Tensor, keys: Tensor, page_size: int) -> Tensor:
     return padded.view(batch, heads, pages, page_size).amax(-1)
 
 
-class _OracleLayer(QuestLayer):
+class _CeilingLayer(QuestLayer):
     def attend(
         self,
         dense: AttentionForward,
@@ -70,23 +72,22 @@ class _OracleLayer(QuestLayer):
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """See `hf.attention.Reader`.
+        """See `hf.attention.AttentionForward`.
 
         Raises:
             UnsupportedModelError: A decode step has a mask: its sequences are padded.
         """
-        batch, length, config = query.shape[0], key.shape[2], self.config
-        if query.shape[2] != 1:
+        if self.reading is Reading.SEVERAL_TOKENS:
             return dense(query, key, value, attention_mask, **kwargs)
-        self.was_attended = True
-        if length <= config.token_budget:
-            self.counter.count_dense("within budget", batch * self.num_pages)
+        batch, config = query.shape[0], self.config
+        self.count_attention(batch)
+        if self.reading is not Reading.SPARSE:
             return dense(query, key, value, attention_mask, **kwargs)
         refuse_mask(attention_mask)
         step = Step(
             query=query[:, :, 0],
             kv=self.paged,
-            seq_lens=length,
+            seq_lens=key.shape[2],
             config=config,
             sm_scale=kwargs.get("scaling"),
             softcap=kwargs.get("softcap"),

@@ -1,4 +1,4 @@
-"""`QuestPlanner`: what Quest adds to a stock metadata builder: the rows of a batch that run Quest."""
+"""`QuestMetadataBuilder`: what Quest adds to a stock metadata builder: the rows of a batch that run Quest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from quest_attention.errors import QuestValueError, UnsupportedModelError
 from quest_attention.serving.options import KEY
-from quest_attention.serving.rows import RowPlanner
+from quest_attention.serving.rows import DECODE_TOKENS, RowPlanner
 from quest_attention.vllm.layout import check_full
 from quest_attention.vllm.options import read_options
 from quest_attention.vllm.ranks import sparse_layers
@@ -20,20 +20,17 @@ from quest_attention.vllm.refusals import BACKEND_NAME
 from quest_attention.vllm.step import QuestStep
 from quest_attention.vllm.worker import worker_label
 
-__all__ = ["QuestPlanner"]
-
-_DECODE_TOKENS = 1
-"""Tokens of a decode row. The check of speculated tokens has more and stays dense."""
+__all__ = ["QuestMetadataBuilder"]
 
 
-class QuestPlanner:
+class QuestMetadataBuilder:
     """Stands before a stock builder among the bases of a class. Names of arguments are vLLM's, which passes them so.
 
     Attributes:
         counters: Of this worker, or None where the budget covers the longest sequence and everything is stock.
     """
 
-    reorder_batch_threshold = _DECODE_TOKENS  # decode rows come first
+    reorder_batch_threshold = DECODE_TOKENS  # decode rows come first
     supports_update_block_table = False  # a step holds the table too
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
@@ -83,7 +80,7 @@ class QuestPlanner:
         # The last token of a prompt may come alone; where vLLM tells, and no graph is replayed, it is no decode row.
         tells = batch.is_prefilling is not None and not self._row_planner.is_capturing
         rows, _, tokens, _ = split_decodes_and_prefills(
-            batch, decode_threshold=_DECODE_TOKENS, treat_short_extends_as_decodes=not tells
+            batch, decode_threshold=DECODE_TOKENS, treat_short_extends_as_decodes=not tells
         )
         rows = min(rows, tokens)  # rows that only pad an eager batch have no token and come last
         lengths = _lengths(batch, rows)

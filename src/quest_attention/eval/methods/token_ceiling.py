@@ -1,4 +1,4 @@
-"""`TokenOracle`: the tokens that weigh most, one by one, found by looking at every key."""
+"""`TokenCeiling`: the tokens that weigh most, one by one, found by looking at every key."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ from quest_attention.eval.methods.reading import ReadingLayer, ReadingSession, r
 from quest_attention.eval.observation import attention_weights
 from quest_attention.hf import enable_quest
 from quest_attention.hf.attention import AttentionForward
+from quest_attention.hf.reading import Reading
 from quest_attention.hf.reporting import OnRead
 from quest_attention.ops import Selection
 
-__all__ = ["TokenOracle", "heaviest_tokens"]
+__all__ = ["TokenCeiling", "heaviest_tokens"]
 
 
-class TokenOracle(Method):
+class TokenCeiling(Method):
     """The tokens with the largest mean weight over the query heads of a group: what a better choice could read.
 
-    It reads every key to choose, so it is no method to serve with. A weight is that of full attention, so each query
-    head's logits are normalised before heads are compared; the token being written is always read.
+    It reads every key to choose, so it is no method to serve with; commands and results call it an oracle, as they do
+    `PageCeiling`. A weight is that of full attention, so each query head's logits are normalised before heads are
+    compared; the token being written is always read.
 
     Args:
         token_budget: Tokens a step reads, its own included [tokens].
@@ -49,7 +51,7 @@ class TokenOracle(Method):
         del max_length  # transformers' storage has no room ahead
         config = QuestConfig(token_budget=self.token_budget, page_size=1, num_dense_layers=self.num_dense_layers)
         with enable_quest(model, config, cuda_graphs=False) as handle:
-            yield ReadingSession(handle, lambda index: _TokenOracleLayer(index, self.token_budget))
+            yield ReadingSession(handle, lambda index: _CeilingLayer(index, self.token_budget))
 
 
 def heaviest_tokens(weights: Tensor, count: int) -> Tensor:
@@ -67,11 +69,10 @@ def heaviest_tokens(weights: Tensor, count: int) -> Tensor:
     return mass.topk(count, -1).indices.sort(-1).values
 
 
-class _TokenOracleLayer(ReadingLayer):
+class _CeilingLayer(ReadingLayer):
     def __init__(self, index: int, token_budget: int) -> None:
-        super().__init__(index)
+        super().__init__(index, token_budget)
         self.on_read: OnRead | None = None
-        self._token_budget = token_budget
 
     def attend(
         self,
@@ -82,25 +83,24 @@ class _TokenOracleLayer(ReadingLayer):
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """See `hf.attention.Reader`.
+        """See `hf.attention.AttentionForward`.
 
         Raises:
             UnsupportedModelError: A decode step has a mask: its sequences are padded.
         """
-        length = key.shape[2]
-        if query.shape[2] != 1:
+        if self.reading is Reading.SEVERAL_TOKENS:
             return dense(query, key, value, attention_mask, **kwargs)
-        self.tokens_read += min(self._token_budget, length)
-        if length <= self._token_budget:
+        self.tokens_read += min(self.token_budget, key.shape[2])
+        if self.reading is not Reading.SPARSE:
             return dense(query, key, value, attention_mask, **kwargs)
         refuse_mask(attention_mask)
         weights = attention_weights(query, key, **kwargs)[:, :, :, 0]  # [B, HKV, G, T]
-        tokens = heaviest_tokens(weights, self._token_budget)
+        tokens = heaviest_tokens(weights, self.token_budget)
         read_keys, read_values = (
             all_of.gather(2, tokens[..., None].expand(-1, -1, -1, all_of.shape[3])) for all_of in (key, value)
         )
-        if self.on_read is not None:  # whose units are tokens here, as `TokenOracle.unit` says
-            counts = torch.full(tokens.shape[:2], self._token_budget, dtype=torch.int32, device=key.device)
+        if self.on_read is not None:  # whose units are tokens here, as `TokenCeiling.unit` says
+            counts = torch.full(tokens.shape[:2], self.token_budget, dtype=torch.int32, device=key.device)
             self.on_read(self.index, Selection(tokens.int(), counts), query, key, **kwargs)
         read = attention_weights(query, read_keys, **kwargs)[:, :, :, 0]  # [B, HKV, G, K]
         output = read @ read_values.float()  # [B, HKV, G, DV]

@@ -1,0 +1,94 @@
+"""`MetadataForm`: what is kept of a page's keys, how tokens are taken into it, and how a query scores it."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["FP8", "MetadataForm", "TwoVectors", "as_numbers"]
+
+FP8 = torch.float8_e4m3fn
+"""The dtype of quantised caches, and of bounds in 8 bits."""
+
+
+class MetadataForm(Protocol):
+    """A form of page metadata. Everything else knows of it only what stands here.
+
+    A form is a frozen value: two caches whose forms are equal hold the same. Its kernels are in `ops/triton`, in the
+    file of the same name.
+    """
+
+    @property
+    def name(self) -> str:
+        """As in `QuestConfig.metadata`."""
+        ...
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether no key of a page gives a larger logit than the page's score."""
+        ...
+
+    def shape(self, page_size: int, dim: int) -> tuple[int, int]:
+        """Of what is kept for a page and KV head: so many rows of so many numbers."""
+        ...
+
+    def dtypes(self, keys: torch.dtype) -> tuple[torch.dtype, ...]:
+        """In which it may be stored beside keys of a dtype, `metadata_dtype="kv"` first."""
+        ...
+
+    def take(self, into: Tensor, keys: Tensor, before: Tensor | int, written: Tensor | None = None) -> None:
+        """Take new keys of pages into what is kept of them, in place.
+
+        Args:
+            into: `[..., *shape]`, what is kept.
+            keys: `[..., T, D]`, as stored, side by side or not.
+            before: Tokens the pages held before these, an int or `[...]`; a page of none starts anew [tokens].
+            written: `[..., T]` bool, which of the keys are new, at least one of each page; None is all of them.
+        """
+        ...
+
+    def take_by_hand(self, kept: Tensor, keys: Tensor, before: int) -> Tensor:
+        """The oracle of `take`: one page, `[*shape]`, and its new keys `[T, D]`, with loops; gives `[*shape]`."""
+        ...
+
+    def see(self, query: Tensor) -> Tensor:
+        """Queries `[..., D]` as `score` takes them; float32 or wider."""
+        ...
+
+    def score(self, seen: Tensor, kept: Tensor) -> Tensor:
+        """Unscaled logits that pages promise.
+
+        Args:
+            seen: `[R, G, W]`, from `see`.
+            kept: `[R, P, rows * numbers]`.
+
+        Returns:
+            `[R, P, G]`; anything but a finite number where a key of the page is not finite.
+        """
+        ...
+
+    def score_by_hand(self, query: Tensor, kept: Tensor) -> Tensor:
+        """The oracle of `score`: one query `[D]` and one page, `[*shape]`, in float64; gives `[]`."""
+        ...
+
+
+class TwoVectors:
+    """What forms have in common that keep two numbers of each channel, and whose score is linear in them."""
+
+    ROWS: ClassVar[int] = 2
+
+    def shape(self, page_size: int, dim: int) -> tuple[int, int]:
+        """See `MetadataForm.shape`."""
+        del page_size
+        return self.ROWS, dim
+
+    def score(self, seen: Tensor, kept: Tensor) -> Tensor:
+        """See `MetadataForm.score`. The query on the right and transposed: `ops.torch_backend` says why."""
+        return torch.bmm(kept.to(seen.dtype), seen.transpose(1, 2))
+
+
+def as_numbers(keys: Tensor) -> Tensor:
+    """Keys in a dtype that can be calculated with: those in 8 bits in bfloat16, which holds all of them."""
+    return keys.to(torch.bfloat16) if keys.dtype == FP8 else keys
