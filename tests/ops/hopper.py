@@ -19,7 +19,7 @@ from triton.runtime import driver
 from quest_attention import QuestConfig
 from quest_attention.ops import Step
 from quest_attention.ops import triton as backend
-from quest_attention.ops.triton import attention, counts, decode, metadata, received, scores, selection
+from quest_attention.ops.triton import attention, counts, decode, masks, metadata, received, scores, selection
 from quest_attention.ops.triton.launch import FUSED_ARITHMETIC
 from quest_attention.pages import FP8_METADATA, PagedKV
 
@@ -82,7 +82,7 @@ def run_all(dtype: torch.dtype, group: int, *, narrow: bool, host: bool, pages: 
 def main() -> None:
     """Compile what differs in kind: dtypes, one head and several, both bounds, lengths on host and device, sections."""
     driver.set_active(NoGpu())
-    for module in (attention, counts, decode, metadata, scores, selection, received):
+    for module in (attention, counts, decode, masks, metadata, scores, selection, received):
         module.launch = compile_only  # type: ignore[attr-defined]
     run_all(torch.bfloat16, 1, narrow=False, host=False, pages=256, budget=512)
     run_all(torch.bfloat16, 4, narrow=True, host=True, pages=256, budget=512)

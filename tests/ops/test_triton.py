@@ -24,6 +24,7 @@ from quest_attention import (
     sparse_decode_attention,
     update_page_metadata,
 )
+from quest_attention.forms import bounds
 from quest_attention.ops import (
     DecodeWorkspace,
     Step,
@@ -41,8 +42,8 @@ tl = pytest.importorskip("triton.language")
 from triton.runtime import interpreter  # noqa: E402
 
 import quick_interpreter  # noqa: E402
-from quest_attention.ops.triton import decode, selection, tuning, workspace  # noqa: E402 (needs triton)
-from quest_attention.ops.triton.metadata import _round_up  # noqa: E402
+from quest_attention.ops.triton import arithmetic, decode, selection, tuning, workspace  # noqa: E402 (needs triton)
+from quest_attention.ops.triton.bounds import _round_up  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernels on the GPU"),
@@ -174,6 +175,32 @@ def test_rounding_up_to_8_bits_is_exact() -> None:
 def _round_up_kernel(values, bits, N: tl.constexpr):
     at = tl.arange(0, N)
     tl.store(bits + at, _round_up(tl.load(values + at)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_conversions_from_and_to_8_bits_are_pytorchs(dtype: torch.dtype) -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    wide = torch.zeros(256, dtype=dtype)
+    _convert_kernel[(1,)](every, wide, N=256)
+    torch.testing.assert_close(wide, every.to(dtype), rtol=0, atol=0, equal_nan=True)
+    numbers = every.float()[~every.float().isnan()].sort().values
+    ties = (numbers[1:] + numbers[:-1]) / 2
+    random_ones = torch.randn(2792) * torch.tensor([1.0, 100.0, 300.0, 1e-2, 1e-3, 1e-9, 1e30, 0.1]).repeat(349)
+    edges = torch.tensor([464.0, 465.0, 480.0, 448.0, float("inf"), -float("inf"), float("nan"), -0.0, 1e-40])
+    given = [ties, ties.nextafter(torch.tensor(1e9)), ties.nextafter(torch.tensor(-1e9)), edges, random_ones]
+    values = torch.cat([torch.cat(given), torch.zeros(4096)])[:4096].to(dtype)
+    rounded = torch.zeros(4096, dtype=torch.float8_e4m3fn)
+    _convert_kernel[(1,)](values, rounded, N=4096)
+    expected = values.clamp(-448, 448).to(torch.float8_e4m3fn)
+    is_same = rounded.view(torch.uint8) == expected.view(torch.uint8)
+    assert (is_same | values.isnan()).all() and torch.equal(rounded.float().isnan(), values.isnan())
+
+
+@triton.jit
+def _convert_kernel(given, out, N: tl.constexpr):
+    at = tl.arange(0, N)
+    wide = arithmetic.widen(tl.load(given + at), tl.float32)
+    tl.store(out + at, arithmetic.narrow(wide, out.dtype.element_ty))
 
 
 @triton.jit

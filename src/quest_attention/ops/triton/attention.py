@@ -9,23 +9,22 @@ from torch import Tensor
 
 from quest_attention.ops.selection import Selection
 from quest_attention.ops.step import Step
-from quest_attention.ops.triton.launch import (
-    LOG2_E,
-    check_kernel_dtype,
-    dot,
-    launch,
+from quest_attention.ops.triton.arguments import (
+    by_head,
+    length_of,
     lengths_argument,
-    narrow,
+    load_query,
+    pages_argument,
+    pages_of_head,
+    shape_of,
     side_by_side,
 )
-from quest_attention.ops.triton.merge import heads_merged_at_once, merge_kernel, store_partial
-from quest_attention.ops.triton.scores import dot_block, load_query
+from quest_attention.ops.triton.arithmetic import LOG2_E, dot, narrow
+from quest_attention.ops.triton.launch import check_kernel_dtype, launch
+from quest_attention.ops.triton.merge import LOWEST, Partial, merge_kernel, store_partial
 from quest_attention.ops.triton.tuning import ATTEND_STAGES, attended_block, attending_programs
 
 __all__ = ["attend_slots", "sparse_decode_attention"]
-
-_LOWEST = tl.constexpr(-1e30)
-"""Stands for the largest logit where there was none: finite, so that no difference is NaN."""
 
 _LISTED = 128
 """Pages a program looks up in the page table at a time."""
@@ -35,7 +34,7 @@ def sparse_decode_attention(
     step: Step, selected: Selection, *, return_lse: bool = False, is_own: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """See `ops.sparse_decode_attention`; whoever chose the pages, the kernel looks."""
-    kv, seq_lens, token_mask, softcap, sinks = step.kv, step.seq_lens, step.token_mask, step.softcap, step.sinks
+    kv, token_mask, softcap, sinks = step.kv, step.token_mask, step.softcap, step.sinks
     check_kernel_dtype(kv.keys)
     query, table, pages = side_by_side(step.query), side_by_side(kv.page_table), side_by_side(selected.pages)
     batch, heads = kv.batch_size, kv.num_kv_heads
@@ -44,76 +43,27 @@ def sparse_decode_attention(
     output = torch.empty(batch, query.shape[1], width, dtype=query.dtype, device=device)
     lse = torch.empty(batch, query.shape[1], dtype=torch.float32, device=device) if return_lse else None
     splits = attending_programs(slots, kv.page_size, batch * heads, device)
-    partial = torch.empty(batch * heads, splits, group, width, dtype=torch.float32, device=device)
-    partial_lse = torch.empty(batch * heads, splits, group, dtype=torch.float32, device=device)
+    found = Partial(
+        torch.empty(batch * heads, splits, group, width, dtype=torch.float32, device=device),
+        torch.empty(batch * heads, splits, group, dtype=torch.float32, device=device),
+    )
     physical = torch.empty(batch * heads, slots, dtype=torch.int32, device=device)
-    logical = physical if token_mask is None else torch.empty_like(physical)
-    lengths, length = lengths_argument(seq_lens, table)
-    mask = query if token_mask is None else side_by_side(token_mask)
-    merge_heads = heads_merged_at_once(group)
+    mask = None if token_mask is None else side_by_side(token_mask)
+    shape = shape_of(kv.page_size, group, kv.head_dim, width, multiplies=True)
     launch(
-        _attend_kernel,
-        (batch * heads * splits,),
-        query,
-        kv.keys,
-        kv.values,
-        table,
-        lengths,
-        length,
-        pages,
-        mask,
-        0 if token_mask is None else token_mask.shape[1],
-        physical,
-        logical,
-        partial,
-        partial_lse,
-        float(step.scale),
-        float(softcap or 0.0),
-        *query.stride()[:2],
-        *kv.keys.stride()[:3],
-        *kv.values.stride()[:3],
-        table.stride(0),
-        *pages.stride()[:2],
-        0 if token_mask is None else mask.stride(0),
-        heads,
-        slots,
-        splits,
+        _attend_kernel, (batch * heads * splits,),
+        by_head(query), pages_argument(kv.keys), pages_argument(kv.values), table, table.stride(0),
+        lengths_argument(step.seq_lens), by_head(pages), mask, 0 if mask is None else mask.stride(0),
+        0 if mask is None else mask.shape[1], physical, None if mask is None else torch.empty_like(physical), found,
+        float(step.scale), None if softcap is None else float(softcap), heads, slots, splits,
         triton.cdiv(slots, splits),
-        RAGGED=isinstance(seq_lens, Tensor),
-        MASKED=token_mask is not None,
-        SOFTCAP=softcap is not None,
-        PAGE_SIZE=kv.page_size,
-        GROUP=group,
-        BLOCK_G=dot_block(group),
-        HEAD_DIM=kv.head_dim,
-        BLOCK_D=max(16, triton.next_power_of_2(kv.head_dim)),
-        VALUE_DIM=width,
-        BLOCK_DV=max(16, triton.next_power_of_2(width)),
-        BLOCK_L=_LISTED,
-        BLOCK_T=attended_block(kv),
-        STAGES=ATTEND_STAGES,
-        num_warps=4,
-    )
+        SHAPE=shape, BLOCK_L=_LISTED, BLOCK_T=attended_block(kv), STAGES=ATTEND_STAGES, num_warps=4,
+    )  # fmt: skip
     launch(
-        merge_kernel,
-        (batch * heads * triton.cdiv(group, merge_heads),),
-        partial,
-        partial_lse,
-        query if sinks is None else side_by_side(sinks),
-        output,
-        output if lse is None else lse,
-        *output.stride()[:2],
-        heads,
-        splits,
-        HAS_SINKS=sinks is not None,
-        WITH_LSE=return_lse,
-        GROUP=group,
-        HEADS=merge_heads,
-        VALUE_DIM=width,
-        BLOCK_DV=triton.next_power_of_2(width),
-        BLOCK_S=triton.next_power_of_2(splits),
-        num_warps=4,
-    )
+        merge_kernel, (batch * heads * triton.cdiv(group, shape.merged),),
+        by_head(output), found, None if sinks is None else side_by_side(sinks), lse, heads, splits,
+        SHAPE=shape, BLOCK_S=triton.next_power_of_2(splits), num_warps=4,
+    )  # fmt: skip
     return output, lse
 
 
@@ -123,25 +73,14 @@ def attend_slots(
     keys,  # of the row's head
     values,  # of the row's head
     physical,  # of the row: the pages to read, in the order of the sequence
-    pages,  # of the row: the same as logical pages; read where MASKED
+    pages,  # of the row: the same as logical pages; read where there is a mask
     first_token,
     last_token,
     mask_row,
     mask_width,
     scale,
     softcap,
-    key_page_stride,
-    key_token_stride,
-    value_page_stride,
-    value_token_stride,
-    MASKED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    SHAPE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -150,34 +89,36 @@ def attend_slots(
     Returns:
         Largest logit in base 2 and sum of weights, `[BLOCK_G]` each, and the weighted values `[BLOCK_G, BLOCK_DV]`.
     """
-    channel = tl.arange(0, BLOCK_D)
+    BLOCK_G: tl.constexpr = SHAPE.block_g
+    BLOCK_DV: tl.constexpr = SHAPE.block_dv
+    channel = tl.arange(0, SHAPE.block_d)
     value_channel = tl.arange(0, BLOCK_DV)
     # Without a matrix product each token of the block keeps a softmax of its own, merged once at the end: nothing
     # crosses warps in the loop.
     LANES: tl.constexpr = BLOCK_T if BLOCK_G == 1 else BLOCK_G
-    largest = tl.full([LANES], _LOWEST, tl.float32)
+    largest = tl.full([LANES], LOWEST, tl.float32)
     total = tl.zeros([LANES], tl.float32)
     gathered = tl.zeros([LANES, BLOCK_DV], tl.float32)
     for start in tl.range(first_token, last_token, BLOCK_T, num_stages=STAGES):
         token = start + tl.arange(0, BLOCK_T)
-        slot = token // PAGE_SIZE
-        offset = token % PAGE_SIZE
+        slot = token // SHAPE.page_size
+        offset = token % SHAPE.page_size
         is_live = token < last_token
         # Written in this very launch, in the fused kernel on another multiprocessor: past the L1 cache. One list to
         # look up, not two: the compiler's pipeline is as deep as the loads that wait for one another.
         page = tl.load(physical + slot, mask=is_live, other=0, cache_modifier=".cg").to(tl.int64)
-        if MASKED:
-            position = tl.load(pages + slot, mask=is_live, other=0) * PAGE_SIZE + offset
+        if mask_row is not None:
+            position = tl.load(pages + slot, mask=is_live, other=0) * SHAPE.page_size + offset
             known = is_live & (position < mask_width)
             is_live = is_live & (tl.load(mask_row + position, mask=known, other=0) != 0)
         offset = offset.to(tl.int64)
-        key_at = keys + (page * key_page_stride + offset * key_token_stride)[:, None] + channel[None, :]
-        k = tl.load(key_at, mask=is_live[:, None] & (channel < HEAD_DIM)[None, :], other=0.0)
-        value_at = values + (page * value_page_stride + offset * value_token_stride)[:, None]
+        key_at = keys.base + (page * keys.page + offset * keys.token)[:, None] + channel[None, :]
+        k = tl.load(key_at, mask=is_live[:, None] & (channel < SHAPE.head_dim)[None, :], other=0.0)
+        value_at = values.base + (page * values.page + offset * values.token)[:, None]
         value_at = value_at + value_channel[None, :]
-        v = tl.load(value_at, mask=is_live[:, None] & (value_channel < VALUE_DIM)[None, :], other=0.0)
+        v = tl.load(value_at, mask=is_live[:, None] & (value_channel < SHAPE.value_dim)[None, :], other=0.0)
         if BLOCK_G == 1:
-            logit = _cap(tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * scale, softcap, SOFTCAP)
+            logit = _cap(tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * scale, softcap)
             new_largest = tl.where(is_live, tl.maximum(largest, logit), largest)
             weight = tl.where(is_live, tl.exp2(logit - new_largest), 0.0)
             shrink = tl.exp2(largest - new_largest)
@@ -185,7 +126,7 @@ def attend_slots(
             gathered = gathered * shrink[:, None] + weight[:, None] * v.to(tl.float32)
         else:
             logit = dot(q, tl.trans(k), tl.zeros([BLOCK_G, BLOCK_T], tl.float32))
-            logit = tl.where(is_live[None, :], _cap(logit * scale, softcap, SOFTCAP), _LOWEST)
+            logit = tl.where(is_live[None, :], _cap(logit * scale, softcap), LOWEST)
             new_largest = tl.maximum(largest, tl.max(logit, 1))
             weight = tl.where(is_live[None, :], tl.exp2(logit - new_largest[:, None]), 0.0)
             shrink = tl.exp2(largest - new_largest)
@@ -204,16 +145,7 @@ def attend_slots(
 
 @triton.jit
 def _look_up(
-    pages,
-    table,
-    physical,
-    logical,
-    first_slot,
-    last_slot,
-    end,
-    MASKED: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    BLOCK_L: tl.constexpr,
+    pages, table, physical, logical, first_slot, last_slot, end, PAGE_SIZE: tl.constexpr, BLOCK_L: tl.constexpr
 ):
     """List the pages of a sequence that some slots of a row name, one after the other, the newest of them last.
 
@@ -228,7 +160,7 @@ def _look_up(
         page = tl.load(pages + slot, mask=slot < last_slot, other=-1)
         is_live = (page >= 0) & (page < total)
         tl.store(physical + slot, tl.load(table + page, mask=is_live, other=0), mask=is_live)
-        if MASKED:
+        if logical is not None:
             tl.store(logical + slot, page, mask=is_live)
         place = (slot - first_slot).to(tl.int64)
         found += tl.sum(tl.where(is_live, (place << 24) + 1, 0))
@@ -246,20 +178,20 @@ def _look_up(
             is_kept = (page >= 0) & (page < total) & (slot - first_slot != newest_place)
             at = first_slot + kept + tl.cumsum(is_kept.to(tl.int32)) - 1
             tl.store(physical + at, tl.load(table + page, mask=is_kept, other=0), mask=is_kept)
-            if MASKED:
+            if logical is not None:
                 tl.store(logical + at, page, mask=is_kept)
             kept += tl.sum(is_kept.to(tl.int32))
         tl.store(physical + first_slot + kept, tl.load(table + (newest >> 32)))
-        if MASKED:
+        if logical is not None:
             tl.store(logical + first_slot + kept, (newest >> 32).to(tl.int32))
     past = tl.maximum(0, ((newest >> 32).to(tl.int32) + 1) * PAGE_SIZE - end)
     return tl.where(count > 0, count.to(tl.int32) * PAGE_SIZE - past, 0)
 
 
 @triton.jit
-def _cap(logit, softcap, SOFTCAP: tl.constexpr):
+def _cap(logit, softcap):
     """Scaled logits in base 2, capped if asked."""
-    if SOFTCAP:
+    if softcap is not None:
         logit = softcap * _tanh(logit / softcap)
     return logit * LOG2_E
 
@@ -272,113 +204,45 @@ def _tanh(x):
     return tl.where(x < 0, -magnitude, magnitude)
 
 
-@triton.jit(do_not_specialize=["length", "mask_width", "slots", "splits", "pages_per_split"])
+@triton.jit(do_not_specialize=["lengths", "mask_width", "slots", "splits", "pages_per_split"])
 def _attend_kernel(
-    query,
-    keys,
-    values,
-    page_table,
-    seq_lens,
-    length,
-    pages,
-    token_mask,
-    mask_width,
-    physical,
-    logical,
-    partial,
-    partial_lse,
-    scale,
-    softcap,
-    query_batch_stride,
-    query_head_stride,
-    key_page_stride,
-    key_token_stride,
-    key_head_stride,
-    value_page_stride,
-    value_token_stride,
-    value_head_stride,
-    table_stride,
-    pages_batch_stride,
-    pages_head_stride,
-    mask_stride,
-    num_kv_heads,
-    slots,
-    splits,
-    pages_per_split,
-    RAGGED: tl.constexpr,
-    MASKED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    query, keys, values, page_table, table_stride, lengths, pages, token_mask, mask_stride, mask_width, physical,
+    logical, found, scale, softcap, num_kv_heads, slots, splits, pages_per_split,
+    SHAPE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     split = program % splits
     row = program // splits
     b = (row // num_kv_heads).to(tl.int64)
     h = (row % num_kv_heads).to(tl.int64)
-    end = length
-    if RAGGED:
-        end = tl.load(seq_lens + b).to(tl.int32)
-    head = tl.arange(0, BLOCK_G)
-    q = load_query(
-        query + b * query_batch_stride + h * GROUP * query_head_stride,
-        query_head_stride,
-        GROUP,
-        BLOCK_G,
-        HEAD_DIM,
-        BLOCK_D,
-    )
-    row_pages = pages + b * pages_batch_stride + h * pages_head_stride
+    end = length_of(lengths, b)
+    q = load_query(query, b, h, SHAPE)
+    row_pages = pages.base + b * pages.row + h * pages.head
+    row_table = page_table + b * table_stride
     row_physical = physical + row.to(tl.int64) * slots
-    row_logical = logical + row.to(tl.int64) * slots
-    first_slot = split * pages_per_split
-    held = _look_up(
-        row_pages,
-        page_table + b * table_stride,
-        row_physical,
-        row_logical,
-        first_slot,
-        tl.minimum(first_slot + pages_per_split, slots),
-        end,
-        MASKED,
-        PAGE_SIZE,
-        BLOCK_L,
-    )
+    row_logical = logical
+    mask_row = token_mask
+    if token_mask is not None:
+        row_logical = logical + row.to(tl.int64) * slots
+        mask_row = token_mask + b * mask_stride
+    first = split * pages_per_split
+    last = tl.minimum(first + pages_per_split, slots)
+    held = _look_up(row_pages, row_table, row_physical, row_logical, first, last, end, SHAPE.page_size, BLOCK_L)
     tl.debug_barrier()  # the list is read by other threads than those that wrote it
     largest, total, gathered = attend_slots(
         q,
-        keys + h * key_head_stride,
-        values + h * value_head_stride,
+        pages_of_head(keys, h),
+        pages_of_head(values, h),
         row_physical,
         row_logical,
-        first_slot * PAGE_SIZE,
-        first_slot * PAGE_SIZE + held,
-        token_mask + b * mask_stride,
+        first * SHAPE.page_size,
+        first * SHAPE.page_size + held,
+        mask_row,
         mask_width,
         scale,
         softcap,
-        key_page_stride,
-        key_token_stride,
-        value_page_stride,
-        value_token_stride,
-        MASKED,
-        SOFTCAP,
-        PAGE_SIZE,
-        BLOCK_G,
-        HEAD_DIM,
-        BLOCK_D,
-        VALUE_DIM,
-        BLOCK_DV,
+        SHAPE,
         BLOCK_T,
         STAGES,
     )
-    at = (row.to(tl.int64) * splits + split) * GROUP + head
-    store_partial(partial, partial_lse, at, largest, total, gathered, GROUP, BLOCK_G, VALUE_DIM, BLOCK_DV)
+    store_partial(found, row, split, splits, largest, total, gathered, SHAPE)

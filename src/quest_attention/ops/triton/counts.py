@@ -7,7 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from quest_attention.ops.selection import Selection
-from quest_attention.ops.triton.launch import launch, side_by_side
+from quest_attention.ops.triton.arguments import side_by_side
+from quest_attention.ops.triton.launch import launch
 
 __all__ = ["count_reads"]
 
@@ -19,36 +20,20 @@ def count_reads(selected: Selection, seq_lens: Tensor, counters: Tensor, page_si
     """See `ops.count_reads`. One launch of one program: a batch has few rows."""
     counts = side_by_side(selected.counts)
     launch(
-        _count_kernel,
-        (1,),
-        counts,
-        side_by_side(seq_lens),
-        counters,
-        counters.stride(0),
-        counts.stride(0),
-        *counts.shape,
-        page_size,
+        _count_kernel, (1,),
+        counts, side_by_side(seq_lens), counters, counters.stride(0), counts.stride(0), *counts.shape, page_size,
         token_budget,
-        BLOCK=_BLOCK,
-        num_warps=1,
-    )
+        BLOCK=_BLOCK, num_warps=1,
+    )  # fmt: skip
 
 
 @triton.jit(
     do_not_specialize=["counter_stride", "count_stride", "num_rows", "num_kv_heads", "page_size", "token_budget"]
 )
 def _count_kernel(
-    counts,
-    seq_lens,
-    counters,
-    counter_stride,
-    count_stride,
-    num_rows,
-    num_kv_heads,
-    page_size,
-    token_budget,
+    counts, seq_lens, counters, counter_stride, count_stride, num_rows, num_kv_heads, page_size, token_budget,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     sparse = tl.zeros([BLOCK], tl.int64)
     dense = tl.zeros([BLOCK], tl.int64)
     read = tl.zeros([BLOCK], tl.int64)

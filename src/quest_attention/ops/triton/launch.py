@@ -1,4 +1,4 @@
-"""What the kernels share: arguments as they read them, a launch on the right device, a dtype check, the product."""
+"""What every launch goes through: a check of the dtype, and a start on the right device."""
 
 from __future__ import annotations
 
@@ -6,29 +6,15 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from quest_attention.errors import QuestValueError
 
-__all__ = [
-    "FUSED_ARITHMETIC",
-    "KERNEL_DTYPES",
-    "LOG2_E",
-    "check_kernel_dtype",
-    "dot",
-    "is_interpreted",
-    "launch",
-    "lengths_argument",
-    "narrow",
-    "side_by_side",
-]
+__all__ = ["FUSED_ARITHMETIC", "KERNEL_DTYPES", "check_kernel_dtype", "is_interpreted", "launch"]
 
 FUSED_ARITHMETIC = {"enable_fp_fusion": True}
 """Multiply and add in one rounding: said here, because Triton's default changes after 3.9, which warns of it."""
-LOG2_E = tl.constexpr(1.4426950408889634)
-"""Kernels work with powers of two, which the hardware has."""
-_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+_INTERPRETED = bool(triton.knobs.runtime.interpret)
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes of keys that the kernels compute in."""
 
@@ -45,17 +31,7 @@ def check_kernel_dtype(keys: Tensor) -> None:
 
 def is_interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, in NumPy on a CPU: TRITON_INTERPRET=1 when Triton was imported."""
-    return bool(_INTERPRETED.value)
-
-
-def side_by_side(tensor: Tensor) -> Tensor:
-    """A small tensor as kernels read it, whose last stride is 1: itself, or a copy, which a graph captures too."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def lengths_argument(value: Tensor | int, placeholder: Tensor) -> tuple[Tensor, int]:
-    """A pointer and a number, of which a kernel reads one: lengths on the device, or one known to the host."""
-    return (placeholder, value) if isinstance(value, int) else (side_by_side(value), 0)
+    return _INTERPRETED
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -63,28 +39,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     if grid[0] == 0:
         return
     options |= FUSED_ARITHMETIC
-    device = arguments[0].device
+    first = arguments[0]
+    device = (first if isinstance(first, Tensor) else first.base).device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*arguments, **options)
     else:
         kernel[grid](*arguments, **options)
-
-
-@triton.jit
-def dot(a, b, acc):
-    """`a @ b + acc`, products exact, sums in float32."""
-    if _INTERPRETED:  # Triton's interpreter takes bfloat16 operands for integers
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit
-def narrow(x, dtype: tl.constexpr):
-    """Float32 rounded to the nearest number of another dtype."""
-    if _INTERPRETED and dtype == tl.bfloat16:  # Triton's interpreter cuts bits off instead
-        bits = x.to(tl.int32, bitcast=True)
-        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
-        x = tl.where(tl.abs(x) < float("inf"), nearest, x)
-    return x.to(dtype)

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quest_attention.ops.triton.launch import LOG2_E, dot, launch
+from quest_attention.ops.triton.arithmetic import LOG2_E, dot
+from quest_attention.ops.triton.launch import launch
 
 __all__ = ["received_attention"]
 

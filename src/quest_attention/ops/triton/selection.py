@@ -16,14 +16,14 @@ from torch import Tensor
 
 from quest_attention.ops.selection import Selection
 from quest_attention.ops.step import Rows
-from quest_attention.ops.triton.launch import launch, lengths_argument, side_by_side
+from quest_attention.ops.triton.arguments import by_head, length_of, lengths_argument, side_by_side
+from quest_attention.ops.triton.launch import launch
+from quest_attention.ops.triton.masks import count_live_tokens
 
-__all__ = ["DEAD", "FORCED", "choose_pages", "rank_scores", "select_pages", "store_chosen"]
+__all__ = ["DEAD", "FORCED", "choose_pages", "load_best", "rank_scores", "select_pages", "store_best", "store_chosen"]
 
 _SECTION_PAGES = 8192
 """Pages a program holds in registers: 32 to 64 a thread."""
-_COUNTED_TOKENS = 2048
-"""Tokens of a mask that a program counts at once: 16 a thread."""
 
 DEAD = tl.constexpr(float("-inf"))
 """Rank of what is not a page."""
@@ -33,16 +33,16 @@ _LARGEST = tl.constexpr(3.4028234663852886e38)
 """Rank of a page that scores +inf: above all others, below the forced ones."""
 
 
-class _Sections(NamedTuple):
-    """The best of each section of a row.
+class _Best(NamedTuple):
+    """The best of each section of a row; a workspace of the fused kernel has the same under the same names.
 
     Attributes:
-        ranks: `[B * HKV, sections * K]` float32.
-        pages: `[B * HKV, sections * K]` int32.
+        best_ranks: `[B * HKV, sections * K]` float32.
+        best_pages: `[B * HKV, sections * K]` int32.
     """
 
-    ranks: Tensor
-    pages: Tensor
+    best_ranks: Tensor
+    best_pages: Tensor
 
 
 def select_pages(rows: Rows, scores: Tensor) -> Selection:
@@ -57,120 +57,34 @@ def select_pages(rows: Rows, scores: Tensor) -> Selection:
         return Selection(pages, counts.zero_())
     sections = triton.cdiv(max_pages, _SECTION_PAGES)
     section_pages = _SECTION_PAGES if sections > 1 else max_pages
-    lengths, length = lengths_argument(seq_lens, scores)
-    live_tokens = scores
+    live_tokens = best = None
     if token_mask is not None:
-        live_tokens = _count_live_tokens(side_by_side(token_mask), seq_lens, config.page_size, max_pages)
-    arguments = (
-        lengths,
-        length,
-        live_tokens,
-        max_pages,
-        heads,
-        config.page_size,
-        config.token_budget,
-        config.num_sink_pages,
-        max(1, config.num_recent_pages),
-    )
-    if sections == 1:
-        best = _Sections(scores, pages)  # not written
-    else:
+        live_tokens = count_live_tokens(side_by_side(token_mask), seq_lens, config.page_size, max_pages)
+    if sections > 1:
         best_pages = torch.empty(batch * heads, sections * slots, dtype=torch.int32, device=scores.device)
-        best = _Sections(torch.empty_like(best_pages, dtype=torch.float32), best_pages)
+        best = _Best(torch.empty_like(best_pages, dtype=torch.float32), best_pages)
     launch(
-        _select_kernel,
-        (batch * heads * sections,),
-        scores,
-        *best,
-        pages,
-        counts,
-        *arguments,
-        slots,
+        _select_kernel, (batch * heads * sections,),
+        by_head(scores), best, pages, counts, lengths_argument(seq_lens), live_tokens, max_pages, heads,
+        config.page_size, config.token_budget, config.num_sink_pages, max(1, config.num_recent_pages), slots,
         sections,
-        *scores.stride()[:2],
-        RAGGED=isinstance(seq_lens, Tensor),
-        MASKED=token_mask is not None,
-        SECTIONED=sections > 1,
-        SECTION_PAGES=section_pages,
-        BLOCK_P=max(16, triton.next_power_of_2(section_pages)),
-        BLOCK_K=triton.next_power_of_2(slots),
-        num_warps=_warps(section_pages),
-    )
+        SECTION_PAGES=section_pages, BLOCK_P=max(16, triton.next_power_of_2(section_pages)),
+        BLOCK_K=triton.next_power_of_2(slots), num_warps=_warps(section_pages),
+    )  # fmt: skip
     if sections > 1:
         candidates = sections * slots
         launch(
-            _merge_sections_kernel,
-            (batch * heads,),
-            *best,
-            pages,
-            counts,
-            slots,
-            candidates,
-            BLOCK_C=triton.next_power_of_2(candidates),
-            BLOCK_K=triton.next_power_of_2(slots),
+            _merge_sections_kernel, (batch * heads,),
+            counts, best, pages, slots, candidates,
+            BLOCK_C=triton.next_power_of_2(candidates), BLOCK_K=triton.next_power_of_2(slots),
             num_warps=_warps(candidates),
-        )
+        )  # fmt: skip
     return Selection(pages, counts)
 
 
 def _warps(elements: int) -> int:
     """Warps for a program that holds so many keys: 32 a thread, as far as that goes."""
     return min(32, max(4, int(triton.next_power_of_2(elements)) // 1024))
-
-
-def _count_live_tokens(token_mask: Tensor, seq_lens: Tensor | int, page_size: int, max_pages: int) -> Tensor:
-    """Tokens of each page that may be attended to, `[B, P]` int32."""
-    batch = token_mask.shape[0]
-    live_tokens = torch.empty(batch, max_pages, dtype=torch.int32, device=token_mask.device)
-    block_t = triton.next_power_of_2(page_size)
-    block_p = max(1, _COUNTED_TOKENS // block_t)
-    blocks = triton.cdiv(max_pages, block_p)
-    lengths, length = lengths_argument(seq_lens, token_mask)
-    launch(
-        _live_kernel,
-        (batch * blocks,),
-        token_mask,
-        lengths,
-        length,
-        live_tokens,
-        token_mask.stride(0),
-        token_mask.shape[1],
-        max_pages,
-        blocks,
-        RAGGED=isinstance(seq_lens, Tensor),
-        PAGE_SIZE=page_size,
-        BLOCK_T=block_t,
-        BLOCK_P=block_p,
-        num_warps=4,
-    )
-    return live_tokens
-
-
-@triton.jit(do_not_specialize=["length", "mask_width", "max_pages", "blocks"])
-def _live_kernel(
-    token_mask,
-    seq_lens,
-    length,
-    live_tokens,
-    mask_stride,
-    mask_width,
-    max_pages,
-    blocks,
-    RAGGED: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    b = (tl.program_id(0) // blocks).to(tl.int64)
-    end = length
-    if RAGGED:
-        end = tl.load(seq_lens + b).to(tl.int32)
-    page = (tl.program_id(0) % blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
-    token = tl.arange(0, BLOCK_T)
-    position = page[:, None] * PAGE_SIZE + token[None, :]
-    known = (token < PAGE_SIZE)[None, :] & (position < end) & (position < mask_width)
-    seen = tl.load(token_mask + b * mask_stride + position, mask=known, other=0)
-    tl.store(live_tokens + b * max_pages + page, tl.sum((seen != 0).to(tl.int32), 1), mask=page < max_pages)
 
 
 @triton.jit
@@ -244,16 +158,33 @@ def store_chosen(out, values, chosen, slot, count, slots, BLOCK_K: tl.constexpr)
     tl.store(out + unused, -1, mask=(unused >= count) & (unused < slots))
 
 
-@triton.jit(do_not_specialize=["length", "max_pages", "token_budget", "num_sink_pages", "num_recent_pages", "slots"])
+@triton.jit
+def store_best(best, at, ranks, page, chosen, slot, count, slots, BLOCK_K: tl.constexpr):
+    """Write the chosen pages of a section with their ranks, and the rank of no page to the slots that stay unused."""
+    tl.store(best.best_ranks + at + slot, ranks, mask=chosen)
+    tl.store(best.best_pages + at + slot, page, mask=chosen)
+    unused = tl.arange(0, BLOCK_K)
+    tl.store(best.best_ranks + at + unused, DEAD, mask=(unused >= count) & (unused < slots))
+
+
+@triton.jit
+def load_best(best, at, candidates, BLOCK_C: tl.constexpr):
+    """The ranks and pages that the sections of a row have written, `[BLOCK_C]` each."""
+    candidate = tl.arange(0, BLOCK_C)
+    # Another multiprocessor may have written them in this very launch: past the L1 cache.
+    ranks = tl.load(best.best_ranks + at + candidate, mask=candidate < candidates, other=DEAD, cache_modifier=".cg")
+    page = tl.load(best.best_pages + at + candidate, mask=ranks != DEAD, other=0, cache_modifier=".cg")
+    return ranks, page
+
+
+@triton.jit(do_not_specialize=["lengths", "max_pages", "token_budget", "num_sink_pages", "num_recent_pages", "slots"])
 def _select_kernel(
     scores,
-    best_ranks,
-    best_pages,
+    best,  # None where the row is one section
     pages,
     counts,
-    seq_lens,
-    length,
-    live_tokens,  # of each page; read where MASKED
+    lengths,
+    live_tokens,  # of each page; None without a mask
     max_pages,
     num_kv_heads,
     page_size,
@@ -262,11 +193,6 @@ def _select_kernel(
     num_recent_pages,
     slots,
     sections,
-    score_batch_stride,
-    score_head_stride,
-    RAGGED: tl.constexpr,
-    MASKED: tl.constexpr,
-    SECTIONED: tl.constexpr,
     SECTION_PAGES: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -274,24 +200,22 @@ def _select_kernel(
     program = tl.program_id(0)
     section = program % sections
     row = program // sections
-    b = row // num_kv_heads
-    h = row % num_kv_heads
-    end = length
-    if RAGGED:
-        end = tl.load(seq_lens + b).to(tl.int32)
+    b = (row // num_kv_heads).to(tl.int64)
+    h = (row % num_kv_heads).to(tl.int64)
+    end = length_of(lengths, b)
     here = tl.arange(0, BLOCK_P)
     page = section * SECTION_PAGES + here
     total = tl.cdiv(end, page_size)
-    row_scores = scores + b.to(tl.int64) * score_batch_stride + h.to(tl.int64) * score_head_stride
+    row_scores = scores.base + b * scores.row + h * scores.head
     score = tl.load(row_scores + page, mask=(here < SECTION_PAGES) & (page < total), other=float("-inf"))
-    if MASKED:  # sink and recent pages are counted among those that hold a token to attend to
-        row_tokens = live_tokens + b.to(tl.int64) * max_pages
+    if live_tokens is not None:  # sink and recent pages are counted among those that hold a token to attend to
+        row_tokens = live_tokens + b * max_pages
         held = tl.load(row_tokens + page, mask=(here < SECTION_PAGES) & (page < total), other=0)
         is_live = held > 0
         rank = tl.cumsum(is_live.to(tl.int32))
         num_live = tl.sum(is_live.to(tl.int32))
         tokens = tl.sum(held)
-        if SECTIONED:
+        if best is not None:
             before, tokens_before = _count_live(row_tokens, 0, section * SECTION_PAGES)
             after, tokens_after = _count_live(row_tokens, (section + 1) * SECTION_PAGES, total)
             rank += before
@@ -308,14 +232,11 @@ def _select_kernel(
     is_forced = (rank <= num_sink_pages) | (rank > total - num_recent_pages)
     # Scores of the caller's own may be -inf, which here is the rank of what is no page.
     ranks = rank_scores(tl.where(score < -_LARGEST, -_LARGEST, score), is_live, is_forced)
-    if SECTIONED:
+    if best is not None:
         count_here = tl.minimum(count, num_live)
         chosen, slot = choose_pages(ranks, num_live, count_here)
         at = row.to(tl.int64) * sections * slots + section * slots
-        tl.store(best_ranks + at + slot, ranks, mask=chosen)
-        tl.store(best_pages + at + slot, page, mask=chosen)
-        unused = tl.arange(0, BLOCK_K)
-        tl.store(best_ranks + at + unused, DEAD, mask=(unused >= count_here) & (unused < slots))
+        store_best(best, at, ranks, page, chosen, slot, count_here, slots, BLOCK_K)
     else:
         chosen, slot = choose_pages(ranks, num_live, count)
         store_chosen(pages + row.to(tl.int64) * slots, page, chosen, slot, count, slots, BLOCK_K)
@@ -337,22 +258,12 @@ def _count_live(row_tokens, start, stop):
 
 
 @triton.jit(do_not_specialize=["slots", "candidates"])
-def _merge_sections_kernel(
-    best_ranks,
-    best_pages,
-    pages,
-    counts,
-    slots,
-    candidates,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def _merge_sections_kernel(counts, best, pages, slots, candidates, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
     row = tl.program_id(0)
     count = tl.load(counts + row)
-    candidate = tl.arange(0, BLOCK_C)
-    at = row.to(tl.int64) * candidates + candidate
-    ranks = tl.load(best_ranks + at, mask=candidate < candidates, other=DEAD)
-    page = tl.load(best_pages + at, mask=ranks != DEAD, other=-1)
-    num_live = tl.sum((ranks != DEAD).to(tl.int32))
-    chosen, slot = choose_pages(ranks, num_live, count)
+    ranks, page = load_best(best, row.to(tl.int64) * candidates, candidates, BLOCK_C)
+    chosen, slot = choose_pages(ranks, tl.sum((ranks != DEAD).to(tl.int32)), count)
     store_chosen(pages + row.to(tl.int64) * slots, page, chosen, slot, count, slots, BLOCK_K)
+
+
+# Longer than 250 lines: the search for the cut, which the fused kernel shares, is a third of it.
