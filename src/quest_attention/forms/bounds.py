@@ -29,6 +29,7 @@ class Bounds(TwoVectors):
 
     name = "bounds"
     is_bound = True
+    coefficient = 0.0
 
     def dtypes(self, keys: torch.dtype) -> tuple[torch.dtype, ...]:
         """See `MetadataForm.dtypes`."""

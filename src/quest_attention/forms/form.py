@@ -20,6 +20,8 @@ class MetadataForm(Protocol):
     file of the same name.
     """
 
+    def __hash__(self) -> int: ...
+
     @property
     def name(self) -> str:
         """As in `QuestConfig.metadata`."""
@@ -28,6 +30,11 @@ class MetadataForm(Protocol):
     @property
     def is_bound(self) -> bool:
         """Whether no key of a page gives a larger logit than the page's score."""
+        ...
+
+    @property
+    def coefficient(self) -> float:
+        """A number that the score takes, a constant of the kernels; 0 where it takes none."""
         ...
 
     def shape(self, page_size: int, dim: int) -> tuple[int, int]:

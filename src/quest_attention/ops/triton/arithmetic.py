@@ -1,4 +1,4 @@
-"""Device functions of numbers: the matrix product, and conversions between dtypes, the same in Triton's interpreter."""
+"""Device functions of numbers: products, tanh, conversions between dtypes; in the interpreter as on a GPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton.language as tl
 
 from quest_attention.ops.triton.launch import is_interpreted
 
-__all__ = ["LOG2_E", "dot", "narrow", "widen"]
+__all__ = ["LOG2_E", "dot", "narrow", "tanh", "widen"]
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 """Kernels work with powers of two, which the hardware has."""
@@ -55,3 +55,11 @@ def _e4m3_bits(x):
     small = ((size * 512.0 + 8388608.0) - 8388608.0).to(tl.int32)  # below 2 ** -6 numbers are multiples of 2 ** -9
     code = tl.minimum(tl.where(size < 0.015625, small, normal), 0x7E)
     return (tl.where(x != x, 0x7F, code) | tl.where(x.to(tl.int32, bitcast=True) < 0, 0x80, 0)).to(tl.uint8)
+
+
+@triton.jit
+def tanh(x):
+    """From the exponential, which Triton's interpreter has too: off by a few float32 roundings of 1."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    magnitude = (1.0 - e) / (1.0 + e)
+    return tl.where(x < 0, -magnitude, magnitude)

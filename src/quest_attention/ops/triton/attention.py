@@ -19,7 +19,7 @@ from quest_attention.ops.triton.arguments import (
     side_by_side,
     values_argument,
 )
-from quest_attention.ops.triton.arithmetic import LOG2_E, dot, narrow, widen
+from quest_attention.ops.triton.arithmetic import LOG2_E, dot, narrow, tanh, widen
 from quest_attention.ops.triton.launch import check_kernel_dtype, launch
 from quest_attention.ops.triton.merge import LOWEST, Partial, merge_kernel, store_partial
 from quest_attention.ops.triton.tuning import ATTEND_STAGES, attended_block, attending_programs
@@ -198,16 +198,8 @@ def _look_up(
 def _cap(logit, softcap):
     """Scaled logits in base 2, capped if asked."""
     if softcap is not None:
-        logit = softcap * _tanh(logit / softcap)
+        logit = softcap * tanh(logit / softcap)
     return logit * LOG2_E
-
-
-@triton.jit
-def _tanh(x):
-    """From the exponential, which Triton's interpreter has too: off by a few float32 roundings of 1."""
-    e = tl.exp(-2.0 * tl.abs(x))
-    magnitude = (1.0 - e) / (1.0 + e)
-    return tl.where(x < 0, -magnitude, magnitude)
 
 
 @triton.jit(do_not_specialize=["lengths", "mask_width", "slots", "splits", "pages_per_split"])

@@ -85,7 +85,7 @@ def _smaller(left, right):
 
 @triton.jit
 def _round_up(bounds):
-    """Bits of the smallest float8_e4m3fn that is at least each bound; NaN where there is none. See `ops.rounding`."""
+    """Bits of the smallest float8_e4m3fn that is at least each bound; NaN where there is none. See `forms.rounding`."""
     size = tl.abs(bounds)
     bits = size.to(tl.int32, bitcast=True)
     is_up = bounds > 0  # a positive bound grows in size, a negative one shrinks

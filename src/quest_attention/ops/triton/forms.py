@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
-from quest_attention.errors import BackendError
 from quest_attention.forms import Bounds, MetadataForm, Moments
 from quest_attention.ops.triton.bounds import score_bounds, take_bounds
 from quest_attention.ops.triton.moments import score_moments, take_moments
@@ -33,18 +32,10 @@ class FormKernels(NamedTuple):
         return f"{self.score.cache_key}-{self.take.cache_key}-{self.coefficient}"
 
 
-_KERNELS: dict[type, Callable[[Any], FormKernels]] = {
-    Bounds: lambda _: FormKernels(score_bounds, take_bounds, 0.0),
-    Moments: lambda form: FormKernels(score_moments, take_moments, float(form.coefficient)),
-}
+_KERNELS = {Bounds.name: (score_bounds, take_bounds), Moments.name: (score_moments, take_moments)}
 
 
+@cache
 def kernels_of(form: MetadataForm) -> FormKernels:
-    """The device functions of a form.
-
-    Raises:
-        BackendError: The form has none.
-    """
-    if type(form) not in _KERNELS:
-        raise BackendError(f"backend: got 'triton', expected 'torch' here: there are no kernels for {form}")
-    return _KERNELS[type(form)](form)
+    """The device functions of a form."""
+    return FormKernels(*_KERNELS[form.name], float(form.coefficient))
