@@ -247,7 +247,7 @@ def _check_scale(name: str, scale: Tensor | None, keys: Tensor) -> None:
     """One scale, or one a head, where keys and values are quantised."""
     if keys.dtype != FP8:
         if scale is not None:
-            raise QuestValueError(name, "a tensor", f"None: a cache in {keys.dtype} has no scales")
+            raise QuestValueError(name, list(scale.shape), f"None: a cache in {keys.dtype} has no scales")
         return
     heads = keys.shape[2]
     if scale is None or scale.dtype != torch.float32 or scale.shape not in ((1,), (heads,)):
