@@ -136,7 +136,9 @@ def test_what_is_refused() -> None:
     for scale in (None, torch.ones(3), torch.ones(1, dtype=torch.float64), torch.ones(1, 1)):
         with pytest.raises(QuestValueError, match=r"key_scale: got .* expected \[1\] or \[2\] torch.float32"):
             replace(kv, key_scale=scale)
-    with pytest.raises(QuestValueError, match="value_scale: got .*, expected None: a cache in torch.float32 has no scales"):
+    with pytest.raises(
+        QuestValueError, match=r"value_scale: got .*, expected None: a cache in torch\.float32 has no scales"
+    ):
         replace(plain, value_scale=torch.ones(1))
     config, lengths = QuestConfig(8, 8), torch.tensor([10])
     for dtype in (FP8, torch.float64):
