@@ -137,7 +137,7 @@ def test_what_is_refused() -> None:
         with pytest.raises(QuestValueError, match=r"key_scale: got .* expected \[1\] or \[2\] torch.float32"):
             replace(kv, key_scale=scale)
     for scale in (torch.zeros(1), torch.tensor([1.0, float("nan")])):
-        with pytest.raises(QuestValueError, match="value_scale: got .*, expected numbers above 0"):
+        with pytest.raises(QuestValueError, match=r"value_scale: got .*, expected numbers above 0"):
             replace(kv, value_scale=scale)
     with pytest.raises(
         QuestValueError, match=r"value_scale: got .*, expected None: a cache in torch\.float32 has no scales"
