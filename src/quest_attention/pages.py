@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 _BOUNDS = Bounds()
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, FP8)
 
 
 def num_pages(num_tokens: int, page_size: int) -> int:
@@ -107,9 +108,7 @@ class PagedKV:
         if 0 in (page_size, heads, dim):
             expected = "[N, page_size, HKV, D] with at least one token, head and channel"
             raise QuestValueError("keys.shape", list(self.keys.shape), expected)
-        if self.keys.dtype != FP8 and (
-            not self.keys.dtype.is_floating_point or self.keys.dtype.itemsize not in (2, 4, 8)
-        ):
+        if self.keys.dtype not in _DTYPES:
             raise QuestValueError("keys.dtype", self.keys.dtype, f"float32, bfloat16, float16, float64 or {FP8}")
         check_like("values", self.values, (pages, page_size, heads, self.values.shape[-1]), self.keys, "keys")
         check_metadata(self.metadata, self.keys, (pages, heads), self.form, page_size)
@@ -129,28 +128,12 @@ class PagedKV:
 
     @classmethod
     def from_nhd(cls, keys: Tensor, values: Tensor, metadata: Tensor, page_table: Tensor, **others: Any) -> PagedKV:
-        """View pages stored as (tokens, heads, dim).
-
-        Args:
-            keys: `[N, page_size, HKV, D]`.
-            values: As `keys`.
-            metadata: See `PagedKV`.
-            page_table: `[B, P]` int32.
-            **others: `form`, `key_scale` and `value_scale`.
-        """
+        """View pages stored as (tokens, heads, dim), as `PagedKV` takes them; `others` are its form and scales."""
         return cls(keys, values, metadata, page_table, **others)
 
     @classmethod
     def from_hnd(cls, keys: Tensor, values: Tensor, metadata: Tensor, page_table: Tensor, **others: Any) -> PagedKV:
-        """View pages stored as (heads, tokens, dim).
-
-        Args:
-            keys: `[N, HKV, page_size, D]`.
-            values: As `keys`.
-            metadata: See `PagedKV`.
-            page_table: `[B, P]` int32.
-            **others: `form`, `key_scale` and `value_scale`.
-        """
+        """View pages stored as (heads, tokens, dim), `[N, HKV, page_size, D]`; else as `from_nhd`."""
         _check_dims("keys", keys, "[N, HKV, page_size, D]")
         _check_dims("values", values, "[N, HKV, page_size, D]")
         return cls(keys.transpose(1, 2), values.transpose(1, 2), metadata, page_table, **others)
@@ -163,7 +146,7 @@ class PagedKV:
             keys: `[B, HKV, capacity, D]`, contiguous, capacity a multiple of the page size.
             values: As `keys`.
             metadata: `[B, HKV, capacity / page_size, *form.shape]`, contiguous; its shape gives the page size.
-            **others: `form`, `key_scale` and `value_scale`.
+            **others: As `from_nhd` takes them.
 
         Raises:
             QuestValueError: A tensor is not contiguous or the shapes do not fit.
@@ -247,7 +230,7 @@ def _check_scale(name: str, scale: Tensor | None, keys: Tensor) -> None:
     """One scale, or one a head, where keys and values are quantised."""
     if keys.dtype != FP8:
         if scale is not None:
-            raise QuestValueError(name, "a tensor", f"None: a cache in {keys.dtype} has no scales")
+            raise QuestValueError(name, list(scale.shape), f"None: a cache in {keys.dtype} has no scales")
         return
     heads = keys.shape[2]
     if scale is None or scale.dtype != torch.float32 or scale.shape not in ((1,), (heads,)):
@@ -255,6 +238,8 @@ def _check_scale(name: str, scale: Tensor | None, keys: Tensor) -> None:
         raise QuestValueError(name, got, f"[1] or [{heads}] torch.float32 for a cache in {keys.dtype}")
     if scale.device != keys.device:
         raise QuestValueError(f"{name}.device", str(scale.device), f"{keys.device}, as keys")
+    if scale.device.type == "cpu" and not bool((scale > 0).all()):
+        raise QuestValueError(name, scale.tolist(), "numbers above 0")
 
 
 def check_like(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quest_attention import QuestConfig, score_pages, select_pages, sparse_decode_attention, update_page_metadata
 from quest_attention.eval.observation import WINDOW, Observation, attention_weights
+from quest_attention.forms import FP8, Bounds, MetadataForm, Moments
 from quest_attention.ops import (
     Selection,
     append_slots,
@@ -20,7 +21,7 @@ from quest_attention.ops import (
     resolve_backend,
     update_slot_metadata,
 )
-from quest_attention.pages import FP8_METADATA, PagedKV, num_pages
+from quest_attention.pages import PagedKV, num_pages
 
 pytestmark = pytest.mark.gpu
 LAYOUTS = ("nhd", "hnd", "contiguous")
@@ -36,24 +37,31 @@ def make_cache(
     layout: str = "nhd",
     narrow: bool = False,
     room: int = 0,
+    form: MetadataForm = Bounds(),  # noqa: B008 - a frozen value
+    in_8_bits: bool = False,
 ) -> tuple[PagedKV, Tensor]:
-    """Random pages and lengths; what no sequence has written is NaN, bounds too."""
+    """Random pages, perhaps in 8 bits, and lengths; what no sequence has written is NaN, metadata too."""
     batch, pages = len(lengths), num_pages(max(lengths) + room, page_size)
-    metadata_dtype = FP8_METADATA if narrow else dtype
+    stored = FP8 if in_8_bits else dtype
+    metadata_dtype = FP8 if narrow else form.dtypes(stored)[0]
+    others: dict[str, Any] = {"form": form}
+    if in_8_bits:
+        others["key_scale"] = torch.linspace(0.2, 0.4, heads, device="cuda")
+        others["value_scale"] = torch.full((1,), 0.7, device="cuda")
     options: dict[str, Any] = {"dtype": dtype, "device": "cuda"}
     if layout == "contiguous":
         keys, values = (torch.randn(batch, heads, pages * page_size, dim, **options) for _ in range(2))
         for b, length in enumerate(lengths):
             keys[b, :, length:] = values[b, :, length:] = float("nan")
         bounds = torch.full((batch, heads, pages, 2, dim), float("nan"), **options).to(metadata_dtype)
-        kv = PagedKV.from_contiguous(keys, values, bounds)
+        kv = PagedKV.from_contiguous(keys.to(stored), values.to(stored), bounds, **others)
     else:
         table = torch.randperm(batch * pages, device="cuda").to(torch.int32).view(batch, pages)
         shape = (batch * pages, page_size, heads, dim) if layout == "nhd" else (batch * pages, heads, page_size, dim)
-        keys, values = (torch.randn(shape, **options) for _ in range(2))
+        keys, values = (torch.randn(shape, **options).to(stored) for _ in range(2))
         bounds = torch.full((batch * pages, heads, 2, dim), float("nan"), **options).to(metadata_dtype)
         make = PagedKV.from_nhd if layout == "nhd" else PagedKV.from_hnd
-        kv = make(keys, values, bounds, table)
+        kv = make(keys, values, bounds, table, **others)
         for b, length in enumerate(lengths):
             position = torch.arange(length, pages * page_size, device="cuda")
             where = (kv.page_table[b, position // page_size].long(), position % page_size)
@@ -69,7 +77,12 @@ def tokens_of(kv: PagedKV, b: int, h: int, pages: Tensor, length: int) -> tuple[
     position = (used[:, None] * kv.page_size + torch.arange(kv.page_size, device="cuda")).flatten()
     position = position[position < length]
     physical = kv.page_table[b, position // kv.page_size].long()
-    return kv.keys[physical, position % kv.page_size, h], kv.values[physical, position % kv.page_size, h]
+    keys, values = (stored[physical, position % kv.page_size, h] for stored in (kv.keys, kv.values))
+    if kv.key_scale is None or kv.value_scale is None:
+        return keys, values
+    return tuple(
+        one.float() * s.expand(kv.num_kv_heads)[h] for one, s in ((keys, kv.key_scale), (values, kv.value_scale))
+    )
 
 
 def assert_exact(query: Tensor, kv: PagedKV, seq_lens: Tensor, selected: Selection, output: Tensor) -> None:
@@ -85,6 +98,7 @@ def assert_exact(query: Tensor, kv: PagedKV, seq_lens: Tensor, selected: Selecti
             q = query[b, h * group : (h + 1) * group]
             weights = torch.softmax(q.double() @ keys.double().T * kv.head_dim**-0.5, -1)
             exact = weights @ values.double()
+            keys, values = keys.to(q.dtype), values.to(q.dtype)
             torchs = F.scaled_dot_product_attention(q[None, None], keys[None, None], values[None, None])[0, 0]
             ours = max(ours, float((output[b, h * group : (h + 1) * group] - exact).abs().max()))
             plain = max(plain, float((torchs - exact).abs().max()))
@@ -94,10 +108,13 @@ def assert_exact(query: Tensor, kv: PagedKV, seq_lens: Tensor, selected: Selecti
 def assert_step(kv: PagedKV, seq_lens: Tensor, query_heads: int, config: QuestConfig, *, fused: bool = True) -> None:
     """Bounds, scores, selection and attention, verb by verb and in one launch, over poisoned memory."""
     assert resolve_backend("auto", "cuda").name == "triton"
-    query = torch.randn(kv.batch_size, query_heads, kv.head_dim, dtype=kv.keys.dtype, device="cuda")
+    dtype = torch.bfloat16 if kv.is_quantised else kv.keys.dtype
+    query = torch.randn(kv.batch_size, query_heads, kv.head_dim, dtype=dtype, device="cuda")
     written = kv.metadata.float()
     update_page_metadata(kv, seq_lens, seq_lens, backend="torch")
-    torch.testing.assert_close(written, kv.metadata.float(), rtol=0, atol=0, equal_nan=True)
+    # Sums of a few keys in float32, in another order, and one rounding to the dtype they are stored in.
+    rounding = 0.0 if kv.form.is_bound else torch.finfo(kv.metadata.dtype).eps
+    torch.testing.assert_close(written, kv.metadata.float(), rtol=rounding, atol=rounding / 64, equal_nan=True)
     scores = score_pages(query, kv, seq_lens, group_reduction=config.group_reduction)
     by_torch = score_pages(query, kv, seq_lens, group_reduction=config.group_reduction, backend="torch")
     torch.testing.assert_close(scores, by_torch, rtol=1e-5, atol=1e-3)
@@ -128,6 +145,35 @@ def assert_step(kv: PagedKV, seq_lens: Tensor, query_heads: int, config: QuestCo
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("form", [Bounds(), Moments(0.7)], ids=str)
+@pytest.mark.parametrize("in_8_bits", [False, True], ids=["16 bits", "8 bits"])
+def test_forms_and_caches_in_8_bits(layout: str, group: int, form: MetadataForm, in_8_bits: bool) -> None:
+    kv, seq_lens = make_cache([5000, 1000, 0, 2048, 70000], heads=4, layout=layout, form=form, in_8_bits=in_8_bits)
+    config = QuestConfig.from_dict({"metadata": form.name, "moments_coefficient": form.coefficient})
+    assert_step(kv, seq_lens, 4 * group, config)
+
+
+@pytest.mark.parametrize("layout", ["nhd", "hnd"])
+@pytest.mark.parametrize("form", [Bounds(), Moments(0.7)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_what_is_written_to_a_cache_in_8_bits(layout: str, form: MetadataForm, dtype: torch.dtype) -> None:
+    """As PyTorch writes it, bit for bit, what is beyond the range included."""
+    caches = [make_cache([1000], layout=layout, form=form, in_8_bits=True)[0] for _ in range(2)]
+    slots = torch.tensor([*range(16, 500), -1, 7, 8, 9, *range(700, 705), 640, -1], device="cuda")
+    keys, values = torch.randn(2, len(slots), 8, 128, device="cuda") * 30
+    keys, values = (keys * torch.randint(0, 9, keys.shape, device="cuda")).to(dtype), values.to(dtype)
+    for kv, backend in zip(caches, ("triton", "torch"), strict=True):
+        for part in ("keys", "values", "metadata"):
+            getattr(kv, part).copy_(getattr(caches[0], part))
+        append_slots(kv, keys, values, slots, backend=backend)
+    for part in ("keys", "values", "metadata"):
+        ours, theirs = (getattr(kv, part).float() for kv in caches)
+        rounding = 0.0 if part != "metadata" or form.is_bound else torch.finfo(torch.bfloat16).eps
+        torch.testing.assert_close(ours, theirs, rtol=rounding, atol=rounding, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("group", [1, 4])
 def test_layouts_and_dtypes(layout: str, dtype: torch.dtype, group: int) -> None:
@@ -136,11 +182,11 @@ def test_layouts_and_dtypes(layout: str, dtype: torch.dtype, group: int) -> None
 
 
 @pytest.mark.parametrize("group", [1, 4])
-@pytest.mark.parametrize("narrow", [False, True])
-def test_small_shapes(group: int, narrow: bool) -> None:
+@pytest.mark.parametrize("stored", [{}, {"narrow": True}, {"in_8_bits": True}, {"form": Moments(1.0)}], ids=str)
+def test_small_shapes(group: int, stored: dict[str, Any]) -> None:
     """What `make sanitize-gpu` runs under the memory and race checkers."""
-    kv, seq_lens = make_cache([100, 33, 0], heads=2, dim=64, narrow=narrow, room=16)
-    assert_step(kv, seq_lens, 2 * group, QuestConfig(48))
+    kv, seq_lens = make_cache([100, 33, 0], heads=2, dim=64, room=16, **stored)
+    assert_step(kv, seq_lens, 2 * group, QuestConfig(48, metadata=kv.form.name, num_sink_pages=0))
     fresh = torch.randn(2, 3, 2, 64, dtype=torch.bfloat16, device="cuda")
     append_token(kv, fresh[0], fresh[1], seq_lens + 1)
     append_slots(kv, fresh[0], fresh[1], torch.tensor([14, 15, -1], device="cuda"))

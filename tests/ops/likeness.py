@@ -10,15 +10,16 @@ from caches import Cache
 from quest_attention import QuestConfig, quest_decode, score_pages, update_page_metadata
 from quest_attention.config import GroupReduction
 from quest_attention.ops import reference
-from quest_attention.pages import KEY_MAX, KEY_MIN
 
 __all__ = ["as_lists", "assert_like_oracle", "assert_scores_like_oracle", "query_for"]
 
 
-def query_for(cache: Cache, group: int, seed: int = 1) -> Tensor:
+def query_for(cache: Cache, group: int, seed: int = 1, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """In the dtype of the cache, or in `dtype` where that is in 8 bits."""
     generator = torch.Generator().manual_seed(seed)
     kv = cache.kv
-    return torch.randn(kv.batch_size, kv.num_kv_heads * group, kv.head_dim, generator=generator).to(kv.keys.dtype)
+    query = torch.randn(kv.batch_size, kv.num_kv_heads * group, kv.head_dim, generator=generator)
+    return query.to(dtype if kv.is_quantised else kv.keys.dtype)
 
 
 def score_tolerance(query: Tensor, cache: Cache) -> Tensor:
@@ -33,10 +34,12 @@ def score_tolerance(query: Tensor, cache: Cache) -> Tensor:
     kv, group = cache.kv, query.shape[1] // cache.kv.num_kv_heads
     roundings = 2 * kv.head_dim + group + 2
     live = torch.arange(kv.max_pages) * kv.page_size < cache.seq_lens[:, None]
-    bounds = kv.metadata[kv.page_table.masked_fill(~live, 0).long()].double().abs()  # [B, P, HKV, 2, D]
-    key_max, key_min = (bounds[:, :, :, side].permute(0, 2, 3, 1) for side in (KEY_MAX, KEY_MIN))  # [B, HKV, D, P]
+    kept = kv.metadata[kv.page_table.masked_fill(~live, 0).long()].double().abs()  # [B, P, HKV, 2, D]
     grouped = query.double().unflatten(1, (kv.num_kv_heads, group))  # [B, HKV, G, D]
-    magnitude = grouped.clamp(min=0) @ key_max - grouped.clamp(max=0) @ key_min  # [B, HKV, G, P]
+    magnitude = kv.form.see(grouped).abs() @ kept.flatten(3).permute(0, 2, 3, 1)  # [B, HKV, G, P]
+    if kv.key_scale is not None:
+        roundings += 1
+        magnitude = magnitude * kv.key_scale.double()[:, None, None]
     return roundings**0.5 * torch.finfo(torch.float32).eps / 2 * magnitude.amax(2)
 
 
@@ -70,8 +73,11 @@ def plain_attention_error(query: Tensor, cache: Cache, selected: list[list[list[
             if not tokens:
                 continue
             where = [(int(kv.page_table[b, t // kv.page_size]), t % kv.page_size) for t in tokens]
-            keys = torch.stack([kv.keys[p, o, h] for p, o in where])
-            values = torch.stack([kv.values[p, o, h] for p, o in where])
+            keys, values = (torch.stack([stored[p, o, h] for p, o in where]) for stored in (kv.keys, kv.values))
+            if kv.key_scale is not None and kv.value_scale is not None:
+                key_scale, value_scale = (one.expand(kv.num_kv_heads)[h] for one in (kv.key_scale, kv.value_scale))
+                keys, values = keys.float() * key_scale, values.float() * value_scale
+            keys, values = keys.to(query.dtype), values.to(query.dtype)
             plain = F.scaled_dot_product_attention(
                 query[b, head][None, None, None], keys[None, None], values[None, None]
             )
@@ -79,10 +85,12 @@ def plain_attention_error(query: Tensor, cache: Cache, selected: list[list[list[
     return worst
 
 
-def assert_like_oracle(cache: Cache, group: int, config: QuestConfig, host_length: int | None = None) -> None:
+def assert_like_oracle(
+    cache: Cache, group: int, config: QuestConfig, host_length: int | None = None, dtype: torch.dtype = torch.bfloat16
+) -> None:
     """`quest_decode` reads the oracle's pages and is at most twice as far from it as plain PyTorch."""
     kv = cache.kv
-    query = query_for(cache, group)
+    query = query_for(cache, group, dtype=dtype)
     seq_lens = cache.seq_lens if host_length is None else host_length
     update_page_metadata(kv, seq_lens, seq_lens, backend=config.backend)
     scores = score_pages(query, kv, seq_lens, group_reduction=config.group_reduction, backend=config.backend)

@@ -136,6 +136,11 @@ class KVStorage:
         if self.metadata is not None:
             update_page_metadata(self.paged, start + new, new, self._config.backend)
 
+    def cut(self, length: int) -> None:
+        """Take the metadata of a page anew of which only the tokens before `length` remain [tokens]."""
+        if self.metadata is not None:
+            update_page_metadata(self.paged, length, length % self._config.page_size, self._config.backend)
+
     def append(self, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
         """Write one token of each sequence where the device says, and take it into the bounds of its page.
 

@@ -88,7 +88,7 @@ class StoredLayer(DynamicLayer):
         return -1
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Take back the last tokens. Bounds may stay wider than the keys that remain: still bounds.
+        """Take back the last tokens; the metadata of the last page is that of the keys that remain.
 
         Args:
             tokens_to_remove: A negative number of tokens to remove. A positive one is the length to keep, which
@@ -102,7 +102,10 @@ class StoredLayer(DynamicLayer):
         except TypeError:
             raise QuestValueError("tokens_to_remove", tokens_to_remove, "a whole number of tokens") from None
         keep = count if count > 0 else self._length + count
-        self._length = max(0, min(self._length, keep))
+        length = max(0, min(self._length, keep))
+        if self.storage is not None and length < self._length:
+            self.storage.cut(length)
+        self._length = length
 
     def reset(self) -> None:
         """Forget all tokens and free the storage. The next tokens find as much room as the first ones did."""
