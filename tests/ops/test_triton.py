@@ -7,7 +7,6 @@ import platform
 import random
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +24,7 @@ from quest_attention import (
     sparse_decode_attention,
     update_page_metadata,
 )
-from quest_attention.forms import Moments, bounds
+from quest_attention.forms import bounds
 from quest_attention.ops import (
     DecodeWorkspace,
     Step,
@@ -159,38 +158,6 @@ def test_metadata_in_8_bits(layout: str, dtype: torch.dtype) -> None:
         for name in ("triton", "torch"):
             torch.testing.assert_close(by[name], by["reference"], rtol=0, atol=0, equal_nan=True)
     assert_like_oracle(cache, 2, config(32))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("group", [1, 3])
-def test_moments(layout: str, dtype: torch.dtype, group: int) -> None:
-    made = make_cache([150, 37, 0, 1, 32, 33], dtype=dtype, layout=layout)
-    cache = Cache(replace(made.kv, form=Moments(0.7)), made.seq_lens)
-    assert_like_oracle(cache, group, config(32, metadata="moments", moments_coefficient=0.7))
-    by = {}
-    for name in ("triton", "reference"):
-        cache.kv.metadata.fill_(float("nan"))
-        held = torch.zeros_like(cache.seq_lens)
-        for end in (3, 4, 8, 9, 30, 150):  # in pieces, which the last page of a sequence merges
-            lengths = cache.seq_lens.clamp(max=end)
-            update_page_metadata(cache.kv, lengths, lengths - held, backend=name)
-            held = lengths
-        by[name] = cache.kv.metadata.float()
-    rounding = 4 * torch.finfo(dtype).eps  # each piece rounds what is stored
-    torch.testing.assert_close(by["triton"], by["reference"], rtol=rounding, atol=rounding, equal_nan=True)
-
-
-def test_a_page_whose_moments_are_not_finite_is_read() -> None:
-    made = make_cache([64], heads=1)
-    cache = Cache(replace(made.kv, form=Moments(0.7)), made.seq_lens)
-    cache.kv.keys[cache.kv.page_table[0, 2].long(), 3, 0, 1] = float("inf")
-    for length, new in ((20, 20), (64, 44)):  # what the page takes later does not hide it
-        update_page_metadata(cache.kv, length, new, backend="triton")
-    for group in (1, 2):
-        step = decode.quest_decode(step_of(cache, group, config(16, metadata="moments", num_sink_pages=0)))
-        assert step is not None
-        assert as_lists(step[1].pages) == [[[2, 7]]]
 
 
 def test_rounding_up_to_8_bits_is_exact() -> None:
