@@ -25,10 +25,7 @@ from torch import Tensor
 from quest_attention.errors import QuestValueError
 from quest_attention.forms import FP8, KEY_MAX, KEY_MIN, Bounds, MetadataForm
 
-FP8_METADATA = FP8  # TODO
-
 __all__ = [
-    "FP8_METADATA",
     "KEY_MAX",
     "KEY_MIN",
     "ContiguousKV",

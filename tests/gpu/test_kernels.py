@@ -163,9 +163,9 @@ def test_what_is_written_to_a_cache_in_8_bits(layout: str, form: MetadataForm, d
     slots = torch.tensor([*range(16, 500), -1, 7, 8, 9, *range(700, 705), 640, -1], device="cuda")
     keys, values = torch.randn(2, len(slots), 8, 128, device="cuda") * 30
     keys, values = (keys * torch.randint(0, 9, keys.shape, device="cuda")).to(dtype), values.to(dtype)
+    for part in ("keys", "values", "metadata"):
+        getattr(caches[1], part).copy_(getattr(caches[0], part))
     for kv, backend in zip(caches, ("triton", "torch"), strict=True):
-        for part in ("keys", "values", "metadata"):
-            getattr(kv, part).copy_(getattr(caches[0], part))
         append_slots(kv, keys, values, slots, backend=backend)
     for part in ("keys", "values", "metadata"):
         ours, theirs = (getattr(kv, part).float() for kv in caches)
