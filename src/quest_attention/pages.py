@@ -152,9 +152,8 @@ class PagedKV:
         batch, heads, capacity, _ = keys.shape
         check_like("values", values, (batch, heads, capacity, values.shape[-1]), keys, "keys")
         if metadata.dim() != 5 or metadata.shape[2] == 0 or capacity % metadata.shape[2]:
-            got = list(metadata.shape)
             expected = f"[{batch}, {heads}, {capacity} / page_size] and what the form keeps of a page"
-            raise QuestValueError("metadata.shape", got, expected)
+            raise QuestValueError("metadata.shape", list(metadata.shape), expected)
         pages = metadata.shape[2]
         page_size = capacity // pages
         check_metadata(metadata, keys, (batch, heads, pages), others.get("form", _BOUNDS), page_size)
@@ -255,3 +254,6 @@ def check_side_by_side(name: str, tensor: Tensor, what: str) -> None:
     """A tensor whose last dimension lies side by side in memory, or has nothing that could lie apart."""
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         raise QuestValueError(f"{name}.stride(-1)", tensor.stride(-1), f"1: the {what} lie side by side")
+
+
+# Longer than 250 lines: a cache, its three layouts and its checks, which those of the verbs share.

@@ -20,7 +20,7 @@ from quest_attention import QuestConfig
 from quest_attention.forms import FP8, Bounds, Moments
 from quest_attention.ops import Step
 from quest_attention.ops import triton as backend
-from quest_attention.ops.triton import attention, counts, decode, masks, metadata, received, scores, selection
+from quest_attention.ops.triton import attention, choice, counts, decode, masks, metadata, received, scores
 from quest_attention.ops.triton.launch import FUSED_ARITHMETIC
 from quest_attention.pages import PagedKV
 
@@ -101,7 +101,7 @@ def run_all(
 def main() -> None:
     """Compile what differs in kind: dtypes, heads, caches, forms of metadata, lengths on host and device, sections."""
     driver.set_active(NoGpu())
-    for module in (attention, counts, decode, masks, metadata, scores, selection, received):
+    for module in (attention, counts, decode, masks, metadata, scores, choice, received):
         module.launch = compile_only  # type: ignore[attr-defined]
     run_all(torch.bfloat16, 1, narrow=False, host=False, pages=256, budget=512)
     run_all(torch.bfloat16, 4, narrow=True, host=True, pages=256, budget=512)

@@ -42,7 +42,7 @@ tl = pytest.importorskip("triton.language")
 from triton.runtime import interpreter  # noqa: E402
 
 import quick_interpreter  # noqa: E402
-from quest_attention.ops.triton import arithmetic, decode, selection, tuning, workspace  # noqa: E402 (needs triton)
+from quest_attention.ops.triton import arithmetic, choice, decode, tuning, workspace  # noqa: E402 (needs triton)
 from quest_attention.ops.triton.bounds import _round_up  # noqa: E402
 
 pytestmark = [
@@ -200,13 +200,13 @@ def test_conversions_from_and_to_8_bits_are_pytorchs(dtype: torch.dtype) -> None
 def _convert_kernel(given, out, N: tl.constexpr):
     at = tl.arange(0, N)
     wide = arithmetic.widen(tl.load(given + at), tl.float32)
-    tl.store(out + at, arithmetic.narrow(wide, out.dtype.element_ty))
+    tl.store(out + at, arithmetic.round_to(wide, out.dtype.element_ty))
 
 
 @triton.jit
 def _choose_kernel(ranks, out, num_live, count, N: tl.constexpr):
     at = tl.arange(0, N)
-    chosen, slot = selection.choose_pages(tl.load(ranks + at), num_live, count)
+    chosen, slot = choice.choose_pages(tl.load(ranks + at), num_live, count)
     tl.store(out + slot, at, mask=chosen)
 
 
@@ -307,7 +307,7 @@ def test_token_mask(group: int) -> None:
 @pytest.mark.parametrize("lengths", [[300, 33, 0, 255], [129], [300, 100, 128, 65]])
 def test_rows_in_sections(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of more pages than one program holds: the pages of one piece, in the verb and in the fused kernel."""
-    monkeypatch.setattr(selection, "_SECTION_PAGES", 8)
+    monkeypatch.setattr(choice, "_SECTION_PAGES", 8)
     monkeypatch.setattr(tuning, "_SECTION_PAGES", 16)
     cache = make_cache(lengths)
     for options in ({}, {"num_sink_pages": 2, "num_recent_pages": 3}):

@@ -13,7 +13,7 @@ _LARGEST = torch.finfo(FP8).max
 
 
 def round_up(bounds: Tensor, dtype: torch.dtype) -> Tensor:
-    """The smallest numbers of `dtype` that are at least `bounds`; NaN where the narrow dtype has none.
+    """The smallest numbers of `dtype` that are at least `bounds`; NaN where 8 bits have none.
 
     A page with NaN for a bound scores +inf, so what is beyond the range is read, not lost.
 

@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from quest_attention.errors import QuestError, QuestStateError, QuestWarning
 from quest_attention.hf.cache import QuestCache
-from quest_attention.hf.layer import QuestLayer, StorageTooNarrowError
+from quest_attention.hf.layer import QuestLayer, StorageDtypeError
 from quest_attention.hf.naming import CACHE, CACHE_NAMES, given_cache
 from quest_attention.hf.reading import Reading
 from quest_attention.hf.storage import KVStorage
@@ -128,7 +128,7 @@ class DecodeGraphs:
                 step = _CapturedStep(
                     self._forward, cache, inputs, length, weights, kwargs.get("logits_to_keep", 0), self._cache_name
                 )
-            except StorageTooNarrowError:
+            except StorageDtypeError:
                 return self._run_eagerly("the storage takes another dtype in this step", kwargs)
             except QuestError:
                 raise

@@ -18,7 +18,7 @@ from quest_attention.hf.tokens import check_alike, check_fits, refuse_gradients
 from quest_attention.hf.workspaces import Workspaces
 from quest_attention.pages import num_pages
 
-__all__ = ["GROWTH", "LAYER_ATTRIBUTE", "QuestLayer", "StorageTooNarrowError"]
+__all__ = ["GROWTH", "LAYER_ATTRIBUTE", "QuestLayer", "StorageDtypeError"]
 
 LAYER_ATTRIBUTE = "_quest_layer"
 """Attribute of the key view that `update` returns, by which the attention function finds the layer.
@@ -32,7 +32,7 @@ GROWTH = 2
 """Factor by which full storage grows: a token is copied once on average, not at every step."""
 
 
-class StorageTooNarrowError(QuestStateError):
+class StorageDtypeError(QuestStateError):
     """A captured step has tokens of a wider dtype than the storage, which an eager step would widen."""
 
 
@@ -164,7 +164,7 @@ class QuestLayer(StepReporter, StoredLayer):
         """Write one token of each sequence where the device says; what the host knows moves on at each replay."""
         assert self.storage is not None and self.dtype is not None, "storage allocated"
         if self._widest(keys, values) != self.dtype:
-            raise StorageTooNarrowError(f"tokens of {self._widest(keys, values)} for a cache of {self.dtype}")
+            raise StorageDtypeError(f"tokens of {self._widest(keys, values)} for a cache of {self.dtype}")
         self.reading = self._reading_of(keys.shape[2], self._length + 1)
         assert self.reading in (Reading.SPARSE, Reading.DENSE_LAYER), "graphs are of single tokens past the budget"
         self.storage.append(keys.to(self.dtype), values.to(self.dtype), lengths)

@@ -29,7 +29,7 @@ class KVStorage:
         values: Likewise, `[_, HKV, _, DV]`.
         batch: Sequences, B.
         length: Tokens per sequence to have room for; whole pages are made [tokens].
-        dtype: Of keys and values, and of the bounds unless the config asks for narrow ones.
+        dtype: Of keys and values, and of the bounds unless the config asks for some in 8 bits.
         config: What to read.
         has_bounds: Whether pages are chosen from. Otherwise no bounds are kept.
         workspaces: Scratch memory shared with the other layers of the cache.

@@ -341,15 +341,9 @@ def sparse_decode_attention(
         BackendError: The backend cannot run here.
     """
     step = Step(
-        query=query,
-        kv=kv,
-        seq_lens=seq_lens,
-        config=_config(kv.page_size, backend),
-        sm_scale=sm_scale,
-        softcap=softcap,
-        sinks=sinks,
-        token_mask=token_mask,
-    )
+        query=query, kv=kv, seq_lens=seq_lens, config=_config(kv.page_size, backend),
+        sm_scale=sm_scale, softcap=softcap, sinks=sinks, token_mask=token_mask,
+    )  # fmt: skip
     check_selected(selected, kv)
     return _verbs(backend, kv.keys).sparse_decode_attention(step, selected, return_lse=return_lse)
 
@@ -397,17 +391,9 @@ def quest_decode(
     (torch.Size([1, 8, 32]), torch.Size([1, 4, 2]))
     """
     step = Step(
-        query=query,
-        kv=kv,
-        seq_lens=seq_lens,
-        config=config,
-        sm_scale=sm_scale,
-        softcap=softcap,
-        sinks=sinks,
-        token_mask=token_mask,
-        workspace=workspace,
-        out=out,
-    )
+        query=query, kv=kv, seq_lens=seq_lens, config=config,
+        sm_scale=sm_scale, softcap=softcap, sinks=sinks, token_mask=token_mask, workspace=workspace, out=out,
+    )  # fmt: skip
     return run_step(step)
 
 

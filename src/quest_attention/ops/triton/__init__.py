@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from quest_attention.ops.triton.attention import sparse_decode_attention
+from quest_attention.ops.triton.choice import select_pages
 from quest_attention.ops.triton.counts import count_reads
 from quest_attention.ops.triton.decode import quest_decode
 from quest_attention.ops.triton.metadata import (
@@ -12,7 +13,6 @@ from quest_attention.ops.triton.metadata import (
     update_slot_metadata,
 )
 from quest_attention.ops.triton.scores import score_pages
-from quest_attention.ops.triton.selection import select_pages
 from quest_attention.ops.triton.workspace import make_workspace
 
 __all__ = [

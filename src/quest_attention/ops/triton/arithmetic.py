@@ -7,7 +7,7 @@ import triton.language as tl
 
 from quest_attention.ops.triton.launch import is_interpreted
 
-__all__ = ["LOG2_E", "dot", "narrow", "tanh", "widen"]
+__all__ = ["LOG2_E", "dot", "round_to", "tanh", "widen"]
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 """Kernels work with powers of two, which the hardware has."""
@@ -24,7 +24,7 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def narrow(x, dtype: tl.constexpr):
+def round_to(x, dtype: tl.constexpr):
     """Float32 rounded to the nearest number of another dtype, what is past the ends of float8_e4m3fn to those."""
     if _INTERPRETED and dtype == tl.float8e4nv:  # Triton's interpreter cuts bits off instead
         rounded = _e4m3_bits(x).to(dtype, bitcast=True)

@@ -19,7 +19,7 @@ from quest_attention.ops.triton.arguments import (
     side_by_side,
     values_argument,
 )
-from quest_attention.ops.triton.arithmetic import LOG2_E, dot, narrow, tanh, widen
+from quest_attention.ops.triton.arithmetic import LOG2_E, dot, round_to, tanh, widen
 from quest_attention.ops.triton.launch import check_kernel_dtype, launch
 from quest_attention.ops.triton.merge import LOWEST, Partial, merge_kernel, store_partial
 from quest_attention.ops.triton.tuning import ATTEND_STAGES, attended_block, attending_programs
@@ -134,7 +134,7 @@ def attend_slots(
             weight = tl.where(is_live[None, :], tl.exp2(logit - new_largest[:, None]), 0.0)
             shrink = tl.exp2(largest - new_largest)
             v = widen(v, q.dtype)
-            rounded = narrow(weight, v.dtype)
+            rounded = round_to(weight, v.dtype)
             total = total * shrink + tl.sum(rounded.to(tl.float32), 1)  # of what is multiplied: rounding cancels
             gathered = dot(rounded, v, gathered * shrink[:, None])
         largest = new_largest

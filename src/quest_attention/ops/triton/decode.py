@@ -31,11 +31,11 @@ from quest_attention.ops.triton.arguments import (
     values_argument,
 )
 from quest_attention.ops.triton.attention import attend_slots
+from quest_attention.ops.triton.choice import DEAD, choose_pages, load_best, rank_scores, store_best, store_chosen
 from quest_attention.ops.triton.forms import kernels_of
 from quest_attention.ops.triton.launch import check_kernel_dtype, launch
 from quest_attention.ops.triton.merge import merge_splits, store_partial
 from quest_attention.ops.triton.scores import score_row
-from quest_attention.ops.triton.selection import DEAD, choose_pages, load_best, rank_scores, store_best, store_chosen
 from quest_attention.ops.triton.tuning import tune
 from quest_attention.ops.triton.workspace import ATTENDED, CHOSEN, READY, SCORED, FusedWorkspace, make_workspace
 
@@ -65,35 +65,13 @@ def quest_decode(step: Step) -> tuple[Tensor, Selection] | None:
     section_pages = min(tuning.section_pages, kv.max_pages)
     sections = triton.cdiv(kv.max_pages, section_pages)
     launch(
-        _decode_kernel,
-        (rows * (sections * tuning.score_splits + tuning.splits),),
-        by_head(query),
-        keys_argument(kv),
-        values_argument(kv),
-        scored_metadata_argument(kv),
-        table,
-        table.stride(0),
-        lengths_argument(step.seq_lens),
-        None if sinks is None else side_by_side(sinks),
-        workspace,
-        pages,
-        counts,
-        output,
-        float(step.scale),
-        None if softcap is None else float(softcap),
-        kv.max_pages,
-        heads,
-        rows,
-        slots,
-        config.token_budget,
-        config.num_sink_pages,
-        max(1, config.num_recent_pages),
-        sections,
-        tuning.score_splits,
-        tuning.splits,
-        triton.cdiv(slots, tuning.splits),
-        FORM=kernels_of(kv.form),
-        IS_MAX=config.group_reduction == "max",
+        _decode_kernel, (rows * (sections * tuning.score_splits + tuning.splits),),
+        by_head(query), keys_argument(kv), values_argument(kv), scored_metadata_argument(kv), table, table.stride(0),
+        lengths_argument(step.seq_lens), None if sinks is None else side_by_side(sinks), workspace, pages, counts,
+        output, float(step.scale), None if softcap is None else float(softcap), kv.max_pages, heads, rows, slots,
+        config.token_budget, config.num_sink_pages, max(1, config.num_recent_pages),
+        sections, tuning.score_splits, tuning.splits, triton.cdiv(slots, tuning.splits),
+        FORM=kernels_of(kv.form), IS_MAX=config.group_reduction == "max",
         SHAPE=shape_of(kv.page_size, group, kv.head_dim, width),
         BLOCKS=_Blocks(
             scored=tuning.block_p,
@@ -107,9 +85,8 @@ def quest_decode(step: Step) -> tuple[Tensor, Selection] | None:
             score_stages=tuning.score_stages,
             attend_stages=tuning.attend_stages,
         ),
-        num_warps=tuning.num_warps,
-        **({} if tuning.max_registers is None else {"maxnreg": tuning.max_registers}),
-    )
+        num_warps=tuning.num_warps, **({} if tuning.max_registers is None else {"maxnreg": tuning.max_registers}),
+    )  # fmt: skip
     return output, Selection(pages, counts)
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from quest_attention.ops.triton.arithmetic import LOG2_E, narrow
+from quest_attention.ops.triton.arithmetic import LOG2_E, round_to
 
 __all__ = ["LOWEST", "Partial", "merge_kernel", "merge_splits", "store_partial"]
 
@@ -94,7 +94,7 @@ def merge_splits(
     merged = tl.sum(merged, 0) / divisor[:, None]
     to = output + head[:, None] * output_head_stride + channel[None, :]
     inside = is_head[:, None] & (channel < SHAPE.value_dim)[None, :]
-    tl.store(to, narrow(merged, output.dtype.element_ty), mask=inside)
+    tl.store(to, round_to(merged, output.dtype.element_ty), mask=inside)
     if lse_out is not None:
         lse_total = tl.where(total > 0, (largest + tl.log2(divisor)) / LOG2_E, float("-inf"))
         tl.store(lse_out + head, lse_total, mask=is_head)

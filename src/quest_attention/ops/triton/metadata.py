@@ -18,7 +18,7 @@ from quest_attention.ops.triton.arguments import (
     side_by_side,
     values_argument,
 )
-from quest_attention.ops.triton.arithmetic import narrow, widen
+from quest_attention.ops.triton.arithmetic import round_to, widen
 from quest_attention.ops.triton.forms import kernels_of
 from quest_attention.ops.triton.launch import check_kernel_dtype, launch
 from quest_attention.pages import PagedKV, num_pages
@@ -101,7 +101,7 @@ def _as_stored(token, pages, h):
         token = token.to(tl.float32)
         if pages.scale is not None:
             token = tl.div_rn(token, tl.load(pages.scale + h * pages.scale_head))  # rounded, as in PyTorch
-        token = narrow(token, dtype)
+        token = round_to(token, dtype)
     return token
 
 

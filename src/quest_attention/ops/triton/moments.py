@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quest_attention.ops.triton.arithmetic import dot, narrow, widen
+from quest_attention.ops.triton.arithmetic import dot, round_to, widen
 
 __all__ = ["score_moments", "take_moments"]
 
@@ -58,5 +58,5 @@ def take_moments(at, side, key, is_fresh, before, inside):
     delta = mean - old_mean
     squares += held * old_deviation * old_deviation + delta * (delta * (held * count / total))
     dtype: tl.constexpr = at.dtype.element_ty
-    tl.store(at, narrow(old_mean + delta * (count / total), dtype), mask=inside)
-    tl.store(at + side, narrow(tl.sqrt(squares / total), dtype), mask=inside)
+    tl.store(at, round_to(old_mean + delta * (count / total), dtype), mask=inside)
+    tl.store(at + side, round_to(tl.sqrt(squares / total), dtype), mask=inside)

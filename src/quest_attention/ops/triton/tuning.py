@@ -86,7 +86,7 @@ _SHORT_ROWS = Tuning(64, 0, 0, 64, 0, num_warps=8, max_registers=80)
 _FEW_ROWS = Tuning(64, 0, 0, 64, 0, num_warps=8, score_stages=3, max_registers=64)
 _FEW_LONG_ROWS = _FEW_ROWS._replace(max_registers=80)
 _MANY_ROWS = Tuning(64, 0, 0, 64, 0, num_warps=4, score_stages=3, attend_stages=3)
-_MANY_NARROW_ROWS = Tuning(32, 0, 0, 32, 0, num_warps=4, score_stages=5, attend_stages=5, max_registers=80)
+_MANY_ROWS_IN_8_BITS = Tuning(32, 0, 0, 32, 0, num_warps=4, score_stages=5, attend_stages=5, max_registers=80)
 """Long rows with bounds in 8 bits: less to wait for, more to convert."""
 _LEAST_SHARES = 8
 """Programs among which a row is shared at least, so that it is done soon."""
@@ -174,7 +174,7 @@ def tune(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Tuning | Non
     return shape
 
 
-def _shape(group: int, rows: int, max_pages: int, sections: int, is_narrow: bool) -> Tuning:
+def _shape(group: int, rows: int, max_pages: int, sections: int, in_8_bits: bool) -> Tuning:
     """What a program loads at once and how deep, for a problem of a kind."""
     if group == 1:
         return _SINGLE_HEAD
@@ -184,4 +184,4 @@ def _shape(group: int, rows: int, max_pages: int, sections: int, is_narrow: bool
         return _SHORT_ROWS
     if rows <= _FEW:
         return _FEW_ROWS
-    return _MANY_NARROW_ROWS if is_narrow and sections > 1 else _MANY_ROWS
+    return _MANY_ROWS_IN_8_BITS if in_8_bits and sections > 1 else _MANY_ROWS
