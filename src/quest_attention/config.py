@@ -79,7 +79,7 @@ class QuestConfig:
         _check_choice("group_reduction", self.group_reduction, get_args(GroupReduction))
         _check_choice("metadata_dtype", self.metadata_dtype, get_args(MetadataDtype))
         if self.metadata != "bounds" and self.metadata_dtype != "kv":
-            raise QuestValueError("metadata_dtype", self.metadata_dtype, f"kv for {self.metadata}: see the form")
+            raise QuestValueError("metadata_dtype", self.metadata_dtype, f"kv for {self.metadata}: fp8 is for bounds")
         coefficient: object = self.moments_coefficient
         if not isinstance(coefficient, int | float) or isinstance(coefficient, bool) or not 0 <= coefficient < math.inf:
             raise QuestValueError("moments_coefficient", coefficient, "a number of at least 0")

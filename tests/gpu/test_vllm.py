@@ -67,6 +67,12 @@ def test_eager_steps_are_the_oracles() -> None:
     assert found["metrics"]["prefix_cache_hits"] > 1000
 
 
+def test_moments_are_those_of_the_keys() -> None:
+    found = scenario("gpu_moments")
+    assert_sampled(found)
+    assert found["metrics"]["num_preemptions"] > 0
+
+
 def test_preempted_rows_and_blocks_used_again() -> None:
     found = scenario("gpu_preemption")
     assert_sampled(found)

@@ -74,10 +74,10 @@ def generate(model: Any, ids: Tensor, **options: Any) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("narrow", [False, True])
-def test_the_tokens_of_eager_steps(device: str, batch: int, narrow: bool) -> None:
+@pytest.mark.parametrize("metadata", [{}, {"metadata_dtype": "fp8"}, {"metadata": "moments"}], ids=str)
+def test_the_tokens_of_eager_steps(device: str, batch: int, metadata: dict[str, Any]) -> None:
     """Across page boundaries, from below the budget to above it, and over storage that grows."""
-    config = QuestConfig(token_budget=32, page_size=8, num_dense_layers=1, metadata_dtype="fp8" if narrow else "kv")
+    config = QuestConfig(token_budget=32, page_size=8, num_dense_layers=1, **metadata)
     model: Any = make_llama().to(device)
     ids = prompt(batch, 21).to(device)
     with enable_quest(model, config, cuda_graphs=False) as quest:
@@ -92,6 +92,39 @@ def test_the_tokens_of_eager_steps(device: str, batch: int, narrow: bool) -> Non
         replayed = quest.counters.to_dict()
     assert replayed == counted
     assert "forward" not in model.__dict__
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_token_that_is_written_before_a_capture_is_in_no_mean_twice(
+    device: str, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A capture runs its step several times first; moments would take the token in at each."""
+    capture = graph._capture
+
+    def fail_late(run: Callable[[], Any], device: torch.device) -> Any:
+        capture(run, device)
+        raise RuntimeError("operation not permitted")
+
+    model: Any = make_llama().to(device)
+    ids = prompt(1, 50).to(device)
+    config = QuestConfig(token_budget=32, page_size=8, num_dense_layers=1, metadata="moments")
+    with torch.inference_mode(), enabled(model, device, config) as quest:
+        cache, plain = quest.make_cache(200), quest.make_cache(200)
+        for one in (cache, plain):
+            model(ids, **cache_argument(one))
+        steps(model, plain, ids, 3, output_hidden_states=True)  # which no graph holds
+        if fails:
+            monkeypatch.setattr(graph, "_capture", fail_late)
+            with pytest.warns(QuestWarning, match="cannot be captured"):
+                steps(model, cache, ids, 3)
+        else:
+            steps(model, cache, ids, 3)
+            assert quest.graphs.replayed_steps == 3
+        for ours, expected in zip(cache.layers[1:], plain.layers[1:], strict=True):
+            pages = ours.num_pages
+            torch.testing.assert_close(
+                ours.storage.metadata[:, :, :pages], expected.storage.metadata[:, :, :pages], rtol=1e-5, atol=1e-5
+            )
 
 
 def test_storage_that_grows_is_captured_again(device: str) -> None:

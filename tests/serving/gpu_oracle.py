@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quest_attention.ops import Selection, score_pages, select_pages
-from quest_attention.pages import KEY_MAX, KEY_MIN, PagedKV, num_pages
+from quest_attention.pages import PagedKV, num_pages
 from quest_attention.vllm.gpu import QuestGPUImpl
 from quest_attention.vllm.impl import OpenCache
 from quest_attention.vllm.step import QuestStep
 from quest_attention.vllm.worker import QuestWorkerExtension
+from right_metadata import is_right
 
 _FLOAT32_SUM = 1e-4
 """How far two float32 sums of 128 products lie apart at most, relative to them: such scores may swap places."""
@@ -55,9 +56,15 @@ class GPUOracleExtension(QuestWorkerExtension):
         self, layer: str, kv: PagedKV, query: Tensor, step: QuestStep, selected: Selection, output: Tensor, impl: Any
     ) -> None:
         config, group = step.config, query.shape[1] // kv.num_kv_heads
-        scores = score_pages(query, kv, step.seq_lens, backend="torch")
+        scores = score_pages(query, kv, step.seq_lens, group_reduction=config.group_reduction, backend="torch")
         expected = select_pages(
-            scores, step.seq_lens, page_size=kv.page_size, token_budget=config.token_budget, backend="torch"
+            scores,
+            step.seq_lens,
+            page_size=kv.page_size,
+            token_budget=config.token_budget,
+            num_sink_pages=config.num_sink_pages,
+            num_recent_pages=config.num_recent_pages,
+            backend="torch",
         )
         ours = plain = 0.0
         for b, length in enumerate(step.seq_lens.tolist()):
@@ -66,9 +73,8 @@ class GPUOracleExtension(QuestWorkerExtension):
             self._seen["rows"] += 1
             table = kv.page_table[b, : num_pages(length, kv.page_size)].long()
             keys, values = (part[table].flatten(0, 1)[:length] for part in (kv.keys, kv.values))  # [T, H, D]
-            bounds = kv.metadata[table].to(keys.dtype).repeat_interleave(kv.page_size, 0)[:length]  # [T, H, 2, D]
-            if not ((keys <= bounds[:, :, KEY_MAX]) & (keys >= bounds[:, :, KEY_MIN])).all():
-                self._failures.append(f"{layer}, row {b}: a key is outside the bounds of its page")
+            if not is_right(kv.form, kv.metadata[table], kv.keys[table], length).all():
+                self._failures.append(f"{layer}, row {b}: a page's {kv.form.name} are not those of its keys")
             for h in range(kv.num_kv_heads):
                 pages = selected.pages[b, h]
                 pages = pages[pages >= 0].long()

@@ -149,6 +149,14 @@ def preemption() -> dict[str, Any]:
     return checked(make_llm({"token_budget": BUDGET}, **small_pool(28), **ORACLE), [prompts(4, 230)], tokens=40)
 
 
+def moments() -> dict[str, Any]:
+    """Mean and deviation in place of bounds: chunks, preempted rows, blocks used again and out of the prefix cache."""
+    quest = {"token_budget": BUDGET, "metadata": "moments", "moments_coefficient": 0.5}
+    pool = {**small_pool(26), "enable_prefix_caching": True}
+    texts = prompts(4, 230)
+    return checked(make_llm(quest, max_num_batched_tokens=192, **pool, **ORACLE), [texts, texts[2:]], tokens=40)
+
+
 def small_pool(blocks: int) -> dict[str, Any]:
     """Options of a pool of so few blocks that two rows of 400 tokens fit as they begin, and not as they end."""
     return {"num_gpu_blocks_override": blocks, "max_model_len": 448, "enable_prefix_caching": False}
@@ -228,6 +236,13 @@ def gpu_eager() -> dict[str, Any]:
     return checked(llm, [gpu_texts(), gpu_texts()], tokens=40)
 
 
+def gpu_moments() -> dict[str, Any]:
+    """Mean and deviation in place of bounds, eager, with the sampled oracle; blocks that are used again."""
+    quest = {"token_budget": BUDGET, "metadata": "moments"}
+    llm = make_gpu_llm(quest, enforce_eager=True, max_num_batched_tokens=512, **small_pool(53), **GPU_ORACLE)
+    return checked(llm, [prompts(4, 230)], tokens=40)
+
+
 def gpu_preemption() -> dict[str, Any]:
     """As on a CPU, with blocks of 16."""
     llm = make_gpu_llm({"token_budget": BUDGET}, enforce_eager=True, **small_pool(53), **GPU_ORACLE)
@@ -260,6 +275,7 @@ SCENARIOS = [
     bfloat16,
     one_token_more_than_blocks,
     preemption,
+    moments,
     speculation,
     adapter_of_a_gpu,
     tensor_parallel,
@@ -267,6 +283,7 @@ SCENARIOS = [
     gpu_stock,
     gpu_budget_of_the_context,
     gpu_eager,
+    gpu_moments,
     gpu_preemption,
     gpu_speculation,
     gpu_graphs,

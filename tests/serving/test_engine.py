@@ -85,6 +85,17 @@ def test_preempted_rows_and_blocks_used_again() -> None:
     assert all(oracle["seen"]["pages with exact bounds"] == oracle["seen"]["pages"] for oracle in found["oracle"])
 
 
+def test_moments_in_chunks_after_preemption_and_out_of_the_prefix_cache() -> None:
+    found = scenario("moments")
+    assert_checked(found)
+    first, again = found["answers"]
+    assert first[2:] == again
+    assert found["metrics"]["num_preemptions"] > 0
+    assert found["metrics"]["prefix_cache_hits"] > 0
+    (seen,) = (oracle["seen"] for oracle in found["oracle"])
+    assert seen["pages"] > 0 and "pages with exact bounds" not in seen  # the oracle took them for moments
+
+
 def test_speculated_tokens_that_are_taken_back_leave_bounds_that_bound() -> None:
     found = scenario("speculation")
     assert_checked(found)

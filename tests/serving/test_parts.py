@@ -6,13 +6,16 @@ import importlib.metadata
 from dataclasses import dataclass
 from fractions import Fraction
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
-from quest_attention import BackendError, QuestValueError, UnsupportedModelError
-from quest_attention.forms import FP8, KEY_MAX, KEY_MIN
+from quest_attention import BackendError, QuestConfig, QuestValueError, UnsupportedModelError
+from quest_attention.config import Metadata
+from quest_attention.forms import FP8, KEY_MAX, KEY_MIN, TwoVectors, form_of, metadata_dtype
+from quest_attention.ops import update_slot_metadata
+from quest_attention.pages import PagedKV
 from quest_attention.vllm import plugin
 from quest_attention.vllm.folding import Fold
 from quest_attention.vllm.layout import PaddedBlocks, RowedBlocks, layout_of
@@ -108,6 +111,26 @@ def assert_parts(parts: Any, storage: torch.Tensor, *, fp8: bool) -> None:
         counted = [int((storage == value).sum()) for value in (1, 2, 3, -3)]
         assert counted == [BLOCKS * TOKENS * HEADS * DIM] * 2 + [BLOCKS * HEADS * DIM] * 2
         assert sum(counted) == storage.numel()
+
+
+@pytest.mark.parametrize("form", get_args(Metadata))
+@pytest.mark.parametrize("rowed", [False, True])
+def test_every_form_fits_the_room_of_a_block(form: Metadata, rowed: bool) -> None:
+    """Room is asked for whatever the form: two numbers of each channel, as wide as those of a key."""
+    config = QuestConfig(metadata=form)
+    assert form_of(config).shape(TOKENS, DIM) == (TwoVectors.ROWS, DIM)
+    shape = (BLOCKS, HEADS, TOKENS + rowed, 2 * DIM)
+    storage = torch.zeros(BLOCKS, HEADS * (TOKENS + 1) * 2 * DIM, dtype=torch.bfloat16)
+    cache = storage[:, : shape[1] * shape[2] * shape[3]].view(shape)
+    layout = layout_of((0, 32) if rowed else (0, 25))
+    parts = layout.split(cache, HEADS, DIM, metadata_dtype(config, cache.dtype))
+    nobody = torch.zeros(0, 1, dtype=torch.int32)
+    kv = PagedKV(parts.keys, parts.values, parts.metadata, nobody, form=form_of(config))
+    update_slot_metadata(
+        kv.metadata, torch.randn(2, HEADS, DIM).bfloat16(), torch.tensor([8, 9]), page_size=TOKENS, form=kv.form
+    )
+    assert kv.metadata[2].any() and not kv.metadata[[0, 1, 3, 4]].any()
+    assert not kv.keys.any() and not kv.values.any()
 
 
 def test_layers_of_vllm_0_25_ask_for_the_room_where_the_backend_is_ours() -> None:
@@ -210,6 +233,7 @@ def test_a_vllm_that_nobody_knows_is_left_alone(version: str, is_tested: bool, m
 
 
 CPU = SimpleNamespace(device_type="cpu")
+MOMENTS = {"quest": {"metadata": "moments"}}
 
 
 @pytest.mark.parametrize(
@@ -240,6 +264,14 @@ def test_a_plain_server_is_taken() -> None:
     check_vllm_config(a_server(), CPU)
     check_vllm_config(a_server(additional_config={}, model_config={"use_mla": True}), CPU)  # nobody asks
     check_vllm_config(a_server(speculative_config=SimpleNamespace(method="ngram")), CPU)
+    check_vllm_config(a_server(additional_config=MOMENTS), CPU)
+
+
+def test_moments_do_not_go_with_tokens_that_are_taken_back() -> None:
+    """They would count tokens of which another was then written: no bound, and no mean either."""
+    message = r"speculative_config\.method: got 'ngram', expected none with quest\.metadata moments"
+    with pytest.raises(QuestValueError, match=message):
+        check_vllm_config(a_server(additional_config=MOMENTS, speculative_config=SimpleNamespace(method="ngram")), CPU)
 
 
 def test_a_backend_that_cannot_run_here_is_refused_before_a_request() -> None:

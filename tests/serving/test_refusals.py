@@ -59,6 +59,12 @@ def test_what_is_right_is_taken() -> None:
         ),
         ({"additional_config": {"quest": {"backend": "cuda"}}}, "quest.backend: got 'cuda', expected one of"),
         ({"additional_config": {"quest": {"log_interval": -1}}}, "quest.log_interval: got -1"),
+        (
+            {"additional_config": {"quest": {"metadata": "moments", "metadata_dtype": "fp8"}}},
+            "quest.metadata_dtype: got 'fp8', expected kv for moments",
+        ),
+        ({"additional_config": {"quest": {"metadata": "mean"}}}, "quest.metadata: got 'mean', expected one of"),
+        ({"additional_config": {"metadata": "moments", **QUEST}}, "it under 'quest': quest.metadata"),
         ({"additional_config": {"quest": 2048}}, "quest: got 2048, expected an object"),
         ({"additional_config": {"Quest": {}}, "attention_backend": None}, "expected 'quest', in small letters"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype: got 'fp8', expected 'auto'"),

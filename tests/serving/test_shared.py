@@ -26,6 +26,10 @@ def test_options_of_reading_and_of_serving() -> None:
     assert options.config(32) == QuestConfig(1024, 32, num_dense_layers=1)
     assert (options.log_interval, options.backend, options.fp8_metadata) == (0, "auto", False)
     assert QuestOptions.from_mapping({}).config(16) == QuestConfig()
+    moments = QuestOptions.from_mapping({"metadata": "moments", "moments_coefficient": 0.5})
+    assert moments.config(32) == QuestConfig(page_size=32, metadata="moments", moments_coefficient=0.5)
+    assert moments.config(32).num_sink_pages == 1
+    assert not moments.fp8_metadata
 
 
 @pytest.mark.parametrize(
@@ -37,6 +41,15 @@ def test_options_of_reading_and_of_serving() -> None:
         ({"log_interval": "10"}, "quest.log_interval: got '10'"),
         ({"num_recent_pages": -1}, "num_recent_pages: got -1"),
         ({"token_budget": 0}, "token_budget: got 0"),
+        ({"metadata": "moment"}, r"^quest\.metadata: got 'moment', expected one of bounds, moments$"),
+        ({"metadata": ["moments"]}, r"^quest\.metadata: got \['moments'\], expected one of"),
+        (
+            {"metadata": "moments", "metadata_dtype": "fp8"},
+            r"^quest\.metadata_dtype: got 'fp8', expected kv for moments: fp8 is for bounds$",
+        ),
+        ({"moments_coefficient": -0.5}, r"^quest\.moments_coefficient: got -0\.5, expected a number of at least 0"),
+        ({"moments_coeficient": 1}, "did you mean moments_coefficient"),
+        ({"metadata": "moments", "token_budget": 1}, "token_budget: got 1, expected at least 2: 2 forced pages"),
     ],
 )
 def test_options_that_are_refused(given: Any, message: str) -> None:
@@ -121,9 +134,11 @@ def test_a_line_at_an_interval_where_something_was_counted(monkeypatch: pytest.M
     assert len(lines) == 3
 
 
-def make_planner(budget: int = 32, sparse_layers: tuple[str, ...] = ("b", "c"), max_length: int = 1024) -> RowPlanner:
+def make_planner(
+    budget: int = 32, sparse_layers: tuple[str, ...] = ("b", "c"), max_length: int = 1024, **options: Any
+) -> RowPlanner:
     return RowPlanner(
-        QuestConfig(budget),
+        QuestConfig(budget, **options),
         torch.device("cpu"),
         label="worker 0",
         sparse_layers=sparse_layers,
@@ -163,6 +178,12 @@ def test_a_worker_says_what_it_will_read(caplog: pytest.LogCaptureFixture) -> No
     assert caplog.messages[0].startswith(f"Quest, worker 0: {expected}")
     assert caplog.messages[1].startswith("Quest: token_budget 32 is less than 1/16 of 1024 positions")
     assert {name for name, *_ in caplog.record_tuples} == {"an engine"}
+
+
+def test_a_worker_says_by_what_it_chooses_where_that_is_not_the_default(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    make_planner(metadata="moments", moments_coefficient=0.5)
+    assert " in 2 of 4 layers, chosen by Moments(coefficient=0.5); backend torch, " in caplog.messages[0]
 
 
 @pytest.mark.parametrize("changes", [{"sparse_layers": ()}, {"budget": 1024}])

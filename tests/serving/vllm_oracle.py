@@ -1,7 +1,7 @@
 """The oracle inside a vLLM worker: every Quest call of every layer and step is checked where it happens.
 
 A server's keys and values are kept a second time, by slot, as they come: vLLM's CPU cache has formats of its own. Each
-call's bounds, selection and output are then held to `ops.reference` over that copy. Workers get this over vLLM's
+call's page metadata, selection and output are then held to `ops.reference` over that copy. Workers get this over vLLM's
 `collective_rpc`, so that it is there in other processes too.
 """
 
@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quest_attention.forms import form_of
 from quest_attention.ops import Selection, reference
-from quest_attention.pages import KEY_MAX, KEY_MIN, PagedKV
+from quest_attention.pages import PagedKV
 from quest_attention.vllm.step import QuestStep
 from quest_attention.vllm.worker import QuestWorkerExtension
+from right_metadata import is_right
 
 _FLOAT32_SUM = 1e-4
 """How far two float32 sums of 128 products of unit size lie apart at most: scores closer than this may swap places."""
@@ -60,15 +62,15 @@ class Oracle:
         yardstick: Tensor | None,
         scale: float,
     ) -> None:
-        """One call: bounds of every page, the pages that were chosen, the output.
+        """One call: what is kept of every page, the pages that were chosen, the output.
 
         That may be twice as far from float64 as PyTorch's attention in the same dtype, or as `yardstick`: vLLM's kernel
         over the same tokens in a cache of their own, which on a CPU is less exact than PyTorch's.
         """
-        kv = PagedKV(*self._copies[layer], metadata, step.block_table)
+        kv = PagedKV(*self._copies[layer], metadata, step.block_table, form=form_of(step.config))
         lengths, config = step.seq_lens.tolist(), step.config
         self.seen["calls"] += 1
-        self._check_bounds(layer, kv, lengths)
+        self._check_metadata(layer, kv, lengths)
         scores = reference.score_pages(query, kv, lengths, group_reduction=config.group_reduction)
         chosen = [[[page for page in head if page >= 0] for head in row] for row in selected.pages.tolist()]
         expected = reference.select_pages(
@@ -120,18 +122,19 @@ class Oracle:
         CPUAttentionBackendImpl.forward(impl, layer, grouped, None, None, cache, metadata, output)
         return output.view(query.shape)
 
-    def _check_bounds(self, layer: str, kv: PagedKV, lengths: list[int]) -> None:
-        """No key of a live page outside its bounds; and whether they are as narrow as can be."""
+    def _check_metadata(self, layer: str, kv: PagedKV, lengths: list[int]) -> None:
+        """What is kept of live pages is right; and whether bounds are as narrow as can be."""
         for b, length in enumerate(lengths):
-            for page in range(-(-length // kv.page_size)):
-                physical = int(kv.page_table[b, page])
-                keys = kv.keys[physical, : length - page * kv.page_size]  # [T, H, D]
-                bounds = kv.metadata[physical].to(keys.dtype)  # [H, 2, D]
-                self.seen["pages"] += 1
-                if not ((keys <= bounds[:, KEY_MAX]) & (keys >= bounds[:, KEY_MIN])).all():
-                    self._fail(f"{layer}, row {b}, page {page}: a key is outside the bounds, or nobody wrote one")
-                exact = torch.equal(keys.amax(0), bounds[:, KEY_MAX]) and torch.equal(keys.amin(0), bounds[:, KEY_MIN])
-                self.seen["pages with exact bounds"] += exact
+            table = kv.page_table[b, : -(-length // kv.page_size)].long()
+            keys, kept = kv.keys[table], kv.metadata[table]
+            self.seen["pages"] += len(table)
+            for page in (~is_right(kv.form, kept, keys, length)).nonzero().flatten().tolist():
+                self._fail(f"{layer}, row {b}, page {page}: not the {kv.form.name} of its keys, or nobody wrote one")
+            if kv.form.is_bound:
+                for page, bounds in enumerate(kept.to(keys.dtype)):  # [H, 2, D]
+                    own = keys[page, : length - page * kv.page_size]  # [T, H, D]
+                    narrowest = torch.stack([own.amax(0), own.amin(0)], 1)
+                    self.seen["pages with exact bounds"] += torch.equal(narrowest, bounds)
 
     @staticmethod
     def _plain_error(

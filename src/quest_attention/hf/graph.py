@@ -198,6 +198,8 @@ class _CapturedStep:
         finally:
             for layer in layers:
                 layer.captured_lengths = None
+                if layer.storage is not None:
+                    layer.storage.cut(length)  # a form that is no bound must not take in the token of each run
         self.outputs[CACHE] = None  # the graph must not keep the cache alive
 
     def fits(self, cache: QuestCache, inputs: dict[str, Tensor], weights: StorageWeakRef | None) -> bool:

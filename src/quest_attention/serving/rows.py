@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quest_attention.config import QuestConfig
+from quest_attention.forms import form_of
 from quest_attention.ops import resolve_backend
 from quest_attention.pages import num_pages
 from quest_attention.serving.counters import StepCounters
@@ -67,6 +68,7 @@ class RowPlanner:
         self.counters = StepCounters(config, device, label, log_interval, logger.info)
         pages = f"{config.page_budget} of up to {num_pages(max_length, config.page_size)} pages"
         read = f"{pages} of {config.page_size} tokens in {len(sparse_layers)} of {num_layers} layers"
+        read += "" if config.metadata == "bounds" else f", chosen by {form_of(config)}"
         chosen = resolve_backend(config.backend, device)
         backend = f"backend {chosen.name}, {chosen.reason}"
         logger.info("Quest, %s: decode rows past %d tokens read %s; %s.", label, budget, read, backend)

@@ -1,8 +1,8 @@
-"""Where the bounds of a page lie: inside vLLM's block, behind its keys and values.
+"""Where the metadata of a page lies: inside vLLM's block, behind its keys and values.
 
 So vLLM's memory planning pays for them, and they go where the block goes: prefix cache, reuse, preemption. A block of
-`N` tokens, `H` KV heads and `D` channels gets room for one token more per head, `2 D` numbers, which hold the largest
-and the smallest key per channel. Of `B` blocks vLLM makes
+`N` tokens, `H` KV heads and `D` channels gets room for one token more per head, `2 D` numbers, two of each channel,
+which is what a form keeps (`quest_attention.forms`). Of `B` blocks vLLM makes
 
     0.25  [B, 2, N, H, D] on a GPU, [B, H, N, 2 D] on a CPU; the room is padding at the end of the block
     0.32  [B, H, N, 2 D]; the room is a row more, [B, H, N + 1, 2 D]
@@ -114,7 +114,7 @@ class PaddedBlocks:
         if kv_cache.stride(0) < taken + num_kv_heads * width:
             wanted = taken + num_kv_heads * width
             raise UnsupportedModelError(
-                f"KV cache: got blocks {kv_cache.stride(0)} apart, expected {wanted}, with bounds"
+                f"KV cache: got blocks {kv_cache.stride(0)} apart, expected {wanted}, with page metadata"
             )
         room = kv_cache.as_strided(
             (kv_cache.shape[0], num_kv_heads, width),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from quest_attention.errors import BackendError, QuestValueError, UnsupportedModelError
+from quest_attention.forms import form_of
 from quest_attention.ops import resolve_backend
 from quest_attention.serving.options import KEY, QuestOptions
 from quest_attention.vllm.options import read_options
@@ -42,7 +43,7 @@ def check_vllm_config(vllm_config: Any, platform: Any) -> None:
         found = "vLLM's own choice" if backend is None else backend
         raise QuestValueError("attention_backend", found, f"{BACKEND_NAME}, by which Quest runs where {KEY!r} is given")
     _check_device(options, vllm_config, platform)
-    _check_settings(vllm_config)
+    _check_settings(options, vllm_config)
     model = vllm_config.model_config
     if model is not None:
         _check_model(model)
@@ -130,7 +131,7 @@ def _check_cache_dtype(kv_cache_dtype: str) -> None:
         raise QuestValueError("kv_cache_dtype", kv_cache_dtype, f"{_PLAIN_CACHE!r}: {reason}")
 
 
-def _check_settings(vllm_config: Any) -> None:
+def _check_settings(options: QuestOptions, vllm_config: Any) -> None:
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
     if cache is not None:
         _check_cache_dtype(cache.cache_dtype)
@@ -148,6 +149,9 @@ def _check_settings(vllm_config: Any) -> None:
             raise QuestValueError(name, True, "False: two batches at once would share scratch memory")
     check_transfer(vllm_config.kv_transfer_config)
     speculation = vllm_config.speculative_config
+    if speculation is not None and not form_of(options.config(1)).is_bound:
+        reason = f"none with {KEY}.metadata moments: tokens taken back would stay in those of their page"
+        raise QuestValueError("speculative_config.method", speculation.method, reason)
     if speculation is not None and speculation.method not in _DRAFT_FREE:
         names = ", ".join(_DRAFT_FREE)
         raise QuestValueError(
