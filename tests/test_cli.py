@@ -188,6 +188,15 @@ def test_json_says_that_quest_ran_and_what_it_read(quest: Cli, model_folder: str
     assert 0 < report["counters"]["share_read"] < 1
 
 
+def test_moments_are_asked_for_by_name(quest: Cli, model_folder: str) -> None:
+    given = ("generate", "-m", model_folder, "-b", "64", "-n", "5", "--json")
+    options = ("--metadata", "moments", "--moments-coefficient", "0.5")
+    report = json.loads(quest(*given, *options, stdin=SOUTH.text()[:2000].encode()).out)
+    found = {name: report["quest"][name] for name in ("metadata", "moments_coefficient", "num_sink_pages")}
+    assert found == {"metadata": "moments", "moments_coefficient": 0.5, "num_sink_pages": 1}
+    assert report["counters"]["sparse_steps"] == 4
+
+
 def test_the_summary_tells_the_share_of_the_layers_with_quest(quest: Cli, model_folder: str, tmp_path: Path) -> None:
     file = tmp_path / "prompt.txt"
     file.write_text(SOUTH.text()[:2000], encoding="utf-8")
@@ -306,6 +315,15 @@ def test_a_prompt_longer_than_the_positions_of_the_model(quest: Cli, model_folde
         (["-b", "abc"], "-b: got 'abc', expected a valid integer"),
         (["--page-size", "0"], "--page-size: got 0, expected a positive integer"),
         (["--dense-layers", "-1"], "--dense-layers: got -1, expected a non-negative integer"),
+        (["--metadata", "mean"], "--metadata: got 'mean', expected one of bounds, moments"),
+        (["--moments-coefficient=-1"], "--moments-coefficient: got -1.0, expected a number of at least 0"),
+        (["--moments-coefficient", "nan"], "--moments-coefficient: got nan, expected a number of at least 0"),
+        (["--moments-coefficient", "half"], "--moments-coefficient: got 'half', expected a valid "),
+        (
+            ["--metadata", "moments", "--metadata-dtype", "fp8"],
+            "--metadata-dtype: got 'fp8', expected kv for moments: fp8 is for bounds",
+        ),
+        (["--metadata", "moments", "-b", "16"], "--token-budget: got 16, expected at least 32: 2 forced pages of 16"),
         (["--group-reduction", "sum"], "--group-reduction: got 'sum', expected one of max, mean"),
         (["--backend", "cuda"], "--backend: got 'cuda', expected one of auto, torch, triton, reference"),
         (["--max-new-tokens", "0"], "--max-new-tokens: got 0, expected a positive integer"),
@@ -362,6 +380,18 @@ def test_wrong_options(quest: Cli, model_folder: str, arguments: list[str], line
         (
             ["--method", "quest:page_size=0"],
             "--method: got 'quest:page_size=0', expected another page_size: a positive",
+        ),
+        (
+            ["--method", "quest:metadata=mean"],
+            "--method: got 'quest:metadata=mean', expected another metadata: one of bounds, moments, not 'mean'",
+        ),
+        (
+            ["--method", "quest:metadata=moments,moments_coefficient=half"],
+            "--method: got 'quest:metadata=moments,moments_coefficient=half', expected another moments_coefficient: ",
+        ),
+        (
+            ["--method", "quest:metadata=moments,metadata_dtype=fp8"],
+            "--method: got 'quest:metadata=moments,metadata_dtype=fp8', expected another metadata_dtype: kv for",
         ),
         (["--method", "quest:"], "--method: got 'quest:', expected option=value behind the colon"),
         (["--method", ""], "--method: got 'nothing', expected at least one"),
@@ -663,6 +693,17 @@ def test_eval_says_how_much_there_is_to_do(quest: Cli, model_folder: str, tmp_pa
     assert quest(*given, "-n", "3").err == f"quest: all 9 answers are in {tmp_path / 'run'} already\n"
     assert quest(*given, "-n", "4", "-q") == Result(0, "", "")
     assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 12
+
+
+def test_a_method_with_moments_is_a_row_of_the_tables(quest: Cli, model_folder: str, tmp_path: Path) -> None:
+    name, folder = "quest:metadata=moments,moments_coefficient=0.5", tmp_path / "run"
+    given = ("eval", "passkey", "-m", model_folder, "-o", str(folder), "-l", "512", "-b", "64", "-n", "1", "-q")
+    assert quest(*given, "--method", f"full,quest,{name}").code == 0
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [row["method"] for row in rows] == ["full", "quest", name]
+    shown = quest("report", str(folder))
+    assert shown.code == 0
+    assert any(name in file.read_text(encoding="utf-8") for file in folder.rglob("*.html"))
 
 
 def test_the_time_left_is_said_once_and_only_where_it_matters() -> None:

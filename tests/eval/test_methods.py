@@ -291,6 +291,8 @@ def test_a_context_that_nobody_observed(model: LlamaForCausalLM) -> None:
         ("quest:page_sise=4", "did you mean page_size"),
         ("quest:page_size", "option=value"),
         ("quest:token_budget=4", "an option of its own"),
+        ("quest:metadata=mean", "another metadata: one of bounds, moments, not 'mean'"),
+        ("quest:metadata=moments,moments_coefficient=-0.5", "another moments_coefficient: a number of at least 0"),
     ],
 )
 def test_wrong_methods(spec: str, message: str) -> None:
@@ -308,6 +310,17 @@ def test_options_of_quest() -> None:
     used = method("quest:page_size=8,num_sink_pages=1", 64)
     assert isinstance(used, Quest)
     assert (used.config.page_size, used.config.num_sink_pages, used.config.token_budget) == (8, 1, 64)
+
+
+def test_moments_as_options_of_quest(model: LlamaForCausalLM) -> None:
+    used = method("quest:metadata=moments,moments_coefficient=0.5", 16)
+    assert isinstance(used, Quest)
+    assert (used.config.metadata, used.config.moments_coefficient, used.config.num_sink_pages) == ("moments", 0.5, 1)
+    _, session = answer(model, used)
+    for reads in session.reads()[DENSE:]:
+        assert reads.is_sparse and reads.tokens_read == 16 * reads.steps
+    everything = method("quest:metadata=moments", 4 * CONTEXT)
+    assert answer(model, everything)[0] == answer(model, Full())[0]
 
 
 def test_the_token_oracle_against_loops(model: LlamaForCausalLM) -> None:
