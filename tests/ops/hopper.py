@@ -41,8 +41,6 @@ class NoGpu:
 def compile_only(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Stands in for `launch`."""
     compiled = kernel.warmup(*arguments, grid=grid, **options, **FUSED_ARITHMETIC)
-    if "FORM" in options:  # else a changed form would not be compiled anew
-        assert hasattr(compiled.src.constants[kernel.arg_names.index("FORM"),], "cache_key")
     print(kernel.fn.__name__, len(compiled.asm["cubin"]), flush=True)
 
 
@@ -101,6 +99,8 @@ def run_all(
 def main() -> None:
     """Compile what differs in kind: dtypes, heads, caches, forms of metadata, lengths on host and device, sections."""
     driver.set_active(NoGpu())
+    # As vLLM sets one: whoever does has Triton write the constants of a kernel as JSON, which holds no function.
+    triton.knobs.runtime.jit_post_compile_hook = lambda **_: None
     for module in (attention, counts, decode, masks, metadata, scores, choice, received):
         module.launch = compile_only  # type: ignore[attr-defined]
     run_all(torch.bfloat16, 1, narrow=False, host=False, pages=256, budget=512)

@@ -21,7 +21,6 @@ def score_bounds(
     h,
     physical,  # [BLOCK_P]
     is_live,  # [BLOCK_P]
-    COEFFICIENT: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
     """The largest logit that the keys of each page can give to each query head.

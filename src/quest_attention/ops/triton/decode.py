@@ -32,7 +32,7 @@ from quest_attention.ops.triton.arguments import (
 )
 from quest_attention.ops.triton.attention import attend_slots
 from quest_attention.ops.triton.choice import DEAD, choose_pages, load_best, rank_scores, store_best, store_chosen
-from quest_attention.ops.triton.forms import kernels_of
+from quest_attention.ops.triton.forms import kernel_form
 from quest_attention.ops.triton.launch import check_kernel_dtype, launch
 from quest_attention.ops.triton.merge import merge_splits, store_partial
 from quest_attention.ops.triton.scores import score_row
@@ -71,7 +71,7 @@ def quest_decode(step: Step) -> tuple[Tensor, Selection] | None:
         output, float(step.scale), None if softcap is None else float(softcap), kv.max_pages, heads, rows, slots,
         config.token_budget, config.num_sink_pages, max(1, config.num_recent_pages),
         sections, tuning.score_splits, tuning.splits, triton.cdiv(slots, tuning.splits),
-        FORM=kernels_of(kv.form), IS_MAX=config.group_reduction == "max",
+        FORM=kernel_form(kv.form), IS_MAX=config.group_reduction == "max",
         SHAPE=shape_of(kv.page_size, group, kv.head_dim, width),
         BLOCKS=_Blocks(
             scored=tuning.block_p,

@@ -19,7 +19,7 @@ from quest_attention.ops.triton.arguments import (
     values_argument,
 )
 from quest_attention.ops.triton.arithmetic import round_to, widen
-from quest_attention.ops.triton.forms import kernels_of
+from quest_attention.ops.triton.forms import kernel_form, take_form
 from quest_attention.ops.triton.launch import check_kernel_dtype, launch
 from quest_attention.pages import PagedKV, num_pages
 
@@ -45,7 +45,7 @@ def update_page_metadata(kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Te
         _update_kernel, (triton.cdiv(touched, pages) * kv.num_kv_heads * kv.batch_size,),
         keys_argument(kv), metadata_argument(kv.metadata), table, table.stride(0), lengths_argument(seq_lens),
         lengths_argument(num_new_tokens), kv.num_kv_heads, triton.cdiv(touched, pages),
-        FORM=kernels_of(kv.form), SHAPE=_shape_of(kv), PAGES=pages, num_warps=4,
+        FORM=kernel_form(kv.form), SHAPE=_shape_of(kv), PAGES=pages, num_warps=4,
     )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: Tensor) ->
         _append_kernel, (kv.batch_size * kv.num_kv_heads,),
         by_head(keys), by_head(values), keys_argument(kv), values_argument(kv),
         metadata_argument(kv.metadata), table, table.stride(0), side_by_side(seq_lens), kv.num_kv_heads,
-        FORM=kernels_of(kv.form), SHAPE=_shape_of(kv), num_warps=1,
+        FORM=kernel_form(kv.form), SHAPE=_shape_of(kv), num_warps=1,
     )  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def _launch_slots(
         by_head(keys), None if values is None else by_head(values), None if kv is None else keys_argument(kv),
         None if kv is None else values_argument(kv), metadata_argument(metadata), side_by_side(slots),
         slots.shape[0], heads,
-        FORM=kernels_of(form), SHAPE=shape,
+        FORM=kernel_form(form), SHAPE=shape,
         num_warps=max(1, min(8, shape.block_page * shape.block_d // _KEYS_PER_WARP)),
     )  # fmt: skip
 
@@ -125,7 +125,7 @@ def _take(keys, metadata, page, h, is_fresh, before, FORM: tl.constexpr, SHAPE: 
     """Take the fresh among some keys into the metadata of their page and head."""
     channel = tl.arange(0, SHAPE.block_d)
     at = metadata.base + page * metadata.page + h * metadata.head + channel
-    FORM.take(at, metadata.side, widen(keys, tl.float32), is_fresh, before, channel < SHAPE.head_dim)
+    take_form(at, metadata.side, widen(keys, tl.float32), is_fresh, before, channel < SHAPE.head_dim, FORM)
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_kv_heads"])

@@ -17,7 +17,7 @@ from quest_attention.ops.triton.arguments import (
     shape_of,
     side_by_side,
 )
-from quest_attention.ops.triton.forms import kernels_of
+from quest_attention.ops.triton.forms import kernel_form, score_form
 from quest_attention.ops.triton.launch import check_kernel_dtype, launch
 from quest_attention.ops.triton.masks import load_seen
 from quest_attention.ops.triton.tuning import scored_block, scoring_programs
@@ -41,7 +41,7 @@ def score_pages(step: Step, out: Tensor | None = None) -> Tensor:
         by_head(query), scored_metadata_argument(kv), table, table.stride(0), lengths_argument(step.seq_lens),
         mask, 0 if mask is None else mask.stride(0), 0 if mask is None else mask.shape[1], by_head(scores),
         kv.max_pages, heads, splits,
-        FORM=kernels_of(kv.form), IS_MAX=step.config.group_reduction == "max",
+        FORM=kernel_form(kv.form), IS_MAX=step.config.group_reduction == "max",
         SHAPE=shape_of(kv.page_size, group, kv.head_dim, kv.values.shape[-1]), BLOCK_P=block, STAGES=stages,
         num_warps=4,
     )  # fmt: skip
@@ -60,7 +60,7 @@ def score_row(
     SHAPE: tl.constexpr,
 ):
     """Scores `[BLOCK_P]` of some pages of one row; what is not live gives nothing to rely on."""
-    score = FORM.score(q, metadata, h, physical, is_live, FORM.coefficient, SHAPE)
+    score = score_form(q, metadata, h, physical, is_live, FORM, SHAPE)
     if metadata.scale is not None:
         score = score * tl.load(metadata.scale + h * metadata.scale_head)
     # A page with a key that is not finite ranks first, so that it is read and shows as in dense attention.
