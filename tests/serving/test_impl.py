@@ -13,6 +13,7 @@ from torch import Tensor
 pytest.importorskip("vllm", reason="runs with make test-vllm, which installs vLLM")
 
 from quest_attention import QuestValueError
+from quest_attention.forms import Bounds
 from quest_attention.ops import Selection
 from quest_attention.serving.options import QuestOptions
 
@@ -38,8 +39,8 @@ class Attends(QuestCPUImpl):
         self.ran: list[str] = []
 
     def open(self, kv_cache: Tensor) -> OpenCache:
-        parts = SimpleNamespace(stock=kv_cache, keys=torch.zeros(3, TOKENS, HEADS, DIM), metadata=kv_cache)
-        return OpenCache(0, parts, None)  # type: ignore[arg-type]
+        paged = SimpleNamespace(metadata=kv_cache, page_size=TOKENS, form=Bounds())
+        return OpenCache(0, SimpleNamespace(stock=kv_cache), paged)  # type: ignore[arg-type]
 
     def attend(self, *_: Any) -> Selection:
         self.ran.append("quest")
