@@ -146,17 +146,10 @@ def _append_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_kv_heads"])
 def _slot_kernel(
-    new_keys,
-    new_values,  # None, as are `keys` and `values`, where another writes K and V
-    keys,
-    values,
-    metadata,
-    slots,
-    num_tokens,
-    num_kv_heads,
-    FORM: tl.constexpr,
-    SHAPE: tl.constexpr,
-):
+    new_keys, new_values, keys, values, metadata, slots, num_tokens, num_kv_heads,
+    FORM: tl.constexpr, SHAPE: tl.constexpr,
+):  # fmt: skip
+    # Keys and values are None where another writes them.
     token = tl.program_id(0) // num_kv_heads
     h = (tl.program_id(0) % num_kv_heads).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)

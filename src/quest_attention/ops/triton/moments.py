@@ -11,16 +11,8 @@ __all__ = ["score_moments", "take_moments"]
 
 
 @triton.jit
-def score_moments(
-    q,  # [BLOCK_G, BLOCK_D]
-    metadata,
-    h,
-    physical,  # [BLOCK_P]
-    is_live,  # [BLOCK_P]
-    COEFFICIENT: tl.constexpr,
-    SHAPE: tl.constexpr,
-):
-    """`q . mean + COEFFICIENT * |q| . deviation` of each page for each query head."""
+def score_moments(q, metadata, h, physical, is_live, COEFFICIENT: tl.constexpr, SHAPE: tl.constexpr):
+    """`q . mean + COEFFICIENT * |q| . deviation` of each page for each query head; see `score_bounds`."""
     channel = tl.arange(0, SHAPE.block_d)
     at = metadata.base + h * metadata.head + physical.to(tl.int64)[:, None] * metadata.page + channel[None, :]
     inside = is_live[:, None] & (channel < SHAPE.head_dim)[None, :]

@@ -50,16 +50,9 @@ def score_pages(step: Step, out: Tensor | None = None) -> Tensor:
 
 @triton.jit
 def score_row(
-    q,  # [BLOCK_G, BLOCK_D]
-    metadata,
-    h,
-    physical,  # [BLOCK_P] pages; what stands where nothing is live is not used
-    is_live,
-    FORM: tl.constexpr,
-    IS_MAX: tl.constexpr,
-    SHAPE: tl.constexpr,
-):
-    """Scores `[BLOCK_P]` of some pages of one row; what is not live gives nothing to rely on."""
+    q, metadata, h, physical, is_live, FORM: tl.constexpr, IS_MAX: tl.constexpr, SHAPE: tl.constexpr
+):  # fmt: skip
+    """Scores `[BLOCK_P]` of some pages of one row; where none is live, what stands there is not to be relied on."""
     score = score_form(q, metadata, h, physical, is_live, FORM, SHAPE)
     if metadata.scale is not None:
         score = score * tl.load(metadata.scale + h * metadata.scale_head)
