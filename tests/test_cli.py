@@ -316,8 +316,8 @@ def test_a_prompt_longer_than_the_positions_of_the_model(quest: Cli, model_folde
         (["--page-size", "0"], "--page-size: got 0, expected a positive integer"),
         (["--dense-layers", "-1"], "--dense-layers: got -1, expected a non-negative integer"),
         (["--metadata", "mean"], "--metadata: got 'mean', expected one of bounds, moments"),
-        (["--moments-coefficient=-1"], "--moments-coefficient: got -1.0, expected a number of at least 0"),
-        (["--moments-coefficient", "nan"], "--moments-coefficient: got nan, expected a number of at least 0"),
+        (["--moments-coefficient=-1"], "--moments-coefficient: got -1.0, expected a number from 0 to 100"),
+        (["--moments-coefficient", "nan"], "--moments-coefficient: got nan, expected a number from 0 to 100"),
         (["--moments-coefficient", "half"], "--moments-coefficient: got 'half', expected a valid "),
         (
             ["--metadata", "moments", "--metadata-dtype", "fp8"],

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, cast, get_args
 
 from quest_attention.errors import QuestValueError
 
-__all__ = ["Backend", "GroupReduction", "Metadata", "MetadataDtype", "QuestConfig", "check_integer"]
+__all__ = [
+    "Backend",
+    "GroupReduction",
+    "Metadata",
+    "MetadataDtype",
+    "QuestConfig",
+    "check_coefficient",
+    "check_integer",
+]
 
 GroupReduction = Literal["max", "mean"]
 Metadata = Literal["bounds", "moments"]
 MetadataDtype = Literal["kv", "fp8"]
 Backend = Literal["auto", "torch", "triton", "reference"]
+_MOST_DEVIATIONS = 100
+"""Of `moments_coefficient`: a page of 16 keys has none more than four from their mean."""
 _SINK_PAGES: dict[Metadata, int] = {"bounds": 0, "moments": 1}
 """First pages that a form wants read always: moments rank the one with the attention sink too low."""
 
@@ -34,7 +43,7 @@ class QuestConfig:
         num_dense_layers: Leading full-attention layers that always read the whole cache, counted by their rank among
             such layers: those with a window or a state are not counted [layers].
         num_sink_pages: First pages of a sequence that are always read; None is what the metadata wants, 1 for moments
-            and 0 for bounds, and is replaced by it when the config is made [pages].
+            and 0 for bounds, and is replaced by it when the config is made: `replace` then keeps that [pages].
         num_recent_pages: Last pages of a sequence that are always read, the page being written included [pages].
             The page being written is read even when this is 0.
         group_reduction: How the scores of the query heads that share a KV head become one score: `"max"` or `"mean"`.
@@ -80,9 +89,7 @@ class QuestConfig:
         _check_choice("metadata_dtype", self.metadata_dtype, get_args(MetadataDtype))
         if self.metadata != "bounds" and self.metadata_dtype != "kv":
             raise QuestValueError("metadata_dtype", self.metadata_dtype, f"kv for {self.metadata}: fp8 is for bounds")
-        coefficient: object = self.moments_coefficient
-        if not isinstance(coefficient, int | float) or isinstance(coefficient, bool) or not 0 <= coefficient < math.inf:
-            raise QuestValueError("moments_coefficient", coefficient, "a number of at least 0")
+        check_coefficient("moments_coefficient", self.moments_coefficient)
         _check_choice("backend", self.backend, get_args(Backend))
         if self.page_budget < self.num_forced_pages:
             needed = self.num_forced_pages * self.page_size
@@ -141,6 +148,16 @@ def check_integer(name: str, value: object, minimum: int) -> None:
     kind = "a positive integer" if minimum == 1 else "a non-negative integer"
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise QuestValueError(name, value, kind)
+
+
+def check_coefficient(name: str, value: object) -> None:
+    """Refuse what is no number of standard deviations that keeps scores finite.
+
+    Raises:
+        QuestValueError: It is not.
+    """
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= _MOST_DEVIATIONS:
+        raise QuestValueError(name, value, f"a number from 0 to {_MOST_DEVIATIONS}")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -76,14 +76,15 @@ class PagedKV:
             scales, float8_e4m3fn.
         values: `[N, page_size, HKV, DV]`, else as `keys`.
         metadata: `[N, HKV, *form.shape]`, of the keys as they are stored, in one of the dtypes that the form has beside
-            theirs: `[N, HKV, 2, D]` in the dtype of the keys for bounds and moments, or float8_e4m3fn for bounds.
+            theirs: `[N, HKV, 2, D]` in the dtype of the keys, for bounds also in float8_e4m3fn, for moments of keys in
+            8 bits in bfloat16.
         page_table: `[B, P]` int32, any strides, the physical page of each logical page. Entries past a sequence's end
             may hold anything.
         contiguous: The tensors behind `keys`, `values` and `metadata` when they are one contiguous cache, else None;
             None too for another page table over such a cache.
         form: What the metadata is.
-        key_scale: Of keys in float8_e4m3fn, else None: `[1]` or `[HKV]` float32, above 0. A key is what is stored times
-            its scale, and what the metadata says of keys is in units of what is stored.
+        key_scale: Of keys in float8_e4m3fn, else None: `[1]` or `[HKV]` float32, above 0, which is checked on a CPU. A
+            key is what is stored times its scale; what the metadata says of keys is in units of what is stored.
         value_scale: Likewise of values.
 
     Raises:
@@ -215,6 +216,8 @@ def _check_dims(name: str, tensor: Tensor, layout: str) -> None:
 
 def check_metadata(metadata: Tensor, keys: Tensor, pages: tuple[int, ...], form: MetadataForm, page_size: int) -> None:
     """What a form keeps of `pages` pages of keys `[..., D]`."""
+    if isinstance(form, str | type):
+        raise QuestValueError("form", form, "a form, such as Moments(1.0) or what form_of gives for a config")
     check_like("metadata", metadata, (*pages, *form.shape(page_size, keys.shape[-1])), keys, "keys", check_dtype=False)
     dtypes = form.dtypes(keys.dtype)
     if metadata.dtype not in dtypes:
@@ -224,6 +227,8 @@ def check_metadata(metadata: Tensor, keys: Tensor, pages: tuple[int, ...], form:
 
 def _check_scale(name: str, scale: Tensor | None, keys: Tensor) -> None:
     """One scale, or one a head, where keys and values are quantised."""
+    if scale is not None and not isinstance(scale, Tensor):
+        raise QuestValueError(name, scale, "a tensor, [1] or [HKV] torch.float32, or None")
     if keys.dtype != FP8:
         if scale is not None:
             raise QuestValueError(name, list(scale.shape), f"None: a cache in {keys.dtype} has no scales")
@@ -234,8 +239,8 @@ def _check_scale(name: str, scale: Tensor | None, keys: Tensor) -> None:
         raise QuestValueError(name, got, f"[1] or [{heads}] torch.float32 for a cache in {keys.dtype}")
     if scale.device != keys.device:
         raise QuestValueError(f"{name}.device", str(scale.device), f"{keys.device}, as keys")
-    if scale.device.type == "cpu" and not bool((scale > 0).all()):
-        raise QuestValueError(name, scale.tolist(), "numbers above 0")
+    if scale.device.type == "cpu" and not bool(((scale > 0) & scale.isfinite()).all()):
+        raise QuestValueError(name, scale.tolist(), "finite numbers above 0")
 
 
 def check_like(

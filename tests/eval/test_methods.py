@@ -292,7 +292,7 @@ def test_a_context_that_nobody_observed(model: LlamaForCausalLM) -> None:
         ("quest:page_size", "option=value"),
         ("quest:token_budget=4", "an option of its own"),
         ("quest:metadata=mean", "another metadata: one of bounds, moments, not 'mean'"),
-        ("quest:metadata=moments,moments_coefficient=-0.5", "another moments_coefficient: a number of at least 0"),
+        ("quest:metadata=moments,moments_coefficient=-0.5", "another moments_coefficient: a number from 0 to 100"),
     ],
 )
 def test_wrong_methods(spec: str, message: str) -> None:

@@ -17,7 +17,8 @@ from quest_attention.forms import DEVIATION, FP8, MEAN, Bounds, MetadataForm, Mo
 from quest_attention.ops import append_slots, append_token, reference, update_slot_metadata
 from quest_attention.pages import PagedKV, num_pages
 
-FORMS = (Bounds(), Moments(1.0), Moments(0.5))
+KINDS = (Bounds(), Moments(1.0))
+FORMS = (*KINDS, Moments(0.5))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDE = torch.finfo(torch.float32).eps
 
@@ -44,7 +45,7 @@ def assert_kept(ours: PagedKV, exact: PagedKV) -> None:
     assert bool(is_like.all()), f"off by up to {(stored - expected)[~is_like].abs().max():.3g}"
 
 
-@pytest.mark.parametrize("form", FORMS[:2], ids=str)
+@pytest.mark.parametrize("form", KINDS, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
@@ -64,7 +65,7 @@ def test_chunks_are_taken_as_by_the_oracle(
     assert before.tolist() == exact.lengths
 
 
-@pytest.mark.parametrize("form", FORMS[:2], ids=str)
+@pytest.mark.parametrize("form", KINDS, ids=str)
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 @pytest.mark.parametrize("start", [0, 3, 8])
 def test_a_contiguous_cache_of_equal_lengths(form: MetadataForm, backend: Backend, start: int) -> None:
@@ -78,7 +79,7 @@ def test_a_contiguous_cache_of_equal_lengths(form: MetadataForm, backend: Backen
         start = end
 
 
-@pytest.mark.parametrize("form", FORMS[:2], ids=str)
+@pytest.mark.parametrize("form", KINDS, ids=str)
 @pytest.mark.parametrize("layout", ["nhd", "hnd"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
@@ -190,7 +191,7 @@ def test_a_page_starts_anew_whoever_used_it(form: MetadataForm, backend: Backend
 def test_a_configs_form_is_the_caches() -> None:
     cache = make_cache([70], form=Moments(0.5))
     query = query_for(cache, 1)
-    with pytest.raises(QuestValueError, match=r"config\.metadata: got Bounds\(\), expected Moments\(.*=0\.5\)"):
+    with pytest.raises(QuestValueError, match=r"config\.metadata: got 'bounds', expected moments, as the cache"):
         quest_decode(query, cache.kv, cache.seq_lens, QuestConfig(32, 8))
     with pytest.raises(QuestValueError, match=r"config\.metadata: got Moments\(coefficient=1"):
         quest_decode(query, cache.kv, cache.seq_lens, QuestConfig(32, 8, metadata="moments"))
@@ -220,6 +221,24 @@ def test_what_a_config_asks_of_a_form() -> None:
     for bad in (-1, float("nan"), float("inf"), True, "1"):
         with pytest.raises(QuestValueError, match="moments_coefficient"):
             QuestConfig.from_dict({"moments_coefficient": bad})
+
+
+def test_forms_of_the_users_own_are_named() -> None:
+    kv = make_cache([10]).kv
+    for form in ("moments", Moments):
+        with pytest.raises(QuestValueError, match=r"form: got .*, expected a form, such as"):
+            replace(kv, form=form)
+    for bad in ("x", -1.0, float("nan"), 1e38, 10**400):
+        with pytest.raises(QuestValueError, match=r"coefficient: got .*, expected a number from 0 to 100"):
+            Moments(bad)
+    pytest.importorskip("triton", reason="Triton is for Linux")
+    from quest_attention.ops.triton.forms import kernel_form  # noqa: PLC0415 - needs triton
+
+    class Mean(Bounds):
+        name = "mean"
+
+    with pytest.raises(QuestValueError, match="form: got 'mean', expected bounds or moments for the Triton kernels"):
+        kernel_form(Mean())
 
 
 def test_caches_of_one_form_are_alike() -> None:

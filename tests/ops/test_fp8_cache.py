@@ -136,8 +136,8 @@ def test_what_is_refused() -> None:
     for scale in (None, torch.ones(3), torch.ones(1, dtype=torch.float64), torch.ones(1, 1)):
         with pytest.raises(QuestValueError, match=r"key_scale: got .* expected \[1\] or \[2\] torch.float32"):
             replace(kv, key_scale=scale)
-    for scale in (torch.zeros(1), torch.tensor([1.0, float("nan")])):
-        with pytest.raises(QuestValueError, match=r"value_scale: got .*, expected numbers above 0"):
+    for scale in (torch.zeros(1), torch.tensor([1.0, float("nan")]), torch.tensor([float("inf")])):
+        with pytest.raises(QuestValueError, match=r"value_scale: got .*, expected finite numbers above 0"):
             replace(kv, value_scale=scale)
     with pytest.raises(
         QuestValueError, match=r"value_scale: got .*, expected None: a cache in torch\.float32 has no scales"
@@ -150,5 +150,7 @@ def test_what_is_refused() -> None:
             quest_decode(query, kv, lengths, config)
         with pytest.raises(QuestValueError, match=r"keys\.dtype"):
             append_token(kv, query, torch.zeros(1, 2, 16), lengths)
+    with pytest.raises(QuestValueError, match=r"key_scale: got 0\.3, expected a tensor"):
+        replace(kv, key_scale=0.3)
     with pytest.raises(QuestValueError, match=r"metadata\.dtype"):
         replace(kv, metadata=kv.metadata.bfloat16())

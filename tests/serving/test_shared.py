@@ -47,7 +47,7 @@ def test_options_of_reading_and_of_serving() -> None:
             {"metadata": "moments", "metadata_dtype": "fp8"},
             r"^quest\.metadata_dtype: got 'fp8', expected kv for moments: fp8 is for bounds$",
         ),
-        ({"moments_coefficient": -0.5}, r"^quest\.moments_coefficient: got -0\.5, expected a number of at least 0"),
+        ({"moments_coefficient": -0.5}, r"^quest\.moments_coefficient: got -0\.5, expected a number from 0 to 100"),
         ({"moments_coeficient": 1}, "did you mean moments_coefficient"),
         ({"metadata": "moments", "token_budget": 1}, "token_budget: got 1, expected at least 2: 2 forced pages"),
     ],

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quest_attention.config import check_coefficient
 from quest_attention.forms.form import FP8, TwoVectors, as_numbers
 
 __all__ = ["DEVIATION", "MEAN", "Moments"]
@@ -31,6 +32,9 @@ class Moments(TwoVectors):
     """
 
     coefficient: float
+
+    def __post_init__(self) -> None:
+        check_coefficient("coefficient", self.coefficient)
 
     name = "moments"
     is_bound = False

@@ -420,7 +420,8 @@ def run_step(
         BackendError: The backend cannot run here.
     """
     if score is None and step.kv.form != (form := form_of(step.config)):
-        raise QuestValueError("config.metadata", form, f"{step.kv.form}, as the cache")
+        got, expected = (form.name, step.kv.form.name) if form.name != step.kv.form.name else (form, step.kv.form)
+        raise QuestValueError("config.metadata", got, f"{expected}, as the cache")
     backend = resolve_backend(step.config.backend, step.kv.keys.device, step.kv.keys.dtype)
     if backend.fused is not None and score is None and attend is None:
         done = backend.fused(step)

@@ -112,7 +112,8 @@ def _parse(spec: str, given: str) -> dict[str, Any]:
 
 def _value(text: str) -> int | float | str:
     """A number where it is one."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
+    if text.isdecimal():
+        return int(text)
+    with contextlib.suppress(ValueError):
+        return float(text)
     return text

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from quest_attention.forms import MetadataForm
+from quest_attention.errors import QuestValueError
+from quest_attention.forms import Bounds, MetadataForm, Moments
 from quest_attention.ops.triton.bounds import score_bounds, take_bounds
 from quest_attention.ops.triton.moments import score_moments, take_moments
 
@@ -33,7 +34,13 @@ class KernelForm(NamedTuple):
 
 @cache
 def kernel_form(form: MetadataForm) -> KernelForm:
-    """The constant that says a form."""
+    """The constant that says a form.
+
+    Raises:
+        QuestValueError: `score_form` and `take_form` have no branch for it.
+    """
+    if form.name not in (Bounds.name, Moments.name):
+        raise QuestValueError("form", form.name, f"{Bounds.name} or {Moments.name} for the Triton kernels")
     return KernelForm(form.name, float(form.coefficient))
 
 
