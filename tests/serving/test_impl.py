@@ -39,8 +39,9 @@ class Attends(QuestCPUImpl):
         self.ran: list[str] = []
 
     def open(self, kv_cache: Tensor) -> OpenCache:
-        paged = SimpleNamespace(metadata=kv_cache, page_size=TOKENS, form=Bounds())
-        return OpenCache(0, SimpleNamespace(stock=kv_cache), paged)  # type: ignore[arg-type]
+        parts: Any = SimpleNamespace(stock=kv_cache)
+        paged: Any = SimpleNamespace(metadata=kv_cache, page_size=TOKENS, form=Bounds())
+        return OpenCache(0, parts, paged)
 
     def attend(self, *_: Any) -> Selection:
         self.ran.append("quest")
