@@ -11,14 +11,7 @@ QuestWarning               Quest runs, but less of it than the caller may think 
 
 from __future__ import annotations
 
-__all__ = [
-    "BackendError",
-    "QuestError",
-    "QuestStateError",
-    "QuestValueError",
-    "QuestWarning",
-    "UnsupportedModelError",
-]
+__all__ = ["BackendError", "QuestError", "QuestStateError", "QuestValueError", "QuestWarning", "UnsupportedModelError"]
 
 
 class QuestError(Exception):

@@ -13,17 +13,9 @@ __all__ = ["in_8_bits", "make_caches"]
 
 
 def make_caches(
-    layers: int,
-    batch: int,
-    context: int,
-    num_kv_heads: int,
-    *,
-    capacity: int | None = None,
-    head_dim: int = 128,
-    page_size: int = 16,
-    dtype: torch.dtype = torch.bfloat16,
-    device: torch.device | str = "cuda",
-) -> tuple[list[PagedKV], Tensor]:
+    layers: int, batch: int, context: int, num_kv_heads: int, *, capacity: int | None = None, head_dim: int = 128,
+    page_size: int = 16, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cuda",
+) -> tuple[list[PagedKV], Tensor]:  # fmt: skip
     """Caches of NHD pages in random order, their bounds up to date, and the lengths of the sequences, int32 [batch].
 
     Args:

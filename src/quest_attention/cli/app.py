@@ -69,12 +69,11 @@ def integers(option: str, text: str) -> list[int]:
     Raises:
         QuestValueError: One is no positive integer, or there is none.
     """
-    if not split_list(text):
-        raise QuestValueError(option, text, "positive integers, parted by commas")
-    for part in split_list(text):
+    parts = split_list(text) or (text,)
+    for part in parts:
         if not part.isdecimal() or not int(part):
             raise QuestValueError(option, part, "positive integers, parted by commas")
-    return [int(part) for part in split_list(text)]
+    return [int(part) for part in parts]
 
 
 def _show_version(wanted: bool) -> None:
@@ -123,17 +122,9 @@ def demo(
     from quest_attention.cli.demo import show_demo  # last: transformers takes seconds to import
 
     show_demo(
-        config,
-        length=length,
-        depth=depth,
-        seed=seed,
-        model_name=model,
-        device=device,
-        dtype=dtype,
-        threads=threads,
-        as_json=as_json,
-        is_quiet=is_quiet,
-    )
+        config, length=length, depth=depth, seed=seed, model_name=model, device=device, dtype=dtype, threads=threads,
+        as_json=as_json, is_quiet=is_quiet,
+    )  # fmt: skip
 
 
 @app.command()
@@ -193,17 +184,10 @@ def generate(
     from quest_attention.cli.generate import Sampling, stream_text  # likewise
 
     stream_text(
-        text,
-        None if dense else config,
-        Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed),
-        is_chat=chat,
-        model_name=model,
-        device=device,
-        dtype=dtype,
-        threads=threads,
-        as_json=as_json,
-        is_quiet=is_quiet,
-    )
+        text, None if dense else config,
+        Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed), is_chat=chat,
+        model_name=model, device=device, dtype=dtype, threads=threads, as_json=as_json, is_quiet=is_quiet,
+    )  # fmt: skip
 
 
 @app.command(name="eval")
@@ -273,22 +257,13 @@ def evaluate(
         longbench=None if longbench is None else path_of("longbench", longbench),
     )
     run_evaluation(
-        plan,
-        folder,
-        model_name=model,
-        device=device,
-        dtype=dtype,
-        threads=threads,
-        workers=workers,
-        is_quiet=is_quiet,
+        plan, folder, model_name=model, device=device, dtype=dtype, threads=threads, workers=workers, is_quiet=is_quiet
     )
 
 
 @app.command()
 @reports_failures
-def report(
-    folder: Annotated[str, typer.Argument(help="Folder of a run of `quest eval`.")],
-) -> None:
+def report(folder: Annotated[str, typer.Argument(help="Folder of a run of `quest eval`.")]) -> None:
     """Draw a run of `quest eval`: one HTML page that needs nothing else, PNG figures, and a summary as JSON."""
     from quest_attention.cli.eval import report as show_report
 

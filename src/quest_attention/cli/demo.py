@@ -28,18 +28,9 @@ CUT = "..."
 
 
 def show_demo(
-    config: QuestConfig,
-    *,
-    length: int,
-    depth: float,
-    seed: int,
-    model_name: str | None,
-    device: str,
-    dtype: str,
-    threads: int | None,
-    as_json: bool,
-    is_quiet: bool,
-) -> None:
+    config: QuestConfig, *, length: int, depth: float, seed: int, model_name: str | None, device: str, dtype: str,
+    threads: int | None, as_json: bool, is_quiet: bool,
+) -> None:  # fmt: skip
     """Do what `quest demo` does.
 
     Raises:

@@ -46,16 +46,9 @@ _OWN_DTYPE = "auto"
 
 
 def evaluate(
-    plan: Plan,
-    output: Path,
-    *,
-    model_name: str | None,
-    device: str,
-    dtype: str,
-    threads: int | None,
-    workers: int,
+    plan: Plan, output: Path, *, model_name: str | None, device: str, dtype: str, threads: int | None, workers: int,
     is_quiet: bool,
-) -> None:
+) -> None:  # fmt: skip
     """Do what `quest eval` does.
 
     Raises:

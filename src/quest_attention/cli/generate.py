@@ -27,7 +27,6 @@ from quest_attention.ops.dispatch import resolve_backend
 
 __all__ = ["Sampling", "stream_text"]
 
-
 LEAST_TEMPERATURE = 1e-6
 """Logits divided by far less than this are no numbers any more in float32; the likeliest token is sure before that."""
 
@@ -91,18 +90,9 @@ class Written:
 
 
 def stream_text(
-    prompt: str,
-    config: QuestConfig | None,
-    sampling: Sampling,
-    *,
-    is_chat: bool,
-    model_name: str | None,
-    device: str,
-    dtype: str,
-    threads: int | None,
-    as_json: bool,
-    is_quiet: bool,
-) -> None:
+    prompt: str, config: QuestConfig | None, sampling: Sampling, *, is_chat: bool, model_name: str | None, device: str,
+    dtype: str, threads: int | None, as_json: bool, is_quiet: bool,
+) -> None:  # fmt: skip
     """Do what `quest generate` does; `config` None is `--dense`.
 
     Raises:

@@ -82,14 +82,9 @@ def _eager_or_quest(
 
 @kept_from_compilers
 def _attend(
-    dense: AttentionForward,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
+    dense: AttentionForward, module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+    attention_mask: Tensor | None, **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Attention as transformers asks for it.
 
     Args:
@@ -139,14 +134,10 @@ def _attend(
     # It would round the scores of pages: bounds hold in float32.
     with nullcontext() if autocast is None else torch.autocast(query.device.type, enabled=False):
         step = quest_decode(
-            query[:, :, 0].to(key.dtype),
-            layer.paged,
-            key.shape[2],
-            layer.config,
-            **options,
+            query[:, :, 0].to(key.dtype), layer.paged, key.shape[2], layer.config, **options,
             token_mask=None if attention_mask is None else _token_mask(attention_mask),
             workspace=layer.storage.workspace(query.shape[1]),
-        )
+        )  # fmt: skip
     # Nothing padded: every sequence is past the budget. Otherwise the device knows, and is not asked.
     read = batch * layer.config.page_budget if attention_mask is None else step.selected.pages_read
     layer.counter.count_sparse(read, batch * layer.num_pages)

@@ -80,15 +80,9 @@ class QuestCache(DynamicCache):
     """
 
     def __init__(
-        self,
-        config: PretrainedConfig,
-        quest: QuestConfig | None = None,
-        *,
-        max_length: int | None = None,
-        counters: QuestCounters | None = None,
-        on_select: OnSelect | None = None,
-        is_estimate: bool = False,
-    ) -> None:
+        self, config: PretrainedConfig, quest: QuestConfig | None = None, *, max_length: int | None = None,
+        counters: QuestCounters | None = None, on_select: OnSelect | None = None, is_estimate: bool = False,
+    ) -> None:  # fmt: skip
         self.quest = QuestConfig() if quest is None else quest
         kinds = layer_kinds(config, self.quest)
         if max_length is not None:
@@ -107,14 +101,9 @@ class QuestCache(DynamicCache):
         for counter in self.counters.layers:
             if counter.kind in ("quest", "dense"):
                 self.layers[counter.layer] = QuestLayer(
-                    self.quest,
-                    counter,
-                    is_dense=counter.kind == "dense",
-                    workspaces=workspaces,
-                    max_length=max_length,
-                    is_estimate=is_estimate,
-                    on_select=on_select,
-                )
+                    self.quest, counter, is_dense=counter.kind == "dense", workspaces=workspaces, max_length=max_length,
+                    is_estimate=is_estimate, on_select=on_select,
+                )  # fmt: skip
 
     @kept_from_compilers
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:

@@ -28,12 +28,9 @@ _ABSENT = object()
 
 
 def enable_quest(
-    model: PreTrainedModel,
-    config: QuestConfig | None = None,
-    *,
-    on_select: OnSelect | None = None,
+    model: PreTrainedModel, config: QuestConfig | None = None, *, on_select: OnSelect | None = None,
     cuda_graphs: bool | None = None,
-) -> QuestHandle:
+) -> QuestHandle:  # fmt: skip
     """Make `model.generate()` and forward passes with a `QuestCache` decode with Quest.
 
     The model keeps its weights and code. Until the handle is closed it has a private copy of its configuration (so that
@@ -103,14 +100,9 @@ class QuestHandle:
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        config: QuestConfig,
-        on_select: OnSelect | None,
-        *,
-        capture: bool = False,
+        self, model: PreTrainedModel, config: QuestConfig, on_select: OnSelect | None, *, capture: bool = False,
         must_capture: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.model = cast("Any", model)  # a module's attributes are Tensor or Module to a type checker
         self.config = config
         kinds = layer_kinds(model.config, config)
@@ -123,11 +115,7 @@ class QuestHandle:
         self._configs = PrivateConfigs(model, EAGER_NAME if needs_eager(model) else SDPA_NAME)
         self._watch = Watch(model, config, self._configs)
         self._put: dict[str, tuple[Any, Any]] = {}  # attributes of the model: ours, and what was there
-        ours = {
-            _HANDLE: self,
-            "_prepare_cache_for_generation": self._prepare_cache_for_generation,
-            **REFUSED_METHODS,
-        }
+        ours = {_HANDLE: self, "_prepare_cache_for_generation": self._prepare_cache_for_generation, **REFUSED_METHODS}
         if self.graphs is not None:
             ours["forward"] = self.graphs.wrap()
         for name, value in ours.items():
@@ -188,22 +176,14 @@ class QuestHandle:
     def _new_cache(self, max_length: int | None, *, is_estimate: bool = False) -> QuestCache:
         self._require_enabled("make_cache")
         return QuestCache(
-            self.model.config,
-            self.config,
-            max_length=max_length,
-            counters=self.counters,
-            on_select=self._on_select,
+            self.model.config, self.config, max_length=max_length, counters=self.counters, on_select=self._on_select,
             is_estimate=is_estimate,
-        )
+        )  # fmt: skip
 
     def _prepare_cache_for_generation(
-        self,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int,
         max_cache_length: int,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Stands in for the method of `generate()` that makes the cache."""
         given = model_kwargs.get(CACHE)
         if given is not None:

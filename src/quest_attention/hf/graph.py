@@ -174,15 +174,9 @@ class _CapturedStep:
     """One decode step of a model over one cache, on fixed memory."""
 
     def __init__(
-        self,
-        forward: Callable[..., Any],
-        cache: QuestCache,
-        inputs: dict[str, Tensor],
-        length: int,
-        weights: StorageWeakRef | None,
-        logits_to_keep: int | Tensor,
-        cache_name: str,
-    ) -> None:
+        self, forward: Callable[..., Any], cache: QuestCache, inputs: dict[str, Tensor], length: int,
+        weights: StorageWeakRef | None, logits_to_keep: int | Tensor, cache_name: str,
+    ) -> None:  # fmt: skip
         self.inputs = {name: value.clone() for name, value in inputs.items()}
         ids = self.inputs["input_ids"]
         self.lengths = torch.full((ids.shape[0],), length + 1, dtype=torch.int32, device=ids.device)

@@ -57,16 +57,9 @@ class QuestLayer(StepReporter, StoredLayer):
     """
 
     def __init__(
-        self,
-        config: QuestConfig,
-        counter: LayerCounter,
-        *,
-        is_dense: bool,
-        workspaces: Workspaces,
-        max_length: int | None = None,
-        is_estimate: bool = False,
-        on_select: OnSelect | None = None,
-    ) -> None:
+        self, config: QuestConfig, counter: LayerCounter, *, is_dense: bool, workspaces: Workspaces,
+        max_length: int | None = None, is_estimate: bool = False, on_select: OnSelect | None = None,
+    ) -> None:  # fmt: skip
         StepReporter.__init__(self, counter, on_select)
         self.config = config
         self.is_dense = is_dense
@@ -84,18 +77,12 @@ class QuestLayer(StepReporter, StoredLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the first tokens `[B, HKV, T, D]`."""
         new = key_states.shape[2]
-        self._hold(
-            KVStorage(
-                key_states,
-                value_states,
-                batch=key_states.shape[0],
-                length=max(new, self._first_room(new)),
-                dtype=torch.promote_types(key_states.dtype, value_states.dtype),
-                config=self.config,
-                has_bounds=not self.is_dense,
-                workspaces=self.workspaces,
-            )
-        )
+        storage = KVStorage(
+            key_states, value_states, batch=key_states.shape[0], length=max(new, self._first_room(new)),
+            dtype=torch.promote_types(key_states.dtype, value_states.dtype), config=self.config,
+            has_bounds=not self.is_dense, workspaces=self.workspaces,
+        )  # fmt: skip
+        self._hold(storage)
         self.is_initialized = True
 
     def _first_room(self, new: int) -> int:

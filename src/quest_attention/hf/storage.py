@@ -41,17 +41,9 @@ class KVStorage:
     """
 
     def __init__(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        *,
-        batch: int,
-        length: int,
-        dtype: torch.dtype,
-        config: QuestConfig,
-        has_bounds: bool,
-        workspaces: Workspaces,
-    ) -> None:
+        self, keys: Tensor, values: Tensor, *, batch: int, length: int, dtype: torch.dtype, config: QuestConfig,
+        has_bounds: bool, workspaces: Workspaces,
+    ) -> None:  # fmt: skip
         self._config = config
         self._workspaces = workspaces
         heads, pages = keys.shape[1], num_pages(length, config.page_size)
@@ -197,15 +189,9 @@ class KVStorage:
     ) -> KVStorage:
         """Another storage, with those sequences that `pick` chooses."""
         other = KVStorage(
-            self.keys,
-            self.values,
-            batch=batch,
-            length=length,
-            dtype=dtype,
-            config=self._config,
-            has_bounds=self.metadata is not None,
-            workspaces=self._workspaces,
-        )
+            self.keys, self.values, batch=batch, length=length, dtype=dtype, config=self._config,
+            has_bounds=self.metadata is not None, workspaces=self._workspaces,
+        )  # fmt: skip
         for (old, filled), (new, _) in zip(self._used(used), other._used(used), strict=True):
             new[:, :, :filled] = pick(old[:, :, :filled])
         return other

@@ -48,16 +48,9 @@ class RowPlanner:
     counted_layer: str
 
     def __init__(
-        self,
-        config: QuestConfig,
-        device: torch.device,
-        label: str,
-        sparse_layers: Sequence[str],
-        num_layers: int,
-        max_length: int,
-        log_interval: float,
-        logger: logging.Logger,
-    ) -> None:
+        self, config: QuestConfig, device: torch.device, label: str, sparse_layers: Sequence[str], num_layers: int,
+        max_length: int, log_interval: float, logger: logging.Logger,
+    ) -> None:  # fmt: skip
         self.is_capturing = self._has_captured = False
         self._budget = budget = config.token_budget
         if not sparse_layers or budget >= max_length:

@@ -87,14 +87,9 @@ class QuestMetadataBuilder:
         if not self._row_planner.runs_quest(lengths):
             rows = 0
         step = QuestStep(
-            self.config,
-            counters,
-            self._row_planner.counted_layer,
-            lengths,
-            rows,
-            batch.seq_lens[:rows],
+            self.config, counters, self._row_planner.counted_layer, lengths, rows, batch.seq_lens[:rows],
             batch.block_table_tensor[:rows],
-        )
+        )  # fmt: skip
         if rows > 0 and tokens < batch.num_actual_tokens:
             step.rest = self._build_stock(0, _rows_from(batch, rows, tokens), True)
         return step

@@ -124,15 +124,9 @@ class QuestGPUImpl(QuestAttentionImpl, FlashAttentionImpl):
         del layer
         kv = opened.with_table(step.block_table)
         done = quest_decode(
-            query,
-            kv,
-            step.seq_lens,
-            step.config,
-            sm_scale=self.scale,
-            softcap=self._softcap,
-            workspace=step.workspace,
+            query, kv, step.seq_lens, step.config, sm_scale=self.scale, softcap=self._softcap, workspace=step.workspace,
             out=output,
-        )
+        )  # fmt: skip
         return done.selected
 
     def write(self, layer: Any, key: Tensor, value: Tensor, opened: OpenCache, slots: Tensor) -> None:

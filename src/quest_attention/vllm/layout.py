@@ -117,9 +117,7 @@ class PaddedBlocks:
                 f"KV cache: got blocks {kv_cache.stride(0)} apart, expected {wanted}, with page metadata"
             )
         room = kv_cache.as_strided(
-            (kv_cache.shape[0], num_kv_heads, width),
-            (kv_cache.stride(0), width, 1),
-            kv_cache.storage_offset() + taken,
+            (kv_cache.shape[0], num_kv_heads, width), (kv_cache.stride(0), width, 1), kv_cache.storage_offset() + taken
         )
         on_gpu = kv_cache.dim() == 5
         keys, values = kv_cache.unbind(1) if on_gpu else kv_cache.transpose(1, 2).split(head_dim, -1)

