@@ -263,7 +263,7 @@ def test_the_oracle_reads_the_pages_of_the_largest_logits(model: LlamaForCausalL
     seen: list[tuple[int, list[list[int]]]] = []
     used = method("oracle", 16)
     assert isinstance(used, PageCeiling)
-    used.on_select = lambda layer, selected, _: seen.append((layer, selected.pages[0].tolist()))
+    used.on_select = lambda layer, selected, _: seen.append((layer, selected.units[0].tolist()))
     answer(model, used)
     assert {layer for layer, _ in seen} == set(range(DENSE, LAYERS))
     assert all(len(pages) == 4 and pages == sorted(pages) for _, heads in seen for pages in heads)
@@ -291,7 +291,7 @@ def test_a_context_that_nobody_observed(model: LlamaForCausalLM) -> None:
         ("quest:page_sise=4", "did you mean page_size"),
         ("quest:page_size", "option=value"),
         ("quest:token_budget=4", "an option of its own"),
-        ("quest:metadata=mean", "another metadata: one of bounds, moments, not 'mean'"),
+        ("quest:metadata=mean", "another metadata: one of bounds, moments, sketch, not 'mean'"),
         ("quest:metadata=moments,moments_coefficient=-0.5", "another moments_coefficient: a number from 0 to 100"),
     ],
 )
@@ -329,7 +329,7 @@ def test_the_token_oracle_against_loops(model: LlamaForCausalLM) -> None:
     weights: list[Tensor] = []
 
     def on_read(_: int, selected: Any, query: Tensor, keys: Tensor, **kwargs: Any) -> None:
-        seen.append(selected.pages[0])
+        seen.append(selected.units[0])
         weights.append(attention_weights(query, keys, **kwargs)[0, :, :, 0])  # [HKV, G, T]
 
     context = read_context(model, tokens(CONTEXT))

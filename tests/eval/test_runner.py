@@ -293,7 +293,7 @@ def test_recall_against_loops() -> None:
     tokens = used.texts.tokens[0][:400]
     context, following = read_context(used.model, tokens[:-1]), torch.tensor([tokens[-1:]])
     seen: dict[int, torch.Tensor] = {}
-    method = Quest(QuestConfig(64, num_dense_layers=2), lambda layer, selected, _: seen.update({layer: selected.pages}))
+    method = Quest(QuestConfig(64, num_dense_layers=2), lambda layer, selected, _: seen.update({layer: selected.units}))
     (found,) = measure_recall(used.model, method, context, following)
     eager = AutoModelForCausalLM.from_pretrained(bundled_model_path(), dtype=torch.float32, attn_implementation="eager")
     with torch.inference_mode():

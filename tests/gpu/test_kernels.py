@@ -94,7 +94,7 @@ def assert_exact(query: Tensor, kv: PagedKV, seq_lens: Tensor, selected: Selecti
             assert not output[b].any()
             continue
         for h in range(kv.num_kv_heads):
-            keys, values = tokens_of(kv, b, h, selected.pages[b, h], length)
+            keys, values = tokens_of(kv, b, h, selected.units[b, h], length)
             q = query[b, h * group : (h + 1) * group]
             weights = torch.softmax(q.double() @ keys.double().T * kv.head_dim**-0.5, -1)
             exact = weights @ values.double()
@@ -125,7 +125,7 @@ def assert_step(kv: PagedKV, seq_lens: Tensor, query_heads: int, config: QuestCo
         "num_recent_pages": config.num_recent_pages,
     }
     selected = select_pages(scores, seq_lens, **options)
-    assert torch.equal(selected.pages, select_pages(scores, seq_lens, **options, backend="torch").pages)
+    assert torch.equal(selected.units, select_pages(scores, seq_lens, **options, backend="torch").units)
     output, _ = sparse_decode_attention(query, kv, seq_lens, selected)
     assert_exact(query, kv, seq_lens, selected, output)
     workspace: Any = make_workspace(kv, query_heads, config)
@@ -138,7 +138,7 @@ def assert_step(kv: PagedKV, seq_lens: Tensor, query_heads: int, config: QuestCo
         if fused:
             own = workspace.scores.view(scores.shape).nan_to_num(0)  # of rows that were scored
             expected = select_pages(own, seq_lens, **options, backend="torch")
-            assert torch.equal(step.selected.pages, expected.pages)
+            assert torch.equal(step.selected.units, expected.units)
             assert torch.equal(step.selected.counts, expected.counts)
             assert not workspace.counters.any()
         assert_exact(query, kv, seq_lens, step.selected, step.output)
@@ -252,7 +252,7 @@ def test_one_graph_while_sequences_grow(group: int, narrow: bool) -> None:
     def step() -> tuple[Tensor, Tensor]:
         append_token(kv, fresh[0], fresh[1], seq_lens)
         output, selected = quest_decode(query, kv, seq_lens, config, workspace=workspace)
-        return output, selected.pages
+        return output, selected.units
 
     seq_lens += 1
     side = torch.cuda.Stream()

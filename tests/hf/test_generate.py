@@ -229,7 +229,7 @@ def test_selection_is_shown_to_an_observer() -> None:
     model, ids = make_llama(), prompt()
     seen: list[tuple[int, list[int], int]] = []
     with enable_quest(
-        model, SMALL, on_select=lambda layer, chosen, pages: seen.append((layer, list(chosen.pages.shape), pages))
+        model, SMALL, on_select=lambda layer, chosen, pages: seen.append((layer, list(chosen.units.shape), pages))
     ):
         generate(model, ids, new=3)
     assert seen == [(1, [1, 2, 6], 16), (2, [1, 2, 6], 16)] * 2

@@ -73,7 +73,7 @@ def test_logits_are_the_oracles_and_other_pages_are_read_than_by_bounds() -> Non
     seen: list[list[Tensor]] = []
     for config in (MOMENTS, dataclasses.replace(SMALL, num_sink_pages=1)):
         seen.append([])
-        with enable_quest(model, config, on_select=lambda _, chosen, __, to=seen[-1]: to.append(chosen.pages)):
+        with enable_quest(model, config, on_select=lambda _, chosen, __, to=seen[-1]: to.append(chosen.units)):
             generate(model, ids, new=6, attention_mask=(ids != 0).long())
     assert len(seen[0]) == 2 * 5
     assert not torch.equal(seen[0][0], seen[1][0])
@@ -85,7 +85,7 @@ def test_logits_are_the_oracles_and_other_pages_are_read_than_by_bounds() -> Non
 def test_the_sink_page_is_always_read_and_shown_to_an_observer() -> None:
     model, ids = make_llama(), prompt(length=90)
     first: list[int] = []
-    with enable_quest(model, MOMENTS, on_select=lambda _, chosen, __: first.extend(chosen.pages[..., 0].flatten())):
+    with enable_quest(model, MOMENTS, on_select=lambda _, chosen, __: first.extend(chosen.units[..., 0].flatten())):
         generate(model, ids, new=5)
     assert len(first) == 2 * 2 * 4 and set(map(int, first)) == {0}
 

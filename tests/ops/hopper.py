@@ -89,7 +89,7 @@ def run_all(
     found = backend.score_pages(step)
     selected = backend.select_pages(step, found)
     if not host:
-        backend.count_reads(selected, seq_lens, torch.zeros(4, dtype=torch.int64), page_size, budget)
+        backend.count_reads(selected, seq_lens, torch.zeros(4, dtype=torch.int64), budget)
     backend.sparse_decode_attention(step, selected, return_lse=host)
     assert (
         backend.quest_decode(replace(step, config=QuestConfig(budget, metadata=form.name), token_mask=None)) is not None

@@ -99,7 +99,7 @@ def assert_like_oracle(
     selected = reference.select_pages(
         scores, cache.lengths, config.page_size, config.token_budget, config.num_sink_pages, config.num_recent_pages
     )
-    assert as_lists(step.selected.pages) == selected
+    assert as_lists(step.selected.units) == selected
     assert step.selected.counts.tolist() == [[len(head) for head in row] for row in selected]
     exact, _ = reference.sparse_decode_attention(query, kv, cache.lengths, selected, kv.head_dim**-0.5)
     error = float((step.output.double() - exact).abs().max())

@@ -83,13 +83,13 @@ def test_ties_go_to_the_lower_page(layout: str) -> None:
     cache.kv.keys[:] = 1.0
     update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens)
     step = quest_decode(query_for(cache, 2), cache.kv, cache.seq_lens, QuestConfig(token_budget=24, page_size=8))
-    assert step.selected.pages.tolist() == [[[0, 1, 7]] * 2]
+    assert step.selected.units.tolist() == [[[0, 1, 7]] * 2]
 
 
 def test_ties_of_negative_zero_and_infinite_scores() -> None:
     scores = torch.tensor([[[-1.0, float("inf"), -3.0, float("inf"), -1.0, -2.0, -1.0, -9.0]]])
     selected = select_pages(scores, 8, page_size=1, token_budget=5)
-    assert selected.pages.tolist() == [[[0, 1, 3, 4, 7]]]
+    assert selected.units.tolist() == [[[0, 1, 3, 4, 7]]]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -104,7 +104,7 @@ def test_a_page_with_a_non_finite_key_is_read(bad: float, layout: str) -> None:
     assert scores[0, 1, 3] == float("inf")
     assert_scores_like_oracle(scores, query, cache)
     step = quest_decode(query, cache.kv, cache.seq_lens, QuestConfig(token_budget=16, page_size=8))
-    assert 3 in step.selected.pages[0, 1].tolist()
+    assert 3 in step.selected.units[0, 1].tolist()
     assert step.output[0, :2].isfinite().all(), "the other KV head is not touched"
 
 
@@ -121,7 +121,7 @@ def test_softcap_sinks_and_lse(layout: str, softcap: float | None, with_sinks: b
     output, lse = sparse_decode_attention(
         query, cache.kv, cache.seq_lens, step.selected, softcap=softcap, sinks=sinks, return_lse=True
     )
-    lists = as_lists(step.selected.pages)
+    lists = as_lists(step.selected.units)
     exact, exact_lse = reference.sparse_decode_attention(
         query, cache.kv, cache.lengths, lists, cache.kv.head_dim**-0.5, softcap=softcap, sinks=sinks
     )
@@ -151,7 +151,7 @@ def test_token_mask(mask: list[list[bool]], pads: tuple[int, int], host: bool) -
     scores = score_pages(query, cache.kv, lengths, token_mask=token_mask)
     assert_scores_like_oracle(scores, query, cache, token_mask=token_mask)
     selected = reference.select_pages(scores, [70, 70], 8, 32, 1, 1, token_mask)
-    assert as_lists(step.selected.pages) == selected
+    assert as_lists(step.selected.units) == selected
     assert step.selected.counts.tolist() == [[len(head) for head in row] for row in selected]
     exact, _ = reference.sparse_decode_attention(
         query, cache.kv, [70, 70], selected, cache.kv.head_dim**-0.5, token_mask=token_mask
@@ -252,13 +252,13 @@ def test_selection_properties(length: int, budget_pages: int, sinks: int, recent
             num_sink_pages=sinks,
             num_recent_pages=recent,
         )
-        for head in as_lists(selected.pages)[0]:
+        for head in as_lists(selected.units)[0]:
             assert len(set(head)) == len(head) == int(selected.counts[0, 0]) == min(pages, budget_pages)
             assert head == sorted(head)
             assert head[-1] == pages - 1, "the page being written is read, and last"
             assert set(range(min(sinks, pages))) <= set(head)
         expected = reference.select_pages(scores, [length], page_size, budget_pages * page_size, sinks, recent)
-        assert as_lists(selected.pages) == expected
+        assert as_lists(selected.units) == expected
 
 
 @given(
@@ -276,7 +276,7 @@ def test_permuting_physical_pages_changes_nothing(layout: str, lengths: list[int
         update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens)
         steps.append(quest_decode(query_for(cache, group), cache.kv, cache.seq_lens, config))
     assert torch.equal(steps[0].output, steps[1].output)
-    assert torch.equal(steps[0].selected.pages, steps[1].selected.pages)
+    assert torch.equal(steps[0].selected.units, steps[1].selected.units)
 
 
 def test_layouts_agree() -> None:
@@ -288,7 +288,7 @@ def test_layouts_agree() -> None:
         steps.append(quest_decode(query_for(cache, 2), cache.kv, cache.seq_lens, config))
     for step in steps[1:]:
         torch.testing.assert_close(step.output, steps[0].output)
-        assert torch.equal(step.selected.pages, steps[0].selected.pages)
+        assert torch.equal(step.selected.units, steps[0].selected.units)
 
 
 @given(
@@ -342,5 +342,5 @@ def test_reference_is_a_backend(lengths: list[int], layout: str) -> None:
     slow, fast = (
         quest_decode(query, cache.kv, cache.seq_lens, replace(config, backend=name)) for name in ("reference", "torch")
     )
-    assert torch.equal(slow.selected.pages, fast.selected.pages)
+    assert torch.equal(slow.selected.units, fast.selected.units)
     torch.testing.assert_close(slow.output, fast.output, rtol=1e-5, atol=1e-5)

@@ -86,17 +86,17 @@ def test_other_verbs(cache: Cache) -> None:
         "scores.dtype": lambda: select_pages(torch.zeros(2, 2, 4).half(), 4, page_size=1, token_budget=2),
         "token_budget": lambda: select_pages(torch.zeros(2, 2, 4), 4, page_size=2, token_budget=1),
         "page_size": lambda: select_pages(torch.zeros(2, 2, 4), 4, page_size=0, token_budget=1),
-        "selected.pages.shape": lambda: sparse_decode_attention(
-            query, cache.kv, 5, Selection(torch.zeros(2, 3, 1, dtype=torch.int32), torch.ones(2, 3))
+        "selected.units.shape": lambda: sparse_decode_attention(
+            query, cache.kv, 5, Selection(torch.zeros(2, 3, 1, dtype=torch.int32), torch.ones(2, 3), 8)
         ),
-        "selected.pages.dtype": lambda: sparse_decode_attention(
-            query, cache.kv, 5, Selection(torch.zeros(2, 2, 1), torch.ones(2, 2))
+        "selected.units.dtype": lambda: sparse_decode_attention(
+            query, cache.kv, 5, Selection(torch.zeros(2, 2, 1), torch.ones(2, 2), 8)
         ),
         "out.shape": lambda: score_pages(query, cache.kv, 5, out=torch.zeros(2, 2, 3)),
         "out.dtype": lambda: score_pages(query, cache.kv, 5, out=torch.zeros(2, 2, 9, dtype=torch.float64)),
         "out.device": lambda: score_pages(query, cache.kv, 5, out=torch.zeros(2, 2, 9, device="meta")),
-        "selected.pages.device": lambda: sparse_decode_attention(
-            query, cache.kv, 5, Selection(torch.zeros(2, 2, 1, dtype=torch.int32, device="meta"), torch.ones(2, 2))
+        "selected.units.device": lambda: sparse_decode_attention(
+            query, cache.kv, 5, Selection(torch.zeros(2, 2, 1, dtype=torch.int32, device="meta"), torch.ones(2, 2), 8)
         ),
     }
     for argument, call in calls.items():
@@ -108,14 +108,14 @@ def test_other_verbs(cache: Cache) -> None:
 
 def test_numbers_that_divide() -> None:
     ids = torch.zeros(2, dtype=torch.int32)
-    selected, counters = Selection(ids.view(1, 1, 2), ids[:1, None]), torch.zeros(4, dtype=torch.int64)
+    selected, counters = Selection(ids.view(1, 1, 2), ids[:1, None], 0), torch.zeros(4, dtype=torch.int64)
     rows, metadata = torch.zeros(2, 1, 4), torch.zeros(3, 1, 2, 4)
     with pytest.raises(QuestValueError, match="page_size: got 0"):
         update_slot_metadata(metadata, rows, ids, page_size=0)
-    with pytest.raises(QuestValueError, match="page_size: got 0"):
-        count_reads(selected, ids[:1], counters, page_size=0, token_budget=2)
+    with pytest.raises(QuestValueError, match=r"selected\.unit_size: got 0"):
+        count_reads(selected, ids[:1], counters, token_budget=2)
     with pytest.raises(QuestValueError, match="token_budget: got 0"):
-        count_reads(selected, ids[:1], counters, page_size=2, token_budget=0)
+        count_reads(selected._replace(unit_size=2), ids[:1], counters, token_budget=0)
 
 
 def test_counts_of_a_selection() -> None:
@@ -126,7 +126,7 @@ def test_counts_of_a_selection() -> None:
         ("selected.counts.device", ids[:, None].to("meta")),
     ):
         with pytest.raises(QuestValueError) as caught:
-            count_reads(Selection(ids.view(1, 1, 1), counts), ids, counters, page_size=2, token_budget=2)
+            count_reads(Selection(ids.view(1, 1, 1), counts, 2), ids, counters, token_budget=2)
         assert caught.value.argument == argument
 
 

@@ -58,7 +58,7 @@ def test_softcap_sinks_and_lse(backend: Backend, softcap: float | None) -> None:
     output, lse = sparse_decode_attention(
         query, kv, lengths, step.selected, return_lse=True, backend=config.backend, **options
     )
-    lists = [[[page for page in head if page >= 0] for head in row] for row in step.selected.pages.tolist()]
+    lists = [[[page for page in head if page >= 0] for head in row] for row in step.selected.units.tolist()]
     exact, exact_lse = reference.sparse_decode_attention(query, kv, cache.lengths, lists, kv.head_dim**-0.5, **options)
     for found, expected in ((step.output, exact), (output, exact), (lse, exact_lse)):
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)

@@ -41,17 +41,17 @@ def every_verb(cache: Cache, seq_lens: Tensor | int, backend: Backend) -> dict[s
     selected = select_pages(scores, seq_lens, **CONTEXT, backend=backend)
     output, lse = sparse_decode_attention(query, kv, seq_lens, selected, return_lse=True, backend=backend)
     counters = torch.zeros(4, dtype=torch.int64)
-    count_reads(selected, seq_lens, counters, **CONTEXT, backend=backend)
+    count_reads(selected, seq_lens, counters, token_budget=24, backend=backend)
     step = quest_decode(query, kv, seq_lens, config)
     return {
         "scores": scores,
-        "pages": as_lists(selected.pages),
+        "pages": as_lists(selected.units),
         "counts": selected.counts,
         "output": output,
         "lse": lse,
         "counters": counters,
         "step": step.output,
-        "pages of the step": as_lists(step.selected.pages),
+        "pages of the step": as_lists(step.selected.units),
     }
 
 
@@ -93,7 +93,7 @@ def test_a_token_is_appended_at_a_length_of_either_kind(host: bool, layout: str,
 def test_what_is_no_length_is_named(bad: Any) -> None:
     cache, rows = make_cache([40, 40]), torch.zeros(2, 2, 16)
     kv, query = cache.kv, query_for(cache, 2)
-    selected = Selection(torch.zeros(2, 2, 1, dtype=torch.int32), torch.ones(2, 2, dtype=torch.int32))
+    selected = Selection(torch.zeros(2, 2, 1, dtype=torch.int32), torch.ones(2, 2, dtype=torch.int32), 8)
     for call in (
         lambda: append_token(kv, rows, rows, bad),
         lambda: update_page_metadata(kv, bad, 1),
@@ -101,7 +101,7 @@ def test_what_is_no_length_is_named(bad: Any) -> None:
         lambda: select_pages(torch.zeros(2, 2, 5), bad, **CONTEXT),
         lambda: quest_decode(query, kv, bad, QuestConfig(24, 8)),
         lambda: sparse_decode_attention(query, kv, bad, selected),
-        lambda: count_reads(selected, bad, torch.zeros(4, dtype=torch.int64), **CONTEXT),
+        lambda: count_reads(selected, bad, torch.zeros(4, dtype=torch.int64), token_budget=24),
     ):
         with pytest.raises(QuestValueError, match=r"seq_lens: got .*, expected an int or a tensor"):
             call()
@@ -188,7 +188,7 @@ def test_no_sequences_no_pages_and_no_tokens(
     scores = score_pages(query, kv, seq_lens, **options, backend=backend)
     assert scores.shape == (batch, 2, kv.max_pages) and (scores == -float("inf")).all()
     selected = select_pages(scores, seq_lens, **CONTEXT, **options, backend=backend)
-    assert selected.pages.shape[:2] == (batch, 2) and selected.counts.tolist() == [[0, 0]] * batch
+    assert selected.units.shape[:2] == (batch, 2) and selected.counts.tolist() == [[0, 0]] * batch
     for sinks in (None, torch.arange(4.0)):
         output, lse = sparse_decode_attention(
             query, kv, seq_lens, selected, sinks=sinks, return_lse=True, **options, backend=backend
@@ -201,7 +201,7 @@ def test_no_sequences_no_pages_and_no_tokens(
         step = quest_decode(query, kv, seq_lens, config, workspace=workspace, out=out, **options)
         assert step.output is out and not out.any() and step.selected.counts.tolist() == [[0, 0]] * batch
     counters = torch.zeros(4, dtype=torch.int64)
-    count_reads(selected, seq_lens, counters, **CONTEXT, backend=backend)
+    count_reads(selected, seq_lens, counters, token_budget=24, backend=backend)
     assert not counters.any()
 
 
@@ -222,5 +222,5 @@ def test_a_workspace_serves_a_masked_step(narrower: int, sizes: list[int] | None
     mask = torch.rand(2, 44) < 0.7
     step = quest_decode(query, kv, cache.seq_lens, config, token_mask=mask, workspace=memory)
     exact = quest_decode(query, kv, cache.seq_lens, replace(config, backend="reference"), token_mask=mask)
-    assert as_lists(step.selected.pages) == as_lists(exact.selected.pages)
+    assert as_lists(step.selected.units) == as_lists(exact.selected.units)
     torch.testing.assert_close(step.output, exact.output, rtol=1e-5, atol=2e-6)

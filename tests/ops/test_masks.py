@@ -48,10 +48,10 @@ def assert_chosen(mask: Tensor, seq_lens: Tensor | int, budget: int, sinks: int,
         scores, seq_lens, page_size=PAGE_SIZE, token_budget=budget, **options, backend=available(backend)
     )
     expected = reference.select_pages(scores, [LENGTH] * 2, PAGE_SIZE, budget, **options)
-    assert as_lists(selected.pages) == expected
+    assert as_lists(selected.units) == expected
     assert selected.counts.tolist() == [[len(head) for head in row] for row in expected]
-    assert selected.pages.shape[2] <= num_pages(budget, PAGE_SIZE) + 1
-    for row, chosen in zip(selected.pages.tolist(), expected, strict=True):
+    assert selected.units.shape[2] <= num_pages(budget, PAGE_SIZE) + 1
+    for row, chosen in zip(selected.units.tolist(), expected, strict=True):
         for head, pages in zip(row, chosen, strict=True):
             assert head == pages + [-1] * (len(head) - len(pages)), "unused slots come last"
 
@@ -88,7 +88,7 @@ def test_a_masked_step_is_the_oracles(name: str, host: bool, backend: Backend) -
     assert_scores_like_oracle(scores, query, cache, token_mask=mask)
     step = quest_decode(query, cache.kv, seq_lens, config, token_mask=mask)
     expected = reference.select_pages(scores, cache.lengths, PAGE_SIZE, 24, 1, 1, mask)
-    assert as_lists(step.selected.pages) == expected
+    assert as_lists(step.selected.units) == expected
     exact, _ = reference.sparse_decode_attention(query, cache.kv, cache.lengths, expected, 0.25, token_mask=mask)
     torch.testing.assert_close(step.output.double(), exact, rtol=1e-5, atol=2e-6)
 
@@ -101,7 +101,7 @@ def test_few_tokens_in_many_pages_read_the_best_that_fit(backend: Backend) -> No
     options = {"page_size": PAGE_SIZE, "token_budget": 24, "token_mask": mask, "backend": available(backend)}
     selected = select_pages(scores, LENGTH, **options)
     assert selected.counts.tolist() == [[4], [4]]
-    assert selected.pages[0].tolist() == [[4, 6, 8, 10]], "the last one, being written, and the best three"
+    assert selected.units[0].tolist() == [[4, 6, 8, 10]], "the last one, being written, and the best three"
 
 
 def test_a_mask_without_tokens_is_refused() -> None:

@@ -45,13 +45,20 @@ def test_every_backend_reads_the_pages_that_are_named(
     other = [3, *[-1] * len(chosen)][: len(chosen)]  # what another head reads
     pages = torch.tensor([[chosen, other], [other, chosen]], dtype=torch.int32).view(2, 2, len(chosen))
     counts = (pages >= 0).sum(-1, dtype=torch.int32)
+    selected = Selection(pages, counts, cache.kv.page_size)
     seq_lens = LENGTH if lengths == "host" else cache.seq_lens.to(getattr(torch, lengths))
     output, lse = sparse_decode_attention(
-        query, cache.kv, seq_lens, Selection(pages, counts), sm_scale=0.25, token_mask=mask, return_lse=True,
+        query, cache.kv, seq_lens, selected, sm_scale=0.25, token_mask=mask, return_lse=True,
         backend=available(backend),
     )  # fmt: skip
     alone, _ = sparse_decode_attention(
-        query, cache.kv, seq_lens, Selection(pages, counts), sm_scale=0.25, token_mask=mask, backend=backend
+        query,
+        cache.kv,
+        seq_lens,
+        selected,
+        sm_scale=0.25,
+        token_mask=mask,
+        backend=backend,
     )
     exact, exact_lse = reference.sparse_decode_attention(
         query, cache.kv, [LENGTH] * 2, pages.tolist(), 0.25, token_mask=mask
@@ -71,7 +78,7 @@ def test_more_slots_than_a_program_looks_up_at_once(backend: Backend) -> None:
     pages = torch.full((1, 1, 450), -1, dtype=torch.int32)
     pages[0, 0, torch.arange(300) * 3 // 2] = order
     pages[0, 0, 17] = live - 1 if live - 1 not in order else pages[0, 0, 17]  # part-filled, and not the last
-    selected = Selection(pages, torch.tensor([[300]], dtype=torch.int32))
+    selected = Selection(pages, torch.tensor([[300]], dtype=torch.int32), 4)
     lengths = torch.tensor([1498])
     output, _ = sparse_decode_attention(query, cache.kv, lengths, selected, backend=available(backend))
     exact, _ = reference.sparse_decode_attention(query, cache.kv, [1498], pages.tolist(), 0.25)
@@ -87,7 +94,7 @@ def test_a_selection_made_at_another_length(then: int, backend: Backend) -> None
     scores = torch.randn(2, 2, kv.max_pages)
     selected = select_pages(scores, LENGTH, page_size=8, token_budget=24, backend=available(backend))
     output, _ = sparse_decode_attention(query, kv, then, selected, backend=backend)
-    exact, _ = reference.sparse_decode_attention(query, kv, [then] * 2, selected.pages.tolist(), 0.25)
+    exact, _ = reference.sparse_decode_attention(query, kv, [then] * 2, selected.units.tolist(), 0.25)
     torch.testing.assert_close(output.double(), exact, rtol=1e-5, atol=2e-6)
 
 

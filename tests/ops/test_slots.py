@@ -132,18 +132,18 @@ def test_reads_are_counted(backend: Backend, rows: int) -> None:
     counts = [[min(4, -(-length // 8)), rng.randint(0, 4)] for length in lengths]  # heads may read different numbers
     counters, expected = torch.tensor([1, 2, 3, 4]), [1, 2, 3, 4]
     selected = Selection(
-        torch.zeros(rows, 2, 4, dtype=torch.int32), torch.tensor(counts, dtype=torch.int32).view(rows, 2)
+        torch.zeros(rows, 2, 4, dtype=torch.int32), torch.tensor(counts, dtype=torch.int32).view(rows, 2), 8
     )
     for _ in range(2):
         where = torch.tensor(lengths, dtype=torch.int32)
-        count_reads(selected, where, counters, page_size=8, token_budget=32, backend=available(backend))
+        count_reads(selected, where, counters, token_budget=32, backend=available(backend))
         more = reference.count_reads(counts, lengths, 8, 32)
         expected = [old + new for old, new in zip(expected, more, strict=True)]
     assert counters.tolist() == expected
 
 
 def test_counters_of_another_shape_are_refused() -> None:
-    selected = Selection(torch.zeros(1, 1, 1, dtype=torch.int32), torch.ones(1, 1, dtype=torch.int32))
+    selected = Selection(torch.zeros(1, 1, 1, dtype=torch.int32), torch.ones(1, 1, dtype=torch.int32), 8)
     for counters in (torch.zeros(3, dtype=torch.int64), torch.zeros(4)):
         with pytest.raises(QuestValueError, match="counters"):
-            count_reads(selected, torch.ones(1, dtype=torch.int32), counters, page_size=8, token_budget=32)
+            count_reads(selected, torch.ones(1, dtype=torch.int32), counters, token_budget=32)

@@ -29,7 +29,7 @@ def test_as_it_is_a_step_is_a_decode_step(backend: Backend) -> None:
     cache, step = made(backend)
     mine, theirs = run_step(step), quest_decode(step.query, cache.kv, cache.seq_lens, step.config)
     assert torch.equal(mine.output, theirs.output)
-    assert torch.equal(mine.selected.pages, theirs.selected.pages)
+    assert torch.equal(mine.selected.units, theirs.selected.units)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -39,7 +39,7 @@ def test_another_score_chooses_other_pages(backend: Backend) -> None:
     early = -torch.arange(9.0).expand(2, 2, 9)
     assert early.shape[2] < cache.kv.max_pages
     mine = run_step(step, score=lambda asked: early if asked is step else early * math.nan)
-    assert as_lists(mine.selected.pages) == [[[0, 1, 8]] * 2, [[0, 1, 4]] * 2]
+    assert as_lists(mine.selected.units) == [[[0, 1, 8]] * 2, [[0, 1, 4]] * 2]
     output, _ = sparse_decode_attention(step.query, cache.kv, cache.seq_lens, mine.selected, backend=backend)
     torch.testing.assert_close(mine.output, output)
 
@@ -57,7 +57,7 @@ def test_another_attention_takes_the_pages_that_were_chosen(backend: Backend) ->
     assert torch.equal(mine.output, step.query + 1)
     assert len(seen) == 1 and seen[0] is mine.selected
     usual = quest_decode(step.query, cache.kv, cache.seq_lens, step.config).selected
-    assert as_lists(mine.selected.pages) == as_lists(usual.pages)
+    assert as_lists(mine.selected.units) == as_lists(usual.units)
 
 
 @pytest.mark.parametrize(

@@ -258,7 +258,7 @@ def test_a_page_with_a_non_finite_key_is_read(bad: float, group: int) -> None:
     update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens, backend="triton")
     step = decode.quest_decode(step_of(cache, group, config(16)))
     assert step is not None
-    assert as_lists(step[1].pages) == [[[2, 7]]]
+    assert as_lists(step[1].units) == [[[2, 7]]]
 
 
 @pytest.mark.parametrize("group", [1, 3])
@@ -272,7 +272,7 @@ def test_softcap_sinks_and_lse(group: int, softcap: float | None, with_sinks: bo
     step = decode.quest_decode(step_of(cache, group, config(32), sm_scale=scale, softcap=softcap, sinks=sinks))
     assert step is not None
     exact, exact_lse = reference.sparse_decode_attention(
-        query, kv, cache.lengths, as_lists(step[1].pages), scale, softcap, sinks
+        query, kv, cache.lengths, as_lists(step[1].units), scale, softcap, sinks
     )
     torch.testing.assert_close(step[0].double(), exact, rtol=1e-5, atol=2e-6)
     output, lse = sparse_decode_attention(
@@ -298,7 +298,7 @@ def test_token_mask(group: int) -> None:
         scores, cache.seq_lens, page_size=8, token_budget=40, num_sink_pages=1, num_recent_pages=2, **options
     )
     lists = reference.select_pages(scores, cache.lengths, 8, 40, 1, 2, mask)
-    assert as_lists(selected.pages) == lists
+    assert as_lists(selected.units) == lists
     output, _ = sparse_decode_attention(query, kv, cache.seq_lens, selected, sm_scale=0.25, **options)
     expected, _ = reference.sparse_decode_attention(query, kv, cache.lengths, lists, 0.25, token_mask=mask)
     torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=2e-6)
@@ -315,14 +315,14 @@ def test_rows_in_sections(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -
         assert_like_oracle(cache, 1, config(64, **options))
     scores = torch.randint(0, 5, (len(lengths), 2, cache.kv.max_pages)).float()  # ties across sections
     found = select_pages(scores, cache.seq_lens, page_size=8, token_budget=80, backend="triton")
-    assert as_lists(found.pages) == reference.select_pages(scores, cache.lengths, 8, 80)
+    assert as_lists(found.units) == reference.select_pages(scores, cache.lengths, 8, 80)
     mask = torch.rand(len(lengths), 300) < 0.9
     scores = score_pages(query_for(cache, 2), cache.kv, cache.seq_lens, token_mask=mask, backend="torch")
     for sinks in (0, 3):
         options = {"page_size": 8, "token_budget": 80, "num_sink_pages": sinks, "token_mask": mask}
         mine = select_pages(scores, cache.seq_lens, **options, backend="triton")
         theirs = select_pages(scores, cache.seq_lens, **options, backend="torch")
-        assert as_lists(mine.pages) == as_lists(theirs.pages)
+        assert as_lists(mine.units) == as_lists(theirs.units)
         assert mine.counts.tolist() == theirs.counts.tolist()
 
 
@@ -362,7 +362,7 @@ def test_one_workspace_serves_batches_of_several_sizes() -> None:
         expected = quest_decode(query_for(cache, 2), cache.kv, cache.seq_lens, settings)
         shared = quest_decode(query_for(cache, 2), cache.kv, cache.seq_lens, settings, workspace=memory)
         assert torch.equal(shared.output, expected.output)
-        assert torch.equal(shared.selected.pages, expected.selected.pages)
+        assert torch.equal(shared.selected.units, expected.selected.units)
     assert not memory.fits(make_cache([150] * 6).kv, 4, settings)
 
 

@@ -100,14 +100,14 @@ def select_masked(g: Given, backend: Backend) -> Selection:
 
 
 def attend(g: Given, backend: Backend) -> tuple[Tensor, Tensor | None]:
-    selected = Selection(g["pages"], g["counts"])
+    selected = Selection(g["pages"], g["counts"], PAGE_SIZE)
     return sparse_decode_attention(
         g["query"], cache_of(g), g["seq_lens"], selected, sinks=g["sinks"], return_lse=True, backend=backend
     )
 
 
 def attend_masked(g: Given, backend: Backend) -> tuple[Tensor, Tensor | None]:
-    selected = Selection(g["pages"], g["counts"])
+    selected = Selection(g["pages"], g["counts"], PAGE_SIZE)
     return sparse_decode_attention(
         g["query"], cache_of(g), g["seq_lens"], selected, token_mask=g["token_mask"], return_lse=True, backend=backend
     )
@@ -128,8 +128,8 @@ def decode_masked(g: Given, backend: Backend) -> Tensor:
 
 
 def count(g: Given, backend: Backend) -> None:
-    selected = Selection(g["pages"], g["counts"])
-    count_reads(selected, g["seq_lens"], g["counters"], **CONTEXT, backend=backend)
+    selected = Selection(g["pages"], g["counts"], PAGE_SIZE)
+    count_reads(selected, g["seq_lens"], g["counters"], token_budget=BUDGET, backend=backend)
 
 
 VERBS: dict[Callable[[Given, Backend], Any], str] = {
@@ -254,7 +254,7 @@ def read_all(kv: PagedKV, query: Tensor, backend: Backend) -> list[Tensor]:
     """Scores, and attention over all pages, of sequences of 20 and 9 tokens."""
     lengths = torch.tensor([20, 9])
     pages = torch.arange(3, dtype=torch.int32).expand(2, 2, 3)
-    selected = Selection(pages, torch.full((2, 2), 3, dtype=torch.int32))
+    selected = Selection(pages, torch.full((2, 2), 3, dtype=torch.int32), PAGE_SIZE)
     output, _ = sparse_decode_attention(query, kv, lengths, selected, backend=available(backend))
     return [score_pages(query, kv, lengths, backend=backend), output]
 
@@ -298,15 +298,15 @@ def test_what_one_verb_gives_another_takes(backend: Backend) -> None:
     scores = score_pages(g["query"], kv, lengths, backend=available(backend))
     wide = torch.stack([scores, -scores], -1)
     selected = select_pages(wide[..., 0], lengths, **CONTEXT, backend=backend)
-    assert torch.equal(selected.pages, select_pages(scores, lengths, **CONTEXT, backend=backend).pages)
+    assert torch.equal(selected.units, select_pages(scores, lengths, **CONTEXT, backend=backend).units)
     for b in range(BATCH):
         one = PagedKV(kv.keys, kv.values, kv.metadata, kv.page_table[b : b + 1])
-        part = Selection(selected.pages[b : b + 1], selected.counts[b : b + 1])
+        part = Selection(selected.units[b : b + 1], selected.counts[b : b + 1], selected.unit_size)
         whole, _ = sparse_decode_attention(g["query"], kv, lengths, selected, backend=backend)
         mine, _ = sparse_decode_attention(g["query"][b : b + 1], one, lengths[b : b + 1], part, backend=backend)
         torch.testing.assert_close(mine, whole[b : b + 1])
         counters = torch.zeros(4, dtype=torch.int64)
-        count_reads(part, lengths[b : b + 1], counters, **CONTEXT, backend=backend)
+        count_reads(part, lengths[b : b + 1], counters, token_budget=BUDGET, backend=backend)
         assert counters[2] == selected.counts[b, 0] == selected.counts[b, 1]
 
 
@@ -321,5 +321,5 @@ def test_a_view_that_is_rewritten_in_place_is_read_anew(backend: Backend) -> Non
         g["page_table"].copy_(g["page_table"].flip(0))
     expected = quest_decode(plain["query"], cache_of(plain), plain["seq_lens"], config)
     found = quest_decode(viewed["query"], kv, viewed["seq_lens"], config)
-    assert torch.equal(found.selected.pages, expected.selected.pages)
+    assert torch.equal(found.selected.units, expected.selected.units)
     torch.testing.assert_close(found.output, expected.output)

@@ -76,9 +76,9 @@ class GPUOracleExtension(QuestWorkerExtension):
             if not is_right(kv.form, kv.metadata[table], kv.keys[table], length).all():
                 self._failures.append(f"{layer}, row {b}: a page's {kv.form.name} are not those of its keys")
             for h in range(kv.num_kv_heads):
-                pages = selected.pages[b, h]
+                pages = selected.units[b, h]
                 pages = pages[pages >= 0].long()
-                wanted = expected.pages[b, h]
+                wanted = expected.units[b, h]
                 swapped = set(pages.tolist()) ^ set(wanted[wanted >= 0].tolist())
                 if swapped:  # float32 sums in another order may swap two pages that score alike
                     score = scores[b, h, sorted(swapped)]

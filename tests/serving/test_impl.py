@@ -45,7 +45,7 @@ class Attends(QuestCPUImpl):
 
     def attend(self, *_: Any) -> Selection:
         self.ran.append("quest")
-        return Selection(torch.zeros(1, HEADS, 1, dtype=torch.int32), torch.ones(1, HEADS, dtype=torch.int32))
+        return Selection(torch.zeros(1, HEADS, 1, dtype=torch.int32), torch.ones(1, HEADS, dtype=torch.int32), TOKENS)
 
     def _forward_stock(self, *_: Any) -> Tensor:
         self.ran.append("stock")

@@ -41,7 +41,7 @@ def test_options_of_reading_and_of_serving() -> None:
         ({"log_interval": "10"}, "quest.log_interval: got '10'"),
         ({"num_recent_pages": -1}, "num_recent_pages: got -1"),
         ({"token_budget": 0}, "token_budget: got 0"),
-        ({"metadata": "moment"}, r"^quest\.metadata: got 'moment', expected one of bounds, moments$"),
+        ({"metadata": "moment"}, r"^quest\.metadata: got 'moment', expected one of bounds, moments, sketch$"),
         ({"metadata": ["moments"]}, r"^quest\.metadata: got \['moments'\], expected one of"),
         (
             {"metadata": "moments", "metadata_dtype": "fp8"},
@@ -78,7 +78,7 @@ def make_counters(lines: list[str], interval: float = 10) -> StepCounters:
 
 def test_counters_of_rows_on_host_and_device() -> None:
     counters = make_counters([])
-    selected = Selection(torch.zeros(3, 1, 2, dtype=torch.int32), torch.tensor([[2], [1], [0]], dtype=torch.int32))
+    selected = Selection(torch.zeros(3, 1, 2, dtype=torch.int32), torch.tensor([[2], [1], [0]], dtype=torch.int32), 16)
     counters.count_quest(selected, torch.tensor([100, 10, 0], dtype=torch.int32))
     counters.count_stock([20, 0])
     expected = {"sparse_rows": 1, "dense_rows": 2, "pages_read": 5, "pages_held": 10, "eager_steps": 2}
@@ -92,7 +92,8 @@ def test_counters_made_by_a_step_are_reset_outside_of_one() -> None:
     with torch.inference_mode():
         counters.plan(1)
         counters.count_quest(
-            Selection(torch.zeros(1, 1, 1, dtype=torch.int32), torch.ones(1, 1, dtype=torch.int32)), torch.tensor([99])
+            Selection(torch.zeros(1, 1, 1, dtype=torch.int32), torch.ones(1, 1, dtype=torch.int32), 16),
+            torch.tensor([99]),
         )
     counters.reset()
     assert not any(counters.snapshot().values())
@@ -102,7 +103,7 @@ def test_a_line_at_an_interval_where_something_was_counted(monkeypatch: pytest.M
     now, lines = 1000.0, []
     monkeypatch.setattr(time, "monotonic", lambda: now)
     counters = make_counters(lines)
-    selected = Selection(torch.zeros(1, 1, 2, dtype=torch.int32), torch.tensor([[2]], dtype=torch.int32))
+    selected = Selection(torch.zeros(1, 1, 2, dtype=torch.int32), torch.tensor([[2]], dtype=torch.int32), 16)
 
     def step() -> None:
         counters.plan(1)

@@ -72,7 +72,7 @@ class Oracle:
         self.seen["calls"] += 1
         self._check_metadata(layer, kv, lengths)
         scores = reference.score_pages(query, kv, lengths, group_reduction=config.group_reduction)
-        chosen = [[[page for page in head if page >= 0] for head in row] for row in selected.pages.tolist()]
+        chosen = [[[page for page in head if page >= 0] for head in row] for row in selected.units.tolist()]
         expected = reference.select_pages(
             scores, lengths, config.page_size, config.token_budget, config.num_sink_pages, config.num_recent_pages
         )
@@ -104,7 +104,7 @@ class Oracle:
         """What vLLM's kernel makes of the selected pages, copied row after row to a plain cache of one KV head."""
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
-        page = selected.pages.clamp(min=0).long()
+        page = selected.units.clamp(min=0).long()
         physical = step.block_table[:, None].expand(-1, page.shape[1], -1).gather(2, page).long()  # [R, H, K]
         heads = torch.arange(page.shape[1])[None, :, None].expand_as(physical)
         rows, slots = page.shape[0] * page.shape[1], page.shape[2]

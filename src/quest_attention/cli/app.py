@@ -36,7 +36,13 @@ SinkPages = Annotated[
     int | None, typer.Option("--sink-pages", help="First pages always read; by default 0, with moments 1.")
 ]
 RecentPages = Annotated[int, typer.Option("--recent-pages", help="Last pages always read.")]
-GroupReduction = Annotated[str, typer.Option(help="Over the query heads of a KV head: max or mean.")]
+GroupReduction = Annotated[
+    str | None,
+    typer.Option(
+        help="Over the query heads of a KV head: max (the default of bounds and moments), mean, or mass.",
+        show_default=False,
+    ),
+]
 Metadata = Annotated[str, typer.Option(help="Of a page's keys: bounds (the paper's) or moments (mean, deviation).")]
 Coefficient = Annotated[float, typer.Option(help="Deviations above its mean where a page's best key is taken to lie.")]
 MetadataDtype = Annotated[str, typer.Option(help="Page bounds as the keys (kv) or in 8 bits (fp8).")]

@@ -17,7 +17,7 @@ class PageReads:
 
     >>> import torch
     >>> reads = PageReads()
-    >>> reads.record(2, Selection(torch.tensor([[[0, 3], [1, 3]]]), torch.tensor([[2, 2]])), 4)
+    >>> reads.record(2, Selection(torch.tensor([[[0, 3], [1, 3]]]), torch.tensor([[2, 2]]), 16), 4)
     >>> reads.shares([2])
     [0.5, 0.5, 0.0, 1.0]
     """
@@ -29,7 +29,7 @@ class PageReads:
     def record(self, layer: int, selected: Selection, num_pages: int) -> None:
         """Take one sparse step of one layer, of the first sequence of the batch."""
         # A copy: the pages may lie in memory that the next step uses again.
-        self._steps.append((layer, selected.pages[0].clone()))
+        self._steps.append((layer, selected.units[0].clone()))
         self.num_pages = max(self.num_pages, num_pages)
 
     def clear(self) -> None:

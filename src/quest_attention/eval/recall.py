@@ -56,7 +56,7 @@ class _Sums:
         """An `on_read` of a layer."""
         weights = attention_weights(query, keys, **kwargs)[:, :, :, 0]  # [B, HKV, G, T]
         unit = torch.arange(keys.shape[2], device=keys.device) // self._unit  # of each token
-        units = selected.pages.long()
+        units = selected.units.long()
         is_read = torch.zeros(*units.shape[:2], int(unit[-1]) + 2, dtype=torch.bool, device=keys.device)
         is_read.scatter_(2, units.masked_fill(units < 0, is_read.shape[2] - 1), value=True)  # unused slots hold -1
         read = is_read[:, :, unit][:, :, None].expand_as(weights)

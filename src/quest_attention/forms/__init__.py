@@ -11,8 +11,9 @@ from functools import cache
 import torch
 
 from quest_attention.config import QuestConfig
+from quest_attention.errors import QuestValueError
 from quest_attention.forms.bounds import KEY_MAX, KEY_MIN, Bounds
-from quest_attention.forms.form import FP8, MetadataForm, TwoVectors
+from quest_attention.forms.form import FP8, MetadataForm, Scored, TwoVectors
 from quest_attention.forms.moments import DEVIATION, MEAN, Moments
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Bounds",
     "MetadataForm",
     "Moments",
+    "Scored",
     "TwoVectors",
     "form_of",
     "metadata_dtype",
@@ -39,9 +41,14 @@ _FORMS: dict[str, Callable[[QuestConfig], MetadataForm]] = {
 def form_of(config: QuestConfig) -> MetadataForm:
     """The form that a config asks for.
 
+    Raises:
+        QuestValueError: There is none yet.
+
     >>> form_of(QuestConfig(metadata="moments"))
     Moments(coefficient=1.0)
     """
+    if config.metadata not in _FORMS:
+        raise QuestValueError("metadata", config.metadata, f"one of {', '.join(_FORMS)}")
     return _FORMS[config.metadata](config)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["FP8", "MetadataForm", "TwoVectors", "as_numbers"]
+__all__ = ["FP8", "MetadataForm", "Scored", "TwoVectors", "as_numbers"]
 
+Scored = Literal["page", "token"]
 FP8 = torch.float8_e4m3fn
 """The dtype of quantised caches, and of bounds in 8 bits."""
 
@@ -33,6 +34,11 @@ class MetadataForm(Protocol):
         ...
 
     @property
+    def scores(self) -> Scored:
+        """What `score` gives a number for: every page, or every token of every page."""
+        ...
+
+    @property
     def coefficient(self) -> float:
         """A number that the score takes, a constant of the kernels; 0 where it takes none."""
         ...
@@ -52,7 +58,8 @@ class MetadataForm(Protocol):
             into: `[..., *shape]`, what is kept.
             keys: `[..., T, D]`, as stored, side by side or not.
             before: Tokens the pages held before these, an int or `[...]`; a page of none starts anew [tokens].
-            written: `[..., T]` bool, which of the keys are new, at least one of each page; None is all of them.
+            written: `[..., T]` bool, which of the keys are new, at least one of each page; the keys then are those of
+                whole pages, T the page size. None is all of them, which follow the `before` first ones.
         """
         ...
 
@@ -65,19 +72,23 @@ class MetadataForm(Protocol):
         ...
 
     def score(self, seen: Tensor, kept: Tensor) -> Tensor:
-        """Unscaled logits that pages promise.
+        """Unscaled logits that pages promise, or estimates of those that their tokens give.
 
         Args:
             seen: `[R, G, W]`, from `see`.
             kept: `[R, P, rows * numbers]`.
 
         Returns:
-            `[R, P, G]`; anything but a finite number where a key of the page is not finite.
+            `[R, P, G]`, of tokens `[R, P * page_size, G]`; anything but a finite number where a key of the page, or
+            the token's, is not finite, and anything at all for a token that was never taken.
         """
         ...
 
     def score_by_hand(self, query: Tensor, kept: Tensor) -> Tensor:
-        """The oracle of `score`: one query `[D]` and one page, `[*shape]`, in float64; gives `[]`."""
+        """The oracle of `score`: one query `[D]` and one page, `[*shape]`, in float64; gives `[]`.
+
+        Of tokens it gives `[page_size]`.
+        """
         ...
 
 
@@ -85,6 +96,7 @@ class TwoVectors:
     """What forms have in common that keep two numbers of each channel, and whose score is linear in them."""
 
     ROWS: ClassVar[int] = 2
+    scores: ClassVar[Scored] = "page"
 
     def shape(self, page_size: int, dim: int) -> tuple[int, int]:
         """See `MetadataForm.shape`."""

@@ -139,7 +139,8 @@ def _attend(
             workspace=layer.storage.workspace(query.shape[1]),
         )  # fmt: skip
     # Nothing padded: every sequence is past the budget. Otherwise the device knows, and is not asked.
-    read = batch * layer.config.page_budget if attention_mask is None else step.selected.pages_read
+    config = layer.config
+    read = batch * config.page_budget if attention_mask is None else step.selected.units_read // config.units_per_page
     layer.counter.count_sparse(read, batch * layer.num_pages)
     layer.report(step.selected, query, key, **kwargs)
     return step.output[:, None].to(autocast or query.dtype), None

@@ -105,7 +105,7 @@ class KVStorage:
                 pages = torch.arange(paged.max_pages, dtype=torch.int32, device=paged.keys.device)
                 pages = pages.expand(paged.batch_size, paged.num_kv_heads, -1)
                 counts = torch.full(pages.shape[:2], paged.max_pages, dtype=torch.int32, device=pages.device)
-            self._every_page = Selection(pages, counts)
+            self._every_page = Selection(pages, counts, paged.page_size)
         return self._every_page
 
     def workspace(self, num_query_heads: int) -> Workspace | None:

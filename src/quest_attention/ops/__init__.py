@@ -4,22 +4,24 @@
     append_token             write one token of each sequence, and take it into the metadata
     append_slots             write tokens to the slots of a server's cache, and take them into the metadata
     update_slot_metadata     the metadata alone, where somebody else writes the keys
-    score_pages              the largest logit that each page promises the query: a bound on it, where that is kept
-    select_pages             choose the pages to read
-    sparse_decode_attention  attend to the tokens of the chosen pages
+    score_pages              how much each page, or smaller unit, promises the query
+    select_pages             choose the units to read
+    sparse_decode_attention  attend to the tokens of the chosen units
     quest_decode             score, select and attend: one decode step of one layer
     run_step                 the same of a `Step`, with another score or another attention
     count_reads              add what a step read to counters on the device
 
 Each verb checks its arguments, those of a step by making a `Step`, then runs the backend that `dispatch` resolves.
-Shapes use the letters of `pages.py`. Wherever `seq_lens` is taken it is either `[B]` int32/int64 on the device of the
-cache, or an int: the length of every sequence, known to the host, which spares masks and is the fast form on a CPU.
+Shapes use the letters of `pages.py`, and U for the logical units of a sequence. What is selected is a unit: a page, or,
+where the metadata scores tokens, one token or a run of four; P pages are `P * page_size / unit_size` units. Wherever
+`seq_lens` is taken it is either `[B]` int32/int64 on the device of the cache, or an int: the length of every sequence,
+known to the host, which spares masks and is the fast form on a CPU.
 
 Tensors may have any strides, be views or expanded, where nothing else is said: what is small is copied if a kernel
 needs it side by side, inside a CUDA graph too. Keys, values, bounds and scores to write to have a last stride of 1.
 Values are checked on a CPU; on any other device that would wait for it, so there they are the caller's to keep right.
 
-Keys that are not finite: a page that holds one scores +inf, so it is read as long as the budget has room and shows in
+Keys that are not finite: a unit that holds one scores +inf, so it is read as long as the budget has room and shows in
 the output as it would in dense attention; nothing else is promised.
 """
 
@@ -27,14 +29,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
 
-from quest_attention.config import Backend, GroupReduction, QuestConfig
+from quest_attention.config import Backend, GroupReduction, Metadata, QuestConfig, SelectionUnit
 from quest_attention.errors import QuestValueError
-from quest_attention.forms import Bounds, MetadataForm, form_of
+from quest_attention.forms import Bounds, MetadataForm, Scored, form_of
 from quest_attention.ops.checks import (
     check_counters,
     check_lengths,
@@ -79,7 +81,7 @@ class QuestOutput(NamedTuple):
 
     Attributes:
         output: `[B, HQ, DV]`, dtype of the query.
-        selected: The pages that were read.
+        selected: The units that were read.
     """
 
     output: Tensor
@@ -218,37 +220,59 @@ def score_pages(
     seq_lens: Tensor | int,
     *,
     token_mask: Tensor | None = None,
-    group_reduction: GroupReduction = "max",
+    group_reduction: GroupReduction | None = None,
     out: Tensor | None = None,
     backend: Backend = "auto",
+    sm_scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    selection_unit: SelectionUnit = "page",
 ) -> Tensor:
-    """The largest unscaled logit that a key of each page promises the query, by its metadata: the page's criticality.
+    """How much each unit promises the query, by the metadata of its page: the unit's criticality.
 
-    Of bounds `U(page) = sum_d max(q_d * min_d, q_d * max_d)`, equation 2 of the paper, which no key exceeds; other
-    forms say what theirs is. The query heads that share a KV head are reduced to one score. The arithmetic is float32
-    whatever the dtype of the cache.
+    Two kinds of metadata give two kinds of scores. Only the order of one step's scores means the same in both.
+
+    Metadata that scores pages gives the largest unscaled logit that a key of the page promises. Of bounds
+    `U(page) = sum_d max(q_d * min_d, q_d * max_d)`, equation 2 of the paper, which no key exceeds; other forms say what
+    theirs is. The query heads that share a KV head are reduced to one score. Scale, softcap and sinks change nothing.
+
+    Metadata that scores tokens gives log masses: the logarithm of the share of the attention that the unit would have,
+    were the estimates of its tokens' logits true. Each query head's estimates are scaled and capped as its logits are,
+    and normalised over the tokens it may attend to and its sink; the logarithm keeps apart what is far below the
+    largest. Then the heads of a group are reduced, "mass" to the mean of the mass that they give to the unit's tokens
+    together, "max" to the largest weight that one of them gives to one token.
+
+    The arithmetic is float32 whatever the dtype of the cache.
 
     Args:
         query: `[B, HQ, D]`, dtype as `append_token` takes it, HQ a multiple of HKV.
         kv: The cache.
         seq_lens: Tokens per sequence [tokens].
         token_mask: `[B, T]` bool, True where a token may be attended to (padding is False, and so is what lies past
-            T). A page without such a token scores -inf.
-        group_reduction: `"max"` or `"mean"` over the heads of a group.
-        out: `[B, HKV, P]` float32 to write to, the scores of a row side by side.
+            T). A unit without such a token scores -inf.
+        group_reduction: Over the heads of a group: `"max"` or `"mean"`, for metadata that scores tokens `"mass"` or
+            `"max"`; None is the first of these.
+        out: `[B, HKV, U]` float32 to write to, the scores of a row side by side.
         backend: Which implementation runs.
+        sm_scale: Factor on the logits; None is `D ** -0.5`.
+        softcap: See `sparse_decode_attention`.
+        sinks: See `sparse_decode_attention`.
+        selection_unit: What is scored: `"page"`, or, by metadata that scores tokens, `"token"` or 4 of them.
 
     Returns:
-        `[B, HKV, P]` float32, -inf past the end of a sequence.
+        `[B, HKV, U]` float32, -inf past the end of a sequence; U is P for pages.
 
     Raises:
         QuestValueError: A shape, dtype, device or option is wrong.
-        BackendError: The backend cannot run here.
+        BackendError: The backend cannot run here, or has no scores of this kind.
     """
-    config = _config(kv.page_size, backend, group_reduction)
-    step = Step(query=query, kv=kv, seq_lens=seq_lens, config=config, token_mask=token_mask)
+    config = _config(kv.page_size, backend, _kind(kv.form), group_reduction, selection_unit)
+    step = Step(
+        query=query, kv=kv, seq_lens=seq_lens, config=config,
+        sm_scale=sm_scale, softcap=softcap, sinks=sinks, token_mask=token_mask,
+    )  # fmt: skip
     if out is not None:
-        check_score_output(out, kv)
+        check_score_output(out, kv, config.units_per_page)
     return _verbs(backend, kv.keys).score_pages(step, out)
 
 
@@ -261,20 +285,22 @@ def select_pages(
     num_sink_pages: int = 0,
     num_recent_pages: int = 1,
     token_mask: Tensor | None = None,
+    selection_unit: SelectionUnit = "page",
     backend: Backend = "auto",
 ) -> Selection:
-    """Choose the pages to read: the forced ones, then those with the highest scores.
+    """Choose the units to read, pages or fewer tokens: the forced ones, then those with the highest scores.
 
-    A sequence of at most `token_budget` tokens selects all its pages; any other `token_budget // page_size`. Ties go to
-    the lower page.
+    A sequence of at most `token_budget` tokens selects all its units; any other `token_budget // unit_size`. Ties go to
+    the lower unit. Forced are pages, whatever the unit: all units of theirs that hold a token are read.
 
-    With a mask, a sequence has the tokens that may be attended to, and the pages that hold one. So few tokens may lie
-    in many pages; what a step reads, and the memory for it, stays bounded all the same: no sequence gets more than
-    `ceil(token_budget / page_size) + 1` pages, which hold any `token_budget` tokens that follow one another, as they do
-    where padding is on one side. Where holes spread them wider, the best of their pages are read.
+    With a mask, a sequence has the tokens that may be attended to, and the units that hold one. So few tokens may lie
+    in many units; what a step reads, and the memory for it, stays bounded all the same: no sequence gets more than
+    `ceil(token_budget / unit_size) + 1` units, which hold any `token_budget` tokens that follow one another, as they do
+    where padding is on one side. Where holes spread them wider, the best of their units are read. Units of one token
+    have no holes, and `token_budget` of them are enough.
 
     Args:
-        scores: `[B, HKV, P]` float32, without NaN.
+        scores: `[B, HKV, U]` float32, without NaN.
         seq_lens: Tokens per sequence [tokens].
         page_size: Tokens per page [tokens].
         token_budget: Most tokens to read, forced pages included [tokens].
@@ -282,24 +308,28 @@ def select_pages(
         num_recent_pages: Last pages to read always [pages]; the page being written is read even with 0.
         token_mask: `[B, T]` bool, True where a token may be attended to; False past T. Sink and recent pages are
             counted among the pages that hold such a token.
+        selection_unit: What the scores are of, and what is selected: `"page"`, `"token"` or 4 tokens.
         backend: Which implementation runs.
 
     Returns:
-        The selected pages, in ascending order, unused slots last.
+        The selected units, in ascending order, unused slots last.
 
     Raises:
         QuestValueError: A shape, dtype or number is wrong, or the budget cannot hold the forced pages.
-        BackendError: The backend cannot run here.
+        BackendError: The backend cannot run here, or does not select such units.
 
     >>> import torch
     >>> scores = torch.tensor([[[1.0, 5.0, 2.0, 5.0, 0.0]]])
-    >>> select_pages(scores, 5, page_size=1, token_budget=3).pages.tolist()
+    >>> select_pages(scores, 5, page_size=1, token_budget=3).units.tolist()
     [[[1, 3, 4]]]
     """
     check_scores(scores)
-    # The config knows what a budget must hold.
-    config = QuestConfig(token_budget, page_size, num_sink_pages=num_sink_pages, num_recent_pages=num_recent_pages)
-    check_lengths("seq_lens", seq_lens, scores.shape[0], scores.shape[2] * page_size, scores.device)
+    # The config knows what a budget must hold; whose the scores are nobody asks, so that any unit may be selected.
+    config = QuestConfig(
+        token_budget, page_size, num_sink_pages=num_sink_pages, num_recent_pages=num_recent_pages,
+        metadata=_LIKE["token"], selection_unit=selection_unit,
+    )  # fmt: skip
+    check_lengths("seq_lens", seq_lens, scores.shape[0], scores.shape[2] * config.unit_size, scores.device)
     check_token_mask(token_mask, scores.shape[0], scores.device)
     rows = Rows(seq_lens=seq_lens, config=config, token_mask=token_mask)
     return _verbs(backend, scores).select_pages(rows, scores)
@@ -318,13 +348,13 @@ def sparse_decode_attention(
     return_lse: bool = False,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend to the tokens of the selected pages alone.
+    """Attend to the tokens of the selected units alone.
 
     Args:
         query: `[B, HQ, D]`, dtype as `append_token` takes it, HQ a multiple of HKV.
         kv: The cache.
         seq_lens: Tokens per sequence [tokens].
-        selected: Pages to read, from `select_pages` or chosen otherwise: see `Selection`.
+        selected: Units to read, from `select_pages` or chosen otherwise: see `Selection`.
         sm_scale: Factor on the logits; None is `D ** -0.5`.
         softcap: Cap of the scaled logits, `softcap * tanh(logit / softcap)`, as in Gemma 2.
         sinks: `[HQ]`, one more logit per head that takes weight and gives no value, as in GPT-OSS.
@@ -338,7 +368,7 @@ def sparse_decode_attention(
 
     Raises:
         QuestValueError: A shape, dtype, device or number is wrong.
-        BackendError: The backend cannot run here.
+        BackendError: The backend cannot run here, or does not read such units.
     """
     step = Step(
         query=query, kv=kv, seq_lens=seq_lens, config=_config(kv.page_size, backend),
@@ -361,13 +391,14 @@ def quest_decode(
     workspace: Workspace | None = None,
     out: Tensor | None = None,
 ) -> QuestOutput:
-    """One decode step of one layer: score the pages, select, attend. Figure 5 of the paper.
+    """One decode step of one layer: score the units, select, attend. Figure 5 of the paper.
 
     Args:
         query: `[B, HQ, D]`, dtype as `append_token` takes it, HQ a multiple of HKV.
         kv: The cache, its metadata up to date.
         seq_lens: Tokens per sequence, the query's own included [tokens].
-        config: Budget, forced pages, group reduction and backend. Page size and metadata must be the cache's.
+        config: Budget, forced pages, what is selected, group reduction and backend. Page size and metadata must be the
+            cache's.
         sm_scale: Factor on the logits; None is `D ** -0.5`.
         softcap: See `sparse_decode_attention`.
         sinks: See `sparse_decode_attention`.
@@ -376,18 +407,18 @@ def quest_decode(
         out: `[B, HQ, DV]` contiguous, dtype of the query, to write the output to.
 
     Returns:
-        The output and the pages that were read.
+        The output and the units that were read.
 
     Raises:
         QuestValueError: A shape, dtype, device or number is wrong.
-        BackendError: The backend cannot run here.
+        BackendError: The backend cannot run here, or not with these units or this metadata.
 
     >>> import torch
     >>> keys, values = torch.randn(2, 1, 4, 64, 32)  # one sequence, 4 KV heads, 64 tokens
     >>> kv = PagedKV.from_contiguous(keys, values, torch.empty(1, 4, 4, 2, 32))
     >>> update_page_metadata(kv, 60, 60)
     >>> step = quest_decode(torch.randn(1, 8, 32), kv, 60, QuestConfig(token_budget=32))
-    >>> step.output.shape, step.selected.pages.shape
+    >>> step.output.shape, step.selected.units.shape
     (torch.Size([1, 8, 32]), torch.Size([1, 4, 2]))
     """
     step = Step(
@@ -407,16 +438,16 @@ def run_step(
 
     Args:
         step: What to read and how.
-        score: In place of `score_pages`: gives scores `[B, HKV, P]`, float32 without NaN, P at least the pages that
+        score: In place of `score_pages`: gives scores `[B, HKV, U]`, float32 without NaN, U at least the units that
             hold a token.
         attend: In place of `sparse_decode_attention`: gives the output `[B, HQ, DV]`, which is returned as it is.
 
     Returns:
-        The output and the pages that were read.
+        The output and the units that were read.
 
     Raises:
         QuestValueError: The config's form of metadata is not the cache's; or the scores have another shape or dtype, or
-            fewer pages than a sequence.
+            fewer units than a sequence.
         BackendError: The backend cannot run here.
     """
     if score is None and step.kv.form != (form := form_of(step.config)):
@@ -434,9 +465,9 @@ def run_step(
         scores = score(step)
         check_scores(scores)
         if scores.shape[:2] != (step.kv.batch_size, step.kv.num_kv_heads):
-            expected = f"[{step.kv.batch_size}, {step.kv.num_kv_heads}, P]"
+            expected = f"[{step.kv.batch_size}, {step.kv.num_kv_heads}, U]"
             raise QuestValueError("scores.shape", list(scores.shape), expected)
-        most = scores.shape[2] * step.kv.page_size
+        most = scores.shape[2] * step.config.unit_size
         check_lengths("seq_lens", step.seq_lens, scores.shape[0], most, scores.device)
     selected = verbs.select_pages(step, scores)
     if attend is not None:
@@ -450,18 +481,16 @@ def count_reads(
     seq_lens: Tensor | int,
     counters: Tensor,
     *,
-    page_size: int,
     token_budget: int,
     backend: Backend = "auto",
 ) -> None:
     """Add what a step read to counters on the device, in place, where a CUDA graph can replay it.
 
     Args:
-        selected: The pages that were read.
+        selected: The units that were read.
         seq_lens: Tokens per sequence; a sequence of none counts nowhere [tokens].
-        counters: `[4]` int64: rows past the budget, rows within it, pages read and pages held per KV head; where the
-            KV heads of a step read different numbers of pages, their mean, rounded down.
-        page_size: Tokens per page [tokens].
+        counters: `[4]` int64: rows past the budget, rows within it, units read and units held per KV head, of the size
+            of those selected; where the KV heads of a step read different numbers of units, their mean, rounded down.
         token_budget: See `select_pages` [tokens].
         backend: Which implementation runs.
 
@@ -471,14 +500,14 @@ def count_reads(
 
     >>> import torch
     >>> counters = torch.zeros(4, dtype=torch.int64)
-    >>> selected = Selection(torch.zeros(2, 1, 2, dtype=torch.int32), torch.tensor([[2], [1]], dtype=torch.int32))
-    >>> count_reads(selected, torch.tensor([90, 12]), counters, page_size=16, token_budget=32)
+    >>> selected = Selection(torch.zeros(2, 1, 2, dtype=torch.int32), torch.tensor([[2], [1]], dtype=torch.int32), 16)
+    >>> count_reads(selected, torch.tensor([90, 12]), counters, token_budget=32)
     >>> counters.tolist()
     [1, 1, 3, 7]
     """
-    check_counters(counters, selected, seq_lens, page_size, token_budget)
+    check_counters(counters, selected, seq_lens, token_budget)
     verbs = resolve_backend(backend, counters.device).verbs
-    verbs.count_reads(selected, _per_row(seq_lens, selected.counts), counters, page_size, token_budget)
+    verbs.count_reads(selected, _per_row(seq_lens, selected.counts), counters, token_budget)
 
 
 def make_workspace(
@@ -498,16 +527,31 @@ def make_workspace(
         none for this shape.
 
     Raises:
-        BackendError: The backend cannot run here.
+        BackendError: The backend cannot run here, or not with these units or this metadata.
     """
     backend = resolve_backend(config.backend, kv.keys.device, kv.keys.dtype)
     return backend.make_workspace(kv, num_query_heads, config, batch_sizes)
 
 
+_LIKE: dict[Scored, Metadata] = {"page": "bounds", "token": "sketch"}
+"""Metadata whose options are those of any that scores pages, or tokens: of a form of the user's own too."""
+
+
+def _kind(form: MetadataForm) -> Metadata:
+    """The form's name if a config knows it, else that of one that scores alike."""
+    return cast("Metadata", form.name) if form.name in get_args(Metadata) else _LIKE[form.scores]
+
+
 @cache
-def _config(page_size: int, backend: Backend, group_reduction: GroupReduction = "max") -> QuestConfig:
+def _config(
+    page_size: int, backend: Backend, metadata: Metadata = "bounds", group_reduction: GroupReduction | None = None,
+    unit: SelectionUnit = "page",
+) -> QuestConfig:  # fmt: skip
     """The config of a step that chooses nothing: of a budget it has a page, since it must have one."""
-    return QuestConfig(page_size, page_size, group_reduction=group_reduction, backend=backend)
+    return QuestConfig(
+        page_size, page_size, num_sink_pages=0, group_reduction=cast("GroupReduction", group_reduction),
+        backend=backend, metadata=metadata, selection_unit=unit,
+    )  # fmt: skip
 
 
 def _verbs(backend: Backend, keys: Tensor) -> Verbs:

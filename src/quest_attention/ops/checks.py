@@ -115,16 +115,16 @@ def check_token_mask(token_mask: Tensor | None, batch: int, device: torch.device
 
 
 def check_scores(scores: Tensor) -> None:
-    """`[B, HKV, P]` float32, as `score_pages` gives them."""
+    """`[B, HKV, U]` float32, as `score_pages` gives them."""
     if scores.dim() != 3 or scores.shape[1] == 0:
-        raise QuestValueError("scores.shape", list(scores.shape), "[B, HKV, P]")
+        raise QuestValueError("scores.shape", list(scores.shape), "[B, HKV, U]")
     if scores.dtype != torch.float32:
         raise QuestValueError("scores.dtype", scores.dtype, "torch.float32")
 
 
-def check_score_output(out: Tensor, kv: PagedKV) -> None:
-    """Room for scores, `[B, HKV, P]` float32, those of a row side by side."""
-    shape = (kv.batch_size, kv.num_kv_heads, kv.max_pages)
+def check_score_output(out: Tensor, kv: PagedKV, units_per_page: int) -> None:
+    """Room for scores, `[B, HKV, U]` float32, those of a row side by side."""
+    shape = (kv.batch_size, kv.num_kv_heads, kv.max_pages * units_per_page)
     check_like("out", out, shape, kv.keys, "keys", check_dtype=False)
     if out.dtype != torch.float32:
         raise QuestValueError("out.dtype", out.dtype, "torch.float32")
@@ -132,30 +132,32 @@ def check_score_output(out: Tensor, kv: PagedKV) -> None:
 
 
 def check_selected(selected: Selection, kv: PagedKV) -> None:
-    """Pages `[B, HKV, K]` int32 of the cache's sequences and KV heads; any numbers, see `Selection`."""
-    pages = selected.pages
-    shape = pages.shape
+    """Units `[B, HKV, K]` int32 of the cache's sequences and KV heads; any numbers, see `Selection`."""
+    units, size, page_size = selected.units, selected.unit_size, kv.page_size
+    shape = units.shape
     if len(shape) != 3 or shape[0] != kv.batch_size or shape[1] != kv.num_kv_heads:
         expected = f"[{kv.batch_size}, {kv.num_kv_heads}, K]"
-        raise QuestValueError("selected.pages.shape", list(shape), expected)
-    if pages.dtype != torch.int32:
-        raise QuestValueError("selected.pages.dtype", pages.dtype, "torch.int32")
-    if pages.device != kv.keys.device:
-        raise QuestValueError("selected.pages.device", str(pages.device), f"{kv.keys.device}, as keys")
+        raise QuestValueError("selected.units.shape", list(shape), expected)
+    if units.dtype != torch.int32:
+        raise QuestValueError("selected.units.dtype", units.dtype, "torch.int32")
+    if units.device != kv.keys.device:
+        raise QuestValueError("selected.units.device", str(units.device), f"{kv.keys.device}, as keys")
+    check_integer("selected.unit_size", size, minimum=1)
+    if page_size % size:
+        expected = f"tokens that divide a page of {page_size}: units lie within pages"
+        raise QuestValueError("selected.unit_size", size, expected)
 
 
-def check_counters(
-    counters: Tensor, selected: Selection, seq_lens: Tensor | int, page_size: int, token_budget: int
-) -> None:
+def check_counters(counters: Tensor, selected: Selection, seq_lens: Tensor | int, token_budget: int) -> None:
     """`[4]` int64, a count for each list of the selection, and a length for each sequence."""
     if tuple(counters.shape) != (4,) or counters.dtype != torch.int64:
         raise QuestValueError("counters", f"{list(counters.shape)} {counters.dtype}", "[4] torch.int64")
     counts = selected.counts
-    if counts.shape != selected.pages.shape[:2] or counts.dtype not in (torch.int32, torch.int64):
-        expected = f"{list(selected.pages.shape[:2])} torch.int32: one for each list of pages"
+    if counts.shape != selected.units.shape[:2] or counts.dtype not in (torch.int32, torch.int64):
+        expected = f"{list(selected.units.shape[:2])} torch.int32: one for each list of units"
         raise QuestValueError("selected.counts", f"{list(counts.shape)} {counts.dtype}", expected)
     if counts.device != counters.device:
         raise QuestValueError("selected.counts.device", str(counts.device), f"{counters.device}, as counters")
     check_lengths("seq_lens", seq_lens, counts.shape[0], torch.iinfo(torch.int32).max, counters.device)
-    check_integer("page_size", page_size, minimum=1)
+    check_integer("selected.unit_size", selected.unit_size, minimum=1)
     check_integer("token_budget", token_budget, minimum=1)

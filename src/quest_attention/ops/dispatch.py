@@ -50,9 +50,7 @@ class Verbs(Protocol):
         """`is_own`: the selection is what `select_pages` gave for these very rows, so nobody need look."""
         ...
 
-    def count_reads(
-        self, selected: Selection, seq_lens: Tensor, counters: Tensor, page_size: int, token_budget: int
-    ) -> None: ...
+    def count_reads(self, selected: Selection, seq_lens: Tensor, counters: Tensor, token_budget: int) -> None: ...
 
 
 class ResolvedBackend(NamedTuple):

@@ -104,8 +104,21 @@ def score_pages(
     seq_lens: list[int],
     token_mask: Tensor | None = None,
     group_reduction: GroupReduction = "max",
+    *,
+    sm_scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    unit_size: int | None = None,
 ) -> Tensor:
-    """Unscaled logit that each page promises: `[B, HKV, P]` float64, -inf where there is no page."""
+    """Unscaled logit that each page promises: `[B, HKV, P]` float64, -inf where there is no page.
+
+    Of a form that scores tokens the log mass of each unit, of `unit_size` tokens or of a page: `[B, HKV, U]`. What
+    comes after the reduction is for those alone.
+    """
+    if kv.form.scores == "token":
+        scale = kv.head_dim**-0.5 if sm_scale is None else sm_scale
+        size = kv.page_size if unit_size is None else unit_size
+        return _log_masses(query, kv, seq_lens, token_mask, group_reduction, scale, softcap, sinks, size)
     batch, num_query_heads, _ = query.shape
     group = num_query_heads // kv.num_kv_heads
     scores = torch.full((batch, kv.num_kv_heads, kv.max_pages), -math.inf, dtype=torch.float64)
@@ -123,6 +136,59 @@ def score_pages(
     return scores
 
 
+def _log_masses(
+    query: Tensor,
+    kv: PagedKV,
+    seq_lens: list[int],
+    token_mask: Tensor | None,
+    group_reduction: GroupReduction,
+    sm_scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    unit_size: int,
+) -> Tensor:
+    """How much of the attention each unit would have, were the estimates true: log of its mass, `[B, HKV, U]` float64.
+
+    `mass` is the mean over the heads of a group of the weights of the unit's tokens together, `max` the largest weight
+    that any of its tokens has in any head. A unit without a live token has none.
+    """
+    batch, num_query_heads, _ = query.shape
+    group = num_query_heads // kv.num_kv_heads
+    scores = torch.full((batch, kv.num_kv_heads, kv.max_pages * kv.page_size // unit_size), -math.inf).double()
+    key_scales = _scales(kv.key_scale, kv.num_kv_heads)
+    for b in range(batch):
+        tokens = _live_tokens(b, seq_lens, token_mask)
+        for h in range(kv.num_kv_heads):
+            weights = []  # log of each head's weight of each token
+            unknown = set()  # units with an estimate that is no number
+            for head in range(h * group, (h + 1) * group):
+                logits = _estimates(query[b, head], kv, b, h, tokens) * key_scales[h] * sm_scale
+                is_known = torch.isfinite(logits)
+                unknown |= {token // unit_size for token, known in zip(tokens, is_known, strict=True) if not known}
+                if softcap is not None:
+                    logits = softcap * torch.tanh(logits / softcap)
+                logits = logits.masked_fill(~is_known, -math.inf)
+                everything = logits if sinks is None else torch.cat([logits, sinks[head].double().cpu()[None]])
+                weights.append(logits - torch.logsumexp(everything, 0))
+            for unit in sorted({token // unit_size for token in tokens}):
+                here = [weight[i] for weight in weights for i, token in enumerate(tokens) if token // unit_size == unit]
+                if unit in unknown:  # read, so that it shows as it would in dense attention
+                    scores[b, h, unit] = math.inf
+                elif group_reduction == "mass":
+                    scores[b, h, unit] = torch.logsumexp(torch.stack(here), 0) - math.log(group)
+                else:
+                    scores[b, h, unit] = torch.stack(here).max()
+    return scores
+
+
+def _estimates(query: Tensor, kv: PagedKV, b: int, h: int, tokens: list[int]) -> Tensor:
+    """What the form estimates of the unscaled logits of some tokens of a sequence, `[T]` float64."""
+    pages = {token // kv.page_size for token in tokens}
+    of_page = {page: kv.form.score_by_hand(query, kv.metadata[int(kv.page_table[b, page]), h]) for page in pages}
+    found = [of_page[token // kv.page_size][token % kv.page_size] for token in tokens]
+    return torch.stack(found).cpu() if found else torch.zeros(0, dtype=torch.float64)
+
+
 def select_pages(
     scores: Tensor,
     seq_lens: list[int],
@@ -131,23 +197,28 @@ def select_pages(
     num_sink_pages: int = 0,
     num_recent_pages: int = 1,
     token_mask: Tensor | None = None,
+    unit_size: int | None = None,
 ) -> list[list[list[int]]]:
-    """Logical pages to read, ascending, as `selected[b][h]`: forced ones, then by score; ties go to the lower index.
+    """Logical units to read, ascending, as `selected[b][h]`: forced ones, then by score; ties go to the lower index.
 
-    Tokens within the budget are all read, as long as they lie in at most one page more than hold the budget, as they do
-    where padding is on one side. Holes may spread them wider: without this limit what a step reads, and how much memory
-    it needs, would depend on where the holes are, which only the device knows.
+    A unit is a page, or `unit_size` tokens of one; forced pages are read with all of their units. Tokens within the
+    budget are all read, as long as they lie in at most one unit more than hold the budget, as they do where padding is
+    on one side. Holes may spread them wider: without this limit what a step reads, and how much memory it needs, would
+    depend on where the holes are, which only the device knows. Single tokens have no holes.
     """
-    most = num_pages(token_budget, page_size) + 1
+    size = page_size if unit_size is None else unit_size
+    most = num_pages(token_budget, size) + 1
     selected = []
     for b in range(scores.shape[0]):
-        live = _live_pages(b, page_size, seq_lens, token_mask)
         tokens = _live_tokens(b, seq_lens, token_mask)
-        forced = live[:num_sink_pages] + live[-max(1, num_recent_pages) :]
+        pages = _live_pages(b, page_size, seq_lens, token_mask)
+        live = sorted({token // size for token in tokens})
+        always = pages[:num_sink_pages] + pages[-max(1, num_recent_pages) :]
+        forced = {unit for unit in live if unit * size // page_size in always}
         row = []
         for h in range(scores.shape[1]):
-            count = most if len(tokens) <= token_budget else token_budget // page_size
-            ranked = sorted(live, key=lambda page: (page not in forced, -float(scores[b, h, page]), page))
+            count = most if len(tokens) <= token_budget else token_budget // size
+            ranked = sorted(live, key=lambda unit: (unit not in forced, -float(scores[b, h, unit]), unit))
             row.append(sorted(ranked[:count]))
         selected.append(row)
     return selected
@@ -157,13 +228,19 @@ def sparse_decode_attention(
     query: Tensor,
     kv: PagedKV,
     seq_lens: list[int],
-    selected_pages: list[list[list[int]]],
+    selected: list[list[list[int]]],
     sm_scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     token_mask: Tensor | None = None,
+    unit_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the tokens of the selected pages: output `[B, HQ, DV]` and log-sum-exp `[B, HQ]`, float64."""
+    """Attention over the tokens of the selected pages, or of units of `unit_size` tokens.
+
+    Returns:
+        Output `[B, HQ, DV]` and log-sum-exp `[B, HQ]`, float64.
+    """
+    size = kv.page_size if unit_size is None else unit_size
     batch, num_query_heads, _ = query.shape
     group = num_query_heads // kv.num_kv_heads
     output = torch.zeros(batch, num_query_heads, kv.values.shape[-1], dtype=torch.float64)
@@ -174,10 +251,10 @@ def sparse_decode_attention(
         for head in range(num_query_heads):
             h = head // group
             tokens = [
-                page * kv.page_size + offset
-                for page in selected_pages[b][h]
-                for offset in range(kv.page_size)
-                if page * kv.page_size + offset in live
+                unit * size + offset
+                for unit in selected[b][h]
+                for offset in range(size)
+                if unit * size + offset in live
             ]
             if not tokens:
                 lse[b, head] = -math.inf if sinks is None else sinks[head].double()
@@ -195,12 +272,12 @@ def sparse_decode_attention(
     return output, lse
 
 
-def count_reads(counts: list[list[int]], seq_lens: list[int], page_size: int, token_budget: int) -> list[int]:
-    """Rows past the budget, rows within it, pages read per KV head (the mean, rounded down) and pages held."""
+def count_reads(counts: list[list[int]], seq_lens: list[int], unit_size: int, token_budget: int) -> list[int]:
+    """Rows past the budget, rows within it, units read per KV head (the mean, rounded down) and units held."""
     sparse = sum(length > token_budget for length in seq_lens)
     dense = sum(0 < length <= token_budget for length in seq_lens)
     read = sum(sum(row) for row in counts) // len(counts[0]) if counts else 0
-    return [sparse, dense, read, sum(num_pages(length, page_size) for length in seq_lens)]
+    return [sparse, dense, read, sum(num_pages(length, unit_size) for length in seq_lens)]
 
 
 def _live_tokens(b: int, seq_lens: list[int], token_mask: Tensor | None) -> list[int]:

@@ -45,8 +45,11 @@ def update_slot_metadata(metadata: Tensor, keys: Tensor, slots: Tensor, page_siz
 
 def score_pages(step: Step, out: Tensor | None = None) -> Tensor:
     """See `ops.score_pages`."""
-    kv, lengths = step.kv, _per_row(step.seq_lens, step.kv.batch_size)
-    scores = reference.score_pages(step.query, kv, lengths, step.token_mask, step.config.group_reduction)
+    kv, config, lengths = step.kv, step.config, _per_row(step.seq_lens, step.kv.batch_size)
+    scores = reference.score_pages(
+        step.query, kv, lengths, step.token_mask, config.group_reduction,
+        sm_scale=step.scale, softcap=step.softcap, sinks=step.sinks, unit_size=config.unit_size,
+    )  # fmt: skip
     scores = scores.to(step.query.device, torch.float32)
     return scores if out is None else out.copy_(scores)
 
@@ -56,30 +59,30 @@ def select_pages(rows: Rows, scores: Tensor) -> Selection:
     config, lengths = rows.config, _per_row(rows.seq_lens, scores.shape[0])
     sinks, recent = config.num_sink_pages, config.num_recent_pages
     lists = reference.select_pages(
-        scores, lengths, config.page_size, config.token_budget, sinks, recent, rows.token_mask
+        scores, lengths, config.page_size, config.token_budget, sinks, recent, rows.token_mask, config.unit_size
     )
-    slots = max((len(pages) for row in lists for pages in row), default=0)
-    padded = [[pages + [-1] * (slots - len(pages)) for pages in row] for row in lists]
-    pages = torch.tensor(padded, dtype=torch.int32, device=scores.device).view(*scores.shape[:2], slots)
+    slots = max((len(units) for row in lists for units in row), default=0)
+    padded = [[units + [-1] * (slots - len(units)) for units in row] for row in lists]
+    units = torch.tensor(padded, dtype=torch.int32, device=scores.device).view(*scores.shape[:2], slots)
     counts = torch.tensor([[len(head) for head in row] for row in lists], dtype=torch.int32, device=scores.device)
-    return Selection(pages, counts.view(scores.shape[:2]))
+    return Selection(units, counts.view(scores.shape[:2]), config.unit_size)
 
 
 def sparse_decode_attention(
     step: Step, selected: Selection, *, return_lse: bool = False, is_own: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """See `ops.sparse_decode_attention`; whoever chose the pages, each is looked up."""
+    """See `ops.sparse_decode_attention`; whoever chose the units, each is looked up."""
     query, lengths = step.query, _per_row(step.seq_lens, step.kv.batch_size)
-    lists = [[[page for page in head if page >= 0] for head in row] for row in selected.pages.tolist()]
+    lists = [[[unit for unit in head if unit >= 0] for head in row] for row in selected.units.tolist()]
     output, lse = reference.sparse_decode_attention(
-        query, step.kv, lengths, lists, step.scale, step.softcap, step.sinks, step.token_mask
+        query, step.kv, lengths, lists, step.scale, step.softcap, step.sinks, step.token_mask, selected.unit_size
     )
     return output.to(query.device, query.dtype), lse.to(query.device, torch.float32) if return_lse else None
 
 
-def count_reads(selected: Selection, seq_lens: Tensor, counters: Tensor, page_size: int, token_budget: int) -> None:
+def count_reads(selected: Selection, seq_lens: Tensor, counters: Tensor, token_budget: int) -> None:
     """See `ops.count_reads`."""
-    counted = reference.count_reads(selected.counts.tolist(), seq_lens.tolist(), page_size, token_budget)
+    counted = reference.count_reads(selected.counts.tolist(), seq_lens.tolist(), selected.unit_size, token_budget)
     counters += torch.tensor(counted, device=counters.device)
 
 

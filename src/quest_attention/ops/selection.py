@@ -1,4 +1,4 @@
-"""What passes between the verbs: the selected pages, and memory to reuse from step to step."""
+"""What passes between the verbs: the selected units, and memory to reuse from step to step."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ __all__ = ["DecodeWorkspace", "Selection", "Workspace"]
 
 
 class Selection(NamedTuple):
-    """Pages to read, one list per sequence and KV head.
+    """Units to read, one list per sequence and KV head: pages, or runs of fewer tokens that fill a page.
 
     `select_pages` gives them in ascending order, unused slots last. `sparse_decode_attention` reads any list of
-    different pages, in any order, and skips what is no page of the sequence: a negative number, or one past its end.
+    different units, in any order, and skips what is no unit of the sequence: a negative number, or one past its end.
     Lists may differ in length; those that `select_pages` gives differ between sequences alone.
 
     Attributes:
-        pages: `[B, HKV, K]` int32, logical pages, -1 in unused slots.
-        counts: `[B, HKV]` int32, used slots [pages].
+        units: `[B, HKV, K]` int32, logical units, -1 in unused slots: unit `u` has the tokens from `u * unit_size` on.
+        counts: `[B, HKV]` int32, used slots [units].
+        unit_size: Tokens of a unit, which divide those of a page [tokens].
     """
 
-    pages: Tensor
+    units: Tensor
     counts: Tensor
+    unit_size: int
 
     @property
-    def pages_read(self) -> Tensor:
-        """Pages of all sequences per KV head: the mean over KV heads, rounded down, `[]` on the device [pages]."""
+    def units_read(self) -> Tensor:
+        """Units of all sequences per KV head: the mean over KV heads, rounded down, `[]` on the device [units]."""
         return self.counts.sum() // max(1, self.counts.shape[1])
 
 
@@ -40,7 +42,7 @@ class Workspace(Protocol):
 
     @property
     def scores(self) -> Tensor:
-        """Float32, at least one for each sequence, KV head and page of a step that fits; contiguous."""
+        """Float32, at least one for each sequence, KV head and unit of a step that fits; contiguous."""
         ...
 
     def fits(self, kv: PagedKV, num_query_heads: int, config: QuestConfig) -> bool:
@@ -54,10 +56,10 @@ class DecodeWorkspace(NamedTuple):
     Layers that run one after the other can share one workspace; threads must not.
 
     Attributes:
-        scores: `[B, HKV, P]` float32.
-        ordered: `[B, HKV, P]` int32.
-        keys: `[B, HKV, P]` int64.
-        below: `[P]` int64, P - 1 down to 0.
+        scores: `[B, HKV, U]` float32.
+        ordered: `[B, HKV, U]` int32.
+        keys: `[B, HKV, U]` int64.
+        below: `[U]` int64, U - 1 down to 0.
     """
 
     scores: Tensor
@@ -66,14 +68,14 @@ class DecodeWorkspace(NamedTuple):
     below: Tensor
 
     @classmethod
-    def allocate(cls, batch: int, num_kv_heads: int, max_pages: int, device: torch.device) -> DecodeWorkspace:
-        """Memory for `batch` sequences of up to `max_pages` pages."""
-        shape = (batch, num_kv_heads, max_pages)
+    def allocate(cls, batch: int, num_kv_heads: int, max_units: int, device: torch.device) -> DecodeWorkspace:
+        """Memory for `batch` sequences of up to `max_units` units."""
+        shape = (batch, num_kv_heads, max_units)
         return cls(
             torch.empty(shape, dtype=torch.float32, device=device),
             torch.empty(shape, dtype=torch.int32, device=device),
             torch.empty(shape, dtype=torch.int64, device=device),
-            torch.arange(max_pages - 1, -1, -1, dtype=torch.int64, device=device),
+            torch.arange(max_units - 1, -1, -1, dtype=torch.int64, device=device),
         )
 
     @classmethod
@@ -81,11 +83,11 @@ class DecodeWorkspace(NamedTuple):
         cls, kv: PagedKV, num_query_heads: int, config: QuestConfig, batch_sizes: Iterable[int] | None = None
     ) -> DecodeWorkspace:
         """Memory for steps over a cache, whatever the query heads and the budget; for its own batch alone."""
-        del num_query_heads, config, batch_sizes
-        return cls.allocate(kv.batch_size, kv.num_kv_heads, kv.max_pages, kv.keys.device)
+        del num_query_heads, batch_sizes
+        return cls.allocate(kv.batch_size, kv.num_kv_heads, kv.max_pages * config.units_per_page, kv.keys.device)
 
     def fits(self, kv: PagedKV, num_query_heads: int, config: QuestConfig) -> bool:
         """Whether a step over this cache can use the workspace."""
-        del num_query_heads, config
-        shape = (kv.batch_size, kv.num_kv_heads, kv.max_pages)
+        del num_query_heads
+        shape = (kv.batch_size, kv.num_kv_heads, kv.max_pages * config.units_per_page)
         return self.scores.shape == shape and self.scores.device == kv.keys.device

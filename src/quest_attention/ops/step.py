@@ -1,4 +1,4 @@
-"""`Step`: one decode step of one layer, checked when it is made; `Rows`, what choosing pages needs to know of it."""
+"""`Step`: one decode step of one layer, checked when it is made; `Rows`, what choosing units needs to know of it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["Rows", "Step"]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Rows:
-    """The sequences of a step, and how much may be read of each: what choosing pages needs beside their scores.
+    """The sequences of a step, and how much may be read of each: what choosing units needs beside their scores.
 
     Attributes:
         seq_lens: `[B]` int32/int64 on the device of the cache, or the length of every sequence [tokens].
-        config: Budget, forced pages, group reduction and backend.
+        config: Budget, forced pages, what is selected, group reduction and backend.
         token_mask: `[B, T]` bool, True where a token may be attended to; False past T.
         workspace: Memory to reuse, from `make_workspace`.
     """
@@ -98,8 +98,9 @@ class Step(Rows):
 
     @property
     def scratch(self) -> Tensor | None:
-        """Room for scores, `[B, HKV, P]` float32, in the workspace, which may be for more rows, or longer ones."""
+        """Room for scores, `[B, HKV, U]` float32, in the workspace, which may be for more rows, or longer ones."""
         if self.workspace is None:
             return None
-        shape, scores = (self.kv.batch_size, self.kv.num_kv_heads, self.kv.max_pages), self.workspace.scores
+        kv, scores = self.kv, self.workspace.scores
+        shape = (kv.batch_size, kv.num_kv_heads, kv.max_pages * self.config.units_per_page)
         return scores if scores.shape == shape else scores.view(-1)[: math.prod(shape)].view(shape)

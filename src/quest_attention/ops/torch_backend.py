@@ -2,8 +2,8 @@
 
 Every verb has a fast form for what a decode step of a transformers model looks like (a contiguous cache, every
 sequence equally long, nothing masked) and a general form. Two choices were made by timing them, and are easy to undo by
-accident: the query is contiguous and transposed on the right of the product with the metadata, and pages are copied by
-`index_select` of whole rows, not by `gather`. `benchmarks/decode_cpu.py` shows what undoing either costs.
+accident: the query is contiguous and transposed on the right of the product with the metadata, and units are copied as
+`ops/gathering.py` does it. `benchmarks/decode_cpu.py` shows what undoing either costs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quest_attention.forms import FP8, MetadataForm
+from quest_attention.ops.gathering import gather_units, metadata_rows
+from quest_attention.ops.liveness import attendable, live_tokens, live_units
+from quest_attention.ops.masses import score_masses
 from quest_attention.ops.selection import DecodeWorkspace, Selection
 from quest_attention.ops.step import Rows, Step
 from quest_attention.pages import ContiguousKV, PagedKV, num_pages
@@ -132,6 +135,8 @@ def _as_stored(tokens: Tensor, scale: Tensor | None) -> Tensor:
 
 def score_pages(step: Step, out: Tensor | None = None) -> Tensor:
     """See `ops.score_pages`. The metadata of many pages at a time, as the form scores it."""
+    if step.kv.form.scores == "token":
+        return score_masses(step, out)
     query, kv, seq_lens, token_mask = step.query, step.kv, step.seq_lens, step.token_mask
     batch, heads, dim = kv.batch_size, kv.num_kv_heads, kv.head_dim
     scores = out if out is not None else query.new_empty(batch, heads, kv.max_pages, dtype=torch.float32)
@@ -144,12 +149,12 @@ def score_pages(step: Step, out: Tensor | None = None) -> Tensor:
         chunk = max(16, _CHUNK_BYTES // max(1, batch * heads * seen.shape[2] * 4))
     table, dead = kv.page_table, None
     if isinstance(seq_lens, Tensor):
-        dead = ~_live_pages(seq_lens, None, kv.page_size, kv.max_pages, scores)
+        dead = ~live_units(seq_lens, None, kv.page_size, kv.max_pages, scores)
         if kv.contiguous is None:  # past the end of a sequence the table may hold anything
             table = table.masked_fill(dead, 0)
     for start in range(0, live, chunk):
         stop = min(live, start + chunk)
-        kept = _metadata_rows(kv, table[:, start:stop], start, stop)
+        kept = metadata_rows(kv, table[:, start:stop], start, stop)
         logits = kv.form.score(seen, kept).view(batch, heads, stop - start, grouped.shape[1])
         if kv.key_scale is not None:
             logits *= kv.key_scale[:, None, None]
@@ -164,47 +169,38 @@ def score_pages(step: Step, out: Tensor | None = None) -> Tensor:
     if live < kv.max_pages:
         scores[:, :, live:] = -math.inf
     if token_mask is not None:
-        dead = ~_live_pages(seq_lens, token_mask, kv.page_size, kv.max_pages, scores)
+        dead = ~live_units(seq_lens, token_mask, kv.page_size, kv.max_pages, scores)
     if dead is not None:
         scores.masked_fill_(dead[:, None], -math.inf)
     return scores
 
 
-def _metadata_rows(kv: PagedKV, physical: Tensor, start: int, stop: int) -> Tensor:
-    """Of logical pages `start` to `stop`: `[B * HKV, stop - start, numbers]`, a view of a contiguous cache."""
-    if kv.contiguous is not None:
-        return kv.contiguous.metadata.flatten(0, 1)[:, start:stop].flatten(2)
-    rows = _gather(kv.metadata.flatten(2)[:, None], physical[:, None].expand(-1, kv.num_kv_heads, -1))
-    return rows.flatten(0, 1)
-
-
 def select_pages(rows: Rows, scores: Tensor) -> Selection:
     """See `ops.select_pages`."""
     seq_lens, token_mask, workspace, config = rows.seq_lens, rows.token_mask, rows.workspace, rows.config
-    page_size, token_budget, num_sink_pages = config.page_size, config.token_budget, config.num_sink_pages
-    batch, heads, max_pages = scores.shape
+    size, token_budget, num_sink_pages = config.unit_size, config.token_budget, config.num_sink_pages
+    batch, heads, max_units = scores.shape
     if not isinstance(workspace, DecodeWorkspace):
-        workspace = DecodeWorkspace.allocate(batch, heads, max_pages, scores.device)
-    page_budget, recent = config.page_budget, max(1, config.num_recent_pages)
+        workspace = DecodeWorkspace.allocate(batch, heads, max_units, scores.device)
+    unit_budget, recent, per_page = token_budget // size, max(1, config.num_recent_pages), config.page_size // size
     if isinstance(seq_lens, int) and token_mask is None:
-        live = num_pages(seq_lens, page_size)
+        live = num_pages(seq_lens, size)
         if seq_lens <= token_budget:
             every = torch.arange(live, dtype=torch.int32, device=scores.device).expand(batch, heads, live)
-            return Selection(every, every.new_full((batch, heads), live))
+            return Selection(every, every.new_full((batch, heads), live), size)
         keys = _ranking(scores[:, :, :live], workspace)
-        keys[:, :, :num_sink_pages] = _ALWAYS
-        keys[:, :, live - recent :] = _ALWAYS
-        pages = keys.topk(page_budget, sorted=False).indices.to(torch.int32).sort(-1).values
-        return Selection(pages, pages.new_full((batch, heads), page_budget))
+        keys[:, :, : num_sink_pages * per_page] = _ALWAYS
+        keys[:, :, (num_pages(seq_lens, config.page_size) - recent) * per_page :] = _ALWAYS
+        units = keys.topk(unit_budget, sorted=False).indices.to(torch.int32).sort(-1).values
+        return Selection(units, units.new_full((batch, heads), unit_budget), size)
 
-    slots = min(max_pages, config.page_slots + (token_mask is not None))  # padding may shift a page
+    # Padding may shift a unit, unless it is one token.
+    slots = min(max_units, config.unit_slots + (token_mask is not None and size > 1))
     if slots == 0:
         counts = torch.zeros(batch, heads, dtype=torch.int32, device=scores.device)
-        return Selection(counts.new_empty(batch, heads, 0), counts)
-    alive = _live_pages(seq_lens, token_mask, page_size, max_pages, scores)  # [B, P]
-    rank = alive.cumsum(1)  # 1 for the first live page
-    total = rank[:, -1:]
-    forced = alive & ((rank <= num_sink_pages) | (rank > total - recent))
+        return Selection(counts.new_empty(batch, heads, 0), counts, size)
+    alive = live_units(seq_lens, token_mask, size, max_units, scores)  # [B, U]
+    forced, total = _forced(alive, per_page, num_sink_pages, recent)
     keys = _ranking(scores, workspace)
     keys.masked_fill_(forced[:, None], _ALWAYS)
     keys.masked_fill_(~alive[:, None], _NEVER)
@@ -212,19 +208,36 @@ def select_pages(rows: Rows, scores: Tensor) -> Selection:
         assert isinstance(seq_lens, Tensor), "an int without a mask was answered above"
         tokens = seq_lens[:, None]
     else:
-        tokens = _live_tokens(seq_lens, token_mask, max_pages * page_size, scores).sum(1, keepdim=True)
-    counts = torch.where(tokens <= token_budget, total, total.clamp(max=page_budget)).clamp(max=slots)  # [B, 1]
+        tokens = live_tokens(seq_lens, token_mask, max_units * size, scores).sum(1, keepdim=True)
+    counts = torch.where(tokens <= token_budget, total, total.clamp(max=unit_budget)).clamp(max=slots)  # [B, 1]
     best = keys.topk(slots, sorted=True).indices
     unused = torch.arange(slots, device=scores.device) >= counts
     best = best.masked_fill(unused[:, None], _BEYOND).to(torch.int32).sort(-1).values
-    return Selection(best.masked_fill(best == _BEYOND, -1), counts.to(torch.int32).expand(-1, heads))
+    return Selection(best.masked_fill(best == _BEYOND, -1), counts.to(torch.int32).expand(-1, heads), size)
+
+
+def _forced(alive: Tensor, per_page: int, num_sink_pages: int, recent: int) -> tuple[Tensor, Tensor]:
+    """Which units are read whatever their score, of those `[B, U]` that are alive, and how many are alive, `[B, 1]`.
+
+    Sink and recent pages are counted among the pages that hold a unit alive.
+    """
+    held = alive
+    if per_page > 1:  # a caller's scores may end within a page
+        held = F.pad(alive, (0, -alive.shape[1] % per_page)).unflatten(1, (-1, per_page)).any(2)
+    rank = held.cumsum(1)  # 1 for the first page that is alive
+    total = rank[:, -1:]
+    forced = (rank <= num_sink_pages) | (rank > total - recent)
+    if per_page > 1:
+        forced = forced.repeat_interleave(per_page, 1)[:, : alive.shape[1]]
+        total = alive.sum(1, keepdim=True)
+    return alive & forced, total
 
 
 def _ranking(scores: Tensor, workspace: DecodeWorkspace) -> Tensor:
-    """Distinct int64 keys `[B, HKV, P]` that order pages by score and, where scores are equal, the lower page first.
+    """Distinct int64 keys `[B, HKV, U]` that order units by score and, where scores are equal, the lower unit first.
 
-    The bits of a float32, negated when its sign is set, order like the number (and -0.0 like 0.0); the page index goes
-    below them.
+    The bits of a float32, negated when its sign is set, order like the number (and -0.0 like 0.0); the index of the
+    unit goes below them.
     """
     live = scores.shape[2]
     bits = scores.view(torch.int32)
@@ -243,28 +256,29 @@ def sparse_decode_attention(
     batch, heads, dim = kv.batch_size, kv.num_kv_heads, kv.head_dim
     # [B, HKV, G, D]: no key is repeated for its group
     grouped = query.view(batch, heads, query.shape[1] // heads, dim)
-    pages, slots = selected.pages, selected.pages.shape[2]
-    if slots == 0 or kv.max_pages == 0:  # no page is read
+    units, size = selected.units, selected.unit_size
+    slots = units.shape[2]
+    if slots == 0 or kv.max_pages == 0:  # nothing is read
         empty = query.new_full(query.shape[:2], -math.inf, dtype=torch.float32)
         lse = empty if sinks is None else sinks.float().expand(batch, -1)
         return query.new_zeros(*query.shape[:2], kv.values.shape[-1]), lse if return_lse else None
 
     mask = None
-    if isinstance(seq_lens, int) and token_mask is None and (is_own or _is_whole(pages, seq_lens, kv.page_size)):
-        # The part-filled page is last, and cutting the tail masks everything there is to mask.
-        keys, values = _gather_pages(kv, pages)  # [B, HKV, K * page_size, D and DV]
-        used = (slots - 1) * kv.page_size + (seq_lens - 1) % kv.page_size + 1
+    if isinstance(seq_lens, int) and token_mask is None and (is_own or _is_whole(units, seq_lens, size)):
+        # The part-filled unit is last, and cutting the tail masks everything there is to mask.
+        keys, values = gather_units(kv, units, size)  # [B, HKV, K * size, D and DV]
+        used = (slots - 1) * size + (seq_lens - 1) % size + 1
         keys, values = keys[:, :, :used], values[:, :, :used]
     else:
         ends = seq_lens[:, None, None] if isinstance(seq_lens, Tensor) else seq_lens
-        is_page = (pages >= 0) & (pages < (ends + kv.page_size - 1) // kv.page_size)
-        pages = pages.masked_fill(~is_page, 0).long()
-        keys, values = _gather_pages(kv, pages, is_page)
-        attendable = _attendable(pages, is_page, ends, token_mask, kv.page_size)  # [B, HKV, T]
+        is_unit = (units >= 0) & (units < (ends + size - 1) // size)
+        units = units.masked_fill(~is_unit, 0).long()
+        keys, values = gather_units(kv, units, size, is_unit)
+        seen = attendable(units, is_unit, ends, token_mask, size)  # [B, HKV, T]
         # What was never written may be NaN, and no weight of zero takes NaN away.
-        keys = keys.masked_fill(~attendable[..., None], 0)
-        values = values.masked_fill(~attendable[..., None], 0)
-        mask = attendable[:, :, None]
+        keys = keys.masked_fill(~seen[..., None], 0)
+        values = values.masked_fill(~seen[..., None], 0)
+        mask = seen[:, :, None]
     if step.softcap is None and sinks is None and not return_lse:
         output = F.scaled_dot_product_attention(
             grouped.to(keys.dtype), keys, values, attn_mask=mask, scale=step.scale
@@ -276,12 +290,12 @@ def sparse_decode_attention(
     return output, lse if return_lse else None
 
 
-def count_reads(selected: Selection, seq_lens: Tensor, counters: Tensor, page_size: int, token_budget: int) -> None:
+def count_reads(selected: Selection, seq_lens: Tensor, counters: Tensor, token_budget: int) -> None:
     """See `ops.count_reads`."""
     past = seq_lens > token_budget
     within = (seq_lens > 0) & ~past
-    held = _num_pages(seq_lens, page_size)
-    counters += torch.stack([past.sum(), within.sum(), selected.pages_read, held.sum()])
+    held = _num_pages(seq_lens, selected.unit_size)
+    counters += torch.stack([past.sum(), within.sum(), selected.units_read, held.sum()])
 
 
 def _attend_by_hand(
@@ -303,75 +317,16 @@ def _attend_by_hand(
     return (weights @ values.float()).to(query.dtype).flatten(1, 2), lse.view(query.shape[:2])
 
 
-def _is_whole(pages: Tensor, seq_len: int, page_size: int) -> bool:
-    """Whether every slot is used and the last one of each list has the last page of its sequence.
+def _is_whole(units: Tensor, seq_len: int, unit_size: int) -> bool:
+    """Whether every slot is used and the last one of each list has the last unit of its sequence.
 
     Seen on a CPU alone: elsewhere the host would have to wait, and masks what it does not know to be so.
     """
-    if pages.device.type != "cpu" or pages.numel() == 0:
+    if units.device.type != "cpu" or units.numel() == 0:
         return False
-    last = num_pages(seq_len, page_size) - 1
-    low, high = torch.aminmax(pages)
-    return int(low) >= 0 and int(high) == last and int(pages[:, :, -1].min()) == last
-
-
-def _gather_pages(kv: PagedKV, pages: Tensor, is_page: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Copy logical pages `[B, HKV, K]` out of the cache; some page is copied for what is none, to be masked.
-
-    Returns:
-        Keys `[B, HKV, K * page_size, D]` and values `[B, HKV, K * page_size, DV]`; of a quantised cache what they stand
-        for, in float32.
-    """
-    keys, values = _copy_pages(kv, pages, is_page)
-    if kv.key_scale is None or kv.value_scale is None:
-        return keys, values
-    return keys.float() * kv.key_scale[:, None, None], values.float() * kv.value_scale[:, None, None]
-
-
-def _copy_pages(kv: PagedKV, pages: Tensor, is_page: Tensor | None) -> tuple[Tensor, Tensor]:
-    used = pages.long()
-    if kv.contiguous is None:
-        physical = kv.page_table[:, None].expand(-1, pages.shape[1], -1).gather(2, used)
-        if is_page is not None:  # the table of a sequence without tokens may hold anything
-            physical = physical.masked_fill(~is_page, 0)
-        return _gather(kv.keys, physical), _gather(kv.values, physical)
-    rows = (kv.contiguous.first_rows + used).flatten()  # the same for keys and values, and no page table
-
-    def take(storage: Tensor) -> Tensor:
-        by_page = storage.view(-1, kv.page_size * storage.shape[3])
-        return by_page.index_select(0, rows).view(*pages.shape[:2], pages.shape[2] * kv.page_size, storage.shape[3])
-
-    return take(kv.contiguous.keys), take(kv.contiguous.values)
-
-
-def _gather(storage: Tensor, physical: Tensor) -> Tensor:
-    """Copy pages out of storage `[N, T, HKV, D]`, each head its own: `[B, HKV, K * T, D]` for ids `[B, HKV, K]`.
-
-    `index_select` over rows is faster than indexing with two tensors, so the storage is seen as rows of
-    the longest run that lies together: a whole page where a head's tokens follow each other (HND, contiguous),
-    else the channels of one token (NHD).
-    """
-    pages, tokens, heads, dim = storage.shape
-    batch, _, slots = physical.shape
-    if pages == 0:  # and no sequence has any
-        return storage.new_zeros(batch, heads, slots * tokens, dim)
-    if storage.stride(3) != 1 and dim > 1:  # two bounds of one channel, which a cache may have apart
-        storage = storage.contiguous()
-    page_stride, token_stride, head_stride, _ = storage.stride()
-    head_ids = torch.arange(heads, device=storage.device)[None, :, None]
-    if tokens == 1 or token_stride == dim:
-        unit = math.gcd(page_stride, head_stride) or 1
-        index = physical.long() * (page_stride // unit) + head_ids * (head_stride // unit)
-        reach, run = (pages - 1) * page_stride + (heads - 1) * head_stride, tokens * dim
-    else:
-        unit = math.gcd(page_stride, token_stride, head_stride) or 1
-        index = physical.long() * (page_stride // unit) + head_ids * (head_stride // unit)
-        steps = torch.arange(tokens, device=storage.device) * (token_stride // unit)
-        index = index[..., None] + steps
-        reach = (pages - 1) * page_stride + (tokens - 1) * token_stride + (heads - 1) * head_stride
-        run = dim
-    rows = storage.as_strided((reach // unit + 1, run), (unit, 1), storage.storage_offset())
-    return rows.index_select(0, index.flatten()).view(batch, heads, slots * tokens, dim)
+    last = num_pages(seq_len, unit_size) - 1
+    low, high = torch.aminmax(units)
+    return int(low) >= 0 and int(high) == last and int(units[:, :, -1].min()) == last
 
 
 def _num_pages(seq_lens: Tensor, page_size: int) -> Tensor:
@@ -385,38 +340,4 @@ def _per_row(value: Tensor | int, kv: PagedKV) -> Tensor:
     return value.long()
 
 
-def _live_tokens(seq_lens: Tensor | int, token_mask: Tensor, max_tokens: int, like: Tensor) -> Tensor:
-    """`[B, max_tokens]` bool: tokens a sequence may attend to, by logical position."""
-    token = torch.arange(max_tokens, device=like.device)
-    ends = seq_lens[:, None] if isinstance(seq_lens, Tensor) else seq_lens
-    known = min(token_mask.shape[1], max_tokens)
-    return (token < ends) & F.pad(token_mask[:, :known], (0, max_tokens - known), value=False)
-
-
-def _live_pages(
-    seq_lens: Tensor | int, token_mask: Tensor | None, page_size: int, max_pages: int, like: Tensor
-) -> Tensor:
-    """`[B, P]` bool: pages that hold a token the sequence may attend to."""
-    if token_mask is None:
-        ends = seq_lens[:, None] if isinstance(seq_lens, Tensor) else seq_lens
-        starts = torch.arange(0, max_pages * page_size, page_size, device=like.device)
-        return (starts < ends).expand(like.shape[0], -1)
-    live = _live_tokens(seq_lens, token_mask, max_pages * page_size, like)
-    return live.view(like.shape[0], max_pages, page_size).any(-1)
-
-
-def _attendable(
-    pages: Tensor, is_page: Tensor, ends: Tensor | int, token_mask: Tensor | None, page_size: int
-) -> Tensor:
-    """`[B, HKV, K * page_size]` bool: tokens of the gathered pages that may be attended to."""
-    offsets = torch.arange(page_size, device=pages.device)
-    token = pages[..., None] * page_size + offsets  # [B, HKV, K, page_size]
-    live = (token < (ends[..., None] if isinstance(ends, Tensor) else ends)) & is_page[..., None]
-    if token_mask is None:
-        return live.flatten(2)
-    token, known = token.flatten(2), token_mask.shape[1]
-    table = token_mask[:, None].expand(-1, pages.shape[1], -1)
-    return live.flatten(2) & (token < known) & table.gather(2, token.clamp(max=known - 1))
-
-
-# Longer than 250 lines: the verbs share how pages are gathered and what is live.
+# Longer than 250 lines: the verbs, side by side; what they share to copy and to mask lies in files of its own.

@@ -61,9 +61,8 @@ class StepCounters:
             seq_lens: `[R]`, 0 in rows that only pad [tokens].
         """
         count_reads(
-            selected, seq_lens, self._on_device(), page_size=self._config.page_size,
-            token_budget=self._config.token_budget, backend=self._config.backend,
-        )  # fmt: skip
+            selected, seq_lens, self._on_device(), token_budget=self._config.token_budget, backend=self._config.backend
+        )
         if not (seq_lens.is_cuda and torch.cuda.is_current_stream_capturing()):
             self._on_host[_EAGER] += 1
 

@@ -93,7 +93,7 @@ class QuestCPUImpl(QuestAttentionImpl, CPUAttentionBackendImpl):
         fold = self._folded[1]
 
         def attend_stock(_: Step, selected: Selection) -> Tensor:
-            metadata = replace(step.folded, block_table=fold.table(step.block_table, selected.pages))
+            metadata = replace(step.folded, block_table=fold.table(step.block_table, selected.units))
             group = query.shape[1] // self.num_kv_heads
             rows = query.reshape(-1, group, self.head_size)
             self._forward_stock(layer, rows, None, None, fold.cache, metadata, output.view(rows.shape))

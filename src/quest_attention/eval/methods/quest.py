@@ -35,7 +35,7 @@ class Quest(Method):
         self.cuda_graphs = cuda_graphs
         self.token_budget = config.token_budget
         self.num_dense_layers = config.num_dense_layers
-        self.unit = config.page_size
+        self.unit = config.unit_size
         self.on_select = on_select
 
     @contextmanager

@@ -99,9 +99,9 @@ class _CeilingLayer(ReadingLayer):
         read_keys, read_values = (
             all_of.gather(2, tokens[..., None].expand(-1, -1, -1, all_of.shape[3])) for all_of in (key, value)
         )
-        if self.on_read is not None:  # whose units are tokens here, as `TokenCeiling.unit` says
+        if self.on_read is not None:
             counts = torch.full(tokens.shape[:2], self.token_budget, dtype=torch.int32, device=key.device)
-            self.on_read(self.index, Selection(tokens.int(), counts), query, key, **kwargs)
+            self.on_read(self.index, Selection(tokens.int(), counts, unit_size=1), query, key, **kwargs)
         read = attention_weights(query, read_keys, **kwargs)[:, :, :, 0]  # [B, HKV, G, K]
         output = read @ read_values.float()  # [B, HKV, G, DV]
         return output.to(query.dtype).flatten(1, 2)[:, None], None

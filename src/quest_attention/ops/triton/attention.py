@@ -21,6 +21,7 @@ from quest_attention.ops.triton.arguments import (
 )
 from quest_attention.ops.triton.arithmetic import LOG2_E, dot, round_to, tanh, widen
 from quest_attention.ops.triton.launch import check_kernel_dtype, launch
+from quest_attention.ops.triton.limits import check_units_are_pages
 from quest_attention.ops.triton.merge import LOWEST, Partial, merge_kernel, store_partial
 from quest_attention.ops.triton.tuning import ATTEND_STAGES, attended_block, attending_programs
 
@@ -36,7 +37,8 @@ def sparse_decode_attention(
     """See `ops.sparse_decode_attention`; whoever chose the pages, the kernel looks."""
     kv, token_mask, softcap, sinks = step.kv, step.token_mask, step.softcap, step.sinks
     check_kernel_dtype(kv.keys)
-    query, table, pages = side_by_side(step.query), side_by_side(kv.page_table), side_by_side(selected.pages)
+    check_units_are_pages(selected.unit_size, kv.page_size)
+    query, table, pages = side_by_side(step.query), side_by_side(kv.page_table), side_by_side(selected.units)
     batch, heads = kv.batch_size, kv.num_kv_heads
     group, width, device = query.shape[1] // heads, kv.values.shape[-1], query.device
     slots = pages.shape[2]

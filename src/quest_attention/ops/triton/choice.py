@@ -18,6 +18,7 @@ from quest_attention.ops.selection import Selection
 from quest_attention.ops.step import Rows
 from quest_attention.ops.triton.arguments import by_head, length_of, lengths_argument, side_by_side
 from quest_attention.ops.triton.launch import launch
+from quest_attention.ops.triton.limits import check_units_are_pages
 from quest_attention.ops.triton.masks import count_live_tokens
 
 __all__ = ["DEAD", "FORCED", "choose_pages", "load_best", "rank_scores", "select_pages", "store_best", "store_chosen"]
@@ -48,13 +49,14 @@ class _Best(NamedTuple):
 def select_pages(rows: Rows, scores: Tensor) -> Selection:
     """See `ops.select_pages`."""
     seq_lens, token_mask, config = rows.seq_lens, rows.token_mask, rows.config
+    check_units_are_pages(config.unit_size, config.page_size)
     batch, heads, max_pages = scores.shape
     scores = side_by_side(scores)
     slots = min(max_pages, config.page_slots + (token_mask is not None))  # padding may shift a page
     pages = torch.empty(batch, heads, slots, dtype=torch.int32, device=scores.device)
     counts = torch.empty(batch, heads, dtype=torch.int32, device=scores.device)
     if slots == 0:
-        return Selection(pages, counts.zero_())
+        return Selection(pages, counts.zero_(), config.page_size)
     sections = triton.cdiv(max_pages, _SECTION_PAGES)
     section_pages = _SECTION_PAGES if sections > 1 else max_pages
     live_tokens = best = None
@@ -79,7 +81,7 @@ def select_pages(rows: Rows, scores: Tensor) -> Selection:
             BLOCK_C=triton.next_power_of_2(candidates), BLOCK_K=triton.next_power_of_2(slots),
             num_warps=_warps(candidates),
         )  # fmt: skip
-    return Selection(pages, counts)
+    return Selection(pages, counts, config.page_size)
 
 
 def _warps(elements: int) -> int:

@@ -16,22 +16,22 @@ _BLOCK = 256
 """Rows counted at a time."""
 
 
-def count_reads(selected: Selection, seq_lens: Tensor, counters: Tensor, page_size: int, token_budget: int) -> None:
+def count_reads(selected: Selection, seq_lens: Tensor, counters: Tensor, token_budget: int) -> None:
     """See `ops.count_reads`. One launch of one program: a batch has few rows."""
     counts = side_by_side(selected.counts)
     launch(
         _count_kernel, (1,),
-        counts, side_by_side(seq_lens), counters, counters.stride(0), counts.stride(0), *counts.shape, page_size,
-        token_budget,
+        counts, side_by_side(seq_lens), counters, counters.stride(0), counts.stride(0), *counts.shape,
+        selected.unit_size, token_budget,
         BLOCK=_BLOCK, num_warps=1,
     )  # fmt: skip
 
 
 @triton.jit(
-    do_not_specialize=["counter_stride", "count_stride", "num_rows", "num_kv_heads", "page_size", "token_budget"]
+    do_not_specialize=["counter_stride", "count_stride", "num_rows", "num_kv_heads", "unit_size", "token_budget"]
 )
 def _count_kernel(
-    counts, seq_lens, counters, counter_stride, count_stride, num_rows, num_kv_heads, page_size, token_budget,
+    counts, seq_lens, counters, counter_stride, count_stride, num_rows, num_kv_heads, unit_size, token_budget,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     sparse = tl.zeros([BLOCK], tl.int64)
@@ -46,7 +46,7 @@ def _count_kernel(
         for head in range(num_kv_heads):
             count = tl.load(counts + row * count_stride + head, mask=row < num_rows, other=0)
             read += count.to(tl.int64)
-        held += (length + page_size - 1) // page_size
+        held += (length + unit_size - 1) // unit_size
     tl.store(counters, tl.load(counters) + tl.sum(sparse))
     counters += counter_stride
     tl.store(counters, tl.load(counters) + tl.sum(dense))

@@ -21,6 +21,7 @@ from quest_attention.ops.triton.arguments import (
 from quest_attention.ops.triton.arithmetic import round_to, widen
 from quest_attention.ops.triton.forms import kernel_form, take_form
 from quest_attention.ops.triton.launch import check_kernel_dtype, launch
+from quest_attention.ops.triton.limits import check_scores_pages
 from quest_attention.pages import PagedKV, num_pages
 
 __all__ = ["append_slots", "append_token", "update_page_metadata", "update_slot_metadata"]
@@ -34,6 +35,7 @@ _PAGES_PER_PROGRAM = 4
 def update_page_metadata(kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Tensor | int) -> None:
     """See `ops.update_page_metadata`. Reads no length on the host; the grid covers what the pages can hold."""
     check_kernel_dtype(kv.keys)
+    check_scores_pages(kv.form)
     table = side_by_side(kv.page_table)
     touched = kv.max_pages
     if isinstance(num_new_tokens, int):
@@ -52,6 +54,7 @@ def update_page_metadata(kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Te
 def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: Tensor) -> None:
     """See `ops.append_token`. One launch."""
     check_kernel_dtype(kv.keys)
+    check_scores_pages(kv.form)
     table = side_by_side(kv.page_table)
     launch(
         _append_kernel, (kv.batch_size * kv.num_kv_heads,),
@@ -81,6 +84,7 @@ def _launch_slots(
 ) -> None:  # fmt: skip
     """One program for each token and KV head; K and V are written where a cache is given."""
     check_kernel_dtype(keys)
+    check_scores_pages(form)
     heads, dim = keys.shape[1:]
     shape = shape_of(page_size, 1, dim, dim if values is None else values.shape[-1])
     launch(
