@@ -383,7 +383,7 @@ def test_wrong_options(quest: Cli, model_folder: str, arguments: list[str], line
         ),
         (
             ["--method", "quest:metadata=mean"],
-            "--method: got 'quest:metadata=mean', expected another metadata: one of bounds, moments, not 'mean'",
+            "--method: got 'quest:metadata=mean', expected another metadata: one of bounds, moments, sketch, not",
         ),
         (
             ["--method", "quest:metadata=moments,moments_coefficient=half"],

@@ -5,16 +5,56 @@ from __future__ import annotations
 import dataclasses
 import pickle
 from typing import Any
+from unittest import mock
 
 import pytest
 
-from quest_attention import QuestConfig, QuestError, QuestValueError
+from quest_attention import QuestConfig, QuestError, QuestValueError, forms
+from quest_attention.config import Metadata, SelectionUnit
+from quest_attention.forms import form_of
 
 
 def test_derived_numbers() -> None:
     config = QuestConfig(token_budget=100, page_size=16, num_sink_pages=2, num_recent_pages=0)
     assert (config.page_budget, config.page_slots, config.num_forced_pages) == (6, 7, 3)
     assert QuestConfig() == QuestConfig(2048, 16, 2, 0, 1, "max", "auto")
+
+
+@pytest.mark.parametrize(
+    ("unit", "numbers"), [("page", (16, 1, 6, 7)), (4, (4, 4, 25, 25)), ("token", (1, 16, 100, 100))]
+)
+def test_numbers_of_units(unit: SelectionUnit, numbers: tuple[int, ...]) -> None:
+    config = QuestConfig(token_budget=100, metadata="sketch", selection_unit=unit)
+    assert (config.unit_size, config.units_per_page, config.unit_budget, config.unit_slots) == numbers
+    assert QuestConfig(token_budget=99, metadata="sketch", selection_unit=4).unit_budget == 24
+    assert QuestConfig(token_budget=99, metadata="sketch", selection_unit=4).unit_slots == 25
+
+
+@pytest.mark.parametrize(
+    ("metadata", "reduction", "sinks"), [("bounds", "max", 0), ("moments", "max", 1), ("sketch", "mass", 1)]
+)
+def test_what_metadata_wants_is_replaced_when_a_config_is_made(metadata: Metadata, reduction: str, sinks: int) -> None:
+    config = QuestConfig(metadata=metadata)
+    assert (config.group_reduction, config.num_sink_pages, config.selection_unit) == (reduction, sinks, "page")
+    assert dataclasses.replace(config, token_budget=1024).group_reduction == reduction
+    assert QuestConfig(metadata=metadata, group_reduction="max", num_sink_pages=2).num_sink_pages == 2
+
+
+def test_the_papers_setting() -> None:
+    assert QuestConfig.paper() == QuestConfig(
+        2048, 16, 2, 0, 1, "max", metadata="bounds", metadata_dtype="kv", selection_unit="page"
+    )
+    assert QuestConfig.paper(512, num_dense_layers=0, backend="torch").num_dense_layers == 0
+    with pytest.raises(QuestValueError, match="page_sise: got 8, expected a known option"):
+        QuestConfig.paper(page_sise=8)
+
+
+def test_metadata_without_a_form_is_named() -> None:
+    with mock.patch.dict(forms._FORMS):
+        forms._FORMS.pop("sketch", None)
+        form_of.cache_clear()
+        with pytest.raises(QuestValueError, match="metadata: got 'sketch', expected one of bounds, moments"):
+            form_of(QuestConfig(metadata="sketch"))
 
 
 def test_it_is_frozen() -> None:
@@ -38,6 +78,23 @@ def test_it_is_frozen() -> None:
         ({"num_sink_pages": -1}, "num_sink_pages", "a non-negative integer"),
         ({"num_recent_pages": None}, "num_recent_pages", "a non-negative integer"),
         ({"group_reduction": "sum"}, "group_reduction", "one of max, mean"),
+        ({"group_reduction": "mass"}, "group_reduction", "max or mean for bounds: mass is of tokens' estimates: for"),
+        ({"group_reduction": "mass", "metadata": "moments"}, "group_reduction", "max or mean for moments: mass"),
+        ({"group_reduction": "mean", "metadata": "sketch"}, "group_reduction", "mass or max for sketch"),
+        ({"selection_unit": "pages"}, "selection_unit", "one of page, token, 4"),
+        ({"selection_unit": 8}, "selection_unit", "one of page, token, 4"),
+        ({"selection_unit": 4.0}, "selection_unit", "one of page, token, 4"),
+        ({"selection_unit": None}, "selection_unit", "one of page, token, 4"),
+        ({"selection_unit": [4]}, "selection_unit", "one of page, token, 4"),
+        ({"selection_unit": "token"}, "selection_unit", "page for bounds, which scores pages"),
+        ({"selection_unit": 4, "metadata": "moments"}, "selection_unit", "page for moments, which scores pages"),
+        ({"selection_unit": 4, "metadata": "sketch", "page_size": 6}, "selection_unit", "page or token: 4 does not"),
+        (
+            {"token_budget": 31, "metadata": "sketch", "selection_unit": "token"},
+            "token_budget",
+            "at least 32: 2 forced",
+        ),
+        ({"metadata": "sketch", "metadata_dtype": "fp8"}, "metadata_dtype", "kv for sketch: fp8 is for bounds"),
         ({"metadata_dtype": "int8"}, "metadata_dtype", "one of kv, fp8"),
         ({"backend": "cuda"}, "backend", "one of auto, torch, triton, reference"),
         ({"budget": 5}, "budget", "a known option"),

@@ -6,7 +6,7 @@ import importlib.metadata
 from dataclasses import dataclass
 from fractions import Fraction
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -113,9 +113,9 @@ def assert_parts(parts: Any, storage: torch.Tensor, *, fp8: bool) -> None:
         assert sum(counted) == storage.numel()
 
 
-@pytest.mark.parametrize("form", get_args(Metadata))
+@pytest.mark.parametrize("form", ["bounds", "moments"])
 @pytest.mark.parametrize("rowed", [False, True])
-def test_every_form_fits_the_room_of_a_block(form: Metadata, rowed: bool) -> None:
+def test_forms_that_score_pages_fit_the_room_of_a_block(form: Metadata, rowed: bool) -> None:
     """Room is asked for whatever the form: two numbers of each channel, as wide as those of a key."""
     config = QuestConfig(metadata=form)
     assert form_of(config).shape(TOKENS, DIM) == (TwoVectors.ROWS, DIM)
