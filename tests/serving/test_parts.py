@@ -63,6 +63,16 @@ def test_a_budget_that_cannot_hold_what_is_always_read_names_the_block(sinks: in
         VLLMOptions.from_mapping({"token_budget": 2, "num_sink_pages": 2})  # whatever the size of a block
 
 
+@pytest.mark.parametrize("unit", ["token", 4, "pages"])
+def test_vllm_reads_whole_blocks(unit: str | int) -> None:
+    given = {"quest": {"selection_unit": unit, "metadata": "sketch"}}
+    with pytest.raises(QuestValueError, match=rf"^quest\.selection_unit: got {unit!r}, expected 'page': inside vLLM"):
+        read_options(SimpleNamespace(additional_config=given))
+    assert VLLMOptions.from_mapping({"selection_unit": "page"}).config(16) == QuestConfig()
+    with pytest.raises(QuestValueError, match=r"additional_config\.selection_unit"):
+        read_options(SimpleNamespace(additional_config={"quest": {}, "selection_unit": "page"}))
+
+
 def test_a_page_size_is_vllms_to_set() -> None:
     message = r"^quest\.page_size: got 16, expected nothing: a page is vLLM's block, set by --block-size$"
     with pytest.raises(QuestValueError, match=message):
