@@ -280,6 +280,17 @@ def test_tokens_come_in_chunks_one_by_one_and_by_slot(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("backend", SLOW_AND_FAST)
+@pytest.mark.parametrize("layout", ["nhd", "hnd"])
+def test_page_tables_may_hold_anything_past_an_end(layout: str, backend: Backend) -> None:
+    cache = filled([LENGTH, 33, 0], layout=layout)
+    for b, length in enumerate(cache.lengths):
+        cache.kv.page_table[b, -(-length // PAGE_SIZE) :] = 10**9
+    assert_masses_like_oracle(cache, query_for(cache, 2), cache.seq_lens, "token", "mass", backend)
+    step = quest_decode(query_for(cache, 2), cache.kv, cache.seq_lens, config_of(selection_unit=4, backend=backend))
+    assert step.output.isfinite().all() and not step.output[2].any()
+
+
+@pytest.mark.parametrize("backend", SLOW_AND_FAST)
 def test_an_empty_batch(backend: Backend) -> None:
     cache = filled([20, 9])
     none = replace(cache.kv, page_table=cache.kv.page_table[:0])

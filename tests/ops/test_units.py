@@ -201,6 +201,15 @@ def test_units_of_storage_with_other_strides(size: int, layout: str) -> None:
     assert_reads_like_oracle(apart, cache.seq_lens, lists_of_units(2, -(-LENGTH // size), size), size, "torch")
 
 
+@pytest.mark.parametrize("size", [1, 4, 8])
+@pytest.mark.parametrize("layout", ["nhd", "hnd"])
+def test_page_tables_may_hold_anything_past_an_end(size: int, layout: str) -> None:
+    cache = make_cache([LENGTH, 33, 0], layout=layout)
+    for b, length in enumerate(cache.lengths):
+        cache.kv.page_table[b, -(-length // PAGE_SIZE) :] = 10**9
+    assert_reads_like_oracle(cache, cache.seq_lens, lists_of_units(3, 90 // size, size), size, "torch")
+
+
 @pytest.mark.parametrize("size", [1, 4])
 def test_whole_lists_of_the_host_need_no_mask(size: int) -> None:
     """The form of a decode step on a CPU: every slot used, the last unit last and perhaps part-filled."""

@@ -217,7 +217,7 @@ def select_pages(rows: Rows, scores: Tensor) -> Selection:
 
 
 def _forced(alive: Tensor, per_page: int, num_sink_pages: int, recent: int) -> tuple[Tensor, Tensor]:
-    """Which units are read whatever their score, of those `[B, U]` that are alive, and how many are alive, `[B, 1]`.
+    """Units `[B, U]` that are read whatever their score, if they are alive, and how many units are, `[B, 1]`.
 
     Sink and recent pages are counted among the pages that hold a unit alive.
     """
@@ -230,7 +230,7 @@ def _forced(alive: Tensor, per_page: int, num_sink_pages: int, recent: int) -> t
     if per_page > 1:
         forced = forced.repeat_interleave(per_page, 1)[:, : alive.shape[1]]
         total = alive.sum(1, keepdim=True)
-    return alive & forced, total
+    return forced, total
 
 
 def _ranking(scores: Tensor, workspace: DecodeWorkspace) -> Tensor:
