@@ -27,8 +27,6 @@ MetadataDtype = Literal["kv", "fp8"]
 Backend = Literal["auto", "torch", "triton", "reference"]
 _MOST_DEVIATIONS = 100
 """Of `moments_coefficient`: a page of 16 keys has none more than four from their mean."""
-
-
 _AS_WANTED = cast("GroupReduction", None)
 """Replaced when a config is made."""
 
@@ -51,7 +49,7 @@ _WANTS: dict[Metadata, _Wants] = {
     "bounds": _Wants(("page",), ("max", "mean"), sink_pages=0),
     # They rank the page with the attention sink too low.
     "moments": _Wants(("page",), ("max", "mean"), sink_pages=1),
-    # It scores tokens, so it can choose among them; their estimates are of no use to a mean of logits.
+    # It scores tokens, so it can choose among them. What heads agree on are weights and not logits: their mean is mass.
     "sketch": _Wants(("page", "token", 4), ("mass", "max"), sink_pages=1),
 }
 
@@ -259,3 +257,6 @@ def check_coefficient(name: str, value: object) -> None:
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
         raise QuestValueError(name, value, f"one of {', '.join(choices)}")
+
+
+# Longer than 250 lines: every option is documented, checked and derived from in one place.

@@ -341,3 +341,6 @@ def test_scale_softcap_and_sinks_change_no_score_of_a_page_by_bounds() -> None:
     plain = score_pages(query, cache.kv, cache.seq_lens)
     other = score_pages(query, cache.kv, cache.seq_lens, sm_scale=3.0, softcap=0.1, sinks=torch.ones(4))
     assert torch.equal(plain, other)
+
+
+# Longer than 250 lines: scores by every way to ask for them, and the steps that rest on them.

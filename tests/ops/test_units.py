@@ -320,3 +320,6 @@ def test_the_kernels_refuse_what_they_have_not() -> None:
     ):
         with pytest.raises(BackendError, match=r"backend: got 'triton' for .*, expected .*: backend 'torch' can"):
             call()
+
+
+# Longer than 250 lines: selection, attention, counts and memory of the same units.

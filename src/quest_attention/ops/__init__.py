@@ -28,7 +28,7 @@ the output as it would in dense attention; nothing else is promised.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple, cast, get_args
 
 import torch
@@ -542,7 +542,7 @@ def _kind(form: MetadataForm) -> Metadata:
     return cast("Metadata", form.name) if form.name in get_args(Metadata) else _LIKE[form.scores]
 
 
-@cache
+@lru_cache(maxsize=None, typed=True)  # 4.0 is no 4, and is to be refused as such
 def _config(
     page_size: int, backend: Backend, metadata: Metadata = "bounds", group_reduction: GroupReduction | None = None,
     unit: SelectionUnit = "page",

@@ -292,3 +292,6 @@ def _live_pages(b: int, page_size: int, seq_lens: list[int], token_mask: Tensor 
     if token_mask is None:
         return list(range(num_pages(seq_lens[b], page_size)))
     return sorted({token // page_size for token in _live_tokens(b, seq_lens, token_mask)})
+
+
+# Longer than 250 lines: the equations of all verbs, to be read as one text.
