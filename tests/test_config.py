@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import pickle
 from typing import Any
-from unittest import mock
 
 import pytest
 
-from quest_attention import QuestConfig, QuestError, QuestValueError, forms
+from quest_attention import QuestConfig, QuestError, QuestValueError
 from quest_attention.config import Metadata, SelectionUnit
-from quest_attention.forms import form_of
 
 
 def test_derived_numbers() -> None:
@@ -31,7 +29,7 @@ def test_numbers_of_units(unit: SelectionUnit, numbers: tuple[int, ...]) -> None
 
 
 @pytest.mark.parametrize(
-    ("metadata", "reduction", "sinks"), [("bounds", "max", 0), ("moments", "max", 1), ("sketch", "mass", 1)]
+    ("metadata", "reduction", "sinks"), [("bounds", "max", 0), ("moments", "max", 1), ("sketch", "max", 1)]
 )
 def test_what_metadata_wants_is_replaced_when_a_config_is_made(metadata: Metadata, reduction: str, sinks: int) -> None:
     config = QuestConfig(metadata=metadata)
@@ -47,14 +45,6 @@ def test_the_papers_setting() -> None:
     assert QuestConfig.paper(512, num_dense_layers=0, backend="torch").num_dense_layers == 0
     with pytest.raises(QuestValueError, match="page_sise: got 8, expected a known option"):
         QuestConfig.paper(page_sise=8)
-
-
-def test_metadata_without_a_form_is_named() -> None:
-    with mock.patch.dict(forms._FORMS):
-        forms._FORMS.pop("sketch", None)
-        form_of.cache_clear()
-        with pytest.raises(QuestValueError, match="metadata: got 'sketch', expected one of bounds, moments"):
-            form_of(QuestConfig(metadata="sketch"))
 
 
 def test_it_is_frozen() -> None:
@@ -80,7 +70,7 @@ def test_it_is_frozen() -> None:
         ({"group_reduction": "sum"}, "group_reduction", "one of max, mean"),
         ({"group_reduction": "mass"}, "group_reduction", "max or mean for bounds: mass is of tokens' estimates: for"),
         ({"group_reduction": "mass", "metadata": "moments"}, "group_reduction", "max or mean for moments: mass"),
-        ({"group_reduction": "mean", "metadata": "sketch"}, "group_reduction", "mass or max for sketch"),
+        ({"group_reduction": "mean", "metadata": "sketch"}, "group_reduction", "max or mass for sketch"),
         ({"selection_unit": "pages"}, "selection_unit", "one of page, token, 4"),
         ({"selection_unit": 8}, "selection_unit", "one of page, token, 4"),
         ({"selection_unit": 4.0}, "selection_unit", "one of page, token, 4"),

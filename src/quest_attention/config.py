@@ -29,6 +29,8 @@ _MOST_DEVIATIONS = 100
 """Of `moments_coefficient`: a page of 16 keys has none more than four from their mean."""
 _AS_WANTED = cast("GroupReduction", None)
 """Replaced when a config is made."""
+_CANDIDATES = 4
+"""Of `candidate_factor`: a quarter of those that pass the rough estimate are read."""
 
 
 class _Wants(NamedTuple):
@@ -38,19 +40,21 @@ class _Wants(NamedTuple):
         units: What may be selected by its scores.
         reductions: What may become of the scores of a group's heads, what it wants first.
         sink_pages: First pages that it wants read always.
+        candidate_factor: Times the budget's units that pass its rough estimate; 0 for metadata that has none.
     """
 
     units: tuple[SelectionUnit, ...]
     reductions: tuple[GroupReduction, ...]
     sink_pages: int
+    candidate_factor: int
 
 
 _WANTS: dict[Metadata, _Wants] = {
-    "bounds": _Wants(("page",), ("max", "mean"), sink_pages=0),
+    "bounds": _Wants(("page",), ("max", "mean"), sink_pages=0, candidate_factor=0),
     # They rank the page with the attention sink too low.
-    "moments": _Wants(("page",), ("max", "mean"), sink_pages=1),
+    "moments": _Wants(("page",), ("max", "mean"), sink_pages=1, candidate_factor=0),
     # It scores tokens, so it can choose among them. What heads agree on are weights and not logits: their mean is mass.
-    "sketch": _Wants(("page", "token", 4), ("mass", "max"), sink_pages=1),
+    "sketch": _Wants(("page", "token", 4), ("max", "mass"), sink_pages=1, candidate_factor=_CANDIDATES),
 }
 
 
@@ -74,15 +78,20 @@ class QuestConfig:
             The page being written is read even when this is 0.
         group_reduction: How the scores of the query heads that share a KV head become one score: `"max"`, `"mean"` or,
             for metadata that scores tokens, `"mass"`, their mean share of the attention. None is what the metadata
-            wants, max for bounds and moments and mass for sketch, and is replaced as for `num_sink_pages`.
+            wants, max for all so far, and is replaced as for `num_sink_pages`.
         backend: `"auto"` picks by device; a backend named here works or raises.
-        metadata: What is kept of a page's keys and how a query scores it: `"bounds"`, the paper's, or `"moments"`, mean
-            and standard deviation; see `quest_attention.forms`.
+        metadata: What is kept of a page's keys and how a query scores it: `"bounds"`, the paper's, `"moments"`, mean
+            and standard deviation, or `"sketch"`, two bits of every channel of every key, by which tokens are scored;
+            see `quest_attention.forms`.
         metadata_dtype: How page metadata is stored: `"kv"` in the dtype of the keys, `"fp8"`, for bounds alone, in 8
             bits (e4m3), each rounded outward, so that it still bounds: half the bytes to score, a looser ranking.
         moments_coefficient: How many standard deviations above its mean a page's best key is taken to lie.
         selection_unit: What is selected: `"page"`, or, by metadata that scores tokens, `"token"` or groups of 4 tokens.
             Forced pages stay pages: all of their units are read.
+        candidate_factor: Of metadata that scores tokens in two stages, as sketch does: the best of all units by a rough
+            estimate, this many times those of the budget, are ranked by the full one. 0 ranks all by the full one. None
+            is what the metadata wants, 4 for sketch and 0, the only one allowed, for bounds and moments, and is
+            replaced as for `num_sink_pages`.
 
     Raises:
         QuestValueError: A value is out of range, or the budget cannot hold the pages that are always read.
@@ -106,16 +115,21 @@ class QuestConfig:
     metadata: Metadata = "bounds"
     moments_coefficient: float = 1.0
     selection_unit: SelectionUnit = "page"
+    candidate_factor: int = cast("int", None)  # likewise
 
     def __post_init__(self) -> None:
         _check_choice("metadata", self.metadata, get_args(Metadata))
         wants = _WANTS[self.metadata]
-        for name, wanted in (("num_sink_pages", wants.sink_pages), ("group_reduction", wants.reductions[0])):
+        for name, wanted in (
+            ("num_sink_pages", wants.sink_pages),
+            ("group_reduction", wants.reductions[0]),
+            ("candidate_factor", wants.candidate_factor),
+        ):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, wanted)
         for name in ("token_budget", "page_size"):
             check_integer(name, getattr(self, name), minimum=1)
-        for name in ("num_dense_layers", "num_sink_pages", "num_recent_pages"):
+        for name in ("num_dense_layers", "num_sink_pages", "num_recent_pages", "candidate_factor"):
             check_integer(name, getattr(self, name), minimum=0)
         self._check_selection(wants)
         _check_choice("metadata_dtype", self.metadata_dtype, get_args(MetadataDtype))
@@ -144,6 +158,9 @@ class QuestConfig:
         if unit not in wants.units:
             expected = f"{' or '.join(map(str, wants.units))} for {self.metadata}, which scores pages"
             raise QuestValueError("selection_unit", unit, expected)
+        if self.candidate_factor and not wants.candidate_factor:
+            expected = f"0 for {self.metadata}, which has no rough estimates"
+            raise QuestValueError("candidate_factor", self.candidate_factor, expected)
         if self.page_size % self.unit_size:
             raise QuestValueError("selection_unit", unit, f"page or token: {unit} does not divide {self.page_size}")
 
@@ -167,6 +184,11 @@ class QuestConfig:
     def unit_slots(self) -> int:
         """Slots per row of a selection [units]: room for every unit of a sequence that just fits the budget."""
         return -(-self.token_budget // self.unit_size)
+
+    @property
+    def candidate_budget(self) -> int:
+        """Units that pass the rough estimate, 0 where there is none [units]."""
+        return self.candidate_factor * self.unit_budget
 
     @property
     def page_budget(self) -> int:

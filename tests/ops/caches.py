@@ -61,13 +61,14 @@ def make_cache(
         others["key_scale"] = torch.tensor([0.3] if scales == "tensor" else [0.3 + 0.1 * h for h in range(heads)])
         others["value_scale"] = torch.tensor([0.7] if scales == "tensor" else [0.7 + 0.1 * h for h in range(heads)])
     metadata_dtype = FP8 if narrow else form.dtypes(dtype)[0]
+    poison = float("nan") if metadata_dtype.is_floating_point else 255  # four such bytes are a NaN too
     if layout == "contiguous":
-        metadata = torch.full((batch, heads, pages, *form.shape(page_size, dim)), float("nan"), dtype=metadata_dtype)
+        metadata = torch.full((batch, heads, pages, *form.shape(page_size, dim)), poison, dtype=metadata_dtype)
         return Cache(PagedKV.from_contiguous(keys, values, metadata, **others), seq_lens)
     total = batch * pages + spare_pages
     order = torch.randperm(total, generator=generator)[: batch * pages]
     page_table = order.view(batch, pages).to(torch.int32)
-    metadata = torch.full((total, heads, *form.shape(page_size, dim)), float("nan"), dtype=metadata_dtype)
+    metadata = torch.full((total, heads, *form.shape(page_size, dim)), poison, dtype=metadata_dtype)
 
     def scatter(source: Tensor) -> Tensor:
         out = torch.full((total, page_size, heads, dim), float("nan"), dtype=dtype)

@@ -161,13 +161,18 @@ def test_masses_are_shares_of_the_attention(backend: Backend) -> None:
     cache = filled([LENGTH])
     query = query_for(cache, 4)
     of_units = {
-        unit: score_pages(query, cache.kv, cache.seq_lens, selection_unit=unit, backend=backend).exp() for unit in UNITS
+        unit: score_pages(
+            query, cache.kv, cache.seq_lens, group_reduction="mass", selection_unit=unit, backend=backend
+        ).exp()
+        for unit in UNITS
     }
     torch.testing.assert_close(of_units["token"].sum(-1), torch.ones(1, 2))
     for unit, size in UNITS.items():
         torch.testing.assert_close(of_units[unit], of_units["token"].unflatten(-1, (-1, size)).sum(-1))
     sinks = torch.full((8,), 3.0)
-    rest = score_pages(query, cache.kv, cache.seq_lens, sinks=sinks, selection_unit="token", backend=backend).exp()
+    rest = score_pages(
+        query, cache.kv, cache.seq_lens, group_reduction="mass", sinks=sinks, selection_unit="token", backend=backend
+    ).exp()
     grouped = query.view(2, 4, -1)
     keys = torch.stack([cache.kv.keys[int(cache.kv.page_table[0, t // 8]), t % 8] for t in range(LENGTH)], 1)
     logits = torch.cat([grouped @ keys.transpose(1, 2) / 4, torch.full((2, 4, 1), 3.0)], -1)
@@ -245,7 +250,9 @@ def test_tokens_by_mass_are_the_heaviest_and_the_forced(group: int, sinks: int) 
 
     cache = filled([LENGTH, LENGTH], layout="contiguous")
     query = query_for(cache, group)
-    step = quest_decode(query, cache.kv, LENGTH, config_of(selection_unit="token", num_sink_pages=sinks))
+    step = quest_decode(
+        query, cache.kv, LENGTH, config_of(selection_unit="token", num_sink_pages=sinks, group_reduction="mass")
+    )
     assert cache.kv.contiguous is not None
     weights = attention_weights(query[:, :, None], cache.kv.contiguous.keys[:, :, :LENGTH])[:, :, :, 0]
     forced = [*range(8 * sinks), 88, 89]
@@ -327,7 +334,7 @@ def test_what_a_form_does_not_score_is_refused() -> None:
         score_pages(query, pages.kv, 20, selection_unit="token")
     with pytest.raises(QuestValueError, match="group_reduction: got 'mass', expected max or mean for bounds: mass"):
         score_pages(query, pages.kv, 20, group_reduction="mass")
-    with pytest.raises(QuestValueError, match="group_reduction: got 'mean', expected mass or max for sketch"):
+    with pytest.raises(QuestValueError, match="group_reduction: got 'mean', expected max or mass for sketch"):
         score_pages(query, tokens.kv, 20, group_reduction="mean")
     for wrong in ({"softcap": 0.0}, {"sm_scale": math.nan}, {"sinks": torch.zeros(3)}):
         with pytest.raises(QuestValueError, match=next(iter(wrong))):

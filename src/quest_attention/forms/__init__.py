@@ -11,10 +11,10 @@ from functools import cache
 import torch
 
 from quest_attention.config import QuestConfig
-from quest_attention.errors import QuestValueError
 from quest_attention.forms.bounds import KEY_MAX, KEY_MIN, Bounds
-from quest_attention.forms.form import FP8, MetadataForm, Scored, TwoVectors
+from quest_attention.forms.form import FP8, MetadataForm, Scored, TokenForm, TwoVectors
 from quest_attention.forms.moments import DEVIATION, MEAN, Moments
+from quest_attention.forms.sketch import Sketch, SketchLayout
 
 __all__ = [
     "DEVIATION",
@@ -26,6 +26,9 @@ __all__ = [
     "MetadataForm",
     "Moments",
     "Scored",
+    "Sketch",
+    "SketchLayout",
+    "TokenForm",
     "TwoVectors",
     "form_of",
     "metadata_dtype",
@@ -34,6 +37,7 @@ __all__ = [
 _FORMS: dict[str, Callable[[QuestConfig], MetadataForm]] = {
     Bounds.name: lambda _: Bounds(),
     Moments.name: lambda config: Moments(config.moments_coefficient),
+    Sketch.name: lambda config: Sketch(config.page_size),
 }
 
 
@@ -41,14 +45,9 @@ _FORMS: dict[str, Callable[[QuestConfig], MetadataForm]] = {
 def form_of(config: QuestConfig) -> MetadataForm:
     """The form that a config asks for.
 
-    Raises:
-        QuestValueError: There is none yet.
-
     >>> form_of(QuestConfig(metadata="moments"))
     Moments(coefficient=1.0)
     """
-    if config.metadata not in _FORMS:
-        raise QuestValueError("metadata", config.metadata, f"one of {', '.join(_FORMS)}")
     return _FORMS[config.metadata](config)
 
 

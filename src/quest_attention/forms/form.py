@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["FP8", "MetadataForm", "Scored", "TwoVectors", "as_numbers"]
+__all__ = ["FP8", "MetadataForm", "Scored", "TokenForm", "TwoVectors", "as_numbers"]
 
 Scored = Literal["page", "token"]
 FP8 = torch.float8_e4m3fn
@@ -39,6 +39,16 @@ class MetadataForm(Protocol):
         ...
 
     @property
+    def takes_whole_pages(self) -> bool:
+        """Whether a page is taken once, when it is complete, with all of its keys from the cache.
+
+        What is kept of a page of such a form is right as soon as the page's last token is written, in whatever order
+        and however often its tokens were. Before that it may be anything: the page being written is read always, so
+        nobody asks for its score.
+        """
+        ...
+
+    @property
     def coefficient(self) -> float:
         """A number that the score takes, a constant of the kernels; 0 where it takes none."""
         ...
@@ -60,6 +70,8 @@ class MetadataForm(Protocol):
             before: Tokens the pages held before these, an int or `[...]`; a page of none starts anew [tokens].
             written: `[..., T]` bool, which of the keys are new, at least one of each page; the keys then are those of
                 whole pages, T the page size. None is all of them, which follow the `before` first ones.
+
+        A form that takes whole pages is given all keys of a page, 0 and None.
         """
         ...
 
@@ -92,11 +104,41 @@ class MetadataForm(Protocol):
         ...
 
 
+class TokenForm(MetadataForm, Protocol):
+    """A form that scores tokens, in two ways: one reads less of what is kept, and ranks less well.
+
+    Where many tokens compete for few places, all are scored roughly, and those that come out best once more, fully.
+    """
+
+    def score_roughly(self, seen: Tensor, kept: Tensor) -> Tensor:
+        """As `score`, by less of what is kept; what is not finite there is not finite here."""
+        ...
+
+    def score_units(self, seen: Tensor, kept: Tensor, places: Tensor, size: int) -> Tensor:
+        """As `score`, of some units of `size` tokens.
+
+        Args:
+            seen: `[R, G, W]`, from `see`.
+            kept: `[R, N, rows * numbers]`, of the page that each unit is of.
+            places: `[R, N]` int64, which unit of its page each is.
+            size: Tokens of a unit [tokens].
+
+        Returns:
+            `[R, N * size, G]`.
+        """
+        ...
+
+    def score_roughly_by_hand(self, query: Tensor, kept: Tensor) -> Tensor:
+        """The oracle of `score_roughly`, as `score_by_hand` is that of `score`; gives `[page_size]`."""
+        ...
+
+
 class TwoVectors:
     """What forms have in common that keep two numbers of each channel, and whose score is linear in them."""
 
     ROWS: ClassVar[int] = 2
     scores: ClassVar[Scored] = "page"
+    takes_whole_pages = False
 
     def shape(self, page_size: int, dim: int) -> tuple[int, int]:
         """See `MetadataForm.shape`."""

@@ -97,6 +97,9 @@ def update_page_metadata(
     rollback the bounds of the last page may be wider than its keys: still bounds. Taking all of its tokens again makes
     any form of metadata right. Source: section 3.2 of the paper.
 
+    A form that takes whole pages, as a sketch does, takes those alone that the new tokens complete, with all of their
+    keys; so it is right whatever was rolled back. See `forms.MetadataForm.takes_whole_pages`.
+
     Args:
         kv: The cache; keys of the new tokens are already in it.
         seq_lens: Tokens per sequence, the new ones included [tokens].
@@ -197,6 +200,8 @@ def update_slot_metadata(
 ) -> None:
     """`append_slots` for the metadata alone: where the cache is in a format of its own and somebody else writes it.
 
+    Not for forms that take whole pages, which need the keys written before.
+
     Args:
         metadata: `[N, HKV, *form.shape]`, numbers of a row side by side, as in `PagedKV`.
         keys: `[T, HKV, D]`, as they are stored, channels side by side.
@@ -210,6 +215,9 @@ def update_slot_metadata(
         BackendError: The backend cannot run here.
     """
     check_slot_metadata(metadata, keys, page_size, form)
+    if form.takes_whole_pages:
+        expected = f"a form that takes tokens: {form.name} is of whole pages in the cache, as append_slots has them"
+        raise QuestValueError("form", form.name, expected)
     check_slots(slots, keys.shape[0], metadata.shape[0] * page_size, metadata.device)
     _verbs(backend, keys).update_slot_metadata(metadata, keys, slots, page_size, form)
 
@@ -240,7 +248,10 @@ def score_pages(
     were the estimates of its tokens' logits true. Each query head's estimates are scaled and capped as its logits are,
     and normalised over the tokens it may attend to and its sink; the logarithm keeps apart what is far below the
     largest. Then the heads of a group are reduced, "mass" to the mean of the mass that they give to the unit's tokens
-    together, "max" to the largest weight that one of them gives to one token.
+    together, "max" to the largest weight that one of them gives to one token. Of a form that takes whole pages the page
+    being written has no estimates: its tokens are left out where the others are weighed, and its units score +inf, as
+    they are read always. Without a budget all tokens have the full estimate; `quest_decode` may rank in two stages (see
+    `QuestConfig.candidate_factor`).
 
     The arithmetic is float32 whatever the dtype of the cache.
 
@@ -250,8 +261,8 @@ def score_pages(
         seq_lens: Tokens per sequence [tokens].
         token_mask: `[B, T]` bool, True where a token may be attended to (padding is False, and so is what lies past
             T). A unit without such a token scores -inf.
-        group_reduction: Over the heads of a group: `"max"` or `"mean"`, for metadata that scores tokens `"mass"` or
-            `"max"`; None is the first of these.
+        group_reduction: Over the heads of a group: `"max"` or `"mean"`, for metadata that scores tokens `"max"` or
+            `"mass"`; None is the first of these.
         out: `[B, HKV, U]` float32 to write to, the scores of a row side by side.
         backend: Which implementation runs.
         sm_scale: Factor on the logits; None is `D ** -0.5`.
@@ -550,7 +561,7 @@ def _config(
     """The config of a step that chooses nothing: of a budget it has a page, since it must have one."""
     return QuestConfig(
         page_size, page_size, num_sink_pages=0, group_reduction=cast("GroupReduction", group_reduction),
-        backend=backend, metadata=metadata, selection_unit=unit,
+        backend=backend, metadata=metadata, selection_unit=unit, candidate_factor=0,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["attendable", "live_tokens", "live_units"]
+__all__ = ["attendable", "begun_tokens", "live_tokens", "live_units"]
 
 
 def live_tokens(seq_lens: Tensor | int, token_mask: Tensor | None, max_tokens: int, like: Tensor) -> Tensor:
@@ -17,6 +17,13 @@ def live_tokens(seq_lens: Tensor | int, token_mask: Tensor | None, max_tokens: i
         return (token < ends).expand(like.shape[0], -1)
     known = min(token_mask.shape[1], max_tokens)
     return (token < ends) & F.pad(token_mask[:, :known], (0, max_tokens - known), value=False)
+
+
+def begun_tokens(seq_lens: Tensor | int, page_size: int, max_tokens: int, like: Tensor) -> Tensor:
+    """`[B, max_tokens]` bool, or `[1, max_tokens]`: those behind the last complete page of a sequence."""
+    token = torch.arange(max_tokens, device=like.device)
+    ends = seq_lens[:, None] if isinstance(seq_lens, Tensor) else seq_lens
+    return (token >= ends // page_size * page_size).view(-1, max_tokens)
 
 
 def live_units(

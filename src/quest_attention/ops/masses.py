@@ -1,22 +1,28 @@
 """Scores of units from estimates of their tokens' logits: the log of the attention that each would have.
 
-For the PyTorch path, and for forms of metadata that score tokens.
+For the PyTorch path, and for forms of metadata that score tokens. They are scored in one stage or in two: see
+`score_masses`.
 """
 
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from quest_attention.ops.gathering import metadata_rows
-from quest_attention.ops.liveness import live_tokens, live_units
+from quest_attention.forms import TokenForm
+from quest_attention.ops.gathering import metadata_rows, page_metadata
+from quest_attention.ops.liveness import begun_tokens, live_tokens, live_units
+from quest_attention.ops.ranking import ranking
 from quest_attention.ops.step import Step
 from quest_attention.pages import num_pages
 
-__all__ = ["score_masses"]
+__all__ = ["NO_CANDIDATE", "score_masses"]
 
+NO_CANDIDATE = torch.finfo(torch.float32).min
+"""Score of a live unit that no full estimate was made of: below all that have one, above those that are not live."""
 _CHUNK_BYTES = 1 << 21
 """Metadata taken to float32 at a time on a CPU [bytes]: a bound on scratch memory."""
 
@@ -26,6 +32,13 @@ def score_masses(step: Step, out: Tensor | None) -> Tensor:
 
     A weight needs its head's normaliser, so all tokens are estimated before any unit is scored: estimates
     `[B, HKV, T, G]`, which grow with the context, are allocated anew at each step.
+
+    In two stages, where there are more units than candidates: the estimates of all tokens are rough ones, and the units
+    that score best by them are scored once more by full estimates, with the normaliser of the rough ones. Estimates of
+    few tokens have no normaliser of their own, unless these are all that a sequence has.
+
+    Of a form that takes whole pages there is nothing to score the page being written by. Its tokens are no part of the
+    normaliser, and its units score +inf: they are read always.
     """
     kv, config, seq_lens = step.kv, step.config, step.seq_lens
     batch, heads = kv.batch_size, kv.num_kv_heads
@@ -38,45 +51,123 @@ def score_masses(step: Step, out: Tensor | None) -> Tensor:
         scores[:, :, used.shape[2] :] = -math.inf
     if used.numel() == 0:
         return scores
-    logits = _scaled_estimates(step, pages)  # [B, HKV, T, G]
-    is_dead = ~live_tokens(seq_lens, step.token_mask, logits.shape[2], scores)[:, None, :, None]
-    is_unknown = ~logits.isfinite() & ~is_dead
-    if step.softcap is not None:
-        logits = step.softcap * torch.tanh(logits / step.softcap)
-    logits.masked_fill_(is_dead | is_unknown, -math.inf)
-    normaliser = torch.logsumexp(logits, 2, keepdim=True)  # [B, HKV, 1, G]
-    if step.sinks is not None:
-        normaliser = torch.logaddexp(normaliser, step.sinks.float().view(1, heads, 1, -1))
-    logits -= normaliser.masked_fill(normaliser == -math.inf, 0)
-    by_unit = logits.view(batch, heads, used.shape[2], -1)  # [B, HKV, U, unit_size * G]
-    if config.group_reduction == "mass":
-        torch.logsumexp(by_unit, 3, out=used).sub_(math.log(logits.shape[3]))
-    else:
-        torch.amax(by_unit, 3, out=used)
-    # A unit with a key that is not finite ranks first, so that it is read and shows as in dense attention.
-    used.masked_fill_(is_unknown.view(by_unit.shape).any(3), math.inf)
+    is_rough = 0 < config.candidate_budget < used.shape[2]
+    form = cast("TokenForm", kv.form)  # of forms that score tokens all are
+    seen = form.see(step.query.float().reshape(batch * heads, -1, kv.head_dim))  # [R, G, W]
+    table = _readable_table(step)
+    logits = _of_all(step, form, seen, table, pages, is_rough=is_rough)  # [B, HKV, T, G]
+    live = live_tokens(seq_lens, step.token_mask, logits.shape[2], scores)  # [B, T]
+    begun = None
+    if form.takes_whole_pages:
+        begun = begun_tokens(seq_lens, kv.page_size, logits.shape[2], scores)
+    is_unknown = _weighable(step, logits, live[:, None], None if begun is None else begun[:, None])
+    normaliser = _normaliser(step, logits)
+    _reduce(step, logits.sub_(normaliser), is_unknown, used)
+    if not is_rough:
+        return scores
+
+    size = config.unit_size
+    units = ranking(used, step.workspace).topk(config.candidate_budget, sorted=False).indices  # [B, HKV, C]
+    logits = _of_units(step, form, seen, table, units)  # [B, HKV, C * size, G]
+    tokens = (units[..., None] * size + torch.arange(size, device=units.device)).flatten(2)
+    is_live = live[:, None].expand(-1, heads, -1).gather(2, tokens)
+    is_begun = None if begun is None else begun[:, None].expand(batch, heads, -1).gather(2, tokens)
+    is_unknown = _weighable(step, logits, is_live, is_begun)
+    if isinstance(seq_lens, Tensor) or step.token_mask is not None:
+        has_all = live.unflatten(1, (-1, size)).any(2).sum(1) <= config.candidate_budget
+        normaliser = torch.where(has_all[:, None, None, None], _normaliser(step, logits), normaliser)
+    best = used.new_empty(units.shape)
+    _reduce(step, logits.sub_(normaliser), is_unknown, best)
+    used.masked_fill_(used != -math.inf, NO_CANDIDATE).scatter_(2, units, best)
     return scores
 
 
-def _scaled_estimates(step: Step, pages: int) -> Tensor:
+def _readable_table(step: Step) -> Tensor:
+    """The page table; past the end of a sequence it may hold anything, which becomes some page."""
+    kv = step.kv
+    if not isinstance(step.seq_lens, Tensor) or kv.contiguous is not None:
+        return kv.page_table
+    return kv.page_table.masked_fill(~live_units(step.seq_lens, None, kv.page_size, kv.max_pages, kv.page_table), 0)
+
+
+def _of_all(step: Step, form: TokenForm, seen: Tensor, table: Tensor, pages: int, *, is_rough: bool) -> Tensor:
     """Estimates of the logits of the first `pages` pages, scaled as in attention: `[B, HKV, T, G]` float32."""
-    query, kv = step.query, step.kv
-    batch, heads, page_size = kv.batch_size, kv.num_kv_heads, kv.page_size
-    grouped = query.float().reshape(batch * heads, -1, kv.head_dim)  # [R, G, D]
-    seen = kv.form.see(grouped)
-    table = kv.page_table
-    if isinstance(step.seq_lens, Tensor) and kv.contiguous is None:  # past its end the table may hold anything
-        table = table.masked_fill(~live_units(step.seq_lens, None, page_size, kv.max_pages, table), 0)
-    chunk = pages
-    if query.device.type == "cpu":
-        numbers = max(1, kv.metadata[:1].numel() * batch)
-        chunk = max(1, _CHUNK_BYTES // (4 * numbers))
-    logits = grouped.new_empty(batch * heads, pages * page_size, grouped.shape[1])
+    kv, group = step.kv, seen.shape[1]
+    score = form.score_roughly if is_rough else form.score
+    chunk = _at_a_time(step, pages)
+    logits = seen.new_empty(seen.shape[0], pages * kv.page_size, group)
     for start in range(0, pages, chunk):
         stop = min(pages, start + chunk)
         kept = metadata_rows(kv, table[:, start:stop], start, stop)
-        logits[:, start * page_size : stop * page_size] = kv.form.score(seen, kept)
-    logits = logits.view(batch, heads, -1, grouped.shape[1])
-    if kv.key_scale is not None:
-        logits *= kv.key_scale[:, None, None]
+        logits[:, start * kv.page_size : stop * kv.page_size] = score(seen, kept)
+    return _scaled(step, logits)
+
+
+def _of_units(step: Step, form: TokenForm, seen: Tensor, table: Tensor, units: Tensor) -> Tensor:
+    """Full estimates of the logits of units `[B, HKV, N]`, scaled as in attention: `[B, HKV, N * size, G]` float32."""
+    size, per_page = step.config.unit_size, step.config.units_per_page
+    chunk = _at_a_time(step, units.shape[2])
+    logits = seen.new_empty(seen.shape[0], units.shape[2] * size, seen.shape[1])
+    for start in range(0, units.shape[2], chunk):
+        some = units[:, :, start : start + chunk]
+        kept, places = page_metadata(step.kv, table, some // per_page), (some % per_page).flatten(0, 1)
+        logits[:, start * size : (start + chunk) * size] = form.score_units(seen, kept, places, size)
+    return _scaled(step, logits)
+
+
+def _at_a_time(step: Step, most: int) -> int:
+    """Pages of all sequences whose metadata is calculated with at a time [pages]."""
+    if step.query.device.type != "cpu":
+        return max(1, most)
+    numbers = max(1, step.kv.metadata[:1].numel() * step.kv.batch_size)
+    return max(1, _CHUNK_BYTES // (4 * numbers))
+
+
+def _scaled(step: Step, logits: Tensor) -> Tensor:
+    """Estimates `[R, T, G]` as in attention: `[B, HKV, T, G]`, in place."""
+    logits = logits.view(step.kv.batch_size, step.kv.num_kv_heads, *logits.shape[1:])
+    if step.kv.key_scale is not None:
+        logits *= step.kv.key_scale[:, None, None]
     return logits.mul_(step.scale)
+
+
+def _weighable(step: Step, logits: Tensor, is_live: Tensor, is_begun: Tensor | None) -> Tensor:
+    """Cap logits `[B, HKV, T, G]`, and set to -inf, in place, those that have no weight; gives which are not known.
+
+    Args:
+        step: What to read and how.
+        logits: Scaled estimates.
+        is_live: `[B, 1 or HKV, T]`, tokens that may be attended to.
+        is_begun: Likewise, tokens of a page that is not complete and has no estimates; None where all have some.
+
+    Returns:
+        `[B, HKV, T, G]` bool, live tokens without a finite estimate.
+    """
+    is_unknown = ~logits.isfinite()
+    if is_begun is not None:
+        is_unknown |= is_begun[..., None]
+    is_dead = ~is_live[..., None]
+    is_unknown &= ~is_dead
+    if step.softcap is not None:
+        logits.div_(step.softcap).tanh_().mul_(step.softcap)
+    logits.masked_fill_(is_dead | is_unknown, -math.inf)
+    return is_unknown
+
+
+def _normaliser(step: Step, logits: Tensor) -> Tensor:
+    """Log of the sum of all weights of a head, its sink's included: `[B, HKV, 1, G]`; 0 where it has none."""
+    normaliser = torch.logsumexp(logits, 2, keepdim=True)
+    if step.sinks is not None:
+        normaliser = torch.logaddexp(normaliser, step.sinks.float().view(1, logits.shape[1], 1, -1))
+    return normaliser.masked_fill(normaliser == -math.inf, 0)
+
+
+def _reduce(step: Step, weights: Tensor, is_unknown: Tensor, scores: Tensor) -> None:
+    """Log weights of tokens `[B, HKV, T, G]` as scores of units `[B, HKV, U]`, over a unit's tokens and the group."""
+    by_unit = weights.view(*scores.shape, -1)  # [B, HKV, U, unit_size * G]
+    if step.config.group_reduction == "mass":
+        torch.logsumexp(by_unit, 3, out=scores).sub_(math.log(weights.shape[3]))
+    else:
+        torch.amax(by_unit, 3, out=scores)
+    # A unit with a key that is not finite ranks first, so that it is read and shows as in dense attention.
+    scores.masked_fill_(is_unknown.view(by_unit.shape).any(3), math.inf)

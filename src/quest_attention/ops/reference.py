@@ -9,12 +9,13 @@ its own for the keys and the score of one page. Shapes use the letters of `pages
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from quest_attention.config import GroupReduction
-from quest_attention.forms import FP8, MetadataForm
+from quest_attention.forms import FP8, MetadataForm, TokenForm
 from quest_attention.pages import PagedKV, num_pages
 
 __all__ = [
@@ -35,6 +36,10 @@ def update_page_metadata(kv: PagedKV, seq_lens: list[int], num_new_tokens: list[
     """Take the tokens written last into the metadata of their pages, one page at a time."""
     for b, length in enumerate(seq_lens):
         start = max(0, length - num_new_tokens[b])
+        if kv.form.takes_whole_pages:
+            for page in range(start // kv.page_size, length // kv.page_size):  # those that the new tokens complete
+                _take_whole(kv, int(kv.page_table[b, page]))
+            continue
         for page in range(start // kv.page_size, num_pages(length, kv.page_size)):
             first = page * kv.page_size
             new = range(max(start, first) - first, min(length, first + kv.page_size) - first)
@@ -57,6 +62,11 @@ def append_slots(kv: PagedKV, keys: Tensor, values: Tensor, slots: list[int]) ->
     for token, slot in enumerate(slots):
         if slot >= 0:
             _write(kv, *divmod(slot, kv.page_size), keys[token], values[token])
+    if kv.form.takes_whole_pages:
+        for slot in slots:
+            if slot >= 0 and slot % kv.page_size == kv.page_size - 1:
+                _take_whole(kv, slot // kv.page_size)
+        return
     scale = _scales(kv.key_scale, kv.num_kv_heads)
     stored = torch.stack([_quantised(key, scale) for key in keys]) if kv.is_quantised and len(keys) else keys
     update_slot_metadata(kv.metadata, stored, slots, kv.page_size, kv.form)
@@ -79,6 +89,11 @@ def _take(form: MetadataForm, kept: Tensor, keys: Tensor, before: int) -> None:
     """Take new keys `[T, HKV, D]` of one page into what is kept of it, `[HKV, *form.shape]`, in place."""
     for head in range(keys.shape[1]):
         kept[head] = form.take_by_hand(kept[head], keys[:, head], before)
+
+
+def _take_whole(kv: PagedKV, page: int) -> None:
+    """Take a complete page with all of its keys from the cache."""
+    _take(kv.form, kv.metadata[page], kv.keys[page], 0)
 
 
 def _write(kv: PagedKV, page: int, offset: int, key: Tensor, value: Tensor) -> None:
@@ -109,16 +124,18 @@ def score_pages(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     unit_size: int | None = None,
+    candidates: int | None = None,
 ) -> Tensor:
     """Unscaled logit that each page promises: `[B, HKV, P]` float64, -inf where there is no page.
 
     Of a form that scores tokens the log mass of each unit, of `unit_size` tokens or of a page: `[B, HKV, U]`. What
-    comes after the reduction is for those alone.
+    comes after the reduction is for those alone; `candidates` are the units that pass a rough estimate, where there are
+    more.
     """
     if kv.form.scores == "token":
         scale = kv.head_dim**-0.5 if sm_scale is None else sm_scale
         size = kv.page_size if unit_size is None else unit_size
-        return _log_masses(query, kv, seq_lens, token_mask, group_reduction, scale, softcap, sinks, size)
+        return _log_masses(query, kv, seq_lens, token_mask, group_reduction, scale, softcap, sinks, size, candidates)
     batch, num_query_heads, _ = query.shape
     group = num_query_heads // kv.num_kv_heads
     scores = torch.full((batch, kv.num_kv_heads, kv.max_pages), -math.inf, dtype=torch.float64)
@@ -146,11 +163,15 @@ def _log_masses(
     softcap: float | None,
     sinks: Tensor | None,
     unit_size: int,
+    candidates: int | None,
 ) -> Tensor:
     """How much of the attention each unit would have, were the estimates true: log of its mass, `[B, HKV, U]` float64.
 
     `mass` is the mean over the heads of a group of the weights of the unit's tokens together, `max` the largest weight
     that any of its tokens has in any head. A unit without a live token has none.
+
+    Where a sequence has more live units than `candidates`, estimates are rough, and the units that come out best are
+    weighed once more by full estimates, which are normalised as the rough ones were. All other units come last.
     """
     batch, num_query_heads, _ = query.shape
     group = num_query_heads // kv.num_kv_heads
@@ -158,35 +179,69 @@ def _log_masses(
     key_scales = _scales(kv.key_scale, kv.num_kv_heads)
     for b in range(batch):
         tokens = _live_tokens(b, seq_lens, token_mask)
+        # The page being written has no estimates of a form that takes whole pages: it is read, and weighs nothing.
+        begun = seq_lens[b] // kv.page_size * kv.page_size if kv.form.takes_whole_pages else seq_lens[b]
+        units = sorted({token // unit_size for token in tokens})
+        is_rough = candidates is not None and len(units) > candidates
         for h in range(kv.num_kv_heads):
-            weights = []  # log of each head's weight of each token
-            unknown = set()  # units with an estimate that is no number
-            for head in range(h * group, (h + 1) * group):
-                logits = _estimates(query[b, head], kv, b, h, tokens) * key_scales[h] * sm_scale
-                is_known = torch.isfinite(logits)
-                unknown |= {token // unit_size for token, known in zip(tokens, is_known, strict=True) if not known}
-                if softcap is not None:
-                    logits = softcap * torch.tanh(logits / softcap)
-                logits = logits.masked_fill(~is_known, -math.inf)
-                everything = logits if sinks is None else torch.cat([logits, sinks[head].double().cpu()[None]])
-                weights.append(logits - torch.logsumexp(everything, 0))
-            for unit in sorted({token // unit_size for token in tokens}):
-                here = [weight[i] for weight in weights for i, token in enumerate(tokens) if token // unit_size == unit]
-                if unit in unknown:  # read, so that it shows as it would in dense attention
-                    scores[b, h, unit] = math.inf
-                elif group_reduction == "mass":
-                    scores[b, h, unit] = torch.logsumexp(torch.stack(here), 0) - math.log(group)
-                else:
-                    scores[b, h, unit] = torch.stack(here).max()
+            heads = range(h * group, (h + 1) * group)
+            queries, scale = query[b, h * group : (h + 1) * group], float(key_scales[h]) * sm_scale
+            of_heads = [_logits(q, kv, b, h, tokens, begun, scale, softcap, is_rough=is_rough) for q in queries]
+            normalisers = []
+            for head, logits in zip(heads, of_heads, strict=True):
+                known = logits[~logits.isnan()]
+                everything = known if sinks is None else torch.cat([known, sinks[head].double().cpu()[None]])
+                normalisers.append(torch.logsumexp(everything, 0))
+            found = _of_units(of_heads, normalisers, tokens, unit_size, group_reduction)
+            if is_rough:
+                best = sorted(units, key=lambda unit: (-found[unit], unit))[:candidates]
+                of_heads = [_logits(q, kv, b, h, tokens, begun, scale, softcap, is_rough=False) for q in queries]
+                full = _of_units(of_heads, normalisers, tokens, unit_size, group_reduction)
+                found = {unit: full[unit] if unit in best else torch.finfo(torch.float32).min for unit in units}
+            for unit, score in found.items():
+                scores[b, h, unit] = score
     return scores
 
 
-def _estimates(query: Tensor, kv: PagedKV, b: int, h: int, tokens: list[int]) -> Tensor:
-    """What the form estimates of the unscaled logits of some tokens of a sequence, `[T]` float64."""
-    pages = {token // kv.page_size for token in tokens}
-    of_page = {page: kv.form.score_by_hand(query, kv.metadata[int(kv.page_table[b, page]), h]) for page in pages}
-    found = [of_page[token // kv.page_size][token % kv.page_size] for token in tokens]
-    return torch.stack(found).cpu() if found else torch.zeros(0, dtype=torch.float64)
+def _of_units(
+    of_heads: list[Tensor],
+    normalisers: list[Tensor],
+    tokens: list[int],
+    unit_size: int,
+    group_reduction: GroupReduction,
+) -> dict[int, float]:
+    """Scores of units, from the logits `[T]` of each head of a group, NaN where not known, and what normalises them."""
+    weights = torch.stack([logits - normal for logits, normal in zip(of_heads, normalisers, strict=True)])  # [G, T]
+    found = {}
+    for unit in sorted({token // unit_size for token in tokens}):
+        here = weights[:, [i for i, token in enumerate(tokens) if token // unit_size == unit]]
+        if here.isnan().any():  # read, so that it shows as it would in dense attention
+            found[unit] = math.inf
+        elif group_reduction == "mass":
+            found[unit] = float(torch.logsumexp(here.flatten(), 0)) - math.log(len(weights))
+        else:
+            found[unit] = float(here.max())
+    return found
+
+
+def _logits(
+    query: Tensor, kv: PagedKV, b: int, h: int, tokens: list[int], begun: int, scale: float, softcap: float | None,
+    *, is_rough: bool,
+) -> Tensor:  # fmt: skip
+    """Logits of some tokens of a sequence, as the form estimates them, scaled and capped: `[T]` float64.
+
+    NaN for those that nobody knows: estimates that are not finite, and all from token `begun` on.
+    """
+    form = cast("TokenForm", kv.form)  # of forms that score tokens all are
+    score = form.score_roughly_by_hand if is_rough else form.score_by_hand
+    pages = {token // kv.page_size for token in tokens if token < begun}
+    of_page = {page: score(query, kv.metadata[int(kv.page_table[b, page]), h]) for page in pages}
+    logits = torch.full((len(tokens),), math.nan, dtype=torch.float64)
+    for i, token in enumerate(tokens):
+        if token < begun:
+            logits[i] = of_page[token // kv.page_size][token % kv.page_size] * scale
+    logits = logits.masked_fill(~torch.isfinite(logits), math.nan)
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def select_pages(

@@ -49,6 +49,7 @@ def score_pages(step: Step, out: Tensor | None = None) -> Tensor:
     scores = reference.score_pages(
         step.query, kv, lengths, step.token_mask, config.group_reduction,
         sm_scale=step.scale, softcap=step.softcap, sinks=step.sinks, unit_size=config.unit_size,
+        candidates=config.candidate_budget or None,
     )  # fmt: skip
     scores = scores.to(step.query.device, torch.float32)
     return scores if out is None else out.copy_(scores)

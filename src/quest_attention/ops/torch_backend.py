@@ -18,6 +18,7 @@ from quest_attention.forms import FP8, MetadataForm
 from quest_attention.ops.gathering import gather_units, metadata_rows
 from quest_attention.ops.liveness import attendable, live_tokens, live_units
 from quest_attention.ops.masses import score_masses
+from quest_attention.ops.ranking import ranking
 from quest_attention.ops.selection import DecodeWorkspace, Selection
 from quest_attention.ops.step import Rows, Step
 from quest_attention.pages import ContiguousKV, PagedKV, num_pages
@@ -50,14 +51,19 @@ def update_page_metadata(kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Te
     lengths, new = _per_row(seq_lens, kv), _per_row(num_new_tokens, kv)
     begin = (lengths - new).clamp(min=0)  # [B]; where nobody checked values, more new tokens than there are mean all
     first = begin // kv.page_size
-    span = int((_num_pages(lengths, kv.page_size) - first).clamp(min=0).max()) if lengths.numel() else 0
+    # Past the last page that is touched; of forms that take whole pages, that the new tokens complete.
+    last = lengths // kv.page_size if kv.form.takes_whole_pages else _num_pages(lengths, kv.page_size)
+    span = int((last - first).clamp(min=0).max()) if lengths.numel() else 0
     if span == 0:
         return
     page = first[:, None] + torch.arange(span, device=lengths.device)  # [B, S]
-    touched = (page * kv.page_size < lengths[:, None]) & (new > 0)[:, None]
+    touched = (page < last[:, None]) & (new > 0)[:, None]
     b, s = touched.nonzero(as_tuple=True)
     logical = page[b, s]  # [M]
     physical = kv.page_table[b, logical].long()
+    if kv.form.takes_whole_pages:
+        _take_whole(kv, physical)
+        return
     token = logical[:, None] * kv.page_size + torch.arange(kv.page_size, device=lengths.device)  # [M, page_size]
     written = (token >= begin[b, None]) & (token < lengths[b, None])
     before = (begin[b] - token[:, 0]).clamp(min=0)
@@ -71,9 +77,18 @@ def _take(metadata: Tensor, form: MetadataForm, pages: Tensor, keys: Tensor, bef
     metadata[pages] = kept
 
 
+def _take_whole(kv: PagedKV, pages: Tensor) -> None:
+    """Take complete pages `[M]` with all of their keys from the cache."""
+    kept = kv.metadata[pages]
+    kv.form.take(kept, kv.keys[pages].transpose(1, 2), 0)
+    kv.metadata[pages] = kept
+
+
 def _update_contiguous(cache: ContiguousKV, form: MetadataForm, page_size: int, start: int, end: int) -> None:
     """Take tokens `start` to `end` of every sequence: the rest of a page, whole pages, the beginning of a page."""
     keys, metadata = cache.keys, cache.metadata
+    if form.takes_whole_pages:  # from the beginning of the page that the new tokens go on with to the last complete one
+        start, end = start // page_size * page_size, end // page_size * page_size
     if start % page_size and start < end:
         page = start // page_size
         stop = min(end, (page + 1) * page_size)
@@ -94,8 +109,12 @@ def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: Tensor) ->
     rows = (seq_lens > 0).nonzero()[:, 0]
     position = seq_lens[rows].long() - 1
     physical = kv.page_table[rows, position // kv.page_size].long()
-    kv.keys[physical, position % kv.page_size] = _as_stored(keys[rows], kv.key_scale)
-    kv.values[physical, position % kv.page_size] = _as_stored(values[rows], kv.value_scale)
+    offset = position % kv.page_size
+    kv.keys[physical, offset] = _as_stored(keys[rows], kv.key_scale)
+    kv.values[physical, offset] = _as_stored(values[rows], kv.value_scale)
+    if kv.form.takes_whole_pages:
+        _take_completed(kv, physical, offset)
+        return
     update_page_metadata(kv, seq_lens, seq_lens.clamp(max=1))
 
 
@@ -110,7 +129,17 @@ def append_slots(kv: PagedKV, keys: Tensor, values: Tensor, slots: Tensor) -> No
     page, offset = slots // kv.page_size, slots % kv.page_size
     kv.keys[page, offset] = keys
     kv.values[page, offset] = values
+    if kv.form.takes_whole_pages:
+        _take_completed(kv, page, offset)
+        return
     update_slot_metadata(kv.metadata, keys, slots, kv.page_size, kv.form)
+
+
+def _take_completed(kv: PagedKV, pages: Tensor, offsets: Tensor) -> None:
+    """Take those of some pages `[T]` whose last token was written, at these offsets."""
+    completed = pages[offsets == kv.page_size - 1]
+    if completed.numel():
+        _take_whole(kv, completed)
 
 
 def update_slot_metadata(metadata: Tensor, keys: Tensor, slots: Tensor, page_size: int, form: MetadataForm) -> None:
@@ -188,7 +217,7 @@ def select_pages(rows: Rows, scores: Tensor) -> Selection:
         if seq_lens <= token_budget:
             every = torch.arange(live, dtype=torch.int32, device=scores.device).expand(batch, heads, live)
             return Selection(every, every.new_full((batch, heads), live), size)
-        keys = _ranking(scores[:, :, :live], workspace)
+        keys = ranking(scores[:, :, :live], workspace)
         keys[:, :, : num_sink_pages * per_page] = _ALWAYS
         keys[:, :, (num_pages(seq_lens, config.page_size) - recent) * per_page :] = _ALWAYS
         units = keys.topk(unit_budget, sorted=False).indices.to(torch.int32).sort(-1).values
@@ -201,7 +230,7 @@ def select_pages(rows: Rows, scores: Tensor) -> Selection:
         return Selection(counts.new_empty(batch, heads, 0), counts, size)
     alive = live_units(seq_lens, token_mask, size, max_units, scores)  # [B, U]
     forced, total = _forced(alive, per_page, num_sink_pages, recent)
-    keys = _ranking(scores, workspace)
+    keys = ranking(scores, workspace)
     keys.masked_fill_(forced[:, None], _ALWAYS)
     keys.masked_fill_(~alive[:, None], _NEVER)
     if token_mask is None:
@@ -231,21 +260,6 @@ def _forced(alive: Tensor, per_page: int, num_sink_pages: int, recent: int) -> t
         forced = forced.repeat_interleave(per_page, 1)[:, : alive.shape[1]]
         total = alive.sum(1, keepdim=True)
     return forced, total
-
-
-def _ranking(scores: Tensor, workspace: DecodeWorkspace) -> Tensor:
-    """Distinct int64 keys `[B, HKV, U]` that order units by score and, where scores are equal, the lower unit first.
-
-    The bits of a float32, negated when its sign is set, order like the number (and -0.0 like 0.0); the index of the
-    unit goes below them.
-    """
-    live = scores.shape[2]
-    bits = scores.view(torch.int32)
-    ordered, keys = workspace.ordered[:, :, :live], workspace.keys[:, :, :live]
-    torch.bitwise_right_shift(bits, 31, out=ordered)
-    ordered.bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
-    keys.copy_(ordered).sub_(ordered.bitwise_right_shift_(31))
-    return keys.bitwise_left_shift_(32).bitwise_or_(workspace.below[:live])
 
 
 def sparse_decode_attention(

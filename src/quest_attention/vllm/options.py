@@ -13,6 +13,7 @@ __all__ = ["VLLMOptions", "read_options"]
 _OURS_ALONE = tuple(name for name in READING if name != "backend")
 """Options that nobody else has: beside "quest" they would be without effect."""
 _WHOLE = "page"
+_SKETCHES = "sketch"
 
 
 class VLLMOptions(QuestOptions):
@@ -25,6 +26,11 @@ class VLLMOptions(QuestOptions):
         unit = self.reading.get("selection_unit", _WHOLE)
         if unit != _WHOLE:
             raise QuestValueError(f"{KEY}.selection_unit", unit, f"{_WHOLE!r}: inside vLLM whole blocks are read")
+        metadata = self.reading.get("metadata")
+        if metadata == _SKETCHES:
+            raise QuestValueError(
+                f"{KEY}.metadata", metadata, "bounds or moments: inside vLLM there are no sketches yet"
+            )
         super().__post_init__()
 
 

@@ -1,0 +1,347 @@
+"""`Sketch`: two bits of every channel of every key of a page, by which single tokens are ranked."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quest_attention.config import check_integer
+from quest_attention.errors import QuestValueError
+from quest_attention.forms.form import Scored, as_numbers
+
+__all__ = ["ROUGH_LEVEL", "Sketch", "SketchLayout"]
+
+ROUGH_LEVEL = 0.8
+"""What a sign alone stands for, in units of the scale: the mean absolute value of a unit normal is 0.798."""
+
+_LARGEST_MEAN = 127
+"""Code of the largest channel of a mean, in 8 bits with a sign."""
+_MIDDLE = 1.5
+"""Of the codes 0 to 3: what is taken from a code to make a level."""
+_BYTE = 8
+_BYTES = 256
+_FLOAT = 4
+"""Bytes of a float32."""
+_ALIGNMENT = 16
+"""Of a page's bytes: as many as a thread of a GPU loads at a time."""
+_CHUNK = 1 << 18
+"""Channels sketched at a time [numbers]: a bound on scratch memory, which has a few float32 for each."""
+
+
+class SketchLayout(NamedTuple):
+    """Where in the bytes of a page and KV head its parts begin.
+
+    A plane has one bit of each channel of each token. Within a token, bit `j` of byte `d8` is of channel
+    `j * (dim / 8) + d8`; bytes past `dim / 8` are zero.
+
+    Attributes:
+        plane: Of one token in one plane: `dim / 8`, rounded up to whole words of 4 [bytes].
+        signs: High bits of the codes, `page_size * plane` bytes.
+        seconds: Low bits of the codes, as many.
+        mean: `dim` int8, the mean of the page's turned keys in units of its scale.
+        scales: Two float32, a multiple of 4: the scale of the mean, and that of the levels.
+        total: Of everything, zeros behind it included, a multiple of 16 [bytes].
+    """
+
+    plane: int
+    signs: int
+    seconds: int
+    mean: int
+    scales: int
+    total: int
+
+    @classmethod
+    def of(cls, page_size: int, dim: int) -> SketchLayout:
+        """Of pages of `page_size` keys of `dim` channels.
+
+        Raises:
+            QuestValueError: The channels do not fill bytes.
+
+        >>> SketchLayout.of(16, 128)
+        SketchLayout(plane=16, signs=0, seconds=256, mean=512, scales=640, total=656)
+        """
+        if dim % _BYTE:
+            raise QuestValueError("head_dim", dim, f"a multiple of {_BYTE} for a sketch, which has channels in bytes")
+        plane = _up(dim // _BYTE, _FLOAT)
+        mean = 2 * page_size * plane
+        scales = _up(mean + dim, _FLOAT)
+        return cls(plane, 0, page_size * plane, mean, scales, _up(scales + 2 * _FLOAT, _ALIGNMENT))
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Keys turned by a Hadamard matrix, less the mean of their page, in two bits a channel and one scale a page.
+
+    Turning spreads what a key has in few channels over all of them, so that one scale fits all channels of a page;
+    queries are turned alike, which leaves logits as they are. What is left of the turned keys without their mean is
+    coded in four levels: -1.5, -0.5, 0.5 and 1.5 times a scale. A token's logit is estimated from both bits, or roughly
+    from their high bits alone, the signs, which are half the bytes: all tokens are ranked by the rough estimates, and
+    the best of them by the full ones.
+
+    Turned codes of one bit are from RaBitQ (Gao and Long, arXiv:2405.12497), keys of few bits in a cache from KIVI (Liu
+    et al., arXiv:2402.02750), ranking tokens by them from Twilight (Lin et al., arXiv:2502.02770). Ours are the mean of
+    the page as centre, and two planes that are read in two stages.
+
+    A page is sketched when it is complete, from all of its keys, however they came. So a sketch is never of a token
+    that is gone. The page being written is always read and needs none.
+
+    A page with a key that is not finite has NaN for both scales, and so for all estimates.
+
+    Attributes:
+        page_size: Tokens per page [tokens].
+    """
+
+    page_size: int
+
+    def __post_init__(self) -> None:
+        check_integer("page_size", self.page_size, minimum=1)
+
+    name = "sketch"
+    is_bound = False
+    takes_whole_pages = True
+    coefficient = 0.0
+    scores: ClassVar[Scored] = "token"
+
+    def shape(self, page_size: int, dim: int) -> tuple[int, int]:
+        """See `MetadataForm.shape`: one row of bytes.
+
+        Raises:
+            QuestValueError: The channels do not fill bytes, or pages have another size than the form's.
+        """
+        if page_size != self.page_size:
+            raise QuestValueError("form", self, f"Sketch({page_size}), for pages of {page_size} tokens")
+        return 1, SketchLayout.of(page_size, dim).total
+
+    def dtypes(self, keys: torch.dtype) -> tuple[torch.dtype, ...]:
+        """See `MetadataForm.dtypes`."""
+        del keys
+        return (torch.uint8,)
+
+    def take(self, into: Tensor, keys: Tensor, before: Tensor | int, written: Tensor | None = None) -> None:
+        """See `MetadataForm.take`: whole pages alone, many at a time."""
+        assert written is None and before == 0 and keys.shape[-2] == self.page_size, "whole pages"
+        pages = into.shape[:-2]
+        if math.prod(pages) == 0:
+            return
+        if not pages:
+            into[0] = self._packed(keys)
+            return
+        longest = max(range(len(pages)), key=lambda dim: pages[dim])
+        at_a_time = max(1, _CHUNK * pages[longest] // max(1, keys.numel()))
+        for some, theirs in zip(into.split(at_a_time, longest), keys.split(at_a_time, longest), strict=True):
+            some[..., 0, :] = self._packed(theirs)
+
+    def _packed(self, keys: Tensor) -> Tensor:
+        """The bytes `[..., bytes]` of pages of keys `[..., page_size, D]`."""
+        turned = _turned(as_numbers(keys).float())
+        mean = turned.mean(-2)
+        mean_scale = mean.abs().amax(-1, keepdim=True) / _LARGEST_MEAN
+        codes = (mean / mean_scale.masked_fill(mean_scale == 0, 1)).round()  # [..., D]
+        rest = turned.sub_((codes * mean_scale)[..., None, :])  # [..., page_size, D]
+        sigma = rest.square().mean((-2, -1))[..., None]  # of which the root is taken; [..., 1]
+        is_finite = sigma.isfinite()
+        sigma = sigma.sqrt_().masked_fill_(sigma == 0, 1)
+        code = (rest / sigma[..., None]).add_(2).floor_().clamp_(0, 3)
+        level = code - _MIDDLE
+        scale = (rest * level).sum((-2, -1)) / level.square().sum((-2, -1))
+        scales = torch.cat([mean_scale, scale[..., None]], -1).masked_fill_(~is_finite, math.nan)
+        bits = code.nan_to_num_(0).to(torch.uint8).unflatten(-1, (_BYTE, -1))  # [..., page_size, 8, D / 8]
+
+        at = SketchLayout.of(self.page_size, keys.shape[-1])
+        packed: Tensor = bits.new_zeros(*keys.shape[:-2], at.total)
+        signs, seconds = self._planes(packed, at, keys.shape[-1])
+        for j in range(_BYTE):
+            signs |= (bits[..., j, :] >> 1) << j
+            seconds |= (bits[..., j, :] & 1) << j
+        packed[..., at.mean : at.mean + keys.shape[-1]] = codes.nan_to_num_(0, 0, 0).to(torch.int8).view(torch.uint8)
+        packed[..., at.scales : at.scales + 2 * _FLOAT] = scales.view(torch.uint8)
+        return packed
+
+    def _planes(self, kept: Tensor, at: SketchLayout, dim: int) -> tuple[Tensor, Tensor]:
+        """Views of both planes, `[..., page_size, D / 8]` each, of `[..., bytes]`."""
+        signs, seconds = (
+            kept[..., start : start + self.page_size * at.plane].unflatten(-1, (self.page_size, at.plane))
+            for start in (at.signs, at.seconds)
+        )
+        return signs[..., : dim // _BYTE], seconds[..., : dim // _BYTE]
+
+    def take_by_hand(self, kept: Tensor, keys: Tensor, before: int) -> Tensor:
+        """See `MetadataForm.take_by_hand`: one whole page."""
+        assert before == 0 and len(keys) == self.page_size, "whole pages"
+        dim = keys.shape[1]
+        at = SketchLayout.of(self.page_size, dim)
+        turned = keys.double().cpu() @ _matrix_by_hand(dim)
+        mean = turned.sum(0) / self.page_size
+        mean_scale = mean.abs().max() / _LARGEST_MEAN
+        codes = torch.round(mean / mean_scale) if mean_scale else torch.zeros(dim, dtype=torch.float64)
+        rest = turned - codes * mean_scale
+        sigma = (rest * rest).mean().sqrt()
+        is_finite = bool(torch.isfinite(sigma))
+        packed = bytearray(at.total)
+        of_products, of_squares = 0.0, 0.0
+        numbers = rest.tolist()
+        for token in range(self.page_size if is_finite else 0):
+            for channel in range(dim):
+                number = numbers[token][channel]
+                code = min(3, max(0, math.floor(number / float(sigma) + 2))) if sigma else 2
+                of_products += number * (code - _MIDDLE)
+                of_squares += (code - _MIDDLE) ** 2
+                j, d8 = divmod(channel, dim // _BYTE)
+                packed[at.signs + token * at.plane + d8] |= (code >> 1) << j
+                packed[at.seconds + token * at.plane + d8] |= (code & 1) << j
+        scales = [float(mean_scale), of_products / of_squares] if is_finite else [math.nan, math.nan]
+        made = torch.tensor(list(packed), dtype=torch.uint8)
+        if is_finite:
+            made[at.mean : at.mean + dim] = codes.to(torch.int8).view(torch.uint8)
+        made[at.scales : at.scales + 2 * _FLOAT] = torch.tensor(scales, dtype=torch.float32).view(torch.uint8)
+        return made.view(1, -1).to(kept.device)
+
+    def see(self, query: Tensor) -> Tensor:
+        """See `MetadataForm.see`: turned queries, and behind them what every byte of a plane adds to a product.
+
+        A byte of a plane is of 8 channels, so it has one of 256 sums: `[..., D / 8, 256]`, those of its set bits with
+        half of their channels' numbers, less those of the others.
+        """
+        turned = _turned(query)
+        signs = _signs_of_bytes(query.device)
+        by_byte = turned.unflatten(-1, (_BYTE, -1)).transpose(-1, -2)  # [..., D / 8, 8]
+        return torch.cat([turned, (by_byte @ (signs.to(turned.dtype) / 2)).flatten(-2)], -1)
+
+    def score(self, seen: Tensor, kept: Tensor) -> Tensor:
+        """See `MetadataForm.score`: the full estimate, by both planes."""
+        at, dim = self._layout(seen)
+        signs, seconds = self._planes(kept, at, dim)
+        means, scale = self._means_and_scale(seen, kept)
+        return (means + scale * _of_codes(seen, signs, seconds)).flatten(1, 2)
+
+    def score_roughly(self, seen: Tensor, kept: Tensor) -> Tensor:
+        """See `TokenForm.score_roughly`: by the signs alone."""
+        at, dim = self._layout(seen)
+        signs, _ = self._planes(kept, at, dim)
+        means, scale = self._means_and_scale(seen, kept)
+        return (means + (2 * ROUGH_LEVEL * scale) * _summed(seen, signs)).flatten(1, 2)
+
+    def score_units(self, seen: Tensor, kept: Tensor, places: Tensor, size: int) -> Tensor:
+        """See `TokenForm.score_units`: as `score`."""
+        at, dim = self._layout(seen)
+        index = places[..., None, None, None]
+        signs, seconds = (
+            plane.unflatten(2, (-1, size)).take_along_dim(index, 2)[:, :, 0] for plane in self._planes(kept, at, dim)
+        )
+        means, scale = self._means_and_scale(seen, kept)
+        return (means + scale * _of_codes(seen, signs, seconds)).flatten(1, 2)
+
+    def _layout(self, seen: Tensor) -> tuple[SketchLayout, int]:
+        """Of pages whose queries are `seen`, and the channels that these have."""
+        dim = seen.shape[-1] // (1 + _BYTES // _BYTE)
+        return SketchLayout.of(self.page_size, dim), dim
+
+    def _means_and_scale(self, seen: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the pages' means, `[R, P, 1, G]`, and the scales of levels, `[R, P, 1, 1]`."""
+        at, dim = self._layout(seen)
+        scales = kept[..., at.scales : at.scales + 2 * _FLOAT].contiguous().view(torch.float32)
+        means = kept[..., at.mean : at.mean + dim].view(torch.int8).to(seen.dtype)
+        logits = torch.bmm(means, seen[..., :dim].transpose(1, 2)) * scales[..., :1]
+        return logits[:, :, None], scales[..., 1:, None]
+
+    def score_by_hand(self, query: Tensor, kept: Tensor) -> Tensor:
+        """See `MetadataForm.score_by_hand`."""
+        return self._estimates_by_hand(query, kept, (-1.5, -0.5, 0.5, 1.5))
+
+    def score_roughly_by_hand(self, query: Tensor, kept: Tensor) -> Tensor:
+        """See `TokenForm.score_roughly_by_hand`."""
+        return self._estimates_by_hand(query, kept, (-ROUGH_LEVEL, -ROUGH_LEVEL, ROUGH_LEVEL, ROUGH_LEVEL))
+
+    def _estimates_by_hand(self, query: Tensor, kept: Tensor, levels: tuple[float, ...]) -> Tensor:
+        """Of each token, `[page_size]`, where the four codes stand for so many scales."""
+        dim, page = len(query), kept[0].cpu()
+        at = SketchLayout.of(self.page_size, dim)
+        turned = query.double().cpu() @ _matrix_by_hand(dim)
+        mean_scale, scale = page[at.scales : at.scales + 2 * _FLOAT].clone().view(torch.float32).double()
+        mean = page[at.mean : at.mean + dim].view(torch.int8).double() * mean_scale
+        code_bytes, center, numbers = page.tolist(), mean.tolist(), turned.tolist()
+        estimates = []
+        for token in range(self.page_size):
+            logit = 0.0
+            for channel in range(dim):
+                j, d8 = divmod(channel, dim // _BYTE)
+                sign, second = (code_bytes[start + token * at.plane + d8] >> j & 1 for start in (at.signs, at.seconds))
+                logit += numbers[channel] * (center[channel] + levels[2 * sign + second] * float(scale))
+            estimates.append(logit)
+        return torch.tensor(estimates, dtype=torch.float64, device=kept.device)
+
+
+def _of_codes(seen: Tensor, signs: Tensor, seconds: Tensor) -> Tensor:
+    """Products of queries and levels, `[R, P, T, G]`: a level is one for its high bit and a half for its low one."""
+    return 2 * _summed(seen, signs) + _summed(seen, seconds)
+
+
+def _summed(seen: Tensor, plane: Tensor) -> Tensor:
+    """Half the product of queries `[R, G, W]` and the signs that the bits of `[R, P, T, D / 8]` are: `[R, P, T, G]`.
+
+    Every byte is looked up in the table that `see` made. On one core of a CPU that takes a fifth of the time of
+    unpacking the bits and multiplying.
+    """
+    rows, group, _ = seen.shape
+    count = plane.shape[-1]  # of bytes
+    table = seen[..., _BYTE * count :].view(rows, group, count * _BYTES).transpose(1, 2).reshape(-1, group)
+    first = torch.arange(0, rows * count * _BYTES, _BYTES, dtype=torch.int32, device=plane.device)
+    index = plane + first.view(rows, 1, 1, count)
+    return F.embedding_bag(index.view(-1, count), table, mode="sum").view(*plane.shape[:3], group)
+
+
+def _turned(rows: Tensor) -> Tensor:
+    """Rows `[..., D]` in float32 or wider, times a Hadamard matrix, or several side by side where D is no power of two.
+
+    Such a matrix is its own inverse.
+    """
+    dim = rows.shape[-1]
+    order = dim & -dim  # the largest power of two that divides it
+    matrix = _hadamard(order, rows.device).to(rows.dtype)
+    with torch.autocast(rows.device.type, enabled=False):  # it would round the keys
+        turned: Tensor = (rows.unflatten(-1, (-1, order)) @ matrix).flatten(-2)
+        return turned
+
+
+@cache  # made once: a step would spend more on it than on its use
+def _hadamard(order: int, device: torch.device) -> Tensor:
+    """Sylvester's matrix, normalised."""
+    with torch.inference_mode(False):
+        matrix = torch.ones(1, 1)
+        while len(matrix) < order:
+            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+        return (matrix / math.sqrt(order)).to(device)
+
+
+@cache
+def _signs_of_bytes(device: torch.device) -> Tensor:
+    """For each bit of a byte and each of its values 1 or -1: `[8, 256]` float32."""
+    with torch.inference_mode(False):
+        bits = torch.arange(_BYTES)[None, :] >> torch.arange(_BYTE)[:, None] & 1
+        return (2.0 * bits - 1).to(device)
+
+
+@cache
+def _matrix_by_hand(dim: int) -> Tensor:
+    """The matrix that keys are turned by, `[D, D]` float64: a sign is that of the bits that row and column share."""
+    order = dim & -dim
+    rows = []
+    for row in range(dim):
+        blocks = [column // order == row // order for column in range(dim)]
+        signs = [(-1) ** (row % order & column % order).bit_count() for column in range(dim)]
+        rows.append([sign / math.sqrt(order) if inside else 0.0 for sign, inside in zip(signs, blocks, strict=True)])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _up(number: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-number // multiple) * multiple
+
+
+# Longer than 250 lines: the form with its oracle, and the arithmetic of its bits, which nobody else needs.
