@@ -33,17 +33,27 @@ app = typer.Typer(
 Model = Annotated[str | None, typer.Option("--model", "-m", help=MODEL_HELP, show_default=False)]
 TokenBudget = Annotated[int, typer.Option("--token-budget", "-b", help="Most tokens a step may read.")]
 SinkPages = Annotated[
-    int | None, typer.Option("--sink-pages", help="First pages always read; by default 0, with moments 1.")
+    int | None, typer.Option("--sink-pages", help="First pages always read; by default 0, with moments and sketch 1.")
 ]
 RecentPages = Annotated[int, typer.Option("--recent-pages", help="Last pages always read.")]
 GroupReduction = Annotated[
     str | None,
     typer.Option(
-        help="Over the query heads of a KV head: max (the default of bounds and moments), mean, or mass.",
+        help="Over the query heads of a KV head: max (the default), mean, or, with sketch in its place, mass.",
         show_default=False,
     ),
 ]
-Metadata = Annotated[str, typer.Option(help="Of a page's keys: bounds (the paper's) or moments (mean, deviation).")]
+Metadata = Annotated[
+    str,
+    typer.Option(
+        help="Of a page's keys: bounds (the paper's), moments (mean, deviation) or sketch (2 bits a channel)."
+    ),
+]
+SelectionUnit = Annotated[str, typer.Option(help="What is chosen: page, or with sketch token or 4 (tokens).")]
+CandidateFactor = Annotated[
+    int | None,
+    typer.Option(help="With sketch: times the budget that rough estimates let pass; 4, 0 for all.", show_default=False),
+]
 Coefficient = Annotated[float, typer.Option(help="Deviations above its mean where a page's best key is taken to lie.")]
 MetadataDtype = Annotated[str, typer.Option(help="Page bounds as the keys (kv) or in 8 bits (fp8).")]
 PageSize = Annotated[int, typer.Option(help="Tokens per page.")]
@@ -82,6 +92,11 @@ def integers(option: str, text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+def unit_of(text: str) -> str | int:
+    """A selection unit as a config takes it: a number of tokens is a number."""
+    return int(text) if text.isdecimal() else text
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         from quest_attention import __version__
@@ -109,6 +124,9 @@ def demo(
     token_budget: TokenBudget = QuestConfig.token_budget,
     page_size: PageSize = QuestConfig.page_size,
     num_dense_layers: DenseLayers = QuestConfig.num_dense_layers,
+    metadata: Metadata = QuestConfig.metadata,
+    selection_unit: SelectionUnit = QuestConfig.selection_unit,  # type: ignore[assignment]  # "page"
+    candidate_factor: CandidateFactor = QuestConfig.candidate_factor,
     seed: Annotated[int, typer.Option(help="Chooses the hidden number.")] = 0,
     model: Model = None,
     device: Device = "auto",
@@ -124,7 +142,16 @@ def demo(
     Quest read.
     """
     check_seed(seed)
-    config = QuestConfig(token_budget=token_budget, page_size=page_size, num_dense_layers=num_dense_layers)
+    config = QuestConfig.from_dict(
+        {
+            "token_budget": token_budget,
+            "page_size": page_size,
+            "num_dense_layers": num_dense_layers,
+            "metadata": metadata,
+            "selection_unit": unit_of(selection_unit),
+            "candidate_factor": candidate_factor,
+        }
+    )
     from quest_attention.cli.demo import show_demo  # last: transformers takes seconds to import
 
     show_demo(
@@ -151,6 +178,8 @@ def generate(
     metadata: Metadata = QuestConfig.metadata,
     metadata_dtype: MetadataDtype = QuestConfig.metadata_dtype,
     moments_coefficient: Coefficient = QuestConfig.moments_coefficient,
+    selection_unit: SelectionUnit = QuestConfig.selection_unit,  # type: ignore[assignment]  # "page"
+    candidate_factor: CandidateFactor = QuestConfig.candidate_factor,
     backend: Backend = QuestConfig.backend,
     dense: Annotated[bool, typer.Option("--dense", help="Read everything, without Quest, to compare.")] = False,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens to write at most.")] = 128,
@@ -183,6 +212,8 @@ def generate(
             "metadata": metadata,
             "metadata_dtype": metadata_dtype,
             "moments_coefficient": moments_coefficient,
+            "selection_unit": unit_of(selection_unit),
+            "candidate_factor": candidate_factor,
             "backend": backend,
         }
     )

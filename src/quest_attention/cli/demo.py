@@ -84,8 +84,8 @@ def _show(console: Console, demo: Demo, loaded: LoadedModel, seconds: float) -> 
     head.add_row("question", f"{case.sample.question.strip()} ...")
     head.add_row(
         "reading",
-        f"{counted(config.token_budget, 'token')} a step ({counted(config.page_budget, 'page')} of "
-        f"{config.page_size}); layers that read all: {config.num_dense_layers} of {layers}",
+        f"{counted(config.token_budget, 'token')} a step ({_units(config)}); layers that read all: "
+        f"{config.num_dense_layers} of {layers}",
     )
     head.add_row("model", loaded.description)
     console.print(head)
@@ -102,6 +102,14 @@ def _show(console: Console, demo: Demo, loaded: LoadedModel, seconds: float) -> 
         )
         console.print()
     console.print(_remarks(demo, seconds), style="dim")
+
+
+def _units(config: QuestConfig) -> str:
+    """What fills the budget."""
+    if config.unit_size == 1:
+        return "chosen one by one"
+    of = "page" if config.unit_size == config.page_size else "run"
+    return f"{counted(config.unit_budget, of)} of {config.unit_size}"
 
 
 def _pages(pages: range) -> str:
@@ -142,6 +150,14 @@ def _remarks(demo: Demo, seconds: float) -> str:
         f"Measured in this run of {seconds:.0f} s: one question, every method on the same prefilled context; ms is the "
         f"median of {counted(quest.timed_steps, 'decode step')}. Tokens and share are those of a layer that may "
         f"choose; all layers include the {demo.config.num_dense_layers} that read everything. To choose, Quest also "
-        f"reads the bounds of all {counted(pages, 'page')}: as many bytes as {counted(pages, 'token')}. full is "
-        f"transformers' DynamicCache with sdpa."
+        f"reads {_choosing(demo.config, pages)}. full is transformers' DynamicCache with sdpa."
     )
+
+
+def _choosing(config: QuestConfig, pages: int) -> str:
+    """What is read beside keys and values to choose among them."""
+    if config.metadata == "sketch":
+        return (
+            f"the sketches of all {counted(pages, 'page')}: one bit of each channel of each key, and of some the other"
+        )
+    return f"the {config.metadata} of all {counted(pages, 'page')}: as many bytes as {counted(pages, 'token')}"

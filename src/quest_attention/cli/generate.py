@@ -255,7 +255,7 @@ def _reads(config: QuestConfig | None, counters: QuestCounters | None) -> str:
         budget = counted(config.token_budget, "token")
         return f"all of it read at every step: Quest never ran, the text stayed within {budget}"
     sparse = [layer for layer in counters.layers if layer.sparse_steps]
-    share = sum(layer.pages_read for layer in sparse) / sum(layer.pages_held for layer in sparse)
+    share = sum(layer.tokens_read for layer in sparse) / sum(layer.tokens_held for layer in sparse)
     return (
         f"{counters.share_read:.1%} read by the decode steps ({share:.1%} in the {len(sparse)} of "
         f"{len(counters.layers)} layers with Quest, {counted(config.token_budget, 'token')} a step)"

@@ -48,7 +48,8 @@ def page_picture(demo: Demo, *, width: int, is_unicode: bool = True) -> Text:
     fact_style = GREEN if pages.steps_reading(fact) else RED
 
     picture = Text(no_wrap=True)
-    picture.append("Pages read while the answer was written\n", style="bold")
+    what = "Pages read" if demo.config.units_per_page == 1 else "Pages of which a token was read"
+    picture.append(f"{what} while the answer was written\n", style="bold")
     for layers in _groups(pages.layers):
         shares = pages.shares(layers)
         strip = [max(shares[page] for page in column) for column in columns]
@@ -100,6 +101,7 @@ def _caption(demo: Demo, at: int, width: int) -> str:
     """What the arrow in column `at` points to, below it: from there on, or as far to its left as has room."""
     fact = demo.case.fact_pages(demo.config.page_size)
     steps, read = demo.pages.num_steps, demo.pages.steps_reading(fact)
-    text = f"the fact: read in {read or 'none'} of {counted(steps, 'step')}"
+    what = "the fact" if demo.config.units_per_page == 1 else "a token of the fact's pages"
+    text = f"{what}: read in {read or 'none'} of {counted(steps, 'step')}"
     start = at if at + len(text) < width else max(0, min(at + 1, width) - len(text))
     return " " * start + text

@@ -179,7 +179,7 @@ def run_demo(
         UnsupportedModelError: Quest cannot serve the model.
     """
     check_fits(model, case.length, config)
-    pages = PageReads()
+    pages = PageReads(config.page_size)
     methods: list[Method] = [
         Full(),
         Quest(config, on_select=pages.record),

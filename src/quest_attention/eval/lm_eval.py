@@ -64,19 +64,23 @@ class ReadTotals:
     Attributes:
         sparse_steps: Steps that read selected pages only, summed over layers [layer steps].
         dense_steps: Steps that read everything, summed over layers, leading dense ones included [layer steps].
-        pages_read: Pages read per KV head, over layers and steps [pages].
-        pages_held: Pages that reading everything would have read, counted alike [pages].
+        tokens_read: Tokens read per KV head, over layers and steps, in whole units [tokens].
+        tokens_held: Tokens that reading everything would have read, counted alike [tokens].
+        pages_read: The same in pages; 0 where steps select less than pages [pages].
+        pages_held: Likewise [pages].
     """
 
     sparse_steps: int = 0
     dense_steps: int = 0
+    tokens_read: int = 0
+    tokens_held: int = 0
     pages_read: int = 0
     pages_held: int = 0
 
     @property
     def share_read(self) -> float:
         """Share of the KV cache that the counted decode steps read, 0 to 1; 1 when nothing was counted."""
-        return self.pages_read / self.pages_held if self.pages_held else 1.0
+        return self.tokens_read / self.tokens_held if self.tokens_held else 1.0
 
     def to_dict(self) -> dict[str, float]:
         """Everything counted, ready for JSON."""
@@ -317,8 +321,10 @@ class QuestLM(HFLM):
                 self._handle = None
                 self.counters.sparse_steps += handle.counters.sparse_steps
                 self.counters.dense_steps += handle.counters.dense_steps
-                self.counters.pages_read += handle.counters.pages_read
-                self.counters.pages_held += handle.counters.pages_held
+                self.counters.tokens_read += handle.counters.tokens_read
+                self.counters.tokens_held += handle.counters.tokens_held
+                self.counters.pages_read += handle.counters.pages_read or 0
+                self.counters.pages_held += handle.counters.pages_held or 0
         budget = self.quest_config.token_budget
         if self._dense_prompts:
             raise QuestStateError(

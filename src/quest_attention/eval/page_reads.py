@@ -15,6 +15,11 @@ __all__ = ["PageReads"]
 class PageReads:
     """Collects the pages of each sparse decode step of one sequence. `record` is an `on_select` of `enable_quest`.
 
+    Where steps select less than pages, a page was read of which a token was.
+
+    Args:
+        page_size: Of the cache; None where steps select pages [tokens].
+
     >>> import torch
     >>> reads = PageReads()
     >>> reads.record(2, Selection(torch.tensor([[[0, 3], [1, 3]]]), torch.tensor([[2, 2]]), 16), 4)
@@ -22,14 +27,20 @@ class PageReads:
     [0.5, 0.5, 0.0, 1.0]
     """
 
-    def __init__(self) -> None:
+    def __init__(self, page_size: int | None = None) -> None:
+        self._page_size = page_size
         self._steps: list[tuple[int, Tensor]] = []  # of layers, with their pages [HKV, K]
         self.num_pages = 0
 
     def record(self, layer: int, selected: Selection, num_pages: int) -> None:
         """Take one sparse step of one layer, of the first sequence of the batch."""
         # A copy: the pages may lie in memory that the next step uses again.
-        self._steps.append((layer, selected.units[0].clone()))
+        pages = selected.units[0].clone()
+        per_page = 1 if self._page_size is None else self._page_size // selected.unit_size
+        if per_page > 1:
+            pages = pages.div_(per_page, rounding_mode="floor").sort(-1).values
+            pages[:, 1:].masked_fill_(pages[:, 1:] == pages[:, :-1], -1)
+        self._steps.append((layer, pages))
         self.num_pages = max(self.num_pages, num_pages)
 
     def clear(self) -> None:

@@ -138,11 +138,9 @@ def _attend(
             token_mask=None if attention_mask is None else _token_mask(attention_mask),
             workspace=layer.storage.workspace(query.shape[1]),
         )  # fmt: skip
-    # Nothing padded: every sequence is past the budget. Otherwise the device knows, and is not asked. Counters are of
-    # pages, so smaller units count as the pages that they would fill.
-    config = layer.config
-    read = batch * config.page_budget if attention_mask is None else step.selected.units_read // config.units_per_page
-    layer.counter.count_sparse(read, batch * layer.num_pages)
+    # Nothing padded: every sequence is past the budget. Otherwise the device knows, and is not asked.
+    units = batch * layer.config.unit_budget if attention_mask is None else step.selected.units_read
+    layer.counter.count_sparse(units * layer.config.unit_size, batch * layer.tokens_held)
     layer.report(step.selected, query, key, **kwargs)
     return step.output[:, None].to(autocast or query.dtype), None
 

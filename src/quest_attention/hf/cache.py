@@ -89,7 +89,7 @@ class QuestCache(DynamicCache):
             check_integer("max_length", max_length, minimum=1)
         check_on_select(on_select)
         if counters is None:
-            counters = QuestCounters([LayerCounter(index, kind) for index, kind in kinds.items()])
+            counters = QuestCounters([LayerCounter(index, kind, self.quest) for index, kind in kinds.items()])
         elif not isinstance(counters, QuestCounters):
             raise QuestValueError("counters", counters, "QuestCounters")
         counted = {counter.layer: counter.kind for counter in counters.layers}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
+from quest_attention.config import QuestConfig
 from quest_attention.hf.reading import Reading
 
 __all__ = ["LayerCounter", "QuestCounters"]
@@ -22,12 +24,16 @@ class LayerCounter:
         dense_steps: Steps that read everything [steps], by reason: `"dense layer"`, `"within budget"`.
         bypassed_steps: Steps whose keys the model never handed to Quest's attention [steps].
         prefill_tokens: Tokens per sequence that came in passes of several tokens (prefill, verification) [tokens].
-        pages_held: Pages a dense layer would have read in the counted steps, per KV head, over all sequences [pages].
+        page_size: Of the cache [tokens].
+        unit_size: Of what steps select [tokens].
+        tokens_held: Tokens a dense layer would have read in the counted steps, per KV head, over all sequences, in
+            whole units [tokens].
     """
 
-    def __init__(self, layer: int, kind: str) -> None:
+    def __init__(self, layer: int, kind: str, config: QuestConfig) -> None:
         self.layer = layer
         self.kind = kind
+        self.page_size, self.unit_size = config.page_size, config.unit_size
         self._lock = threading.Lock()
         self.reset()
 
@@ -44,9 +50,9 @@ class LayerCounter:
         self.sparse_steps = 0
         self.dense_steps_by_reason: dict[str, int] = {}
         self.prefill_tokens = 0
-        self.pages_held = 0
-        self._pages_read = 0
-        self._pages_read_on_device: Tensor | None = None
+        self.tokens_held = 0
+        self._tokens_read = 0
+        self._tokens_read_on_device: Tensor | None = None
         self._updates = 0
 
     @property
@@ -60,10 +66,20 @@ class LayerCounter:
         return max(0, self._updates - self.sparse_steps - self.dense_steps)
 
     @property
-    def pages_read(self) -> int:
-        """Pages that the counted steps read, per KV head, over all sequences [pages]. Waits for the device."""
-        on_device = self._pages_read_on_device
-        return self._pages_read + (0 if on_device is None else int(on_device))
+    def tokens_read(self) -> int:
+        """Tokens that the counted steps read, counted as those held [tokens]. Waits for the device."""
+        on_device = self._tokens_read_on_device
+        return self._tokens_read + (0 if on_device is None else int(on_device))
+
+    @property
+    def pages_read(self) -> int | None:
+        """Pages that the counted steps read, likewise [pages]; None where they select less than pages."""
+        return self.tokens_read // self.page_size if self.unit_size == self.page_size else None
+
+    @property
+    def pages_held(self) -> int | None:
+        """Pages a dense layer would have read in the counted steps, likewise [pages]."""
+        return self.tokens_held // self.page_size if self.unit_size == self.page_size else None
 
     def count_update(self, reading: Reading, num_tokens: int) -> None:
         """The cache took `num_tokens` new tokens of each sequence."""
@@ -73,24 +89,24 @@ class LayerCounter:
             else:
                 self.prefill_tokens += num_tokens
 
-    def count_dense(self, reading: Reading, pages: int) -> None:
-        """A decode step read all `pages`."""
+    def count_dense(self, reading: Reading, tokens: int) -> None:
+        """A decode step read all `tokens`."""
         with self._lock:
             self.dense_steps_by_reason[reading.value] = self.dense_steps_by_reason.get(reading.value, 0) + 1
-            self._pages_read += pages
-            self.pages_held += pages
+            self._tokens_read += tokens
+            self.tokens_held += tokens
 
-    def count_sparse(self, pages_read: int | Tensor, pages_held: int) -> None:
-        """A decode step read `pages_read` of `pages_held` pages; a tensor stays on its device until somebody looks."""
+    def count_sparse(self, tokens_read: int | Tensor, tokens_held: int) -> None:
+        """A decode step read `tokens_read` of `tokens_held`; a tensor stays on its device until somebody looks."""
         with self._lock:
             self.sparse_steps += 1
-            self.pages_held += pages_held
-            if isinstance(pages_read, int):
-                self._pages_read += pages_read
-            elif self._pages_read_on_device is None:
-                self._pages_read_on_device = pages_read.long()
+            self.tokens_held += tokens_held
+            if isinstance(tokens_read, int):
+                self._tokens_read += tokens_read
+            elif self._tokens_read_on_device is None:
+                self._tokens_read_on_device = tokens_read.long()
             else:
-                self._pages_read_on_device = self._pages_read_on_device + pages_read
+                self._tokens_read_on_device = self._tokens_read_on_device + tokens_read
 
     def to_dict(self) -> dict[str, Any]:
         """Everything counted, ready for JSON."""
@@ -101,8 +117,7 @@ class LayerCounter:
             "dense_steps": dict(self.dense_steps_by_reason),
             "bypassed_steps": self.bypassed_steps,
             "prefill_tokens": self.prefill_tokens,
-            "pages_read": self.pages_read,
-            "pages_held": self.pages_held,
+            **_reads(self),
         }
 
 
@@ -132,19 +147,29 @@ class QuestCounters:
         return sum(layer.bypassed_steps for layer in self.layers)
 
     @property
-    def pages_read(self) -> int:
-        """Pages read per KV head, over layers, sequences and steps [pages]."""
-        return sum(layer.pages_read for layer in self.layers)
+    def tokens_read(self) -> int:
+        """Tokens read per KV head, over layers, sequences and steps, in whole units [tokens]."""
+        return sum(layer.tokens_read for layer in self.layers)
 
     @property
-    def pages_held(self) -> int:
+    def tokens_held(self) -> int:
+        """Tokens that reading everything would have read, counted as `tokens_read` [tokens]."""
+        return sum(layer.tokens_held for layer in self.layers)
+
+    @property
+    def pages_read(self) -> int | None:
+        """Pages read per KV head, over layers, sequences and steps [pages]; None where steps select less than pages."""
+        return _sum(layer.pages_read for layer in self.layers)
+
+    @property
+    def pages_held(self) -> int | None:
         """Pages that reading everything would have read, counted as `pages_read` [pages]."""
-        return sum(layer.pages_held for layer in self.layers)
+        return _sum(layer.pages_held for layer in self.layers)
 
     @property
     def share_read(self) -> float:
         """Share of the KV cache that the counted decode steps read, 0 to 1; 1 when nothing was counted."""
-        return self.pages_read / self.pages_held if self.pages_held else 1.0
+        return self.tokens_read / self.tokens_held if self.tokens_held else 1.0
 
     def reset(self) -> None:
         """Forget everything counted, in every layer."""
@@ -157,21 +182,38 @@ class QuestCounters:
             "sparse_steps": self.sparse_steps,
             "dense_steps": self.dense_steps,
             "bypassed_steps": self.bypassed_steps,
-            "pages_read": self.pages_read,
-            "pages_held": self.pages_held,
+            **_reads(self),
             "share_read": self.share_read,
             "layers": [layer.to_dict() for layer in self.layers],
         }
 
     def summary(self) -> str:
         """A table of one line per layer and a line for the whole."""
-        rows: list[tuple[object, ...]] = [("layer", "kind", "sparse", "dense", "pages read", "pages held", "read")]
+        of_tokens = self.pages_read is None
+        what = "tokens" if of_tokens else "pages"
+        rows: list[tuple[object, ...]] = [("layer", "kind", "sparse", "dense", f"{what} read", f"{what} held", "read")]
         counted: list[LayerCounter | QuestCounters] = [*self.layers, self]
         for each in counted:
             name = (each.layer, each.kind) if isinstance(each, LayerCounter) else ("all", "")
-            steps, read, held = (each.sparse_steps, each.dense_steps), each.pages_read, each.pages_held
-            rows.append((*name, *steps, read, held, f"{read / held:.1%}" if held else "-"))
+            steps, read, held = (each.sparse_steps, each.dense_steps), each.tokens_read, each.tokens_held
+            shown = (read, held) if of_tokens else (each.pages_read, each.pages_held)
+            rows.append((*name, *steps, *shown, f"{read / held:.1%}" if held else "-"))
         lines = ["{:>5}  {:<12} {:>8} {:>8} {:>12} {:>12} {:>7}".format(*row) for row in rows]
         if self.bypassed_steps:
             lines.append(f"{self.bypassed_steps} layer steps never reached Quest's attention and read everything")
         return "\n".join(lines)
+
+
+def _sum(counts: Iterable[int | None]) -> int | None:
+    """Of pages, if all layers count in them."""
+    known = list(counts)
+    return None if None in known else sum(count for count in known if count is not None)
+
+
+def _reads(counted: LayerCounter | QuestCounters) -> dict[str, int]:
+    """What was read, ready for JSON: tokens always, pages where steps select pages."""
+    tokens = {"tokens_read": counted.tokens_read, "tokens_held": counted.tokens_held}
+    pages_read, pages_held = counted.pages_read, counted.pages_held
+    if pages_read is None or pages_held is None:
+        return tokens
+    return {"pages_read": pages_read, "pages_held": pages_held, **tokens}

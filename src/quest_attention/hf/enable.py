@@ -106,7 +106,7 @@ class QuestHandle:
         self.model = cast("Any", model)  # a module's attributes are Tensor or Module to a type checker
         self.config = config
         kinds = layer_kinds(model.config, config)
-        self.counters = QuestCounters([LayerCounter(index, kind) for index, kind in kinds.items()])
+        self.counters = QuestCounters([LayerCounter(index, kind, config) for index, kind in kinds.items()])
         self.graphs = DecodeGraphs(model, must_capture=must_capture) if capture else None
         self._on_select = on_select
         self._is_entered = False

@@ -74,6 +74,11 @@ class QuestLayer(StepReporter, StoredLayer):
         """Pages that hold a token [pages]."""
         return num_pages(self._length, self.config.page_size)
 
+    @property
+    def tokens_held(self) -> int:
+        """Tokens of a sequence, in whole units [tokens]."""
+        return num_pages(self._length, self.config.unit_size) * self.config.unit_size
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the first tokens `[B, HKV, T, D]`."""
         new = key_states.shape[2]
@@ -165,4 +170,4 @@ class QuestLayer(StepReporter, StoredLayer):
         self._begin(self._reading_of(1, self._length), 1)
         self.count_attention(batch)
         if self.reading is Reading.SPARSE:
-            self.counter.count_sparse(batch * self.config.page_budget, batch * self.num_pages)
+            self.counter.count_sparse(batch * self.config.unit_budget * self.config.unit_size, batch * self.tokens_held)

@@ -48,6 +48,11 @@ class StepReporter:
         raise NotImplementedError
 
     @property
+    def tokens_held(self) -> int:
+        """Tokens of a sequence, in whole units of what is selected [tokens]."""
+        raise NotImplementedError
+
+    @property
     def has_listeners(self) -> bool:
         """Whether somebody asked to be called at every sparse step."""
         return self.on_select is not None or self.on_read is not None
@@ -64,7 +69,7 @@ class StepReporter:
         assert self.reading is not None and self.reading.is_step, "said when its token was written"
         self.was_attended = True
         if self.reading is not Reading.SPARSE:
-            self.counter.count_dense(self.reading, batch * self.num_pages)
+            self.counter.count_dense(self.reading, batch * self.tokens_held)
 
     def _begin(self, reading: Reading, new: int) -> None:
         """Say what a pass of `new` tokens reads, and warn when attention never saw the keys of the step before."""

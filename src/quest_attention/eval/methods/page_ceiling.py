@@ -94,6 +94,6 @@ class _CeilingLayer(QuestLayer):
             sinks=kwargs.get("s_aux"),
         )
         output, selected = run_step(step, score=lambda step: true_scores(step.query, key, config.page_size))
-        self.counter.count_sparse(batch * config.page_budget, batch * self.num_pages)
+        self.counter.count_sparse(batch * config.unit_budget * config.unit_size, batch * self.tokens_held)
         self.report(selected, query, key, **kwargs)
         return output[:, None], None

@@ -50,7 +50,7 @@ class Quest(Method):
 
 
 class QuestSession(Session):
-    """A session whose counts are Quest's own counters: whole pages, the one being written included."""
+    """A session whose counts are Quest's own counters: whole units, the one being written included."""
 
     def __init__(self, handle: QuestHandle, max_length: int | None) -> None:
         self._handle = handle
@@ -67,7 +67,6 @@ class QuestSession(Session):
 
     def reads(self) -> list[LayerReads]:
         """See `Session.reads`."""
-        size = self._handle.config.page_size
         keys = [layer.keys for layer in self.cache.layers if isinstance(layer, QuestLayer) and layer.keys is not None]
         sequences = keys[0].shape[0] if keys else 1  # counters sum over sequences, which read alike: all are as long
         return [
@@ -75,8 +74,8 @@ class QuestSession(Session):
                 counter.layer,
                 counter.sparse_steps > 0,
                 counter.sparse_steps + counter.dense_steps,
-                counter.pages_read // sequences * size,
-                counter.pages_held // sequences * size,
+                counter.tokens_read // sequences,
+                counter.tokens_held // sequences,
             )
             for counter in self._handle.counters.layers
             if counter.kind in {"quest", "dense"}
