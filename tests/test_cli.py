@@ -197,6 +197,34 @@ def test_moments_are_asked_for_by_name(quest: Cli, model_folder: str) -> None:
     assert report["counters"]["sparse_steps"] == 4
 
 
+def test_sketches_are_asked_for_by_name(quest: Cli, model_folder: str) -> None:
+    given = ("generate", "-m", model_folder, "-b", "64", "-n", "5")
+    options = ("--metadata", "sketch", "--selection-unit", "token", "--candidate-factor", "2")
+    text = SOUTH.text()[:2000].encode()
+    report = json.loads(quest(*given, *options, "--json", stdin=text).out)
+    found = {name: report["quest"][name] for name in ("metadata", "selection_unit", "candidate_factor")}
+    assert found == {"metadata": "sketch", "selection_unit": "token", "candidate_factor": 2}
+    counters = report["counters"]
+    assert counters["sparse_steps"] == 4 and "pages_read" not in counters
+    assert counters["share_read"] == counters["tokens_read"] / counters["tokens_held"] < 1
+    runs = json.loads(quest(*given, *options[:2], "--selection-unit", "4", "--json", stdin=text).out)
+    assert runs["quest"]["selection_unit"] == 4 and runs["quest"]["candidate_factor"] == 4
+
+
+def test_a_demonstration_by_tokens(quest: Cli, model_folder: str) -> None:
+    options = ("--metadata", "sketch", "--selection-unit", "token")
+    given = ("demo", "-m", model_folder, "--length", "1024", "--token-budget", "64")
+    report = json.loads(quest(*given, *options, "--json").out)
+    assert report["config"]["selection_unit"] == "token"
+    found = next(result for result in report["results"] if result["method"] == "quest")
+    assert found["tokens_per_step"] == 64 and 0 < found["share_read"] < 0.07
+    shares = [share for layer in report["page_reads"]["layers"].values() for share in layer]
+    assert len(shares) % report["page_reads"]["num_pages"] == 0 and max(shares) <= 1
+    shown = quest(*given, *options).out
+    assert "chosen one by one" in shown and "Pages of which a token was read" in shown and "the sketches of" in shown
+    assert "the bounds" not in shown
+
+
 def test_the_summary_tells_the_share_of_the_layers_with_quest(quest: Cli, model_folder: str, tmp_path: Path) -> None:
     file = tmp_path / "prompt.txt"
     file.write_text(SOUTH.text()[:2000], encoding="utf-8")
@@ -324,6 +352,13 @@ def test_a_prompt_longer_than_the_positions_of_the_model(quest: Cli, model_folde
             "--metadata-dtype: got 'fp8', expected kv for moments: fp8 is for bounds",
         ),
         (["--metadata", "moments", "-b", "16"], "--token-budget: got 16, expected at least 32: 2 forced pages of 16"),
+        (["--selection-unit", "token"], "--selection-unit: got 'token', expected page for bounds, which scores pages"),
+        (["--metadata", "sketch", "--selection-unit", "3"], "--selection-unit: got 3, expected one of page, token, 4"),
+        (["--candidate-factor", "2"], "--candidate-factor: got 2, expected 0 for bounds, which has no rough estimates"),
+        (
+            ["--metadata", "sketch", "--candidate-factor=-1"],
+            "--candidate-factor: got -1, expected a non-negative integer",
+        ),
         (["--group-reduction", "sum"], "--group-reduction: got 'sum', expected one of max, mean"),
         (["--backend", "cuda"], "--backend: got 'cuda', expected one of auto, torch, triton, reference"),
         (["--max-new-tokens", "0"], "--max-new-tokens: got 0, expected a positive integer"),
@@ -701,6 +736,17 @@ def test_a_method_with_moments_is_a_row_of_the_tables(quest: Cli, model_folder: 
     assert quest(*given, "--method", f"full,quest,{name}").code == 0
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [row["method"] for row in rows] == ["full", "quest", name]
+    shown = quest("report", str(folder))
+    assert shown.code == 0
+    assert any(name in file.read_text(encoding="utf-8") for file in folder.rglob("*.html"))
+
+
+def test_a_method_with_sketches_is_a_row_of_the_tables(quest: Cli, model_folder: str, tmp_path: Path) -> None:
+    name, folder = "quest:metadata=sketch,selection_unit=token,candidate_factor=2", tmp_path / "run"
+    given = ("eval", "passkey", "-m", model_folder, "-o", str(folder), "-l", "512", "-b", "64", "-n", "1", "-q")
+    assert quest(*given, "--method", f"full,{name}").code == 0
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [row["method"] for row in rows] == ["full", name]
     shown = quest("report", str(folder))
     assert shown.code == 0
     assert any(name in file.read_text(encoding="utf-8") for file in folder.rglob("*.html"))

@@ -77,7 +77,7 @@ class PagedKV:
         values: `[N, page_size, HKV, DV]`, else as `keys`.
         metadata: `[N, HKV, *form.shape]`, of the keys as they are stored, in one of the dtypes that the form has beside
             theirs: `[N, HKV, 2, D]` in the dtype of the keys, for bounds also in float8_e4m3fn, for moments of keys in
-            8 bits in bfloat16.
+            8 bits in bfloat16, for sketches of any `[N, HKV, 1, bytes]` in uint8.
         page_table: `[B, P]` int32, any strides, the physical page of each logical page. Entries past a sequence's end
             may hold anything.
         contiguous: The tensors behind `keys`, `values` and `metadata` when they are one contiguous cache, else None;

@@ -69,6 +69,10 @@ def test_vllm_reads_whole_blocks(unit: str | int) -> None:
     with pytest.raises(QuestValueError, match=rf"^quest\.selection_unit: got {unit!r}, expected 'page': inside vLLM"):
         read_options(SimpleNamespace(additional_config=given))
     assert VLLMOptions.from_mapping({"selection_unit": "page"}).config(16) == QuestConfig()
+    with pytest.raises(
+        QuestValueError, match=r"^quest\.metadata: got 'sketch', expected bounds or moments: inside vLLM"
+    ):
+        VLLMOptions.from_mapping({"metadata": "sketch"})
     with pytest.raises(QuestValueError, match=r"additional_config\.selection_unit"):
         read_options(SimpleNamespace(additional_config={"quest": {}, "selection_unit": "page"}))
 

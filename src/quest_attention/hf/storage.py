@@ -37,7 +37,7 @@ class KVStorage:
     Attributes:
         keys: `[B, HKV, capacity, D]`.
         values: `[B, HKV, capacity, DV]`.
-        metadata: `[B, HKV, capacity / page_size, 2, D]`, or None.
+        metadata: `[B, HKV, capacity / page_size, *form.shape]`, or None.
     """
 
     def __init__(
@@ -129,7 +129,10 @@ class KVStorage:
             update_page_metadata(self.paged, start + new, new, self._config.backend)
 
     def cut(self, length: int) -> None:
-        """Take the metadata of a page anew of which only the tokens before `length` remain [tokens]."""
+        """Take the metadata of a page anew of which only the tokens before `length` remain [tokens].
+
+        That of a form that takes whole pages is not asked for until the page is complete again.
+        """
         if self.metadata is not None:
             update_page_metadata(self.paged, length, length % self._config.page_size, self._config.backend)
 
