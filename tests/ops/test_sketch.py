@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from backends import available
 from caches import LAYOUTS, Cache, make_cache
-from quest_attention import QuestValueError, update_page_metadata
+from quest_attention import BackendError, QuestValueError, update_page_metadata
 from quest_attention.config import Backend
 from quest_attention.forms import Sketch, SketchLayout
 from quest_attention.forms.sketch import ROUGH_LEVEL
@@ -288,6 +289,12 @@ def test_slots(layout: str, backend: Backend) -> None:
         assert all(bool(kv.metadata[page].any()) == (page in pages or slots == [3, -1]) for page in range(3))
 
 
+def test_the_kernels_refuse_it_by_name() -> None:
+    backend, kv = available("triton"), make_cache([64], form=Sketch(8)).kv
+    with pytest.raises(BackendError, match=r"got 'triton' for sketch, which scores tokens, .*: backend 'torch' can"):
+        update_page_metadata(kv, 64, 64, backend=backend)
+
+
 def test_metadata_alone_is_refused() -> None:
     kv = make_cache([64], form=Sketch(8)).kv
     with pytest.raises(QuestValueError, match="form: got 'sketch', expected a form that takes tokens"):
@@ -324,3 +331,6 @@ def test_autocast_rounds_no_key() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         rounded = sketched(keys)
     assert torch.equal(rounded, sketched(keys))
+
+
+# Longer than 250 lines: the bytes and what they are taken from, with the tests' own reading of both.
