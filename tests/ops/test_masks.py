@@ -72,7 +72,7 @@ def test_pages_are_chosen_among_those_with_a_token_to_attend_to(
 def test_rows_in_sections(name: str, sinks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of more pages than one program holds."""
     triton_selection = pytest.importorskip("quest_attention.ops.triton.choice")
-    monkeypatch.setattr(triton_selection, "_SECTION_PAGES", 4)
+    monkeypatch.setattr(triton_selection, "_SECTION_UNITS", 4)
     assert_chosen(rows(name), torch.tensor([LENGTH] * 2), 24, sinks, 1, "triton")
 
 

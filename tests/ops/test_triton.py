@@ -307,7 +307,7 @@ def test_token_mask(group: int) -> None:
 @pytest.mark.parametrize("lengths", [[300, 33, 0, 255], [129], [300, 100, 128, 65]])
 def test_rows_in_sections(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of more pages than one program holds: the pages of one piece, in the verb and in the fused kernel."""
-    monkeypatch.setattr(choice, "_SECTION_PAGES", 8)
+    monkeypatch.setattr(choice, "_SECTION_UNITS", 8)
     monkeypatch.setattr(tuning, "_SECTION_PAGES", 16)
     cache = make_cache(lengths)
     for options in ({}, {"num_sink_pages": 2, "num_recent_pages": 3}):

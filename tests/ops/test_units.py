@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from backends import available
+from backends import BACKENDS, available, interpreted
 from caches import LAYOUTS, Cache, make_cache
 from exact_keys import ExactKeys
 from likeness import as_lists, query_for
@@ -30,7 +30,6 @@ from quest_attention.ops import (
 
 LENGTH, PAGE_SIZE = 90, 8
 UNITS: dict[SelectionUnit, int] = {"page": PAGE_SIZE, 4: 4, "token": 1}
-SLOW_AND_FAST: list[Backend] = ["reference", "torch"]
 TOKEN = torch.arange(LENGTH)
 MASKS = {
     "no mask": None,
@@ -59,7 +58,7 @@ def random_scores(batch: int, units: int, seed: int = 0) -> Tensor:
     return scores
 
 
-@pytest.mark.parametrize("backend", SLOW_AND_FAST)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("host", [False, True], ids=["", "host"])
 @pytest.mark.parametrize(("budget", "sinks", "recent"), [(24, 0, 1), (27, 1, 2), (30, 0, 0), (8, 0, 1), (89, 2, 1)])
@@ -67,6 +66,7 @@ def random_scores(batch: int, units: int, seed: int = 0) -> Tensor:
 def test_units_are_chosen_as_by_the_oracle(
     name: str, budget: int, sinks: int, recent: int, host: bool, unit: SelectionUnit, backend: Backend
 ) -> None:
+    available(backend)
     size, mask = UNITS[unit], mask_of(name)
     lengths = [LENGTH, LENGTH if host else 61]
     scores = random_scores(2, 13 * PAGE_SIZE // size)
@@ -83,10 +83,11 @@ def test_units_are_chosen_as_by_the_oracle(
     assert selected.units.dtype == torch.int32
 
 
-@pytest.mark.parametrize("backend", SLOW_AND_FAST)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lengths", [90, torch.tensor([90])], ids=["host", "device"])
 def test_forced_pages_are_read_with_all_their_units(lengths: Tensor | int, backend: Backend) -> None:
     """Page 0, the whole page 10 and the two tokens of page 11: 18 tokens; the other 12 are the best."""
+    available(backend)
     scores = -torch.arange(96.0).expand(1, 1, -1)
     options = {"page_size": 8, "token_budget": 30, "num_sink_pages": 1, "num_recent_pages": 2, "backend": backend}
     selected = select_pages(scores, lengths, **options, selection_unit="token")
@@ -95,8 +96,9 @@ def test_forced_pages_are_read_with_all_their_units(lengths: Tensor | int, backe
     assert as_lists(selected.units) == [[[0, 1, 2, 3, 20, 21, 22]]], "28 tokens of 7 units, the last part-filled"
 
 
-@pytest.mark.parametrize("backend", SLOW_AND_FAST)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_sink_pages_are_counted_among_those_with_a_token_to_attend_to(backend: Backend) -> None:
+    available(backend)
     mask = torch.arange(90)[None] >= 21
     scores = -torch.arange(96.0).expand(1, 1, -1)
     selected = select_pages(
@@ -104,6 +106,26 @@ def test_sink_pages_are_counted_among_those_with_a_token_to_attend_to(backend: B
         backend=backend,
     )  # fmt: skip
     assert selected.units.tolist() == [[[*range(21, 21 + 14), 88, 89]]], "page 2 has three tokens that are alive"
+
+
+@interpreted
+@pytest.mark.parametrize("budget", [17, 30])
+def test_candidates_of_many_sections_are_merged_some_at_a_time(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    available("triton")
+    from quest_attention.ops.triton import choice  # noqa: PLC0415 - needs triton
+
+    monkeypatch.setattr(choice, "_SECTION_UNITS", 16)
+    monkeypatch.setattr(choice, "_MOST_CANDIDATES", 64)
+    scores, lengths = random_scores(2, 13 * PAGE_SIZE), [LENGTH, 61]
+    options = {"page_size": PAGE_SIZE, "token_budget": budget, "num_sink_pages": 1}
+    for mask in (None, mask_of("every second token"), mask_of("left padding")):
+        selected = select_pages(
+            scores, torch.tensor(lengths), **options, selection_unit="token", token_mask=mask, backend="triton"
+        )
+        expected = reference.select_pages(scores, lengths, PAGE_SIZE, budget, 1, token_mask=mask, unit_size=1)
+        assert as_lists(selected.units) == expected
+    with pytest.raises(BackendError, match="got 'triton' for 40 units of 104, expected at most 32: backend 'torch'"):
+        select_pages(scores, 100, **options | {"token_budget": 40}, selection_unit="token", backend="triton")
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -164,8 +186,9 @@ def assert_reads_like_oracle(cache: Cache, seq_lens: Tensor | int, units: Tensor
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("lengths", ["host", "int32", "int64"])
-@pytest.mark.parametrize("backend", SLOW_AND_FAST)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_lists_of_any_units_are_read_as_by_the_oracle(layout: str, size: int, lengths: str, backend: Backend) -> None:
+    available(backend)
     cache = make_cache([LENGTH, LENGTH if lengths == "host" else 33], layout=layout)
     seq_lens = LENGTH if lengths == "host" else cache.seq_lens.to(getattr(torch, lengths))
     units = lists_of_units(2, -(-LENGTH // size), size)
@@ -252,9 +275,10 @@ def test_units_that_do_not_fill_a_page_are_refused(size: int) -> None:
         sparse_decode_attention(query_for(cache, 1), cache.kv, cache.seq_lens, selected)
 
 
-@pytest.mark.parametrize("backend", SLOW_AND_FAST)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [1, 4, 8])
 def test_units_are_counted(size: int, backend: Backend) -> None:
+    available(backend)
     units = torch.zeros(3, 2, 8, dtype=torch.int32)
     selected = Selection(units, torch.tensor([[8, 8], [5, 6], [0, 0]], dtype=torch.int32), size)
     counters = torch.tensor([1, 1, 1, 1])
@@ -300,23 +324,12 @@ def test_the_kernels_refuse_what_they_have_not() -> None:
     cache = make_cache([20, 9], form=ExactKeys())
     kv, lengths, query = cache.kv, cache.seq_lens, query_for(cache, 2)
     tokens, slots = torch.zeros(2, 2, 16), torch.zeros(2, dtype=torch.int32)
-    bounds = make_cache([20, 9]).kv
-    config = QuestConfig(16, 8, metadata="sketch", backend="triton", selection_unit="token")
-    step = Step(query=query, kv=kv, seq_lens=lengths, config=config)
-    selected = selection_of(torch.zeros(2, 2, 3, dtype=torch.int32), 4)
     for call in (
         lambda: update_page_metadata(kv, lengths, lengths, backend=backend),
         lambda: append_token(kv, tokens, tokens, lengths, backend=backend),
         lambda: append_slots(kv, tokens, tokens, slots, backend=backend),
         lambda: update_slot_metadata(kv.metadata, tokens, slots, page_size=8, form=kv.form, backend=backend),
         lambda: score_pages(query, kv, lengths, backend=backend),
-        lambda: run_step(step, score=lambda _: torch.zeros(2, 2, 32)),
-        lambda: make_workspace(kv, 4, config),
-        lambda: make_workspace(bounds, 4, config),
-        lambda: select_pages(
-            torch.zeros(2, 2, 32), lengths, page_size=8, token_budget=8, selection_unit=4, backend=backend
-        ),
-        lambda: sparse_decode_attention(query, bounds, lengths, selected, backend=backend),
     ):
         with pytest.raises(BackendError, match=r"backend: got 'triton' for .*, expected .*: backend 'torch' can"):
             call()

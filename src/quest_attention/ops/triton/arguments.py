@@ -78,6 +78,7 @@ class Shape(NamedTuple):
     Attributes:
         page_size: Tokens per page [tokens].
         block_page: The same.
+        unit: Tokens of what is selected, which divide a page [tokens].
         group: Query heads per KV head.
         block_g: Rows a GQA group has in a matrix product; 1 where a single head does without one.
         merged: Query heads whose partial results are merged side by side.
@@ -89,6 +90,7 @@ class Shape(NamedTuple):
 
     page_size: int
     block_page: int
+    unit: int
     group: int
     block_g: int
     merged: int
@@ -99,12 +101,15 @@ class Shape(NamedTuple):
 
 
 @cache
-def shape_of(page_size: int, group: int, head_dim: int, value_dim: int, *, multiplies: bool = False) -> Shape:
-    """The sizes of a problem; a single head takes part in a matrix product if it `multiplies`."""
+def shape_of(
+    page_size: int, group: int, head_dim: int, value_dim: int, *, unit: int | None = None, multiplies: bool = False
+) -> Shape:
+    """The sizes of a problem; units are pages by default; a single head is in a matrix product if it `multiplies`."""
     rows = triton.next_power_of_2(group)
     return Shape(
         page_size=page_size,
         block_page=triton.next_power_of_2(page_size),
+        unit=page_size if unit is None else unit,
         group=group,
         block_g=1 if group == 1 and not multiplies else max(_SMALLEST_DOT, rows),
         merged=min(_MERGED_HEADS, rows),

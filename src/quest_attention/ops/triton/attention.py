@@ -1,4 +1,8 @@
-"""Kernels: attend to the tokens of the selected pages, split over programs and merged by log-sum-exp."""
+"""Kernels: attend to the tokens of the selected units, split over programs and merged by log-sum-exp.
+
+A list of units to read holds the place of each in the cache: its physical page times the units of a page, plus where in
+the page it lies. Where units are pages, that is the page.
+"""
 
 from __future__ import annotations
 
@@ -21,42 +25,40 @@ from quest_attention.ops.triton.arguments import (
 )
 from quest_attention.ops.triton.arithmetic import LOG2_E, dot, round_to, tanh, widen
 from quest_attention.ops.triton.launch import check_kernel_dtype, launch
-from quest_attention.ops.triton.limits import check_units_are_pages
 from quest_attention.ops.triton.merge import LOWEST, Partial, merge_kernel, store_partial
 from quest_attention.ops.triton.tuning import ATTEND_STAGES, attended_block, attending_programs
 
-__all__ = ["attend_slots", "sparse_decode_attention"]
+__all__ = ["attend_slots", "place_of", "sparse_decode_attention"]
 
 _LISTED = 128
-"""Pages a program looks up in the page table at a time."""
+"""Units a program looks up in the page table at a time."""
 
 
 def sparse_decode_attention(
     step: Step, selected: Selection, *, return_lse: bool = False, is_own: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """See `ops.sparse_decode_attention`; whoever chose the pages, the kernel looks."""
+    """See `ops.sparse_decode_attention`; whoever chose the units, the kernel looks."""
     kv, token_mask, softcap, sinks = step.kv, step.token_mask, step.softcap, step.sinks
     check_kernel_dtype(kv.keys)
-    check_units_are_pages(selected.unit_size, kv.page_size)
-    query, table, pages = side_by_side(step.query), side_by_side(kv.page_table), side_by_side(selected.units)
+    query, table, units = side_by_side(step.query), side_by_side(kv.page_table), side_by_side(selected.units)
     batch, heads = kv.batch_size, kv.num_kv_heads
     group, width, device = query.shape[1] // heads, kv.values.shape[-1], query.device
-    slots = pages.shape[2]
+    slots = units.shape[2]
     output = torch.empty(batch, query.shape[1], width, dtype=query.dtype, device=device)
     lse = torch.empty(batch, query.shape[1], dtype=torch.float32, device=device) if return_lse else None
-    splits = attending_programs(slots, kv.page_size, batch * heads, device)
+    splits = attending_programs(slots, selected.unit_size, batch * heads, device)
     found = Partial(
         torch.empty(batch * heads, splits, group, width, dtype=torch.float32, device=device),
         torch.empty(batch * heads, splits, group, dtype=torch.float32, device=device),
     )
-    physical = torch.empty(batch * heads, slots, dtype=torch.int32, device=device)
+    places = torch.empty(batch * heads, slots, dtype=torch.int32, device=device)
     mask = None if token_mask is None else side_by_side(token_mask)
-    shape = shape_of(kv.page_size, group, kv.head_dim, width, multiplies=True)
+    shape = shape_of(kv.page_size, group, kv.head_dim, width, unit=selected.unit_size, multiplies=True)
     launch(
         _attend_kernel, (batch * heads * splits,),
         by_head(query), keys_argument(kv), values_argument(kv), table, table.stride(0),
-        lengths_argument(step.seq_lens), by_head(pages), mask, 0 if mask is None else mask.stride(0),
-        0 if mask is None else mask.shape[1], physical, None if mask is None else torch.empty_like(physical), found,
+        lengths_argument(step.seq_lens), by_head(units), mask, 0 if mask is None else mask.stride(0),
+        0 if mask is None else mask.shape[1], places, None if mask is None else torch.empty_like(places), found,
         float(step.scale), None if softcap is None else float(softcap), heads, slots, splits,
         triton.cdiv(slots, splits),
         SHAPE=shape, BLOCK_L=_LISTED, BLOCK_T=attended_block(kv), STAGES=ATTEND_STAGES, num_warps=4,
@@ -71,19 +73,20 @@ def sparse_decode_attention(
 
 @triton.jit
 def attend_slots(
-    q, keys, values, h, physical, pages, first_token, last_token, mask_row, mask_width, scale, softcap,
+    q, keys, values, h, places, units, first_token, last_token, mask_row, mask_width, scale, softcap,
     SHAPE: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Attention of `q` over tokens `first_token` to `last_token` of one row, counted along its list of pages.
+    """Attention of `q` over tokens `first_token` to `last_token` of one row, counted along its list of units.
 
-    `q` is `[BLOCK_G, BLOCK_D]`. The list is in the order of the sequence: `physical` pages to read and, looked at where
-    there is a mask, the same as logical `pages`.
+    `q` is `[BLOCK_G, BLOCK_D]`. The list is in the order of the sequence: the `places` of the units to read and, looked
+    at where there is a mask, the logical `units` themselves.
 
     Returns:
         Largest logit in base 2 and sum of weights, `[BLOCK_G]` each, and the weighted values `[BLOCK_G, BLOCK_DV]`.
     """
     BLOCK_G: tl.constexpr = SHAPE.block_g
     BLOCK_DV: tl.constexpr = SHAPE.block_dv
+    PER_PAGE: tl.constexpr = SHAPE.page_size // SHAPE.unit
     channel = tl.arange(0, SHAPE.block_d)
     value_channel = tl.arange(0, BLOCK_DV)
     # Without a matrix product each token of the block keeps a softmax of its own, merged once at the end: nothing
@@ -96,17 +99,19 @@ def attend_slots(
         scale = scale * tl.load(keys.scale + h * keys.scale_head)
     for start in tl.range(first_token, last_token, BLOCK_T, num_stages=STAGES):
         token = start + tl.arange(0, BLOCK_T)
-        slot = token // SHAPE.page_size
-        offset = token % SHAPE.page_size
+        slot = token // SHAPE.unit
+        offset = token % SHAPE.unit
         is_live = token < last_token
         # Written in this very launch, in the fused kernel on another multiprocessor: past the L1 cache. One list to
         # look up, not two: the compiler's pipeline is as deep as the loads that wait for one another.
-        page = tl.load(physical + slot, mask=is_live, other=0, cache_modifier=".cg").to(tl.int64)
+        place = tl.load(places + slot, mask=is_live, other=0, cache_modifier=".cg").to(tl.int64)
         if mask_row is not None:
-            position = tl.load(pages + slot, mask=is_live, other=0) * SHAPE.page_size + offset
+            position = tl.load(units + slot, mask=is_live, other=0) * SHAPE.unit + offset
             known = is_live & (position < mask_width)
             is_live = is_live & (tl.load(mask_row + position, mask=known, other=0) != 0)
-        offset = offset.to(tl.int64)
+        page, offset = place, offset.to(tl.int64)
+        if SHAPE.unit != SHAPE.page_size:
+            page, offset = place // PER_PAGE, place % PER_PAGE * SHAPE.unit + offset
         key_at = keys.base + h * keys.head + (page * keys.page + offset * keys.token)[:, None] + channel[None, :]
         k = tl.load(key_at, mask=is_live[:, None] & (channel < SHAPE.head_dim)[None, :], other=0.0)
         value_at = values.base + h * values.head + (page * values.page + offset * values.token)[:, None]
@@ -142,48 +147,59 @@ def attend_slots(
 
 
 @triton.jit
+def place_of(table, unit, is_live, SHAPE: tl.constexpr):
+    """Where some units of a sequence lie: see above."""
+    PER_PAGE: tl.constexpr = SHAPE.page_size // SHAPE.unit
+    if PER_PAGE == 1:
+        place = tl.load(table + unit, mask=is_live, other=0)
+    else:
+        place = tl.load(table + unit // PER_PAGE, mask=is_live, other=0) * PER_PAGE + (unit % PER_PAGE).to(tl.int32)
+    return place
+
+
+@triton.jit
 def _look_up(
-    pages, table, physical, logical, first_slot, last_slot, end, PAGE_SIZE: tl.constexpr, BLOCK_L: tl.constexpr
-):
-    """List the pages of a sequence that some slots of a row name, one after the other, the newest of them last.
+    units, table, places, logical, first_slot, last_slot, end, SHAPE: tl.constexpr, BLOCK_L: tl.constexpr
+):  # fmt: skip
+    """List the units of a sequence that some slots of a row name, one after the other, the newest of them last.
 
     Returns:
         The tokens on the list, which end where the sequence does.
     """
-    total = tl.cdiv(end, PAGE_SIZE)
-    found = tl.full([], 0, tl.int64)  # how many, and from bit 24 on the sum of their places
-    newest = tl.full([], -1, tl.int64)  # its place, and from bit 32 on the page
+    total = tl.cdiv(end, SHAPE.unit)
+    found = tl.full([], 0, tl.int64)  # how many, and from bit 24 on the sum of where they stand
+    newest = tl.full([], -1, tl.int64)  # where it stands, and from bit 32 on the unit
     for first in range(first_slot, last_slot, BLOCK_L):
         slot = first + tl.arange(0, BLOCK_L)
-        page = tl.load(pages + slot, mask=slot < last_slot, other=-1)
-        is_live = (page >= 0) & (page < total)
-        tl.store(physical + slot, tl.load(table + page, mask=is_live, other=0), mask=is_live)
+        unit = tl.load(units + slot, mask=slot < last_slot, other=-1)
+        is_live = (unit >= 0) & (unit < total)
+        tl.store(places + slot, place_of(table, unit, is_live, SHAPE), mask=is_live)
         if logical is not None:
-            tl.store(logical + slot, page, mask=is_live)
-        place = (slot - first_slot).to(tl.int64)
-        found += tl.sum(tl.where(is_live, (place << 24) + 1, 0))
-        newest = tl.maximum(newest, tl.max(tl.where(is_live, (page.to(tl.int64) << 32) + place, -1)))
+            tl.store(logical + slot, unit, mask=is_live)
+        stand = (slot - first_slot).to(tl.int64)
+        found += tl.sum(tl.where(is_live, (stand << 24) + 1, 0))
+        newest = tl.maximum(newest, tl.max(tl.where(is_live, (unit.to(tl.int64) << 32) + stand, -1)))
     count = found & 0xFFFFFF
-    newest_place = newest & 0xFFFFFFFF
-    # Without a gap the sum of the places is the least that so many can have. `select_pages` leaves none.
-    is_in_order = (found >> 24 == count * (count - 1) // 2) & (newest_place == count - 1)
+    newest_stand = newest & 0xFFFFFFFF
+    # Without a gap the sum is the least that so many can have. `select_pages` leaves none.
+    is_in_order = (found >> 24 == count * (count - 1) // 2) & (newest_stand == count - 1)
     if (count > 0) & (is_in_order == 0):
         tl.debug_barrier()  # what was written above is written over
         kept = 0
         for first in range(first_slot, last_slot, BLOCK_L):
             slot = first + tl.arange(0, BLOCK_L)
-            page = tl.load(pages + slot, mask=slot < last_slot, other=-1)
-            is_kept = (page >= 0) & (page < total) & (slot - first_slot != newest_place)
+            unit = tl.load(units + slot, mask=slot < last_slot, other=-1)
+            is_kept = (unit >= 0) & (unit < total) & (slot - first_slot != newest_stand)
             at = first_slot + kept + tl.cumsum(is_kept.to(tl.int32)) - 1
-            tl.store(physical + at, tl.load(table + page, mask=is_kept, other=0), mask=is_kept)
+            tl.store(places + at, place_of(table, unit, is_kept, SHAPE), mask=is_kept)
             if logical is not None:
-                tl.store(logical + at, page, mask=is_kept)
+                tl.store(logical + at, unit, mask=is_kept)
             kept += tl.sum(is_kept.to(tl.int32))
-        tl.store(physical + first_slot + kept, tl.load(table + (newest >> 32)))
+        tl.store(places + first_slot + kept, place_of(table, newest >> 32, newest >= 0, SHAPE))
         if logical is not None:
             tl.store(logical + first_slot + kept, (newest >> 32).to(tl.int32))
-    past = tl.maximum(0, ((newest >> 32).to(tl.int32) + 1) * PAGE_SIZE - end)
-    return tl.where(count > 0, count.to(tl.int32) * PAGE_SIZE - past, 0)
+    past = tl.maximum(0, ((newest >> 32).to(tl.int32) + 1) * SHAPE.unit - end)
+    return tl.where(count > 0, count.to(tl.int32) * SHAPE.unit - past, 0)
 
 
 @triton.jit
@@ -194,10 +210,10 @@ def _cap(logit, softcap):
     return logit * LOG2_E
 
 
-@triton.jit(do_not_specialize=["lengths", "mask_width", "slots", "splits", "pages_per_split"])
+@triton.jit(do_not_specialize=["lengths", "mask_width", "slots", "splits", "units_per_split"])
 def _attend_kernel(
-    query, keys, values, page_table, table_stride, lengths, pages, token_mask, mask_stride, mask_width, physical,
-    logical, found, scale, softcap, num_kv_heads, slots, splits, pages_per_split,
+    query, keys, values, page_table, table_stride, lengths, units, token_mask, mask_stride, mask_width, places,
+    logical, found, scale, softcap, num_kv_heads, slots, splits, units_per_split,
     SHAPE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -207,20 +223,20 @@ def _attend_kernel(
     h = (row % num_kv_heads).to(tl.int64)
     end = length_of(lengths, b)
     q = load_query(query, b, h, SHAPE)
-    row_pages = pages.base + b * pages.row + h * pages.head
+    row_units = units.base + b * units.row + h * units.head
     row_table = page_table + b * table_stride
-    row_physical = physical + row.to(tl.int64) * slots
+    row_places = places + row.to(tl.int64) * slots
     row_logical = logical
     mask_row = token_mask
     if token_mask is not None:
         row_logical = logical + row.to(tl.int64) * slots
         mask_row = token_mask + b * mask_stride
-    first = split * pages_per_split
-    last = tl.minimum(first + pages_per_split, slots)
-    held = _look_up(row_pages, row_table, row_physical, row_logical, first, last, end, SHAPE.page_size, BLOCK_L)
+    first = split * units_per_split
+    last = tl.minimum(first + units_per_split, slots)
+    held = _look_up(row_units, row_table, row_places, row_logical, first, last, end, SHAPE, BLOCK_L)
     tl.debug_barrier()  # the list is read by other threads than those that wrote it
     largest, total, gathered = attend_slots(
-        q, keys, values, h, row_physical, row_logical, first * SHAPE.page_size, first * SHAPE.page_size + held,
+        q, keys, values, h, row_places, row_logical, first * SHAPE.unit, first * SHAPE.unit + held,
         mask_row, mask_width, scale, softcap, SHAPE, BLOCK_T, STAGES,
     )  # fmt: skip
     store_partial(found, row, split, splits, largest, total, gathered, SHAPE)

@@ -1,8 +1,9 @@
-"""Kernels: choose the pages with the largest scores.
+"""Kernels: choose the units with the largest scores.
 
 The largest number that at least `k` scores reach is found by cutting the range of the scores in three, again and again,
-with the scores in registers; it ends early, as a rule, when exactly `k` reach it. A row of more pages than one program
-holds is cut into sections: each chooses its own best `k`, and the row's best are among those.
+with the scores in registers; it ends early, as a rule, when exactly `k` reach it. A row of more units than one program
+holds is cut into sections: each chooses its own best `k`, and the row's best are among those. Sections of more
+candidates than one program holds are merged some at a time.
 """
 
 from __future__ import annotations
@@ -14,17 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quest_attention.errors import BackendError
 from quest_attention.ops.selection import Selection
 from quest_attention.ops.step import Rows
 from quest_attention.ops.triton.arguments import by_head, length_of, lengths_argument, side_by_side
 from quest_attention.ops.triton.launch import launch
-from quest_attention.ops.triton.limits import check_units_are_pages
 from quest_attention.ops.triton.masks import count_live_tokens
 
 __all__ = ["DEAD", "FORCED", "choose_pages", "load_best", "rank_scores", "select_pages", "store_best", "store_chosen"]
 
-_SECTION_PAGES = 8192
-"""Pages a program holds in registers: 32 to 64 a thread."""
+_SECTION_UNITS = 8192
+"""Units a program holds in registers: 32 to 64 a thread."""
+_MOST_CANDIDATES = 65536
+"""Candidates a program merges: 64 a thread."""
 
 DEAD = tl.constexpr(float("-inf"))
 """Rank of what is not a page."""
@@ -39,49 +42,73 @@ class _Best(NamedTuple):
 
     Attributes:
         best_ranks: `[B * HKV, sections * K]` float32.
-        best_pages: `[B * HKV, sections * K]` int32.
+        best_pages: `[B * HKV, sections * K]` int32, units.
     """
 
     best_ranks: Tensor
     best_pages: Tensor
 
+    @classmethod
+    def allocate(cls, rows: int, candidates: int, device: torch.device) -> _Best:
+        """Room for so many candidates a row."""
+        best = torch.empty(rows, candidates, dtype=torch.int32, device=device)
+        return cls(torch.empty_like(best, dtype=torch.float32), best)
+
 
 def select_pages(rows: Rows, scores: Tensor) -> Selection:
-    """See `ops.select_pages`."""
+    """See `ops.select_pages`.
+
+    Raises:
+        BackendError: The row and the budget are so large that one program cannot merge the candidates of two others.
+    """
     seq_lens, token_mask, config = rows.seq_lens, rows.token_mask, rows.config
-    check_units_are_pages(config.unit_size, config.page_size)
-    batch, heads, max_pages = scores.shape
+    batch, heads, max_units = scores.shape
+    size, per_page = config.unit_size, config.units_per_page
     scores = side_by_side(scores)
-    slots = min(max_pages, config.page_slots + (token_mask is not None))  # padding may shift a page
-    pages = torch.empty(batch, heads, slots, dtype=torch.int32, device=scores.device)
+    # Padding may shift a unit, unless it is one token.
+    slots = min(max_units, config.unit_slots + (token_mask is not None and size > 1))
+    units = torch.empty(batch, heads, slots, dtype=torch.int32, device=scores.device)
     counts = torch.empty(batch, heads, dtype=torch.int32, device=scores.device)
     if slots == 0:
-        return Selection(pages, counts.zero_(), config.page_size)
-    sections = triton.cdiv(max_pages, _SECTION_PAGES)
-    section_pages = _SECTION_PAGES if sections > 1 else max_pages
-    live_tokens = best = None
+        return Selection(units, counts.zero_(), size)
+    sections = triton.cdiv(max_units, _SECTION_UNITS)
+    section_units = _SECTION_UNITS if sections > 1 else max_units
+    width = min(slots, section_units)
+    if sections * width > _MOST_CANDIDATES < 2 * slots:
+        raise BackendError(
+            f"backend: got 'triton' for {slots} units of {max_units}, expected at most {_MOST_CANDIDATES // 2}: "
+            "backend 'torch' can"
+        )
+    live_tokens = page_ranks = best = None
     if token_mask is not None:
-        live_tokens = count_live_tokens(side_by_side(token_mask), seq_lens, config.page_size, max_pages)
+        mask = side_by_side(token_mask)
+        live_tokens = count_live_tokens(mask, seq_lens, size, max_units)
+        if per_page > 1:  # how many pages with a token to attend to there are up to each page
+            pages = triton.cdiv(max_units, per_page)
+            held = count_live_tokens(mask, seq_lens, config.page_size, pages)
+            page_ranks = (held > 0).cumsum(1, dtype=torch.int32)
     if sections > 1:
-        best_pages = torch.empty(batch * heads, sections * slots, dtype=torch.int32, device=scores.device)
-        best = _Best(torch.empty_like(best_pages, dtype=torch.float32), best_pages)
+        best = _Best.allocate(batch * heads, sections * width, scores.device)
     launch(
         _select_kernel, (batch * heads * sections,),
-        by_head(scores), best, pages, counts, lengths_argument(seq_lens), live_tokens, max_pages, heads,
-        config.page_size, config.token_budget, config.num_sink_pages, max(1, config.num_recent_pages), slots,
-        sections,
-        SECTION_PAGES=section_pages, BLOCK_P=max(16, triton.next_power_of_2(section_pages)),
-        BLOCK_K=triton.next_power_of_2(slots), num_warps=_warps(section_pages),
+        by_head(scores), best, units, counts, lengths_argument(seq_lens), live_tokens, page_ranks, max_units, heads,
+        size, per_page, config.token_budget, config.num_sink_pages, max(1, config.num_recent_pages), slots, sections,
+        width,
+        SECTION_UNITS=section_units, BLOCK_U=max(16, triton.next_power_of_2(section_units)),
+        BLOCK_K=triton.next_power_of_2(width), num_warps=_warps(section_units),
     )  # fmt: skip
-    if sections > 1:
-        candidates = sections * slots
+    while best is not None:
+        together = min(sections, _MOST_CANDIDATES // width)
+        groups, merged = triton.cdiv(sections, together), min(slots, together * width)
+        following = _Best.allocate(batch * heads, groups * merged, scores.device) if groups > 1 else None
         launch(
-            _merge_sections_kernel, (batch * heads,),
-            counts, best, pages, slots, candidates,
-            BLOCK_C=triton.next_power_of_2(candidates), BLOCK_K=triton.next_power_of_2(slots),
-            num_warps=_warps(candidates),
+            _merge_sections_kernel, (batch * heads * groups,),
+            counts, best, following, units, slots, sections * width, together * width, groups, merged,
+            BLOCK_C=triton.next_power_of_2(together * width), BLOCK_K=triton.next_power_of_2(merged),
+            num_warps=_warps(together * width),
         )  # fmt: skip
-    return Selection(pages, counts, config.page_size)
+        best, sections, width = following, groups, merged
+    return Selection(units, counts, size)
 
 
 def _warps(elements: int) -> int:
@@ -178,56 +205,65 @@ def load_best(best, at, candidates, BLOCK_C: tl.constexpr):
     return ranks, page
 
 
-@triton.jit(do_not_specialize=["lengths", "max_pages", "token_budget", "num_sink_pages", "num_recent_pages", "slots"])
+@triton.jit(do_not_specialize=[
+    "lengths", "max_units", "per_page", "token_budget", "num_sink_pages", "num_recent_pages", "slots", "width",
+])  # fmt: skip
 def _select_kernel(
-    scores, best, pages, counts, lengths, live_tokens, max_pages, num_kv_heads, page_size, token_budget, num_sink_pages,
-    num_recent_pages, slots, sections,
-    SECTION_PAGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+    scores, best, units, counts, lengths, live_tokens, page_ranks, max_units, num_kv_heads, unit_size, per_page,
+    token_budget, num_sink_pages, num_recent_pages, slots, sections, width,
+    SECTION_UNITS: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One section of a row. `best` is None where the row is one; `live_tokens`, of each page, None without a mask."""
+    """One section of a row. `best` is None where the row is one; the rest as `select_pages` makes it."""
     program = tl.program_id(0)
     section = program % sections
     row = program // sections
     b = (row // num_kv_heads).to(tl.int64)
     h = (row % num_kv_heads).to(tl.int64)
     end = length_of(lengths, b)
-    here = tl.arange(0, BLOCK_P)
-    page = section * SECTION_PAGES + here
-    total = tl.cdiv(end, page_size)
+    here = tl.arange(0, BLOCK_U)
+    unit = section * SECTION_UNITS + here
+    total = tl.cdiv(end, unit_size)
     row_scores = scores.base + b * scores.row + h * scores.head
-    score = tl.load(row_scores + page, mask=(here < SECTION_PAGES) & (page < total), other=float("-inf"))
-    if live_tokens is not None:  # sink and recent pages are counted among those that hold a token to attend to
-        row_tokens = live_tokens + b * max_pages
-        held = tl.load(row_tokens + page, mask=(here < SECTION_PAGES) & (page < total), other=0)
+    score = tl.load(row_scores + unit, mask=(here < SECTION_UNITS) & (unit < total), other=float("-inf"))
+    if live_tokens is not None:
+        row_tokens = live_tokens + b * max_units
+        held = tl.load(row_tokens + unit, mask=(here < SECTION_UNITS) & (unit < total), other=0)
         is_live = held > 0
         rank = tl.cumsum(is_live.to(tl.int32))
         num_live = tl.sum(is_live.to(tl.int32))
         tokens = tl.sum(held)
         if best is not None:
-            before, tokens_before = _count_live(row_tokens, 0, section * SECTION_PAGES)
-            after, tokens_after = _count_live(row_tokens, (section + 1) * SECTION_PAGES, total)
+            before, tokens_before = _count_live(row_tokens, 0, section * SECTION_UNITS)
+            after, tokens_after = _count_live(row_tokens, (section + 1) * SECTION_UNITS, total)
             rank += before
             total = before + num_live + after
             tokens += tokens_before + tokens_after
         else:
             total = num_live
+        last_rank = total
+        if page_ranks is not None:  # sink and recent pages are counted among those that hold a token to attend to
+            pages = tl.cdiv(max_units, per_page)
+            row_ranks = page_ranks + b * pages
+            rank = tl.load(row_ranks + unit // per_page, mask=is_live, other=0)
+            last_rank = tl.load(row_ranks + pages - 1)
     else:
-        is_live = (here < SECTION_PAGES) & (page < total)
-        rank = page + 1
-        num_live = tl.minimum(tl.maximum(total - section * SECTION_PAGES, 0), SECTION_PAGES)
+        is_live = (here < SECTION_UNITS) & (unit < total)
+        rank = unit // per_page + 1
+        last_rank = tl.cdiv(end, unit_size * per_page)
+        num_live = tl.minimum(tl.maximum(total - section * SECTION_UNITS, 0), SECTION_UNITS)
         tokens = end
-    count = tl.minimum(tl.where(tokens <= token_budget, total, tl.minimum(total, token_budget // page_size)), slots)
-    is_forced = (rank <= num_sink_pages) | (rank > total - num_recent_pages)
-    # Scores of the caller's own may be -inf, which here is the rank of what is no page.
+    count = tl.minimum(tl.where(tokens <= token_budget, total, tl.minimum(total, token_budget // unit_size)), slots)
+    is_forced = (rank <= num_sink_pages) | (rank > last_rank - num_recent_pages)
+    # Scores of the caller's own may be -inf, which here is the rank of what is no unit.
     ranks = rank_scores(tl.where(score < -_LARGEST, -_LARGEST, score), is_live, is_forced)
     if best is not None:
         count_here = tl.minimum(count, num_live)
         chosen, slot = choose_pages(ranks, num_live, count_here)
-        at = row.to(tl.int64) * sections * slots + section * slots
-        store_best(best, at, ranks, page, chosen, slot, count_here, slots, BLOCK_K)
+        at = (row.to(tl.int64) * sections + section) * width
+        store_best(best, at, ranks, unit, chosen, slot, count_here, width, BLOCK_K)
     else:
         chosen, slot = choose_pages(ranks, num_live, count)
-        store_chosen(pages + row.to(tl.int64) * slots, page, chosen, slot, count, slots, BLOCK_K)
+        store_chosen(units + row.to(tl.int64) * slots, unit, chosen, slot, count, slots, BLOCK_K)
     if section == 0:
         tl.store(counts + row, count)
 
@@ -245,13 +281,26 @@ def _count_live(row_tokens, start, stop):
     return found, tokens
 
 
-@triton.jit(do_not_specialize=["slots", "candidates"])
-def _merge_sections_kernel(counts, best, pages, slots, candidates, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
-    row = tl.program_id(0)
+@triton.jit(do_not_specialize=["slots", "candidates", "together", "groups", "width"])
+def _merge_sections_kernel(
+    counts, best, following, units, slots, candidates, together, groups, width,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Some sections of a row, `together` candidates of its `candidates`: all of it where `following` is None."""
+    row = tl.program_id(0) // groups
+    group = tl.program_id(0) % groups
     count = tl.load(counts + row)
-    ranks, page = load_best(best, row.to(tl.int64) * candidates, candidates, BLOCK_C)
-    chosen, slot = choose_pages(ranks, tl.sum((ranks != DEAD).to(tl.int32)), count)
-    store_chosen(pages + row.to(tl.int64) * slots, page, chosen, slot, count, slots, BLOCK_K)
+    here = tl.minimum(candidates - group * together, together)
+    ranks, unit = load_best(best, row.to(tl.int64) * candidates + group * together, here, BLOCK_C)
+    num_live = tl.sum((ranks != DEAD).to(tl.int32))
+    if following is not None:
+        count = tl.minimum(count, num_live)
+    chosen, slot = choose_pages(ranks, num_live, count)
+    if following is not None:
+        at = (row.to(tl.int64) * groups + group) * width
+        store_best(following, at, ranks, unit, chosen, slot, count, width, BLOCK_K)
+    else:
+        store_chosen(units + row.to(tl.int64) * slots, unit, chosen, slot, count, slots, BLOCK_K)
 
 
 # Longer than 250 lines: the search for the cut, which the fused kernel shares, is a third of it.

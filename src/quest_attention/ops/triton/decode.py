@@ -34,7 +34,6 @@ from quest_attention.ops.triton.attention import attend_slots
 from quest_attention.ops.triton.choice import DEAD, choose_pages, load_best, rank_scores, store_best, store_chosen
 from quest_attention.ops.triton.forms import kernel_form
 from quest_attention.ops.triton.launch import check_kernel_dtype, launch
-from quest_attention.ops.triton.limits import check_scores_pages, check_units_are_pages
 from quest_attention.ops.triton.merge import merge_splits, store_partial
 from quest_attention.ops.triton.scores import score_row
 from quest_attention.ops.triton.tuning import tune
@@ -48,8 +47,6 @@ def quest_decode(step: Step) -> tuple[Tensor, Selection] | None:
     query, kv, config, workspace = step.query, step.kv, step.config, step.workspace
     softcap, sinks, output = step.softcap, step.sinks, step.out
     check_kernel_dtype(kv.keys)
-    check_scores_pages(kv.form)
-    check_units_are_pages(config.unit_size, config.page_size)
     tuning = None if step.token_mask is not None else tune(kv, query.shape[1], config)
     if tuning is None:
         return None

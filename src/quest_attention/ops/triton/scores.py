@@ -19,7 +19,7 @@ from quest_attention.ops.triton.arguments import (
 )
 from quest_attention.ops.triton.forms import kernel_form, score_form
 from quest_attention.ops.triton.launch import check_kernel_dtype, launch
-from quest_attention.ops.triton.limits import check_scores_pages, check_units_are_pages
+from quest_attention.ops.triton.limits import check_scores_pages
 from quest_attention.ops.triton.masks import load_seen
 from quest_attention.ops.triton.tuning import scored_block, scoring_programs
 
@@ -31,7 +31,6 @@ def score_pages(step: Step, out: Tensor | None = None) -> Tensor:
     kv, token_mask = step.kv, step.token_mask
     check_kernel_dtype(kv.keys)
     check_scores_pages(kv.form)
-    check_units_are_pages(step.config.unit_size, kv.page_size)
     query, table = side_by_side(step.query), side_by_side(kv.page_table)
     batch, heads, group = kv.batch_size, kv.num_kv_heads, query.shape[1] // kv.num_kv_heads
     shape = (batch, heads, kv.max_pages)

@@ -144,9 +144,12 @@ def scoring_programs(pages: int, block: int, rows: int, device: torch.device) ->
 
 
 def tune(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Tuning | None:
-    """Launch shape for a problem; None where the fused kernel cannot hold it: no rows, or long ones, large budgets."""
+    """Launch shape for a problem; None where the fused kernel cannot hold it.
+
+    That is no rows, or long ones with large budgets; metadata that scores tokens; or units smaller than a page.
+    """
     rows, max_pages = kv.batch_size * kv.num_kv_heads, kv.max_pages
-    if rows == 0 or max_pages == 0:
+    if rows == 0 or max_pages == 0 or kv.form.scores != "page" or config.unit_size != kv.page_size:
         return None
     group, slots = num_query_heads // kv.num_kv_heads, min(max_pages, config.page_slots)
     section_pages = _SECTION_PAGES

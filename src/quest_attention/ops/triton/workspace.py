@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from quest_attention.config import QuestConfig
-from quest_attention.ops.triton.limits import check_scores_pages, check_units_are_pages
 from quest_attention.ops.triton.tuning import Tuning, tune
 from quest_attention.pages import PagedKV
 
@@ -66,8 +65,6 @@ def make_workspace(
     tuning: Tuning | None = None,
 ) -> FusedWorkspace | None:  # fmt: skip
     """Memory for steps of this shape; None where the fused kernel cannot hold one."""
-    check_scores_pages(kv.form)
-    check_units_are_pages(config.unit_size, config.page_size)
     kvs = [kv] if batch_sizes is None else [_with_batch(kv, size) for size in batch_sizes]
     tunings = [tuning or tune(one, num_query_heads, config) for one in kvs]
     needed = [
