@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from backends import BACKENDS, FAST_BACKENDS, available
 from caches import LAYOUTS, Cache, make_cache
 from likeness import as_lists, query_for
 from quest_attention import QuestConfig, quest_decode, score_pages, update_page_metadata
@@ -22,7 +23,6 @@ PAGE_SIZE = 8
 LENGTHS = [99, 60, 40, 7, 1, 0]
 """More units than candidates, fewer, a complete last page, less than a page, nothing."""
 UNITS: dict[SelectionUnit, int] = {"page": PAGE_SIZE, 4: 4, "token": 1}
-SLOW_AND_FAST: list[Backend] = ["reference", "torch"]
 REDUCTIONS: list[GroupReduction] = ["mass", "max"]
 TOKEN = torch.arange(104)
 MASKS = {
@@ -65,11 +65,14 @@ def assert_scores_are_the_oracles(step: Step, lengths: list[int]) -> Tensor:
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("factor", [0, 1, 2])
 @pytest.mark.parametrize("host", [False, True], ids=["", "host"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_scores(layout: str, host: bool, factor: int, unit: SelectionUnit, reduction: GroupReduction) -> None:
+@pytest.mark.parametrize(("layout", "backend"), [*((layout, "torch") for layout in LAYOUTS), ("hnd", "triton")])
+def test_scores(
+    layout: str, backend: Backend, host: bool, factor: int, unit: SelectionUnit, reduction: GroupReduction
+) -> None:
+    available(backend)
     lengths = [99, 99] if host else LENGTHS
     cache = filled(lengths, layout=layout)
-    config = config_of(selection_unit=unit, group_reduction=reduction, candidate_factor=factor)
+    config = config_of(selection_unit=unit, group_reduction=reduction, candidate_factor=factor, backend=backend)
     query, seq_lens = query_for(cache, 3), 99 if host else cache.seq_lens
     size = UNITS[unit]
     for options in ({}, {"softcap": 1.5, "sinks": torch.linspace(-2, 2, query.shape[1]), "sm_scale": 0.7}):
@@ -83,11 +86,12 @@ def test_scores(layout: str, host: bool, factor: int, unit: SelectionUnit, reduc
             assert (chosen == (min(units, config.candidate_budget) if factor else units)).all()
 
 
-@pytest.mark.parametrize("backend", SLOW_AND_FAST)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("host", [False, True], ids=["", "host"])
 @pytest.mark.parametrize("name", MASKS)
 def test_masked_steps(name: str, host: bool, unit: SelectionUnit, backend: Backend) -> None:
+    available(backend)
     lengths = [99, 99] if host else [99, 61]
     cache = filled(lengths, layout="contiguous" if host else "hnd")
     mask = torch.stack([MASKS[name], TOKEN >= 0])
@@ -105,15 +109,22 @@ def test_masked_steps(name: str, host: bool, unit: SelectionUnit, backend: Backe
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("scales", [None, "tensor", "head"])
 @pytest.mark.parametrize(("dim", "page_size"), [(64, 8), (80, 16), (128, 32)])
-def test_whole_steps(unit: SelectionUnit, layout: str, scales: str | None, dim: int, page_size: int) -> None:
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_whole_steps(
+    backend: Backend, unit: SelectionUnit, layout: str, scales: str | None, dim: int, page_size: int
+) -> None:
+    if available(backend) == "triton" and layout == "contiguous":
+        pytest.skip("to the kernels a page table like any other")
     lengths = [9 * page_size + 5, 6 * page_size]
     cache = filled(lengths, layout=layout, dim=dim, page_size=page_size, scales=scales)
     budget = 3 * page_size
     config = config_of(selection_unit=unit, page_size=page_size, token_budget=budget, candidate_factor=2)
+    config = replace(config, backend=backend)
     query = query_for(cache, 2, dtype=torch.float32)
     workspace = make_workspace(cache.kv, 4, config)
-    assert workspace is not None
-    workspace.scores.fill_(math.nan)
+    assert (workspace is None) == (backend == "triton")
+    if workspace is not None:
+        workspace.scores.fill_(math.nan)
     step = quest_decode(query, cache.kv, cache.seq_lens, config, workspace=workspace)
     slow = quest_decode(query, cache.kv, cache.seq_lens, replace(config, backend="reference"))
     assert as_lists(step.selected.units) == as_lists(slow.selected.units)
@@ -121,8 +132,9 @@ def test_whole_steps(unit: SelectionUnit, layout: str, scales: str | None, dim: 
     torch.testing.assert_close(step.output, slow.output, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", SLOW_AND_FAST)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_without_a_budget_all_estimates_are_full(backend: Backend) -> None:
+    available(backend)
     cache = filled([99, 30])
     query = query_for(cache, 2)
     scores = score_pages(query, cache.kv, cache.seq_lens, selection_unit="token", backend=backend)
@@ -132,8 +144,9 @@ def test_without_a_budget_all_estimates_are_full(backend: Backend) -> None:
     assert not torch.equal(scores, scores_of(Step(query=query, kv=cache.kv, seq_lens=cache.seq_lens, config=rough)))
 
 
-@pytest.mark.parametrize("backend", SLOW_AND_FAST)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_whatever_the_page_being_written_holds_changes_nothing(backend: Backend) -> None:
+    available(backend)
     cache = filled([61, 38])
     query, config = query_for(cache, 2), config_of(selection_unit="token", candidate_factor=1, backend=backend)
     seen = []
@@ -145,10 +158,11 @@ def test_whatever_the_page_being_written_holds_changes_nothing(backend: Backend)
         assert torch.equal(seen[-1], seen[0])
 
 
-@pytest.mark.parametrize("backend", SLOW_AND_FAST)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_page_with_a_key_that_is_not_finite_is_read(bad: float, unit: SelectionUnit, backend: Backend) -> None:
+    available(backend)
     cache = make_cache([99, 20], form=Sketch(PAGE_SIZE))
     cache.kv.keys[int(cache.kv.page_table[0, 3]), 5, 1, 2] = bad
     update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens)
@@ -159,9 +173,10 @@ def test_a_page_with_a_key_that_is_not_finite_is_read(bad: float, unit: Selectio
     assert step.output[0, :2].isfinite().all() and step.output[1].isfinite().all(), "no other row is touched"
 
 
-@pytest.mark.parametrize("backend", SLOW_AND_FAST)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("unit", UNITS)
 def test_a_budget_of_the_whole_context_is_dense(unit: SelectionUnit, backend: Backend) -> None:
+    available(backend)
     cache = filled([99, 30], layout="contiguous")
     query = query_for(cache, 2)
     step = quest_decode(
@@ -174,9 +189,10 @@ def test_a_budget_of_the_whole_context_is_dense(unit: SelectionUnit, backend: Ba
         torch.testing.assert_close(step.output[b], dense.flatten(0, 1), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", SLOW_AND_FAST)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_token_that_bounds_hide_is_found(backend: Backend) -> None:
     """Every page but the needle's has for each channel of the query one large key, so that its bounds promise more."""
+    available(backend)
     generator = torch.Generator().manual_seed(11)
     length, dim, needle = 400, 64, 197
     cache = make_cache([length], heads=1, dim=dim, layout="contiguous", form=Sketch(PAGE_SIZE))
@@ -212,8 +228,9 @@ def test_many_candidates_are_scored_in_chunks(monkeypatch: pytest.MonkeyPatch) -
     assert_scores_are_the_oracles(step, cache.lengths)
 
 
-@pytest.mark.parametrize("backend", SLOW_AND_FAST)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_equal_rough_estimates_give_the_lower_units(backend: Backend) -> None:
+    available(backend)
     cache = make_cache([80], form=Sketch(PAGE_SIZE))
     cache.kv.keys.zero_()
     update_page_metadata(cache.kv, 80, 80)

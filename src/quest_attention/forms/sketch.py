@@ -15,13 +15,15 @@ from quest_attention.config import check_integer
 from quest_attention.errors import QuestValueError
 from quest_attention.forms.form import Scored, as_numbers
 
-__all__ = ["ROUGH_LEVEL", "Sketch", "SketchLayout"]
+__all__ = ["MEAN_BITS", "ROUGH_LEVEL", "Sketch", "SketchLayout"]
 
 ROUGH_LEVEL = 0.8
 """What a sign alone stands for, in units of the scale: the mean absolute value of a unit normal is 0.798."""
 
-_LARGEST_MEAN = 127
-"""Code of the largest channel of a mean, in 8 bits with a sign."""
+MEAN_BITS = 7
+"""Of a channel of a mean, with a sign: what its rounding leaves is in the levels."""
+_LARGEST_MEAN = 2 ** (MEAN_BITS - 1) - 1
+"""Code of the largest channel of a mean."""
 _MIDDLE = 1.5
 """Of the codes 0 to 3: what is taken from a code to make a level."""
 _BYTE = 8
@@ -37,23 +39,25 @@ _CHUNK = 1 << 18
 class SketchLayout(NamedTuple):
     """Where in the bytes of a page and KV head its parts begin.
 
-    A plane has one bit of each channel of each token. Within a token, bit `j` of byte `d8` is of channel
-    `j * (dim / 8) + d8`; bytes past `dim / 8` are zero.
+    All but the scales are rows of one bit a channel: bit `j` of byte `d8` is of channel `j * (dim / 8) + d8`; bytes
+    past `dim / 8` are zero. So means and signs are multiplied alike, and what ranks all tokens lies together: of pages
+    of 16 tokens and 128 channels 384 bytes, three lines of a GPU's memory.
 
     Attributes:
-        plane: Of one token in one plane: `dim / 8`, rounded up to whole words of 4 [bytes].
-        signs: High bits of the codes, `page_size * plane` bytes.
-        seconds: Low bits of the codes, as many.
-        mean: `dim` int8, the mean of the page's turned keys in units of its scale.
-        scales: Two float32, a multiple of 4: the scale of the mean, and that of the levels.
+        row: Of one row: `dim / 8`, rounded up to whole words of 4 [bytes].
+        signs: High bits of the codes, a row for each token.
+        mean: The mean of the page's turned keys in units of its scale, in two's complement of seven bits: a row for
+            each bit, the lowest first.
+        scales: Two float32: the scale of the mean, and that of the levels.
+        seconds: Low bits of the codes, a row for each token.
         total: Of everything, zeros behind it included, a multiple of 16 [bytes].
     """
 
-    plane: int
+    row: int
     signs: int
-    seconds: int
     mean: int
     scales: int
+    seconds: int
     total: int
 
     @classmethod
@@ -64,14 +68,15 @@ class SketchLayout(NamedTuple):
             QuestValueError: The channels do not fill bytes.
 
         >>> SketchLayout.of(16, 128)
-        SketchLayout(plane=16, signs=0, seconds=256, mean=512, scales=640, total=656)
+        SketchLayout(row=16, signs=0, mean=256, scales=368, seconds=384, total=640)
         """
         if dim % _BYTE:
             raise QuestValueError("head_dim", dim, f"a multiple of {_BYTE} for a sketch, which has channels in bytes")
-        plane = _up(dim // _BYTE, _FLOAT)
-        mean = 2 * page_size * plane
-        scales = _up(mean + dim, _FLOAT)
-        return cls(plane, 0, page_size * plane, mean, scales, _up(scales + 2 * _FLOAT, _ALIGNMENT))
+        row = _up(dim // _BYTE, _FLOAT)
+        mean = page_size * row
+        scales = mean + MEAN_BITS * row
+        seconds = _up(scales + 2 * _FLOAT, row)
+        return cls(row, 0, mean, scales, seconds, _up(seconds + page_size * row, _ALIGNMENT))
 
 
 @dataclass(frozen=True)
@@ -153,22 +158,20 @@ class Sketch:
         scales = torch.cat([mean_scale, scale[..., None]], -1).masked_fill_(~is_finite, math.nan)
         bits = code.nan_to_num_(0).to(torch.uint8).unflatten(-1, (_BYTE, -1))  # [..., page_size, 8, D / 8]
 
+        of_mean = codes.nan_to_num_(0, 0, 0).to(torch.int8).view(torch.uint8)
+        places = torch.arange(MEAN_BITS, dtype=torch.uint8, device=keys.device)[:, None]
+        of_mean = (of_mean[..., None, :] >> places & 1).unflatten(-1, (_BYTE, -1))  # [..., 7, 8, D / 8]
+
         at = SketchLayout.of(self.page_size, keys.shape[-1])
         packed: Tensor = bits.new_zeros(*keys.shape[:-2], at.total)
-        signs, seconds = self._planes(packed, at, keys.shape[-1])
-        for j in range(_BYTE):
-            signs |= (bits[..., j, :] >> 1) << j
-            seconds |= (bits[..., j, :] & 1) << j
-        packed[..., at.mean : at.mean + keys.shape[-1]] = codes.nan_to_num_(0, 0, 0).to(torch.int8).view(torch.uint8)
+        for start, some in ((at.signs, bits >> 1), (at.seconds, bits & 1), (at.mean, of_mean)):
+            _rows(packed, start, some.shape[-3], at.row)[..., : some.shape[-1]] = _in_bytes(some)
         packed[..., at.scales : at.scales + 2 * _FLOAT] = scales.view(torch.uint8)
         return packed
 
     def _planes(self, kept: Tensor, at: SketchLayout, dim: int) -> tuple[Tensor, Tensor]:
         """Views of both planes, `[..., page_size, D / 8]` each, of `[..., bytes]`."""
-        signs, seconds = (
-            kept[..., start : start + self.page_size * at.plane].unflatten(-1, (self.page_size, at.plane))
-            for start in (at.signs, at.seconds)
-        )
+        signs, seconds = (_rows(kept, start, self.page_size, at.row) for start in (at.signs, at.seconds))
         return signs[..., : dim // _BYTE], seconds[..., : dim // _BYTE]
 
     def take_by_hand(self, kept: Tensor, keys: Tensor, before: int) -> Tensor:
@@ -193,12 +196,14 @@ class Sketch:
                 of_products += number * (code - _MIDDLE)
                 of_squares += (code - _MIDDLE) ** 2
                 j, d8 = divmod(channel, dim // _BYTE)
-                packed[at.signs + token * at.plane + d8] |= (code >> 1) << j
-                packed[at.seconds + token * at.plane + d8] |= (code & 1) << j
+                packed[at.signs + token * at.row + d8] |= (code >> 1) << j
+                packed[at.seconds + token * at.row + d8] |= (code & 1) << j
+        for channel in range(dim if is_finite else 0):
+            j, d8 = divmod(channel, dim // _BYTE)
+            for bit in range(MEAN_BITS):
+                packed[at.mean + bit * at.row + d8] |= (int(codes[channel]) >> bit & 1) << j
         scales = [float(mean_scale), of_products / of_squares] if is_finite else [math.nan, math.nan]
         made = torch.tensor(list(packed), dtype=torch.uint8)
-        if is_finite:
-            made[at.mean : at.mean + dim] = codes.to(torch.int8).view(torch.uint8)
         made[at.scales : at.scales + 2 * _FLOAT] = torch.tensor(scales, dtype=torch.float32).view(torch.uint8)
         return made.view(1, -1).to(kept.device)
 
@@ -246,8 +251,10 @@ class Sketch:
         """Logits of the pages' means, `[R, P, 1, G]`, and the scales of levels, `[R, P, 1, 1]`."""
         at, dim = self._layout(seen)
         scales = kept[..., at.scales : at.scales + 2 * _FLOAT].contiguous().view(torch.float32)
-        means = kept[..., at.mean : at.mean + dim].view(torch.int8).to(seen.dtype)
-        logits = torch.bmm(means, seen[..., :dim].transpose(1, 2)) * scales[..., :1]
+        rows = _rows(kept, at.mean, MEAN_BITS, at.row)[..., : dim // _BYTE]
+        summed = (_summed(seen, rows) * _worth_of_bits(seen.device)[:, None]).sum(2)
+        # A bit is a half and half of its sign, and the bits of a number are worth -1 in all.
+        logits = (summed - seen[..., :dim].sum(-1)[:, None] / 2) * scales[..., :1]
         return logits[:, :, None], scales[..., 1:, None]
 
     def score_by_hand(self, query: Tensor, kept: Tensor) -> Tensor:
@@ -264,17 +271,35 @@ class Sketch:
         at = SketchLayout.of(self.page_size, dim)
         turned = query.double().cpu() @ _matrix_by_hand(dim)
         mean_scale, scale = page[at.scales : at.scales + 2 * _FLOAT].clone().view(torch.float32).double()
-        mean = page[at.mean : at.mean + dim].view(torch.int8).double() * mean_scale
-        code_bytes, center, numbers = page.tolist(), mean.tolist(), turned.tolist()
+        code_bytes, numbers = page.tolist(), turned.tolist()
+        center = []
+        for channel in range(dim):
+            j, d8 = divmod(channel, dim // _BYTE)
+            bits = [code_bytes[at.mean + bit * at.row + d8] >> j & 1 for bit in range(MEAN_BITS)]
+            code = sum(bit << place for place, bit in enumerate(bits)) - (bits[-1] << MEAN_BITS)
+            center.append(code * float(mean_scale))
         estimates = []
         for token in range(self.page_size):
             logit = 0.0
             for channel in range(dim):
                 j, d8 = divmod(channel, dim // _BYTE)
-                sign, second = (code_bytes[start + token * at.plane + d8] >> j & 1 for start in (at.signs, at.seconds))
+                sign, second = (code_bytes[start + token * at.row + d8] >> j & 1 for start in (at.signs, at.seconds))
                 logit += numbers[channel] * (center[channel] + levels[2 * sign + second] * float(scale))
             estimates.append(logit)
         return torch.tensor(estimates, dtype=torch.float64, device=kept.device)
+
+
+def _rows(kept: Tensor, start: int, count: int, size: int) -> Tensor:
+    """A view of some rows, `[..., count, size]`, of the bytes `[..., bytes]` of pages."""
+    rows: Tensor = kept[..., start : start + count * size].unflatten(-1, (count, size))
+    return rows
+
+
+def _in_bytes(bits: Tensor) -> Tensor:
+    """Bits `[..., 8, N]` uint8 as bytes `[..., N]`."""
+    places = torch.arange(_BYTE, dtype=torch.uint8, device=bits.device)[:, None]
+    packed: Tensor = (bits << places).sum(-2, dtype=torch.uint8)
+    return packed
 
 
 def _of_codes(seen: Tensor, signs: Tensor, seconds: Tensor) -> Tensor:
@@ -325,6 +350,13 @@ def _signs_of_bytes(device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         bits = torch.arange(_BYTES)[None, :] >> torch.arange(_BYTE)[:, None] & 1
         return (2.0 * bits - 1).to(device)
+
+
+@cache
+def _worth_of_bits(device: torch.device) -> Tensor:
+    """What each bit of a mean's code is worth, `[7]` float32."""
+    with torch.inference_mode(False):
+        return torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, -64.0], device=device)
 
 
 @cache

@@ -7,7 +7,7 @@ For the PyTorch path, and for forms of metadata that score tokens. They are scor
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from quest_attention.ops.ranking import ranking
 from quest_attention.ops.step import Step
 from quest_attention.pages import num_pages
 
-__all__ = ["NO_CANDIDATE", "score_masses"]
+__all__ = ["NO_CANDIDATE", "Estimates", "score_masses"]
 
 NO_CANDIDATE = torch.finfo(torch.float32).min
 """Score of a live unit that no full estimate was made of: below all that have one, above those that are not live."""
@@ -27,7 +27,22 @@ _CHUNK_BYTES = 1 << 21
 """Metadata taken to float32 at a time on a CPU [bytes]: a bound on scratch memory."""
 
 
-def score_masses(step: Step, out: Tensor | None) -> Tensor:
+class Estimates(Protocol):
+    """Estimates of the logits of a step, scaled as in attention, of a form that scores tokens: by a backend's means.
+
+    Past the end of a sequence, and in a page that is not complete, they may be anything.
+    """
+
+    def of_all(self, pages: int, *, is_rough: bool) -> Tensor:
+        """Rough or full ones of the tokens of the first `pages` pages: `[B, HKV, T, G]` float32."""
+        ...
+
+    def of_units(self, units: Tensor) -> Tensor:
+        """Full ones of the tokens of units `[B, HKV, N]` int64, in their order: `[B, HKV, N * size, G]` float32."""
+        ...
+
+
+def score_masses(step: Step, out: Tensor | None, estimates: Estimates | None = None) -> Tensor:
     """Log masses `[B, HKV, U]` float32; see `ops.score_pages`.
 
     A weight needs its head's normaliser, so all tokens are estimated before any unit is scored: estimates
@@ -52,13 +67,11 @@ def score_masses(step: Step, out: Tensor | None) -> Tensor:
     if used.numel() == 0:
         return scores
     is_rough = 0 < config.candidate_budget < used.shape[2]
-    form = cast("TokenForm", kv.form)  # of forms that score tokens all are
-    seen = form.see(step.query.float().reshape(batch * heads, -1, kv.head_dim))  # [R, G, W]
-    table = _readable_table(step)
-    logits = _of_all(step, form, seen, table, pages, is_rough=is_rough)  # [B, HKV, T, G]
+    estimates = estimates or _TorchEstimates(step)
+    logits = estimates.of_all(pages, is_rough=is_rough)  # [B, HKV, T, G]
     live = live_tokens(seq_lens, step.token_mask, logits.shape[2], scores)  # [B, T]
     begun = None
-    if form.takes_whole_pages:
+    if kv.form.takes_whole_pages:
         begun = begun_tokens(seq_lens, kv.page_size, logits.shape[2], scores)
     is_unknown = _weighable(step, logits, live[:, None], None if begun is None else begun[:, None])
     normaliser = _normaliser(step, logits)
@@ -68,7 +81,7 @@ def score_masses(step: Step, out: Tensor | None) -> Tensor:
 
     size = config.unit_size
     units = ranking(used, step.workspace).topk(config.candidate_budget, sorted=False).indices  # [B, HKV, C]
-    logits = _of_units(step, form, seen, table, units)  # [B, HKV, C * size, G]
+    logits = estimates.of_units(units)  # [B, HKV, C * size, G]
     tokens = (units[..., None] * size + torch.arange(size, device=units.device)).flatten(2)
     is_live = live[:, None].expand(-1, heads, -1).gather(2, tokens)
     is_begun = None if begun is None else begun[:, None].expand(batch, heads, -1).gather(2, tokens)
@@ -82,53 +95,57 @@ def score_masses(step: Step, out: Tensor | None) -> Tensor:
     return scores
 
 
-def _readable_table(step: Step) -> Tensor:
-    """The page table; past the end of a sequence it may hold anything, which becomes some page."""
-    kv = step.kv
-    if not isinstance(step.seq_lens, Tensor) or kv.contiguous is not None:
-        return kv.page_table
-    return kv.page_table.masked_fill(~live_units(step.seq_lens, None, kv.page_size, kv.max_pages, kv.page_table), 0)
+class _TorchEstimates:
+    """As the form itself makes them, the metadata of some pages at a time."""
 
+    def __init__(self, step: Step) -> None:
+        kv = step.kv
+        self._step, self._form = step, cast("TokenForm", kv.form)  # of forms that score tokens all are
+        self._seen = self._form.see(step.query.float().reshape(kv.batch_size * kv.num_kv_heads, -1, kv.head_dim))
+        self._table = kv.page_table
+        if isinstance(step.seq_lens, Tensor) and kv.contiguous is None:  # past its end the table may hold anything
+            live = live_units(step.seq_lens, None, kv.page_size, kv.max_pages, kv.page_table)
+            self._table = kv.page_table.masked_fill(~live, 0)
 
-def _of_all(step: Step, form: TokenForm, seen: Tensor, table: Tensor, pages: int, *, is_rough: bool) -> Tensor:
-    """Estimates of the logits of the first `pages` pages, scaled as in attention: `[B, HKV, T, G]` float32."""
-    kv, group = step.kv, seen.shape[1]
-    score = form.score_roughly if is_rough else form.score
-    chunk = _at_a_time(step, pages)
-    logits = seen.new_empty(seen.shape[0], pages * kv.page_size, group)
-    for start in range(0, pages, chunk):
-        stop = min(pages, start + chunk)
-        kept = metadata_rows(kv, table[:, start:stop], start, stop)
-        logits[:, start * kv.page_size : stop * kv.page_size] = score(seen, kept)
-    return _scaled(step, logits)
+    def of_all(self, pages: int, *, is_rough: bool) -> Tensor:
+        """See `Estimates.of_all`."""
+        kv, seen = self._step.kv, self._seen
+        score = self._form.score_roughly if is_rough else self._form.score
+        chunk = self._at_a_time(pages)
+        logits = seen.new_empty(seen.shape[0], pages * kv.page_size, seen.shape[1])
+        for start in range(0, pages, chunk):
+            stop = min(pages, start + chunk)
+            kept = metadata_rows(kv, self._table[:, start:stop], start, stop)
+            logits[:, start * kv.page_size : stop * kv.page_size] = score(seen, kept)
+        return self._scaled(logits)
 
+    def of_units(self, units: Tensor) -> Tensor:
+        """See `Estimates.of_units`."""
+        size, per_page = self._step.config.unit_size, self._step.config.units_per_page
+        chunk = self._at_a_time(units.shape[2])
+        logits = self._seen.new_empty(self._seen.shape[0], units.shape[2] * size, self._seen.shape[1])
+        for start in range(0, units.shape[2], chunk):
+            some = units[:, :, start : start + chunk]
+            kept = page_metadata(self._step.kv, self._table, some // per_page)
+            places = (some % per_page).flatten(0, 1)
+            logits[:, start * size : (start + chunk) * size] = self._form.score_units(self._seen, kept, places, size)
+        return self._scaled(logits)
 
-def _of_units(step: Step, form: TokenForm, seen: Tensor, table: Tensor, units: Tensor) -> Tensor:
-    """Full estimates of the logits of units `[B, HKV, N]`, scaled as in attention: `[B, HKV, N * size, G]` float32."""
-    size, per_page = step.config.unit_size, step.config.units_per_page
-    chunk = _at_a_time(step, units.shape[2])
-    logits = seen.new_empty(seen.shape[0], units.shape[2] * size, seen.shape[1])
-    for start in range(0, units.shape[2], chunk):
-        some = units[:, :, start : start + chunk]
-        kept, places = page_metadata(step.kv, table, some // per_page), (some % per_page).flatten(0, 1)
-        logits[:, start * size : (start + chunk) * size] = form.score_units(seen, kept, places, size)
-    return _scaled(step, logits)
+    def _at_a_time(self, most: int) -> int:
+        """Pages of all sequences whose metadata is calculated with at a time [pages]."""
+        kv = self._step.kv
+        if self._seen.device.type != "cpu":
+            return max(1, most)
+        numbers = max(1, kv.metadata[:1].numel() * kv.batch_size)
+        return max(1, _CHUNK_BYTES // (4 * numbers))
 
-
-def _at_a_time(step: Step, most: int) -> int:
-    """Pages of all sequences whose metadata is calculated with at a time [pages]."""
-    if step.query.device.type != "cpu":
-        return max(1, most)
-    numbers = max(1, step.kv.metadata[:1].numel() * step.kv.batch_size)
-    return max(1, _CHUNK_BYTES // (4 * numbers))
-
-
-def _scaled(step: Step, logits: Tensor) -> Tensor:
-    """Estimates `[R, T, G]` as in attention: `[B, HKV, T, G]`, in place."""
-    logits = logits.view(step.kv.batch_size, step.kv.num_kv_heads, *logits.shape[1:])
-    if step.kv.key_scale is not None:
-        logits *= step.kv.key_scale[:, None, None]
-    return logits.mul_(step.scale)
+    def _scaled(self, logits: Tensor) -> Tensor:
+        """Estimates `[R, T, G]` as in attention: `[B, HKV, T, G]`, in place."""
+        kv = self._step.kv
+        logits = logits.view(kv.batch_size, kv.num_kv_heads, *logits.shape[1:])
+        if kv.key_scale is not None:
+            logits *= kv.key_scale[:, None, None]
+        return logits.mul_(self._step.scale)
 
 
 def _weighable(step: Step, logits: Tensor, is_live: Tensor, is_begun: Tensor | None) -> Tensor:

@@ -21,7 +21,7 @@ from quest_attention.ops.triton.arguments import (
 from quest_attention.ops.triton.arithmetic import round_to, widen
 from quest_attention.ops.triton.forms import kernel_form, take_form
 from quest_attention.ops.triton.launch import check_kernel_dtype, launch
-from quest_attention.ops.triton.limits import check_scores_pages
+from quest_attention.ops.triton.sketch import sketch_pages, sketch_slots
 from quest_attention.pages import PagedKV, num_pages
 
 __all__ = ["append_slots", "append_token", "update_page_metadata", "update_slot_metadata"]
@@ -35,7 +35,9 @@ _PAGES_PER_PROGRAM = 4
 def update_page_metadata(kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Tensor | int) -> None:
     """See `ops.update_page_metadata`. Reads no length on the host; the grid covers what the pages can hold."""
     check_kernel_dtype(kv.keys)
-    check_scores_pages(kv.form)
+    if kv.form.takes_whole_pages:
+        sketch_pages(kv, seq_lens, num_new_tokens)
+        return
     table = side_by_side(kv.page_table)
     touched = kv.max_pages
     if isinstance(num_new_tokens, int):
@@ -52,21 +54,25 @@ def update_page_metadata(kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Te
 
 
 def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: Tensor) -> None:
-    """See `ops.append_token`. One launch."""
+    """See `ops.append_token`. One launch, and one that sketches the page if the token completes it."""
     check_kernel_dtype(kv.keys)
-    check_scores_pages(kv.form)
-    table = side_by_side(kv.page_table)
+    table, is_by_token = side_by_side(kv.page_table), not kv.form.takes_whole_pages
     launch(
         _append_kernel, (kv.batch_size * kv.num_kv_heads,),
         by_head(keys), by_head(values), keys_argument(kv), values_argument(kv),
-        metadata_argument(kv.metadata), table, table.stride(0), side_by_side(seq_lens), kv.num_kv_heads,
-        FORM=kernel_form(kv.form), SHAPE=_shape_of(kv), num_warps=1,
+        metadata_argument(kv.metadata) if is_by_token else None, table, table.stride(0), side_by_side(seq_lens),
+        kv.num_kv_heads, FORM=kernel_form(kv.form) if is_by_token else None, SHAPE=_shape_of(kv), num_warps=1,
     )  # fmt: skip
+    if not is_by_token:
+        sketch_pages(kv, seq_lens, 1)
 
 
 def append_slots(kv: PagedKV, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-    """See `ops.append_slots`. One launch."""
-    _launch_slots(kv.metadata, keys, slots, kv.page_size, kv.form, kv, values)
+    """See `ops.append_slots`. One launch, and one that sketches the pages that the tokens complete."""
+    is_by_token = not kv.form.takes_whole_pages
+    _launch_slots(kv.metadata if is_by_token else None, keys, slots, kv.page_size, kv.form, kv, values)
+    if not is_by_token:
+        sketch_slots(kv, slots)
 
 
 def update_slot_metadata(metadata: Tensor, keys: Tensor, slots: Tensor, page_size: int, form: MetadataForm) -> None:
@@ -79,20 +85,19 @@ def _shape_of(kv: PagedKV) -> Shape:
 
 
 def _launch_slots(
-    metadata: Tensor, keys: Tensor, slots: Tensor, page_size: int, form: MetadataForm, kv: PagedKV | None = None,
-    values: Tensor | None = None,
+    metadata: Tensor | None, keys: Tensor, slots: Tensor, page_size: int, form: MetadataForm,
+    kv: PagedKV | None = None, values: Tensor | None = None,
 ) -> None:  # fmt: skip
     """One program for each token and KV head; K and V are written where a cache is given."""
     check_kernel_dtype(keys)
-    check_scores_pages(form)
     heads, dim = keys.shape[1:]
     shape = shape_of(page_size, 1, dim, dim if values is None else values.shape[-1])
     launch(
         _slot_kernel, (slots.shape[0] * heads,),
         by_head(keys), None if values is None else by_head(values), None if kv is None else keys_argument(kv),
-        None if kv is None else values_argument(kv), metadata_argument(metadata), side_by_side(slots),
-        slots.shape[0], heads,
-        FORM=kernel_form(form), SHAPE=shape,
+        None if kv is None else values_argument(kv), None if metadata is None else metadata_argument(metadata),
+        side_by_side(slots), slots.shape[0], heads,
+        FORM=None if metadata is None else kernel_form(form), SHAPE=shape,
         num_warps=max(1, min(8, shape.block_page * shape.block_d // _KEYS_PER_WARP)),
     )  # fmt: skip
 
@@ -145,7 +150,8 @@ def _append_kernel(
         page = tl.load(page_table + b * table_stride + position // SHAPE.page_size).to(tl.int64)
         key = _write(new_keys, b, keys, page, offset, h, SHAPE.head_dim, SHAPE.block_d)
         _write(new_values, b, values, page, offset, h, SHAPE.value_dim, SHAPE.block_dv)
-        _take(key, metadata, page, h, None, offset, FORM, SHAPE)
+        if metadata is not None:
+            _take(key, metadata, page, h, None, offset, FORM, SHAPE)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_kv_heads"])
@@ -153,7 +159,7 @@ def _slot_kernel(
     new_keys, new_values, keys, values, metadata, slots, num_tokens, num_kv_heads,
     FORM: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
-    # Keys and values are None where another writes them.
+    # Keys and values are None where another writes them, metadata where it is not taken token by token.
     token = tl.program_id(0) // num_kv_heads
     h = (tl.program_id(0) % num_kv_heads).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
@@ -163,20 +169,22 @@ def _slot_kernel(
             row = token.to(tl.int64)
             _write(new_keys, row, keys, page, offset, h, SHAPE.head_dim, SHAPE.block_d)
             _write(new_values, row, values, page, offset, h, SHAPE.value_dim, SHAPE.block_dv)
-        following = tl.load(slots + token + 1, mask=token + 1 < num_tokens, other=-1).to(tl.int64)
-        if (following < 0) | (following // SHAPE.page_size != page):  # the page's last token answers for all of them
-            back = tl.arange(0, SHAPE.block_page)
-            at = token - back
-            is_known = (at >= 0) & (back <= offset)
-            is_here = is_known & (tl.load(slots + at, mask=is_known, other=-1).to(tl.int64) == slot - back)
-            channel = tl.arange(0, SHAPE.block_d)
-            fresh = new_keys.base + h * new_keys.head + at[:, None].to(tl.int64) * new_keys.row + channel[None, :]
-            key = tl.load(fresh, mask=is_here[:, None] & (channel < SHAPE.head_dim)[None, :], other=0.0)
-            if new_values is not None:
-                key = _as_stored(key, keys, h)
-            starts_anew = tl.max((is_here & (back == offset)).to(tl.int32), 0) > 0
-            before = tl.where(starts_anew, 0, offset.to(tl.int32) + 1 - tl.sum(is_here.to(tl.int32), 0))
-            _take(key, metadata, page, h, is_here, before, FORM, SHAPE)
+        if metadata is not None:
+            following = tl.load(slots + token + 1, mask=token + 1 < num_tokens, other=-1).to(tl.int64)
+            # The page's last token answers for all of them.
+            if (following < 0) | (following // SHAPE.page_size != page):
+                back = tl.arange(0, SHAPE.block_page)
+                at = token - back
+                is_known = (at >= 0) & (back <= offset)
+                is_here = is_known & (tl.load(slots + at, mask=is_known, other=-1).to(tl.int64) == slot - back)
+                channel = tl.arange(0, SHAPE.block_d)
+                fresh = new_keys.base + h * new_keys.head + at[:, None].to(tl.int64) * new_keys.row + channel[None, :]
+                key = tl.load(fresh, mask=is_here[:, None] & (channel < SHAPE.head_dim)[None, :], other=0.0)
+                if new_values is not None:
+                    key = _as_stored(key, keys, h)
+                starts_anew = tl.max((is_here & (back == offset)).to(tl.int32), 0) > 0
+                before = tl.where(starts_anew, 0, offset.to(tl.int32) + 1 - tl.sum(is_here.to(tl.int32), 0))
+                _take(key, metadata, page, h, is_here, before, FORM, SHAPE)
 
 
 @triton.jit(do_not_specialize=["lengths", "num_new_tokens", "table_stride", "num_kv_heads", "programs_per_head"])

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quest_attention.ops.masses import score_masses
 from quest_attention.ops.step import Step
 from quest_attention.ops.triton.arguments import (
     by_head,
@@ -19,18 +20,19 @@ from quest_attention.ops.triton.arguments import (
 )
 from quest_attention.ops.triton.forms import kernel_form, score_form
 from quest_attention.ops.triton.launch import check_kernel_dtype, launch
-from quest_attention.ops.triton.limits import check_scores_pages
 from quest_attention.ops.triton.masks import load_seen
+from quest_attention.ops.triton.sketch import SketchEstimates
 from quest_attention.ops.triton.tuning import scored_block, scoring_programs
 
 __all__ = ["score_pages", "score_row"]
 
 
 def score_pages(step: Step, out: Tensor | None = None) -> Tensor:
-    """See `ops.score_pages`."""
+    """See `ops.score_pages`. Of tokens, kernels make the estimates, and PyTorch weighs them."""
     kv, token_mask = step.kv, step.token_mask
     check_kernel_dtype(kv.keys)
-    check_scores_pages(kv.form)
+    if kv.form.scores == "token":
+        return score_masses(step, out, SketchEstimates(step))
     query, table = side_by_side(step.query), side_by_side(kv.page_table)
     batch, heads, group = kv.batch_size, kv.num_kv_heads, query.shape[1] // kv.num_kv_heads
     shape = (batch, heads, kv.max_pages)
