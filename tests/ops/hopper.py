@@ -17,10 +17,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from quest_attention import QuestConfig
-from quest_attention.forms import FP8, Bounds, Moments
+from quest_attention.forms import FP8, Bounds, Moments, Sketch
 from quest_attention.ops import Step
 from quest_attention.ops import triton as backend
-from quest_attention.ops.triton import attention, choice, counts, decode, masks, metadata, received, scores
+from quest_attention.ops.triton import attention, choice, counts, decode, masks, metadata, received, scores, sketch
 from quest_attention.ops.triton.launch import FUSED_ARITHMETIC
 from quest_attention.pages import PagedKV
 
@@ -96,12 +96,37 @@ def run_all(
     )
 
 
+def run_sketches(dtype: torch.dtype, group: int, dim: int, *, is_quantised: bool = False) -> None:
+    """The kernels of sketches, and those of the verbs for single tokens."""
+    heads, page_size, pages, batch = 2, 16, 9000, 1
+    keys = torch.empty(1, page_size, heads, dim, dtype=FP8 if is_quantised else dtype).expand(pages, -1, -1, -1)
+    scale = torch.ones(heads) if is_quantised else None
+    form = Sketch(page_size)
+    kept = torch.empty(1, heads, *form.shape(page_size, dim), dtype=torch.uint8).expand(pages, -1, -1, -1)
+    table = torch.zeros(batch, pages, dtype=torch.int32)
+    kv = PagedKV(keys, keys, kept, table, form=form, key_scale=scale, value_scale=scale)
+    seq_lens, new = (
+        torch.full((batch,), pages * page_size, dtype=torch.int32),
+        torch.empty(batch, heads, dim, dtype=dtype),
+    )
+    backend.append_token(kv, new, new, seq_lens)
+    backend.append_slots(kv, new, new, torch.zeros(batch, dtype=torch.int64))
+    config = QuestConfig(512, page_size, metadata="sketch", selection_unit="token")
+    step = Step(query=torch.empty(batch, heads * group, dim, dtype=dtype), kv=kv, seq_lens=seq_lens, config=config)
+    estimates = sketch.SketchEstimates(step)
+    for is_rough in (True, False):
+        estimates.of_all(pages, is_rough=is_rough)
+    estimates.of_units(torch.zeros(batch, heads, 64, dtype=torch.int64))
+    selected = backend.select_pages(step, torch.empty(batch, heads, pages * page_size))
+    backend.sparse_decode_attention(step, selected)
+
+
 def main() -> None:
     """Compile what differs in kind: dtypes, heads, caches, forms of metadata, lengths on host and device, sections."""
     driver.set_active(NoGpu())
     # As vLLM sets one: whoever does has Triton write the constants of a kernel as JSON, which holds no function.
     triton.knobs.runtime.jit_post_compile_hook = lambda **_: None
-    for module in (attention, counts, decode, masks, metadata, scores, choice, received):
+    for module in (attention, counts, decode, masks, metadata, scores, choice, received, sketch):
         module.launch = compile_only  # type: ignore[attr-defined]
     run_all(torch.bfloat16, 1, narrow=False, host=False, pages=256, budget=512)
     run_all(torch.bfloat16, 4, narrow=True, host=True, pages=256, budget=512)
@@ -110,6 +135,8 @@ def main() -> None:
     run_all(torch.bfloat16, 1, narrow=False, host=False, pages=256, budget=512, is_quantised=True, moments=True)
     run_all(torch.bfloat16, 4, narrow=True, host=True, pages=9000, budget=512, is_quantised=True)
     run_all(torch.bfloat16, 4, narrow=False, host=False, pages=256, budget=512, moments=True)
+    run_sketches(torch.bfloat16, 4, 128)
+    run_sketches(torch.float16, 1, 80, is_quantised=True)
     for dim in (64, 256):
         query, key = (torch.empty(2, heads, 96, dim, dtype=torch.bfloat16) for heads in (4, 2))
         received.received_attention(query, key, 0.1)
