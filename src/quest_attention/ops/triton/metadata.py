@@ -150,7 +150,7 @@ def _append_kernel(
         page = tl.load(page_table + b * table_stride + position // SHAPE.page_size).to(tl.int64)
         key = _write(new_keys, b, keys, page, offset, h, SHAPE.head_dim, SHAPE.block_d)
         _write(new_values, b, values, page, offset, h, SHAPE.value_dim, SHAPE.block_dv)
-        if metadata is not None:
+        if FORM is not None:
             _take(key, metadata, page, h, None, offset, FORM, SHAPE)
 
 
@@ -159,7 +159,7 @@ def _slot_kernel(
     new_keys, new_values, keys, values, metadata, slots, num_tokens, num_kv_heads,
     FORM: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
-    # Keys and values are None where another writes them, metadata where it is not taken token by token.
+    # Keys and values are None where another writes them; metadata and its form where it is not taken token by token.
     token = tl.program_id(0) // num_kv_heads
     h = (tl.program_id(0) % num_kv_heads).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
@@ -169,7 +169,7 @@ def _slot_kernel(
             row = token.to(tl.int64)
             _write(new_keys, row, keys, page, offset, h, SHAPE.head_dim, SHAPE.block_d)
             _write(new_values, row, values, page, offset, h, SHAPE.value_dim, SHAPE.block_dv)
-        if metadata is not None:
+        if FORM is not None:
             following = tl.load(slots + token + 1, mask=token + 1 < num_tokens, other=-1).to(tl.int64)
             # The page's last token answers for all of them.
             if (following < 0) | (following // SHAPE.page_size != page):

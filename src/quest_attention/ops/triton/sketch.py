@@ -179,7 +179,14 @@ def _turn(x, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PACKING: tl.constexpr):
     column = place // PACKING.block8 * PACKING.bytes8 + place % PACKING.block8
     column = tl.where(place % PACKING.block8 < PACKING.bytes8, column, DIM)
     matrix = _hadamard(row[:, None], column[None, :], DIM, PACKING)
-    turned = dot(x, matrix.to(x.dtype), tl.zeros([x.shape[0], WIDTH], tl.float32))
+    turned = tl.zeros([x.shape[0], WIDTH], tl.float32)
+    if x.dtype == tl.float32:  # in three parts, so that tensor cores multiply, and a large matrix takes half the room
+        for _ in tl.static_range(3):
+            part = x.to(tl.bfloat16)
+            turned = dot(part, matrix.to(tl.bfloat16), turned)
+            x = x - part.to(tl.float32)
+    else:
+        turned = dot(x, matrix.to(x.dtype), turned)
     return turned * tl.rsqrt(tl.full([], PACKING.order, tl.float32))
 
 
@@ -386,7 +393,8 @@ def _estimate_units_kernel(
     byte = tl.arange(0, PACKING.block8)
     at = sketch[:, None] + position[:, None] % SHAPE.page_size * PACKING.row + byte[None, :]
     level = _levels_of(at, (byte < PACKING.bytes8)[None, :], False, PACKING)
-    rest = _product(level, q_top, q_rest, tl.zeros([TOKENS, SHAPE.block_g], tl.float32))
+    BLOCK_G: tl.constexpr = SHAPE.block_g  # Triton 3.6 takes the sizes of a block only by such names
+    rest = _product(level, q_top, q_rest, tl.zeros([TOKENS, BLOCK_G], tl.float32))
     scale = tl.load((sketch + (PACKING.scales + 4)).to(tl.pointer_type(tl.float32)))
     if metadata.scale is not None:
         factor = factor * tl.load(metadata.scale + h * metadata.scale_head)
