@@ -400,6 +400,8 @@ def test_every_kernel_compiles_for_a_hopper_gpu() -> None:
         "_attend_kernel",
         "_count_kernel",
         "_decode_kernel",
+        "_estimate_kernel",
+        "_estimate_units_kernel",
         "_live_kernel",
         "_lse_kernel",
         "_merge_sections_kernel",

@@ -45,7 +45,7 @@ _LARGEST_MEAN = tl.constexpr(2.0 ** (MEAN_BITS - 1) - 1)
 _ROUGH_LEVEL = tl.constexpr(ROUGH_LEVEL)
 
 
-class Packing(NamedTuple):
+class _Packing(NamedTuple):
     """Where a sketch has what, a constant of the kernels.
 
     Attributes:
@@ -70,8 +70,8 @@ class Packing(NamedTuple):
 
 
 @cache
-def _packing(form: MetadataForm, page_size: int, dim: int) -> Packing:
-    """See `Packing`.
+def _packing(form: MetadataForm, page_size: int, dim: int) -> _Packing:
+    """See `_Packing`.
 
     Raises:
         QuestValueError: The form scores tokens, and the kernels know another one that does.
@@ -80,7 +80,7 @@ def _packing(form: MetadataForm, page_size: int, dim: int) -> Packing:
         raise QuestValueError("form", form, "bounds, moments or a sketch for the Triton kernels")
     at = SketchLayout.of(page_size, dim)
     block8 = triton.next_power_of_2(at.row)
-    return Packing(at.row, at.mean, at.scales, at.seconds, at.total, dim // 8, block8, dim & -dim)
+    return _Packing(at.row, at.mean, at.scales, at.seconds, at.total, dim // 8, block8, dim & -dim)
 
 
 def sketch_pages(kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Tensor | int) -> None:
@@ -191,7 +191,7 @@ def _turn(x, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PACKING: tl.constexpr):
 
 
 @triton.jit
-def sketch_page(key, at, DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, PACKING: tl.constexpr):
+def _sketch_page(key, at, DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, PACKING: tl.constexpr):
     """Write the sketch of a page's keys `[BLOCK_T, BLOCK_D]`, zero past its tokens and channels, to `at`."""
     BLOCK_T: tl.constexpr = key.shape[0]
     BLOCK8: tl.constexpr = PACKING.block8
@@ -250,7 +250,7 @@ def _sketch_from_cache(keys, metadata, page, h, SHAPE: tl.constexpr, PACKING: tl
     if key.dtype == tl.float8e4nv:
         key = widen(key, tl.bfloat16)
     to = metadata.base + page * metadata.page + h * metadata.head
-    sketch_page(key, to, SHAPE.head_dim, SHAPE.page_size, PACKING)
+    _sketch_page(key, to, SHAPE.head_dim, SHAPE.page_size, PACKING)
 
 
 @triton.jit(do_not_specialize=["lengths", "num_new_tokens", "table_stride", "num_kv_heads", "touched"])
