@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from families import FAMILIES, Family, build
-from quest_attention import QuestCache, QuestConfig, enable_quest, update_page_metadata
+from quest_attention import QuestCache, QuestConfig, QuestValueError, enable_quest, update_page_metadata
 from quest_attention.config import SelectionUnit
 from quest_attention.forms import Sketch
 from quest_attention.hf import cache_argument, layer_kinds
@@ -168,3 +168,10 @@ def test_counters_are_of_what_was_read(unit: SelectionUnit) -> None:
         assert quest.counters.pages_read is None and quest.counters.layers[1].pages_held is None
         assert "pages_read" not in layer and "pages_held" not in everything
         assert "tokens read" in quest.counters.summary() and "pages" not in quest.counters.summary()
+
+
+def test_heads_that_no_sketch_fits_are_refused_before_anything_is_written() -> None:
+    model = make_llama(dim=12)
+    with pytest.raises(QuestValueError, match="head_dim: got 12, expected a multiple of 8"):
+        enable_quest(model, sketch(SMALL, "token"))
+    assert enable_quest(model, SMALL).make_cache().get_seq_length() == 0

@@ -69,7 +69,8 @@ def assert_scores_are_the_oracles(step: Step, lengths: list[int]) -> Tensor:
 def test_scores(
     layout: str, backend: Backend, host: bool, factor: int, unit: SelectionUnit, reduction: GroupReduction
 ) -> None:
-    available(backend)
+    if available(backend) == "triton" and (host or reduction == "mass"):
+        pytest.skip("kernels make the estimates alone; PyTorch reduces them")
     lengths = [99, 99] if host else LENGTHS
     cache = filled(lengths, layout=layout)
     config = config_of(selection_unit=unit, group_reduction=reduction, candidate_factor=factor, backend=backend)

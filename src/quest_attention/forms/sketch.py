@@ -86,7 +86,7 @@ class Sketch:
     Turning spreads what a key has in few channels over all of them, so that one scale fits all channels of a page;
     queries are turned alike, which leaves logits as they are. What is left of the turned keys without their mean is
     coded in four levels: -1.5, -0.5, 0.5 and 1.5 times a scale. A token's logit is estimated from both bits, or roughly
-    from their high bits alone, the signs, which are half the bytes: all tokens are ranked by the rough estimates, and
+    from their high bits alone, the signs: all tokens are ranked by the rough estimates, and
     the best of them by the full ones.
 
     Turned codes of one bit are from RaBitQ (Gao and Long, arXiv:2405.12497), keys of few bits in a cache from KIVI (Liu

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestStateError, QuestWarning, UnsupportedModelError
+from quest_attention.forms import form_of
 from quest_attention.hf.cache import layer_kinds
 
 __all__ = ["REFUSED_METHODS", "check_supported", "needs_eager"]
@@ -20,6 +21,7 @@ def check_supported(model: object, quest: QuestConfig) -> None:
 
     Raises:
         UnsupportedModelError: The message says why.
+        QuestValueError: The metadata cannot be of heads with so many channels.
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
@@ -48,11 +50,26 @@ def check_supported(model: object, quest: QuestConfig) -> None:
         raise refuse(
             "expected one with full-attention layers: all of this one's are windowed, so reads are bounded already"
         )
+    _check_head_dim(model, quest)
     if "quest" not in kinds.values():
         why = f"num_dense_layers={quest.num_dense_layers} leaves no layer of {name} to Quest"
         if set(kinds.values()) == {"latent"}:
             why = f"{name} rebuilds its keys from a latent cache (MLA), which page bounds cannot see"
         warnings.warn(f"{why}: every layer runs dense", QuestWarning, stacklevel=4)
+
+
+def _check_head_dim(model: PreTrainedModel, quest: QuestConfig) -> None:
+    """Refuse heads that the metadata cannot be of, where the configuration says it: layers would find it one by one.
+
+    Raises:
+        QuestValueError: The metadata's shape has no room for so many channels.
+    """
+    text = model.config.get_text_config(decoder=True)
+    dim = getattr(text, "head_dim", None)
+    if dim is None and hasattr(text, "num_attention_heads"):
+        dim = text.hidden_size // text.num_attention_heads
+    if isinstance(dim, int):
+        form_of(quest).shape(quest.page_size, dim)
 
 
 def _inside(wrapper: object) -> str:

@@ -526,6 +526,8 @@ def make_workspace(
 ) -> Workspace | None:
     """Allocate what `quest_decode` needs for steps over a cache, so that a step allocates nothing that grows.
 
+    A step that scores tokens still allocates their estimates, which grow with the cache's capacity.
+
     Args:
         kv: The cache.
         num_query_heads: Query heads, HQ.

@@ -186,5 +186,5 @@ def _reduce(step: Step, weights: Tensor, is_unknown: Tensor, scores: Tensor) -> 
         torch.logsumexp(by_unit, 3, out=scores).sub_(math.log(weights.shape[3]))
     else:
         torch.amax(by_unit, 3, out=scores)
-    # A unit with a key that is not finite ranks first, so that it is read and shows as in dense attention.
+    # The page being written is read always; a unit with a key that is not finite, to show as in dense attention.
     scores.masked_fill_(is_unknown.view(by_unit.shape).any(3), math.inf)
