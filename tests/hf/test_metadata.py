@@ -16,25 +16,11 @@ from quest_attention.hf import cache_argument, layer_kinds
 from quest_attention.hf.naming import CACHE
 from quest_attention.pages import PagedKV
 from tiny import LARGE, PAGE_SIZE, SMALL, generate, logits_of_steps, make_llama, prompt, quest_layers
+from ways import WAYS, tokens_of
 
 MOMENTS = dataclasses.replace(SMALL, metadata="moments", moments_coefficient=0.5, num_sink_pages=1)
 MOMENTS_LARGE = dataclasses.replace(LARGE, metadata="moments", num_sink_pages=1)
 REFERENCE = dataclasses.replace(MOMENTS, backend="reference")
-WAYS: dict[str, dict[str, Any]] = {
-    "greedy": {},
-    "padded": {"padded": 13},
-    "beams": {"num_beams": 3},
-    "prompt lookup": {"prompt_lookup_num_tokens": 3},  # tokens are taken back
-    "chunked prefill": {"prefill_chunk_size": 16},
-}
-
-
-def tokens_of(model: Any, way: str) -> Tensor:
-    """What a way to generate makes, of two sequences where it can."""
-    options = dict(WAYS[way])
-    ids = prompt(batch=1 if "lookup" in way else 2)
-    ids[0, : options.pop("padded", 0)] = 0
-    return generate(model, ids, attention_mask=(ids != 0).long(), **options)
 
 
 def assert_moments_are_of_the_keys(cache: QuestCache) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from families import FAMILIES, Family, build
 from quest_attention import QuestCache, QuestConfig, QuestValueError, enable_quest, update_page_metadata
@@ -17,28 +16,14 @@ from quest_attention.hf import cache_argument, layer_kinds
 from quest_attention.hf.naming import CACHE
 from quest_attention.pages import PagedKV
 from tiny import LARGE, PAGE_SIZE, SMALL, generate, logits_of_steps, make_llama, prompt, quest_layers
+from ways import WAYS, tokens_of
 
 UNITS: list[SelectionUnit] = ["token", 4, "page"]
-WAYS: dict[str, dict[str, Any]] = {
-    "greedy": {},
-    "padded": {"padded": 13},
-    "beams": {"num_beams": 3},
-    "prompt lookup": {"prompt_lookup_num_tokens": 3},  # tokens are taken back
-    "chunked prefill": {"prefill_chunk_size": 16},
-}
 
 
 def sketch(config: QuestConfig, unit: SelectionUnit, **others: Any) -> QuestConfig:
     given = {"num_sink_pages": 1, "candidate_factor": 1, **others}
     return dataclasses.replace(config, metadata="sketch", selection_unit=unit, group_reduction=None, **given)
-
-
-def tokens_of(model: Any, way: str) -> Tensor:
-    """What a way to generate makes, of two sequences where it can."""
-    options = dict(WAYS[way])
-    ids = prompt(batch=1 if "lookup" in way else 2)
-    ids[0, : options.pop("padded", 0)] = 0
-    return generate(model, ids, attention_mask=(ids != 0).long(), **options)
 
 
 def assert_sketches_are_of_the_keys(cache: QuestCache) -> None:

@@ -50,6 +50,7 @@ Metadata = Annotated[
     ),
 ]
 SelectionUnit = Annotated[str, typer.Option(help="What is chosen: page, or with sketch token or 4 (tokens).")]
+_UNIT = str(QuestConfig.selection_unit)
 CandidateFactor = Annotated[
     int | None,
     typer.Option(help="With sketch: times the budget that rough estimates let pass; 4, 0 for all.", show_default=False),
@@ -125,7 +126,7 @@ def demo(
     page_size: PageSize = QuestConfig.page_size,
     num_dense_layers: DenseLayers = QuestConfig.num_dense_layers,
     metadata: Metadata = QuestConfig.metadata,
-    selection_unit: SelectionUnit = QuestConfig.selection_unit,  # type: ignore[assignment]  # "page"
+    selection_unit: SelectionUnit = _UNIT,
     candidate_factor: CandidateFactor = QuestConfig.candidate_factor,
     seed: Annotated[int, typer.Option(help="Chooses the hidden number.")] = 0,
     model: Model = None,
@@ -178,7 +179,7 @@ def generate(
     metadata: Metadata = QuestConfig.metadata,
     metadata_dtype: MetadataDtype = QuestConfig.metadata_dtype,
     moments_coefficient: Coefficient = QuestConfig.moments_coefficient,
-    selection_unit: SelectionUnit = QuestConfig.selection_unit,  # type: ignore[assignment]  # "page"
+    selection_unit: SelectionUnit = _UNIT,
     candidate_factor: CandidateFactor = QuestConfig.candidate_factor,
     backend: Backend = QuestConfig.backend,
     dense: Annotated[bool, typer.Option("--dense", help="Read everything, without Quest, to compare.")] = False,

@@ -32,6 +32,11 @@ class Rows:
     token_mask: Tensor | None = None
     workspace: Workspace | None = None
 
+    def slots(self, max_units: int) -> int:
+        """Slots per row of a selection among so many units [units]. Padding may shift a unit, unless it is a token."""
+        may_shift = self.token_mask is not None and self.config.unit_size > 1
+        return min(max_units, self.config.unit_slots + may_shift)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Step(Rows):

@@ -223,8 +223,7 @@ def select_pages(rows: Rows, scores: Tensor) -> Selection:
         units = keys.topk(unit_budget, sorted=False).indices.to(torch.int32).sort(-1).values
         return Selection(units, units.new_full((batch, heads), unit_budget), size)
 
-    # Padding may shift a unit, unless it is one token.
-    slots = min(max_units, config.unit_slots + (token_mask is not None and size > 1))
+    slots = rows.slots(max_units)
     if slots == 0:
         counts = torch.zeros(batch, heads, dtype=torch.int32, device=scores.device)
         return Selection(counts.new_empty(batch, heads, 0), counts, size)

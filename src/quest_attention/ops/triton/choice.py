@@ -65,8 +65,7 @@ def select_pages(rows: Rows, scores: Tensor) -> Selection:
     batch, heads, max_units = scores.shape
     size, per_page = config.unit_size, config.units_per_page
     scores = side_by_side(scores)
-    # Padding may shift a unit, unless it is one token.
-    slots = min(max_units, config.unit_slots + (token_mask is not None and size > 1))
+    slots = rows.slots(max_units)
     units = torch.empty(batch, heads, slots, dtype=torch.int32, device=scores.device)
     counts = torch.empty(batch, heads, dtype=torch.int32, device=scores.device)
     if slots == 0:
