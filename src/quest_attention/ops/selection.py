@@ -41,8 +41,8 @@ class Workspace(Protocol):
     """Scratch memory of a backend's decode step; `ops.make_workspace` allocates it."""
 
     @property
-    def scores(self) -> Tensor:
-        """Float32, at least one for each sequence, KV head and unit of a step that fits; contiguous."""
+    def scores(self) -> Tensor | None:
+        """Float32, at least one for each sequence, KV head and unit of a step that fits; contiguous. Or None."""
         ...
 
     def fits(self, kv: PagedKV, num_query_heads: int, config: QuestConfig) -> bool:

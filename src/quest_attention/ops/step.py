@@ -93,7 +93,7 @@ class Step(Rows):
                 raise QuestValueError("out.stride()", self.out.stride(), "a contiguous tensor")
         workspace = self.workspace
         if workspace is not None and not workspace.fits(kv, shape[1], config):
-            got, expected = list(workspace.scores.shape), "one that make_workspace gave for this shape"
+            got, expected = type(workspace).__name__, "one that make_workspace gave for this shape"
             raise QuestValueError("workspace", got, expected)
 
     @property
@@ -104,7 +104,7 @@ class Step(Rows):
     @property
     def scratch(self) -> Tensor | None:
         """Room for scores, `[B, HKV, U]` float32, in the workspace, which may be for more rows, or longer ones."""
-        if self.workspace is None:
+        if self.workspace is None or self.workspace.scores is None:
             return None
         kv, scores = self.kv, self.workspace.scores
         shape = (kv.batch_size, kv.num_kv_heads, kv.max_pages * self.config.units_per_page)

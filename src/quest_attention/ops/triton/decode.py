@@ -36,6 +36,7 @@ from quest_attention.ops.triton.forms import kernel_form
 from quest_attention.ops.triton.launch import check_kernel_dtype, launch
 from quest_attention.ops.triton.merge import merge_splits, store_partial
 from quest_attention.ops.triton.scores import score_row
+from quest_attention.ops.triton.token_decode import decode_tokens
 from quest_attention.ops.triton.tuning import tune
 from quest_attention.ops.triton.workspace import ATTENDED, CHOSEN, READY, SCORED, FusedWorkspace, make_workspace
 
@@ -46,6 +47,8 @@ def quest_decode(step: Step) -> tuple[Tensor, Selection] | None:
     """See `ops.quest_decode`. None where the fused kernel cannot hold the problem; the single verbs can."""
     query, kv, config, workspace = step.query, step.kv, step.config, step.workspace
     softcap, sinks, output = step.softcap, step.sinks, step.out
+    if kv.form.scores == "token":
+        return decode_tokens(step)
     check_kernel_dtype(kv.keys)
     tuning = None if step.token_mask is not None else tune(kv, query.shape[1], config)
     if tuning is None:

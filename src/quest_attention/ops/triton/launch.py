@@ -6,11 +6,21 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from quest_attention.errors import QuestValueError
 
-__all__ = ["FUSED_ARITHMETIC", "KERNEL_DTYPES", "check_kernel_dtype", "is_interpreted", "launch"]
+__all__ = [
+    "FUSED_ARITHMETIC",
+    "KERNEL_DTYPES",
+    "check_kernel_dtype",
+    "is_interpreted",
+    "launch",
+    "let_next_start",
+    "starts_early",
+    "wait_for_launch",
+]
 
 FUSED_ARITHMETIC = {"enable_fp_fusion": True}
 """Multiply and add in one rounding: said here, because Triton's default changes after 3.9, which warns of it."""
@@ -48,3 +58,32 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
             kernel[grid](*arguments, **options)
     else:
         kernel[grid](*arguments, **options)
+
+
+def starts_early(tensor: Tensor) -> dict[str, bool]:
+    """Options of a launch that follows another of the same step, whose kernel calls `wait_for_launch`.
+
+    A GPU since Hopper then starts it before the other is done. The first launch of a step has none of these options:
+    it waits for whatever was before.
+    """
+    early = tensor.device.type == "cuda" and torch.cuda.get_device_capability(tensor.device)[0] >= 9
+    return {"FOLLOWS": early, **({"launch_pdl": True} if early else {})}
+
+
+@triton.jit
+def wait_for_launch(FOLLOWS: tl.constexpr):
+    """Wait until the launch before this one is done and what it wrote is there; then let the next one start."""
+    if FOLLOWS:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r", [], dtype=tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def let_next_start(FOLLOWS: tl.constexpr):
+    """Let the next launch start, in the first one of a step."""
+    if FOLLOWS:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )

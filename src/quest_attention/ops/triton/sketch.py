@@ -34,7 +34,16 @@ from quest_attention.ops.triton.arithmetic import dot, widen
 from quest_attention.ops.triton.launch import launch
 from quest_attention.pages import PagedKV, num_pages
 
-__all__ = ["SketchEstimates", "sketch_pages", "sketch_slots"]
+__all__ = [
+    "Packing",
+    "SketchEstimates",
+    "packing_of",
+    "rough_estimates",
+    "sketch_pages",
+    "sketch_slots",
+    "turn",
+    "turned_queries",
+]
 
 _PAGES = 16
 """Pages whose tokens are estimated at a time: the fewest rows of a product with their means."""
@@ -45,7 +54,7 @@ _LARGEST_MEAN = tl.constexpr(2.0 ** (MEAN_BITS - 1) - 1)
 _ROUGH_LEVEL = tl.constexpr(ROUGH_LEVEL)
 
 
-class _Packing(NamedTuple):
+class Packing(NamedTuple):
     """Where a sketch has what, a constant of the kernels.
 
     Attributes:
@@ -70,8 +79,8 @@ class _Packing(NamedTuple):
 
 
 @cache
-def _packing(form: MetadataForm, page_size: int, dim: int) -> _Packing:
-    """See `_Packing`.
+def packing_of(form: MetadataForm, page_size: int, dim: int) -> Packing:
+    """See `Packing`.
 
     Raises:
         QuestValueError: The form scores tokens, and the kernels know another one that does.
@@ -80,7 +89,7 @@ def _packing(form: MetadataForm, page_size: int, dim: int) -> _Packing:
         raise QuestValueError("form", form, "bounds, moments or a sketch for the Triton kernels")
     at = SketchLayout.of(page_size, dim)
     block8 = triton.next_power_of_2(at.row)
-    return _Packing(at.row, at.mean, at.scales, at.seconds, at.total, dim // 8, block8, dim & -dim)
+    return Packing(at.row, at.mean, at.scales, at.seconds, at.total, dim // 8, block8, dim & -dim)
 
 
 def sketch_pages(kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Tensor | int) -> None:
@@ -93,7 +102,7 @@ def sketch_pages(kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Tensor | i
         _update_kernel, (kv.batch_size * kv.num_kv_heads * touched,),
         keys_argument(kv), metadata_argument(kv.metadata), table, table.stride(0), lengths_argument(seq_lens),
         lengths_argument(num_new_tokens), kv.num_kv_heads, touched,
-        SHAPE=_shape_of(kv), PACKING=_packing(kv.form, kv.page_size, kv.head_dim), num_warps=4,
+        SHAPE=_shape_of(kv), PACKING=packing_of(kv.form, kv.page_size, kv.head_dim), num_warps=4,
     )  # fmt: skip
 
 
@@ -103,7 +112,7 @@ def sketch_slots(kv: PagedKV, slots: Tensor) -> None:
     launch(
         _slot_kernel, (slots.shape[0] * kv.num_kv_heads,),
         keys_argument(kv), metadata_argument(kv.metadata), slots, kv.num_kv_heads,
-        SHAPE=_shape_of(kv), PACKING=_packing(kv.form, kv.page_size, kv.head_dim), num_warps=4,
+        SHAPE=_shape_of(kv), PACKING=packing_of(kv.form, kv.page_size, kv.head_dim), num_warps=4,
     )  # fmt: skip
 
 
@@ -156,7 +165,7 @@ class SketchEstimates:
 
     def _constants(self) -> dict[str, object]:
         kv = self._step.kv
-        return {"SHAPE": _shape_of(kv, self._group), "PACKING": _packing(kv.form, kv.page_size, kv.head_dim)}
+        return {"SHAPE": _shape_of(kv, self._group), "PACKING": packing_of(kv.form, kv.page_size, kv.head_dim)}
 
 
 @triton.jit
@@ -171,7 +180,7 @@ def _hadamard(row, column, DIM: tl.constexpr, PACKING: tl.constexpr):
 
 
 @triton.jit
-def _turn(x, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PACKING: tl.constexpr):
+def turn(x, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PACKING: tl.constexpr):
     """Keys or queries `[N, BLOCK_D]` turned, `[N, 8 * block8]` float32, channels as they are packed; others are 0."""
     WIDTH: tl.constexpr = 8 * PACKING.block8
     row = tl.arange(0, BLOCK_D)
@@ -196,7 +205,7 @@ def _sketch_page(key, at, DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, PACKING: t
     BLOCK_T: tl.constexpr = key.shape[0]
     BLOCK8: tl.constexpr = PACKING.block8
     WIDTH: tl.constexpr = 8 * BLOCK8
-    turned = _turn(key, DIM, key.shape[1], PACKING)  # [BLOCK_T, WIDTH]
+    turned = turn(key, DIM, key.shape[1], PACKING)  # [BLOCK_T, WIDTH]
     token = tl.arange(0, BLOCK_T)
     place = tl.arange(0, WIDTH)
     is_channel = place % BLOCK8 < PACKING.bytes8
@@ -326,28 +335,17 @@ def _levels_of(at, known, IS_ROUGH: tl.constexpr, PACKING: tl.constexpr):
 
 
 @triton.jit
-def _turned_queries(query, b, h, SHAPE: tl.constexpr, PACKING: tl.constexpr):
+def turned_queries(query, b, h, SHAPE: tl.constexpr, PACKING: tl.constexpr):
     """The queries of a group, turned, in two parts `[8 * block8, BLOCK_G]`; 0 where there is no channel."""
-    return _in_halves(tl.trans(_turn(load_query(query, b, h, SHAPE), SHAPE.head_dim, SHAPE.block_d, PACKING)))
+    return _in_halves(tl.trans(turn(load_query(query, b, h, SHAPE), SHAPE.head_dim, SHAPE.block_d, PACKING)))
 
 
-@triton.jit(do_not_specialize=["table_stride", "lengths", "num_kv_heads", "pages", "programs"])
-def _estimate_kernel(
-    query, metadata, page_table, table_stride, lengths, factor, num_kv_heads, logits, pages, programs,
-    IS_ROUGH: tl.constexpr, SHAPE: tl.constexpr, PACKING: tl.constexpr, PAGES: tl.constexpr,
-):  # fmt: skip
-    """Estimates of the logits of some pages' tokens for the heads of a group."""
-    row = tl.program_id(0) // programs
-    b = (row // num_kv_heads).to(tl.int64)
-    h = (row % num_kv_heads).to(tl.int64)
-    end = length_of(lengths, b)
+@triton.jit
+def _estimates(sketch, q_top, q_rest, IS_ROUGH: tl.constexpr, SHAPE: tl.constexpr, PACKING: tl.constexpr):
+    """Unscaled estimates of the logits of pages' tokens, `[PAGES, BLOCK_PAGE, BLOCK_G]`; sketches are at `sketch`."""
+    PAGES: tl.constexpr = sketch.shape[0]
     BLOCK_G: tl.constexpr = SHAPE.block_g
     TOKENS: tl.constexpr = PAGES * SHAPE.block_page
-    q_top, q_rest = _turned_queries(query, b, h, SHAPE, PACKING)
-    page = tl.program_id(0) % programs * PAGES + tl.arange(0, PAGES)
-    is_known = (page < pages) & (page * SHAPE.page_size < end)
-    physical = tl.load(page_table + b * table_stride + page, mask=is_known, other=0)
-    sketch = metadata.base + h * metadata.head + physical.to(tl.int64) * metadata.page
     means = _means_of(sketch, q_top, q_rest, PACKING)
     token = tl.arange(0, SHAPE.block_page)
     byte = tl.arange(0, PACKING.block8)
@@ -362,9 +360,36 @@ def _estimate_kernel(
     scale = tl.load((sketch + (PACKING.scales + 4)).to(tl.pointer_type(tl.float32)))
     if IS_ROUGH:
         scale = scale * _ROUGH_LEVEL
+    return means[:, None, :] + rest * scale[:, None, None]
+
+
+@triton.jit
+def rough_estimates(sketch, q_top, q_rest, SHAPE: tl.constexpr, PACKING: tl.constexpr):
+    """`_estimates` by the signs alone."""
+    return _estimates(sketch, q_top, q_rest, True, SHAPE, PACKING)
+
+
+@triton.jit(do_not_specialize=["table_stride", "lengths", "num_kv_heads", "pages", "programs"])
+def _estimate_kernel(
+    query, metadata, page_table, table_stride, lengths, factor, num_kv_heads, logits, pages, programs,
+    IS_ROUGH: tl.constexpr, SHAPE: tl.constexpr, PACKING: tl.constexpr, PAGES: tl.constexpr,
+):  # fmt: skip
+    """Estimates of the logits of some pages' tokens for the heads of a group."""
+    row = tl.program_id(0) // programs
+    b = (row // num_kv_heads).to(tl.int64)
+    h = (row % num_kv_heads).to(tl.int64)
+    end = length_of(lengths, b)
+    BLOCK_G: tl.constexpr = SHAPE.block_g
+    q_top, q_rest = turned_queries(query, b, h, SHAPE, PACKING)
+    page = tl.program_id(0) % programs * PAGES + tl.arange(0, PAGES)
+    is_known = (page < pages) & (page * SHAPE.page_size < end)
+    physical = tl.load(page_table + b * table_stride + page, mask=is_known, other=0)
+    sketch = metadata.base + h * metadata.head + physical.to(tl.int64) * metadata.page
+    found = _estimates(sketch, q_top, q_rest, IS_ROUGH, SHAPE, PACKING)
     if metadata.scale is not None:
         factor = factor * tl.load(metadata.scale + h * metadata.scale_head)
-    found = (means[:, None, :] + rest * scale[:, None, None]) * factor
+    found = found * factor
+    token = tl.arange(0, SHAPE.block_page)
     position = page[:, None] * SHAPE.page_size + token[None, :]
     head = tl.arange(0, BLOCK_G)
     to = logits + row.to(tl.int64) * pages * SHAPE.page_size * SHAPE.group
@@ -383,7 +408,7 @@ def _estimate_units_kernel(
     b = (row // num_kv_heads).to(tl.int64)
     h = (row % num_kv_heads).to(tl.int64)
     end = length_of(lengths, b)
-    q_top, q_rest = _turned_queries(query, b, h, SHAPE, PACKING)
+    q_top, q_rest = turned_queries(query, b, h, SHAPE, PACKING)
     place = tl.program_id(0) % programs * TOKENS + tl.arange(0, TOKENS)
     unit = tl.load(units + row.to(tl.int64) * (tokens // size) + place // size, mask=place < tokens, other=0)
     position = unit * size + place % size

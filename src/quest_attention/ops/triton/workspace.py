@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quest_attention.config import QuestConfig
+from quest_attention.ops.triton.token_decode import TokenWorkspace, make_token_workspace
 from quest_attention.ops.triton.tuning import Tuning, tune
 from quest_attention.pages import PagedKV
 
@@ -63,8 +64,10 @@ class FusedWorkspace(NamedTuple):
 def make_workspace(
     kv: PagedKV, num_query_heads: int, config: QuestConfig, batch_sizes: Iterable[int] | None = None,
     tuning: Tuning | None = None,
-) -> FusedWorkspace | None:  # fmt: skip
+) -> FusedWorkspace | TokenWorkspace | None:  # fmt: skip
     """Memory for steps of this shape; None where the fused kernel cannot hold one."""
+    if kv.form.scores == "token":
+        return make_token_workspace(kv, num_query_heads, config, batch_sizes)
     kvs = [kv] if batch_sizes is None else [_with_batch(kv, size) for size in batch_sizes]
     tunings = [tuning or tune(one, num_query_heads, config) for one in kvs]
     needed = [
