@@ -7,6 +7,7 @@ import importlib
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,12 @@ import pytest
 import torch
 
 from quest_attention import QuestConfig
-from quest_attention.bench.caches import in_8_bits, make_caches
+from quest_attention.bench.caches import make_caches, with_metadata
 from quest_attention.bench.steps import quest_steps
 from quest_attention.eval.excerpt import SOUTH
 from quest_attention.eval.journal import Journal
 from quest_attention.eval.report import read_results
+from quest_attention.forms import Sketch, SketchLayout
 from quest_attention.models import bundled_model_path
 from quest_attention.ops import quest_decode
 from quest_attention.pages import KEY_MAX, KEY_MIN
@@ -118,6 +120,55 @@ def test_the_tables_of_the_gpu_page_are_those_of_the_results() -> None:
     assert len(lines) > 20
     for line in lines:
         assert line in page
+
+
+def test_a_page_is_filled_between_its_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    fill_page = importlib.import_module("marks").fill_page
+    page = tmp_path / "page.md"
+    page.write_text(
+        "a\n\n<!-- one -->\n\n<!-- /one -->\n\nb\n\n<!-- two -->\n\nold\n\n<!-- /two -->\n", encoding="utf-8"
+    )
+    fill_page(page, {"two": r"| \1 |"})
+    filled = "a\n\n<!-- one -->\n\n<!-- /one -->\n\nb\n\n<!-- two -->\n\n| \\1 |\n\n<!-- /two -->\n"
+    assert page.read_text(encoding="utf-8") == filled
+    with pytest.raises(ValueError, match="got 0 pairs of marks of three"):
+        fill_page(page, {"three": "x"})
+    gpu = importlib.import_module("tables_gpu")
+    assert gpu.PAGE == ROOT / "docs" / "gpu.md"
+    before = gpu.PAGE.read_text(encoding="utf-8")
+    page.write_text(before, encoding="utf-8")
+    fill_page(page, gpu.tables())
+    assert page.read_text(encoding="utf-8") == before
+
+
+def test_sketches_beside_bounds_once_they_were_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a row as `attention_gpu.py` writes it."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    gpu = importlib.import_module("tables_gpu")
+    row = {
+        "shape": [1, 32, 8, 32768, 2048],
+        "dense_us": {"tensor cores": {"p50": 40.0}, "cuda cores": {"p50": 60.0}},
+        "quest_us": {"p50": 24.0},
+        "sketch_us": {"512": {"p50": 16.0}, "2048": {"p50": 20.0}},
+        "launches_sketch": {"_scan": 1, "_merge": 2},
+        "bytes_quest": 4_000_000,
+        "bytes_sketch": {"512": 1_000_000, "2048": 2_000_000},
+        "bytes_dense": 80_000_000,
+    }
+    head, _, line = gpu.sketch_table([row]).splitlines()
+    assert head.count("|") == line.count("|") == 13
+    assert line == (
+        "| 1 x 32/8 x 32K, bounds 2,048 | 40.0 | 24.0 | 2.0 | 16.0 | 2.50x | 1.50x | 0.5 | 20.0 | 2.00x | 1.20x | 1.0 |"
+    )
+    assert gpu.launches_line([row]) == "A step with sketches runs `_scan`, `_merge` x 2. Floors are at 2.00 TB/s."
+    prefill = {
+        "arm": "prefill",
+        "model": "m",
+        "context": 8192,
+        "seconds": {"stock": 1.0, "quest": 1.01, "sketch": 1.02},
+    }
+    assert gpu.prefill_table([prefill]).splitlines()[-1] == "| m, 8K | 1.000 | 1.010 | +1.0 % | 1.020 | +2.0 % |"
 
 
 def test_the_table_of_the_page_on_speed_is_that_of_the_results() -> None:
@@ -221,6 +272,25 @@ def test_steps_of_benchmarks_are_the_fused_step_past_the_budget() -> None:
         quest_steps(queries, caches, lengths, QuestConfig(256, backend="triton"))
 
 
+def test_steps_of_benchmarks_choose_tokens_by_sketches_of_their_keys() -> None:
+    caches, lengths = make_caches(2, 2, 64, 1, head_dim=16, dtype=torch.float32, device="cpu")
+    queries = [torch.randn(2, 2, 16) for _ in caches]
+    config = QuestConfig(36, metadata="sketch", selection_unit="token", backend="torch")
+    sketched = [with_metadata(kv, lengths, config) for kv in caches]
+    for kv, plain in zip(sketched, caches, strict=True):
+        assert kv.keys is plain.keys and kv.form == Sketch(16)
+        for page, kept in enumerate(kv.metadata[:, 0]):
+            by_hand = kv.form.take_by_hand(kept, kv.keys[page, :, 0], 0)
+            scales = slice(SketchLayout.of(16, 16).scales, SketchLayout.of(16, 16).seconds)  # rounded otherwise by hand
+            assert torch.equal(kept[:, : scales.start], by_hand[:, : scales.start])
+    for step, query, kv in zip(quest_steps(queries, sketched, lengths, config), queries, sketched, strict=True):
+        expected = quest_decode(query, kv, lengths, replace(config, backend="reference"))
+        assert step().selected.counts.tolist() == [[36], [36]]
+        torch.testing.assert_close(step().output, expected.output)
+    with pytest.raises(RuntimeError, match=r"read \[\[64\], \[64\]\] tokens, expected 80"):
+        quest_steps(queries, sketched, lengths, replace(config, token_budget=80))
+
+
 def test_caches_of_benchmarks_hold_bounds_of_their_keys() -> None:
     torch.manual_seed(0)
     caches, lengths = make_caches(
@@ -235,7 +305,7 @@ def test_caches_of_benchmarks_hold_bounds_of_their_keys() -> None:
             for page, part in zip(table[:3], keys.split(16), strict=True):
                 torch.testing.assert_close(kv.metadata[page][:, KEY_MIN], part.amin(0))
                 torch.testing.assert_close(kv.metadata[page][:, KEY_MAX], part.amax(0))
-        narrow = in_8_bits(kv, lengths).metadata.float()
+        narrow = with_metadata(kv, lengths, QuestConfig(metadata_dtype="fp8")).metadata.float()
         assert (narrow[:, :, KEY_MIN] <= kv.metadata[:, :, KEY_MIN]).all()
         assert (narrow[:, :, KEY_MAX] >= kv.metadata[:, :, KEY_MAX]).all()
 
