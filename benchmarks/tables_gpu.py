@@ -36,6 +36,12 @@ def load(name: str) -> Rows:
     return rows
 
 
+def device(name: str) -> str:
+    """The GPU of a result file, without its memory: `NVIDIA H200`."""
+    record = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return str(record["machine"]["gpu"][0].split(",")[0])
+
+
 def as_markdown(head: tuple[str, ...], rows: list[list[str]]) -> str:
     """A table."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -171,6 +172,80 @@ def test_sketches_beside_bounds_once_they_were_timed(monkeypatch: pytest.MonkeyP
     assert gpu.prefill_table([prefill]).splitlines()[-1] == "| m, 8K | 1.000 | 1.010 | +1.0 % | 1.020 | +2.0 % |"
 
 
+def test_the_page_on_choosing_is_that_of_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    choosing, marks = (importlib.import_module(name) for name in ("tables_choosing", "marks"))
+    before = choosing.PAGE.read_text(encoding="utf-8")
+    page = tmp_path / "choosing.md"
+    page.write_text(before, encoding="utf-8")
+    made = choosing.tables()
+    assert {"kept", "needles", "tried", "tried-parts", "origin"} <= set(made)
+    marks.fill_page(page, made)
+    assert page.read_text(encoding="utf-8") == before
+    for name in set(re.findall(r"^<!-- ([\w-]+) -->$", before, re.MULTILINE)) - set(made):
+        assert f"<!-- {name} -->\n\n<!-- /{name} -->" in before  # nothing stands for what was not measured
+    printed_numbers = set(re.findall(r"\d+\.\d+", "".join(made.values())))
+    prose = [line for line in before.splitlines() if line not in "\n".join(made.values())]
+    numbers = {number for line in prose for number in re.findall(r"(?<![\w.:])\d+\.\d+(?![\w.])", line)}
+    assert numbers - {"0.5", "1.5"} <= printed_numbers  # of the levels of a code
+
+
+def test_ways_to_choose_are_of_both_tables_and_of_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of runs and times as they will lie among the results."""
+    pytest.importorskip("matplotlib", reason="an extra of its own")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    choosing, plot, ask = (
+        importlib.import_module(name) for name in ("tables_choosing", "plot_choosing", "eval_public")
+    )
+
+    def run_of(n: int, budgets: tuple[int, ...]) -> SimpleNamespace:
+        cells = [SimpleNamespace(method="full", token_budget=None, n=n)]
+        for place, way in enumerate(choosing.BY_BUDGET):
+            more = {"more": 10.0 - place, "more_low": 9.0 - place, "more_high": 11.0 - place}
+            cells += [SimpleNamespace(method=way, token_budget=budget, n=n, **more) for budget in budgets]
+        return SimpleNamespace(continuation=cells, accuracy=[])
+
+    runs = {
+        "choice_qwen_31k_text": run_of(16, (1024, 2048)),
+        "choice_qwen_31k_small": run_of(8, (256, 512)),
+    }
+    budgets = ("256", "512", "1024", "2048")
+    times = {form: {budget: {"p50": 10.0} for budget in budgets} for form in ("bounds", "moments", "sketch")}
+    row = {
+        "choices_us": times,
+        "bytes_exact": dict.fromkeys(budgets, 50),
+        "bytes_dense": 100,
+        "dense_us": {"tensor cores": {"p50": 40.0}},
+    }
+    for module in (choosing, plot):
+        monkeypatch.setattr(module, "load", lambda _: [row])
+    assert choosing.points({}) == {}
+    found = choosing.points(runs)
+    assert [[point.token_budget for point in some] for some in found.values()] == [[256, 512, 1024, 2048]] * 4
+    assert {point.time for point in found[ask.EXACT_TOKENS]} == {20.0}  # half of the bytes of 40 us
+    loss, time = choosing.budget_tables(runs).values()
+    assert loss.splitlines()[-1] == "| n | 8 | 8 | 16 | 16 |"
+    assert "| sketches, tokens | 10.0 | 10.0 | 10.0 | 10.0 |" in time
+    text = choosing.text_tables(runs)["text"].splitlines()
+    assert text[0] == "| perplexity above full attention's [%] | Qwen 31K, 1,024 | Qwen 31K, 2,048 |"
+    assert text[2] == "| bounds, pages: the paper's Quest | +10.0 (+9.0 to +11.0) | +10.0 (+9.0 to +11.0) |"
+    monkeypatch.setattr(plot, "kept_runs", lambda: runs)
+    plot.main(tmp_path / "choosing.png")
+    assert (tmp_path / "choosing.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_kept_runs_are_what_a_report_sums_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    ask, keeping = (importlib.import_module(name) for name in ("eval_public", "keep_runs"))
+    name = "choice_bundled_4k_needles"
+    monkeypatch.chdir(tmp_path)
+    ask.begin_from_committed(tmp_path / name)
+    kept = keeping.keep(tmp_path / name, tmp_path / "results")
+    committed = ask.RESULTS / name
+    for file in ("summary.json", ask.SAMPLES):
+        assert (kept / file).read_bytes() == (committed / file).read_bytes()
+
+
 def test_the_table_of_the_page_on_speed_is_that_of_the_results() -> None:
     table = printed("tables_cpu").strip()
     assert len(table.splitlines()) == 10
@@ -316,15 +391,15 @@ def test_runs_on_public_models_go_on_from_the_committed_answers(
     """Every summary is that of the answers beside it, and `quest eval` would take the folder for a run of its own."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     eval_public = importlib.import_module("eval_public")
-    for run_of in eval_public.RUNS:
+    kept = [run for run in eval_public.CHOICE_RUNS if (eval_public.RESULTS / run.name).exists()]
+    assert kept
+    for run_of in (*eval_public.RUNS, *kept):
         folder = tmp_path / run_of.name
         eval_public.begin_from_committed(folder)
         committed = json.loads((eval_public.RESULTS / run_of.name / "summary.json").read_text(encoding="utf-8"))
         assert read_results(folder).summary() == committed
-        assert (committed["settings"]["model"], committed["settings"]["lengths"]) == (
-            f"{run_of.model}.gguf",
-            [run_of.length],
-        )
+        model = "the bundled model" if run_of.model is None else f"{run_of.model}.gguf"
+        assert (committed["settings"]["model"], committed["settings"]["lengths"]) == (model, [run_of.length])
         Journal(folder, committed["settings"])
     before = (folder / "samples.jsonl").read_bytes()
     eval_public.begin_from_committed(folder)
