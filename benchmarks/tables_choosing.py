@@ -35,6 +35,11 @@ from quest_attention.forms import SketchLayout
 
 PAGE = DOCS / "choosing.md"
 PICTURE = DOCS / "figures" / "choosing.png"
+CAPTION = """\
+Down is better, and left is faster. The losses are those of Qwen2.5-Coder-0.5B, the times those of a step with the heads
+of Llama-3.1-8B on random keys: how much a way loses does not depend on the time it takes, nor the time on the model.
+The exact choice has no kernel. It stands at the least time that its bytes allow, all keys and the chosen values, at the
+highest rate at which a dense read of the run went."""
 LABELS = {
     "full": "everything is read",
     BOUNDS: "bounds, pages: the paper's Quest",
@@ -48,7 +53,8 @@ LABELS = {
 BY_BUDGET = (BOUNDS, MOMENTS, SKETCH, EXACT_TOKENS)
 """Those of the picture."""
 TASKS = {"needle_of_30": "one needle of 30", "niah_multikey_3": "long hexadecimal values", "niah_multikey_2": "needles"}
-SHORT = {None: "bundled model", "qwen": "Qwen", "gemma": "Gemma", "smollm2": "SmolLM2"}
+SHORT = {"qwen": "Qwen", "gemma": "Gemma", "smollm2": "SmolLM2", None: "bundled model"}
+"""Of the models, in the order of columns."""
 KEPT_DIM, KEPT_PAGE, KEPT_BYTES = 128, 16, 2
 """Channels, tokens of a page and bytes of a number in the cache, for the table of what is kept."""
 
@@ -76,7 +82,8 @@ def kept_runs() -> dict[str, Results]:
 
 def columns(runs: dict[str, Results], cells_of: Callable[[Results], Sequence[Any]]) -> list[Column]:
     """Cells by case: model, length, budget and task."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[tuple[int, int, str, int], dict[str, Any]] = {}
+    models = list(SHORT)
     for run in CHOICE_RUNS:
         cells = cells_of(runs[run.name]) if run.name in runs else ()
         full = {getattr(cell, "task", ""): cell for cell in cells if cell.token_budget is None}
@@ -84,10 +91,13 @@ def columns(runs: dict[str, Results], cells_of: Callable[[Results], Sequence[Any
             if cell.token_budget is None:
                 continue
             task = getattr(cell, "task", "")
-            what = f": {TASKS[task]}" if task else ""
-            name = f"{SHORT[run.model]} {tokens(run.length)}, {cell.token_budget:,}{what}"
-            found.setdefault(name, {"full": full[task]})[cell.method] = cell
-    return [Column(name, cells) for name, cells in found.items()]
+            place = (models.index(run.model), -run.length, task, cell.token_budget)
+            found.setdefault(place, {"full": full[task]})[cell.method] = cell
+    named = {
+        f"{SHORT[models[model]]} {tokens(-length)}, {budget:,}{f': {TASKS[task]}' if task else ''}": cells
+        for (model, length, task, budget), cells in sorted(found.items(), key=lambda item: item[0])
+    }
+    return [Column(name, cells) for name, cells in named.items()]
 
 
 def by_way(title: str, cases: list[Column], ways: Sequence[str], show: Callable[[Any], str]) -> str:
@@ -142,7 +152,7 @@ def kept_table() -> str:
 
 def text_tables(runs: dict[str, Results]) -> dict[str, str]:
     """Perplexity, where stretches of text were read."""
-    cases = columns({name: runs[name] for name in runs if "small" not in name}, lambda found: found.continuation)
+    cases = columns(runs, lambda found: found.continuation)
     return {"text": by_way("perplexity above full attention's [%]", cases, CHOICES, more)} if cases else {}
 
 
@@ -167,10 +177,10 @@ class Point(NamedTuple):
 
 
 def points(runs: dict[str, Results]) -> dict[str, list[Point]]:
-    """What each way of the picture loses and takes; nothing where one of the two was not measured."""
+    """What each way of the picture loses and takes, by budget; nothing where one of the two was not measured."""
     rows = load("attention_gpu.json")
     row = next((row for row in rows if "choices_us" in row), None)
-    names = ("choice_qwen_31k_small", "choice_qwen_31k_text")
+    names = ("choice_qwen_31k_budgets", "choice_qwen_31k_text")
     if row is None or not set(names) <= set(runs):
         return {}
     cells = [cell for name in names for cell in runs[name].continuation if cell.token_budget is not None]
@@ -187,23 +197,17 @@ def points(runs: dict[str, Results]) -> dict[str, list[Point]]:
     return found
 
 
-def budget_tables(runs: dict[str, Results]) -> dict[str, str]:
-    """Loss and time by budget, as in the picture."""
+def time_table(runs: dict[str, Results]) -> dict[str, str]:
+    """Times by budget, as in the picture."""
     found = points(runs)
     if not found:
         return {}
-    budgets = [point.token_budget for point in found[BOUNDS]]
-    budget_names = [f"{budget:,}" for budget in budgets]
-    loss = [[LABELS[way], *(more(point.cell) for point in some)] for way, some in found.items()]
-    loss.append(["n", *(str(point.cell.n) for point in found[BOUNDS])])
-    time = [
+    head = ("1 x 32/8 x 32K, microseconds of a step and layer, budget", *(f"{p.token_budget:,}" for p in found[BOUNDS]))
+    rows = [
         [LABELS[way] + (", at least" if way == EXACT_TOKENS else ""), *(f"{point.time:.1f}" for point in some)]
         for way, some in found.items()
     ]
-    return {
-        "budget-loss": as_markdown(("Qwen 31K, perplexity above full attention's [%], budget", *budget_names), loss),
-        "budget-time": as_markdown(("1 x 32/8 x 32K, microseconds of a step and layer, budget", *budget_names), time),
-    }
+    return {"times": as_markdown(head, rows)}
 
 
 def tried_tables() -> dict[str, str]:
@@ -227,13 +231,13 @@ def tried_tables() -> dict[str, str]:
 def picture() -> dict[str, str]:
     """The picture, once it is drawn."""
     said = "Perplexity above full attention's against the time of a step, by way to choose and budget"
-    return {"picture": f"![{said}](figures/{PICTURE.name})"} if PICTURE.exists() else {}
+    return {"picture": f"![{said}](figures/{PICTURE.name})\n\n{CAPTION}"} if PICTURE.exists() else {}
 
 
 def tables() -> dict[str, str]:
     """All tables of the page by name, in order; those that can be made."""
     runs = kept_runs()
-    made = {"kept": kept_table(), **picture(), **budget_tables(runs), **text_tables(runs), **needle_tables(runs)}
+    made = {"kept": kept_table(), **picture(), **time_table(runs), **text_tables(runs), **needle_tables(runs)}
     origins = {"origin": "\n\n".join(origin(results) for results in runs.values())} if runs else {}
     return {**made, **tried_tables(), **origins}
 

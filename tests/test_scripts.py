@@ -18,8 +18,10 @@ import torch
 from quest_attention import QuestConfig
 from quest_attention.bench.caches import make_caches, with_metadata
 from quest_attention.bench.steps import quest_steps
+from quest_attention.cli.app import split_list
 from quest_attention.eval.excerpt import SOUTH
 from quest_attention.eval.journal import Journal
+from quest_attention.eval.plan import Plan
 from quest_attention.eval.report import read_results
 from quest_attention.forms import Sketch, SketchLayout
 from quest_attention.models import bundled_model_path
@@ -206,8 +208,8 @@ def test_ways_to_choose_are_of_both_tables_and_of_the_picture(tmp_path: Path, mo
         return SimpleNamespace(continuation=cells, accuracy=[])
 
     runs = {
-        "choice_qwen_31k_text": run_of(16, (1024, 2048)),
-        "choice_qwen_31k_small": run_of(8, (256, 512)),
+        "choice_qwen_31k_text": run_of(16, (1024,)),
+        "choice_qwen_31k_budgets": run_of(10, (256, 512, 2048)),
     }
     budgets = ("256", "512", "1024", "2048")
     times = {form: {budget: {"p50": 10.0} for budget in budgets} for form in ("bounds", "moments", "sketch")}
@@ -223,15 +225,29 @@ def test_ways_to_choose_are_of_both_tables_and_of_the_picture(tmp_path: Path, mo
     found = choosing.points(runs)
     assert [[point.token_budget for point in some] for some in found.values()] == [[256, 512, 1024, 2048]] * 4
     assert {point.time for point in found[ask.EXACT_TOKENS]} == {20.0}  # half of the bytes of 40 us
-    loss, time = choosing.budget_tables(runs).values()
-    assert loss.splitlines()[-1] == "| n | 8 | 8 | 16 | 16 |"
-    assert "| sketches, tokens | 10.0 | 10.0 | 10.0 | 10.0 |" in time
+    assert "| sketches, tokens | 10.0 | 10.0 | 10.0 | 10.0 |" in choosing.time_table(runs)["times"]
     text = choosing.text_tables(runs)["text"].splitlines()
-    assert text[0] == "| perplexity above full attention's [%] | Qwen 31K, 1,024 | Qwen 31K, 2,048 |"
-    assert text[2] == "| bounds, pages: the paper's Quest | +10.0 (+9.0 to +11.0) | +10.0 (+9.0 to +11.0) |"
+    heads = " | ".join(f"Qwen 31K, {budget}" for budget in ("256", "512", "1,024", "2,048"))
+    assert text[0] == f"| perplexity above full attention's [%] | {heads} |"
+    assert text[2] == f"| bounds, pages: the paper's Quest{' | +10.0 (+9.0 to +11.0)' * 4} |"
+    assert text[-1] == "| n | 10 | 10 | 16 | 10 |"
     monkeypatch.setattr(plot, "kept_runs", lambda: runs)
     plot.main(tmp_path / "choosing.png")
     assert (tmp_path / "choosing.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_runs_ask_is_what_an_evaluation_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    ask = importlib.import_module("eval_public")
+    runs = (*ask.RUNS, *ask.CHOICE_RUNS)
+    assert len({run.name for run in runs}) == len(runs)
+    for run in runs:
+        for each in run.asks:
+            plan = Plan(
+                each.tasks, split_list(each.methods), tuple(map(str, each.budgets)), (run.length,), each.samples,
+                run.dense_layers, least_full=each.least_full,
+            )  # fmt: skip
+            assert all(plan.arms(task, run.length) for task in each.tasks)
 
 
 def test_kept_runs_are_what_a_report_sums_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
