@@ -182,6 +182,7 @@ def test_the_page_on_choosing_is_that_of_the_results(tmp_path: Path, monkeypatch
     page.write_text(before, encoding="utf-8")
     made = choosing.tables()
     assert {"kept", "needles", "tried", "tried-parts", "origin"} <= set(made)
+    assert ("picture" in made) == ("times" in made)  # both, or neither
     marks.fill_page(page, made)
     assert page.read_text(encoding="utf-8") == before
     for name in set(re.findall(r"^<!-- ([\w-]+) -->$", before, re.MULTILINE)) - set(made):
