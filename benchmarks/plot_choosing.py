@@ -19,7 +19,7 @@ from eval_public import BOUNDS, EXACT_TOKENS, MOMENTS, SKETCH
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from tables_choosing import LABELS, PICTURE, Point, kept_runs, points
-from tables_gpu import dense_time, device, load
+from tables_gpu import dense_time, device, load, sketch_run
 
 STYLES = {
     BOUNDS: ("#2a6f97", "o", "-"),
@@ -74,12 +74,14 @@ def main(output: Annotated[Path, typer.Option(help="PNG file to write.")] = PICT
     if not found:
         print("not drawn: it needs the kept runs of Qwen at 31K, and a row of attention_gpu.json with all forms")
         raise typer.Exit(1)
-    row = next(row for row in load("attention_gpu.json") if "choices_us" in row)
+    run = sketch_run()
+    assert run is not None, "there are points"
+    row = next(row for row in load(run) if "choices_us" in row)
     figure, axes = plt.subplots(figsize=(7.5, 4.6))
     draw(axes, found, dense_time(row))
     axes.set_title(
         "Loss: Qwen2.5-Coder-0.5B, 31K tokens. Time: 1 x 32/8 heads x 32K tokens, head_dim 128,\n"
-        f"{device('attention_gpu.json')}. Numbers at the points: budgets in tokens",
+        f"{device(run)}. Numbers at the points: budgets in tokens",
         fontsize=8,
     )
     axes.spines[["top", "right"]].set_visible(False)

@@ -27,7 +27,8 @@ from eval_public import (
 )
 from marks import DOCS, fill_page
 from tables_accuracy import as_markdown, origin, tokens
-from tables_gpu import fastest_read, load
+from tables_gpu import fastest_read, load, sketch_run
+from tables_gpu import origin as place
 
 from quest_attention.config import QuestConfig
 from quest_attention.eval.report import Results, read_results
@@ -178,7 +179,8 @@ class Point(NamedTuple):
 
 def points(runs: dict[str, Results]) -> dict[str, list[Point]]:
     """What each way of the picture loses and takes, by budget; nothing where one of the two was not measured."""
-    rows = load("attention_gpu.json")
+    run = sketch_run()
+    rows = [] if run is None else load(run)
     row = next((row for row in rows if "choices_us" in row), None)
     names = ("choice_qwen_31k_budgets", "choice_qwen_31k_text")
     if row is None or not set(names) <= set(runs):
@@ -207,7 +209,9 @@ def time_table(runs: dict[str, Results]) -> dict[str, str]:
         [LABELS[way] + (", at least" if way == EXACT_TOKENS else ""), *(f"{point.time:.1f}" for point in some)]
         for way, some in found.items()
     ]
-    return {"times": as_markdown(head, rows)}
+    run = sketch_run()
+    assert run is not None, "there are points"
+    return {"times": f"{as_markdown(head, rows)}\n\n{place(run)} ([JSON](../benchmarks/results/{run}))."}
 
 
 def tried_tables() -> dict[str, str]:

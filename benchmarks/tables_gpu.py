@@ -27,6 +27,7 @@ the signs, means and scales of all tokens, the second bits of the candidates, an
 NUM_DENSE_LAYERS = 2
 """Of both arms in `decode_gpu.py`."""
 RESULTS = Path(__file__).parent / "results"
+ATTENTION_RUNS = ("attention_gpu.json", "attention_sketch_gpu.json")
 Rows = list[dict[str, Any]]
 
 
@@ -34,6 +35,22 @@ def load(name: str) -> Rows:
     """Rows of a result file."""
     rows: Rows = json.loads((RESULTS / name).read_text(encoding="utf-8"))["rows"]
     return rows
+
+
+def sketch_run() -> str | None:
+    """The result file of `attention_gpu.py` that has sketches, where one was made.
+
+    A run on another GPU than that of the older tables, which are put together, stands in a file of its own.
+    """
+    found = (name for name in ATTENTION_RUNS if (RESULTS / name).exists())
+    return next((name for name in found if all("sketch_us" in row for row in load(name))), None)
+
+
+def origin(name: str) -> str:
+    """GPU, versions and commit of a result file."""
+    machine = json.loads((RESULTS / name).read_text(encoding="utf-8"))["machine"]
+    versions = ", ".join(f"{package} {machine[package]}" for package in ("torch", "triton"))
+    return f"{device(name)}, {versions}, commit {machine['commit'][:7]}"
 
 
 def device(name: str) -> str:
@@ -191,8 +208,10 @@ def tables() -> dict[str, str]:
     """All tables of docs/gpu.md by name, in order; that of sketches where they were timed."""
     attention, decode, compiled = map(load, ("attention_gpu.json", "decode_gpu.json", "decode_gpu_compiled.json"))
     made = {"attention": attention_table(attention)}
-    if all("sketch_us" in row for row in attention):
-        made |= {"sketch": f"{SKETCH_INTRO}\n\n{sketch_table(attention)}\n\n{launches_line(attention)}"}
+    if (run := sketch_run()) is not None:
+        rows = load(run)
+        json_file = f"{origin(run)} ([JSON](../benchmarks/results/{run}))."
+        made |= {"sketch": f"{SKETCH_INTRO}\n\n{sketch_table(rows)}\n\n{launches_line(rows)} {json_file}"}
     return made | {
         "break-even": break_even_table(attention),
         "layers": layers_table(load("layers_gpu.json")),
@@ -200,7 +219,7 @@ def tables() -> dict[str, str]:
         "decode-compiled": decode_table(compiled),
         "flashinfer": against_flashinfer_table(attention, {"eager layers": decode, "compiled layers": compiled}),
         "prefill": prefill_table(decode),
-        "prefill-again": prefill_table(load("prefill_gpu.json")),
+        "prefill-again": f"{prefill_table(load('prefill_gpu.json'))}\n\n{origin('prefill_gpu.json')}.",
     }
 
 

@@ -145,7 +145,7 @@ def test_a_page_is_filled_between_its_marks(tmp_path: Path, monkeypatch: pytest.
     assert page.read_text(encoding="utf-8") == before
 
 
-def test_sketches_beside_bounds_once_they_were_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sketches_beside_bounds_once_they_were_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a row as `attention_gpu.py` writes it."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     gpu = importlib.import_module("tables_gpu")
@@ -165,6 +165,14 @@ def test_sketches_beside_bounds_once_they_were_timed(monkeypatch: pytest.MonkeyP
         "| 1 x 32/8 x 32K, bounds 2,048 | 40.0 | 24.0 | 2.0 | 16.0 | 2.50x | 1.50x | 0.5 | 20.0 | 2.00x | 1.20x | 1.0 |"
     )
     assert gpu.launches_line([row]) == "A step with sketches runs `_scan`, `_merge` x 2. Floors are at 2.00 TB/s."
+    machine = {"gpu": ["NVIDIA H100, 79 GiB"], "torch": "2.11", "triton": "3.6", "commit": "0123456789"}
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    for name, rows in (("attention_gpu.json", [{**row, "quest_us": {}}]), ("attention_sketch_gpu.json", [row])):
+        if name == "attention_gpu.json":
+            del rows[0]["sketch_us"]
+        (tmp_path / name).write_text(json.dumps({"machine": machine, "rows": rows}), encoding="utf-8")
+    assert gpu.sketch_run() == "attention_sketch_gpu.json"
+    assert gpu.origin("attention_sketch_gpu.json") == "NVIDIA H100, torch 2.11, triton 3.6, commit 0123456"
     prefill = {
         "arm": "prefill",
         "model": "m",
@@ -222,6 +230,7 @@ def test_ways_to_choose_are_of_both_tables_and_of_the_picture(tmp_path: Path, mo
     }
     for module in (choosing, plot):
         monkeypatch.setattr(module, "load", lambda _: [row])
+        monkeypatch.setattr(module, "sketch_run", lambda: "attention_gpu.json")
     assert choosing.points({}) == {}
     found = choosing.points(runs)
     assert [[point.token_budget for point in some] for some in found.values()] == [[256, 512, 1024, 2048]] * 4
