@@ -37,10 +37,10 @@ from quest_attention.forms import SketchLayout
 PAGE = DOCS / "choosing.md"
 PICTURE = DOCS / "figures" / "choosing.png"
 CAPTION = """\
-Down is better, and left is faster. The losses are those of Qwen2.5-Coder-0.5B, the times those of a step with the heads
-of Llama-3.1-8B on random keys: how much a way loses does not depend on the time it takes, nor the time on the model.
-The exact choice has no kernel. It stands at the least time that its bytes allow, all keys and the chosen values, at the
-highest rate at which a dense read of the run went."""
+Down is better, and left is faster: go up from the time you have to the lowest line. The losses are those of
+Qwen2.5-Coder-0.5B, the times those of a step with the heads of Llama-3.1-8B on random keys: how much a way loses does
+not depend on the time it takes, nor the time on the model. The exact choice has no kernel. It stands at the least time
+that its bytes allow, all keys and the chosen values, at the highest rate at which a dense read of the run went."""
 LABELS = {
     "full": "everything is read",
     BOUNDS: "bounds, pages: the paper's Quest",
