@@ -2,12 +2,15 @@
 
     python benchmarks/attention_gpu.py --output benchmarks/results/attention_gpu.json
 
-Both arms replay CUDA graphs over rotating layers, so that nothing is found in the cache of the GPU. FlashInfer's time
-is the better of its two forms (with and without tensor cores). Quest runs as it is served, with bounds in the dtype of
-the keys and in 8 bits; its verbs are timed alone beside it. `bytes_quest` counts what Quest must read: the bounds of
-every page, keys and values of the selected ones. `break-even` is the shortest context at which Quest is no slower.
-`tables_gpu.py` makes the tables of docs/gpu.md from the file. The run fails when a step did not take the fused kernel
-or read another number of pages than the budget gives.
+All arms replay CUDA graphs over rotating layers, so that nothing is found in the cache of the GPU. FlashInfer's time
+is the better of its two forms (with and without tensor cores). Quest runs as it is served: with bounds in the dtype of
+the keys and in 8 bits, their verbs timed alone beside it, and with sketches, which choose single tokens, at several
+budgets. One shape, the one of docs/choosing.md, is timed with bounds, moments and sketches at each of that page's
+budgets. `bytes_...` count what a step must read: of every page what ranks it, and keys and values of what is selected.
+`launches_sketch` are the kernels of a step, which run one after the other. `break-even` is the shortest context at
+which Quest with bounds is no slower. `tables_gpu.py` makes the tables of docs/gpu.md from the file. The run fails when
+a step was not sparse: with metadata of pages it must be the fused kernel alone, and with any it must have read as many
+pages or tokens as the budget gives.
 
 FlashInfer is not a dependency: `pip install flashinfer-python==0.6.13`.
 """
@@ -26,17 +29,22 @@ from rich.table import Table
 from torch import Tensor
 
 from quest_attention import QuestConfig, score_pages, select_pages, sparse_decode_attention
-from quest_attention.bench.caches import in_8_bits, make_caches
+from quest_attention.bench.caches import make_caches, with_metadata
 from quest_attention.bench.gpu import check_gpu
 from quest_attention.bench.record import write_record
-from quest_attention.bench.steps import check_kernels, quest_steps
+from quest_attention.bench.steps import check_kernels, kernels_of, quest_steps
 from quest_attention.bench.timing import percentiles, time_graph
+from quest_attention.forms import SketchLayout
 from quest_attention.pages import PagedKV
 
 HEAD_DIM, PAGE_SIZE, DTYPE = 128, 16, torch.bfloat16
 FLASHINFER_WORKSPACE = 512 << 20
 MOST_BYTES = 6 << 30
 """K and V of all layers together, beyond what a layer of the shortest rotation needs."""
+SKETCH_BUDGETS = (512, 2048)
+"""Of sketches in every row [tokens]."""
+CHOICE_BUDGETS = (256, 512, 1024, 2048)
+"""Of the row that is timed with every form [tokens]."""
 BREAK_EVEN_LENGTHS = (3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
 
 
@@ -69,6 +77,9 @@ SHAPES = (
     Shape(8, 32, 8, 131072, 2048),
     Shape(1, 32, 8, 1 << 20, 4096),
 )
+
+CHOICE_SHAPE = SHAPES[4]
+"""The row that is timed with every form."""
 
 
 def make_layers(shape: Shape) -> tuple[list[PagedKV], list[Tensor], Tensor]:
@@ -119,17 +130,57 @@ def time_dense(shape: Shape, caches: list[PagedKV], queries: list[Tensor], repea
     return times
 
 
+def config_of(metadata: str, token_budget: int, **others: str) -> QuestConfig:
+    """A form with what it selects: sketches choose tokens, other forms pages. All else is what the form wants."""
+    unit = "token" if metadata == "sketch" else "page"
+    options = {"page_size": PAGE_SIZE, "metadata": metadata, "selection_unit": unit, **others}
+    return QuestConfig.from_dict({"token_budget": token_budget, **options})
+
+
 def time_quest(
-    shape: Shape, caches: list[PagedKV], queries: list[Tensor], lengths: Tensor, repeats: int
+    config: QuestConfig, caches: list[PagedKV], queries: list[Tensor], lengths: Tensor, repeats: int
 ) -> dict[str, float]:
     """The whole step, as it is served [us].
 
+    Args:
+        config: Of the step.
+        caches: With the metadata of the config.
+        queries: One for each cache.
+        lengths: Of the sequences.
+        repeats: Replays.
+
     Raises:
-        RuntimeError: It was not the sparse, fused step.
+        RuntimeError: It was not sparse, or, with metadata of pages, not the fused kernel.
     """
-    steps = quest_steps(queries, caches, lengths, QuestConfig(shape.token_budget, PAGE_SIZE))
-    check_kernels(steps[0])
+    steps = quest_steps(queries, caches, lengths, config)
+    if config.units_per_page == 1:
+        check_kernels(steps[0])
     return percentiles(time_graph(steps, repeats))
+
+
+def time_sketch(
+    caches: list[PagedKV], queries: list[Tensor], lengths: Tensor, repeats: int
+) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
+    """The whole step with sketches, by budget [us], and the kernels of the first."""
+    sketched = [with_metadata(kv, lengths, config_of("sketch", SKETCH_BUDGETS[0])) for kv in caches]
+    configs = {str(budget): config_of("sketch", budget) for budget in SKETCH_BUDGETS}
+    times = {name: time_quest(config, sketched, queries, lengths, repeats) for name, config in configs.items()}
+    kernels = kernels_of(quest_steps(queries[:1], sketched[:1], lengths, configs[str(SKETCH_BUDGETS[0])])[0])
+    return times, kernels
+
+
+def time_choices(
+    caches: list[PagedKV], queries: list[Tensor], lengths: Tensor, repeats: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    """The whole step, by form and budget [us]."""
+    times: dict[str, dict[str, dict[str, float]]] = {}
+    for metadata in ("bounds", "moments", "sketch"):
+        kept = [with_metadata(kv, lengths, config_of(metadata, CHOICE_BUDGETS[0])) for kv in caches]
+        times[metadata] = {
+            str(budget): time_quest(config_of(metadata, budget), kept, queries, lengths, repeats)
+            for budget in CHOICE_BUDGETS
+        }
+    return times
 
 
 def time_verbs(
@@ -152,11 +203,25 @@ def time_verbs(
     return {name: percentiles(time_graph(calls, repeats))["p50"] for name, calls in verbs.items()}
 
 
-def bytes_read(shape: Shape, bound_bytes: int) -> int:
-    """What Quest must read: two bounds of every page, keys and values of the selected ones [bytes]."""
+def bytes_read(shape: Shape, config: QuestConfig) -> int:
+    """What Quest must read: of every page what ranks it, keys and values of what is selected [bytes].
+
+    Two vectors rank a page. Of a sketch the signs, the mean and the scales rank all tokens, and of the candidates the
+    second bits are read too.
+    """
     rows, pages = shape.batch * shape.kv_heads, shape.context // PAGE_SIZE
-    selected = shape.token_budget // PAGE_SIZE * PAGE_SIZE
-    return rows * HEAD_DIM * 2 * (pages * bound_bytes + selected * DTYPE.itemsize)
+    if config.metadata == "sketch":
+        at = SketchLayout.of(PAGE_SIZE, HEAD_DIM)
+        ranking = pages * at.seconds + config.candidate_budget * at.row
+    else:
+        ranking = pages * 2 * HEAD_DIM * (1 if config.metadata_dtype == "fp8" else DTYPE.itemsize)
+    selected = config.unit_budget * config.unit_size
+    return rows * (ranking + selected * 2 * HEAD_DIM * DTYPE.itemsize)
+
+
+def bytes_of_exact_choice(shape: Shape, token_budget: int) -> int:
+    """What a choice by the keys themselves must read: all keys, and the values of what is selected [bytes]."""
+    return shape.batch * shape.kv_heads * (shape.context + token_budget) * HEAD_DIM * DTYPE.itemsize
 
 
 def find_break_even(shape: Shape, repeats: int) -> int | None:
@@ -167,7 +232,7 @@ def find_break_even(shape: Shape, repeats: int) -> int | None:
         short = shape._replace(context=context)
         caches, queries, lengths = make_layers(short)
         dense = min(form["p50"] for form in time_dense(short, caches, queries, repeats).values())
-        if time_quest(short, caches, queries, lengths, repeats)["p50"] <= dense:
+        if time_quest(config_of("bounds", short.token_budget), caches, queries, lengths, repeats)["p50"] <= dense:
             return context
     return None
 
@@ -177,39 +242,50 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of the caches and queries.")] = 0,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
-    """Time FlashInfer and Quest over the table of shapes."""
+    """Time FlashInfer and Quest, with every form, over the table of shapes."""
     check_gpu()
     torch.manual_seed(seed)
-    columns = ("dense", "quest", "", "quest fp8", "", "score", "select", "attend", "break-even")
+    columns = ("dense", "quest", "", "quest fp8", "", "sketch 512", "", "score", "select", "attend", "break-even")
     table = Table("B x HQ/HKV x context, budget", *columns, title="us per layer and step (p50)")
     rows: list[dict[str, Any]] = []
     for shape in SHAPES:
         caches, queries, lengths = make_layers(shape)
         dense = time_dense(shape, caches, queries, repeats)
         best = min(form["p50"] for form in dense.values())
-        quest = time_quest(shape, caches, queries, lengths, repeats)
-        narrow = time_quest(shape, [in_8_bits(kv, lengths) for kv in caches], queries, lengths, repeats)
+        bounds, in_8_bits = (config_of("bounds", shape.token_budget, metadata_dtype=kind) for kind in ("kv", "fp8"))
+        quest = time_quest(bounds, caches, queries, lengths, repeats)
+        kept = [with_metadata(kv, lengths, in_8_bits) for kv in caches]
+        narrow = time_quest(in_8_bits, kept, queries, lengths, repeats)
+        del kept
         verbs = time_verbs(shape, caches, queries, lengths, repeats)
-        del caches, queries
-        torch.cuda.empty_cache()
-        is_first_of_its_kind = not any(row["shape"][:3] == list(shape[:3]) for row in rows)
+        sketch, kernels = time_sketch(caches, queries, lengths, repeats)
         row = {
             "shape": list(shape),
             "dense_us": dense,
             "quest_us": quest,
             "quest_fp8_us": narrow,
+            "sketch_us": sketch,
+            "launches_sketch": kernels,
             "verbs_us": verbs,
-            "bytes_quest": bytes_read(shape, DTYPE.itemsize),
-            "bytes_quest_fp8": bytes_read(shape, 1),
+            "bytes_quest": bytes_read(shape, bounds),
+            "bytes_quest_fp8": bytes_read(shape, in_8_bits),
+            "bytes_sketch": {str(budget): bytes_read(shape, config_of("sketch", budget)) for budget in SKETCH_BUDGETS},
             "bytes_dense": 2 * shape.batch * shape.kv_heads * shape.context * HEAD_DIM * DTYPE.itemsize,
             "ratio": best / quest["p50"],
             "ratio_fp8": best / narrow["p50"],
-            "break_even_context": find_break_even(shape._replace(context=32768), 9) if is_first_of_its_kind else None,
         }
+        if shape == CHOICE_SHAPE:
+            row["choices_us"] = time_choices(caches, queries, lengths, repeats)
+            row["bytes_exact"] = {str(budget): bytes_of_exact_choice(shape, budget) for budget in CHOICE_BUDGETS}
+        del caches, queries
+        torch.cuda.empty_cache()
+        is_first_of_its_kind = not any(row["shape"][:3] == list(shape[:3]) for row in rows)
+        row["break_even_context"] = find_break_even(shape._replace(context=32768), 9) if is_first_of_its_kind else None
         rows.append(row)
         name = f"{shape.batch} x {shape.query_heads}/{shape.kv_heads} x {shape.context // 1024}K, {shape.token_budget}"
+        least = sketch[str(SKETCH_BUDGETS[0])]["p50"]
         times = [f"{best:.1f}", f"{quest['p50']:.1f}", f"{row['ratio']:.1f}x"]
-        times += [f"{narrow['p50']:.1f}", f"{row['ratio_fp8']:.1f}x"]
+        times += [f"{narrow['p50']:.1f}", f"{row['ratio_fp8']:.1f}x", f"{least:.1f}", f"{best / least:.1f}x"]
         times += [f"{verbs[verb]:.1f}" for verb in ("score", "select", "attend")]
         times.append(str(row["break_even_context"] or ""))
         table.add_row(name, *times)
@@ -223,7 +299,7 @@ def main(
                 "seed": seed,
             }
             write_record(output, f"python {' '.join(sys.argv)}", settings, rows)
-    Console(width=150).print(table)
+    Console(width=170).print(table)
 
 
 if __name__ == "__main__":

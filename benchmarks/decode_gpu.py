@@ -10,15 +10,16 @@ Arms, each over the same random keys and values:
     quest-N-fp8  the same with page metadata in 8 bits
 
 `dense` and `quest` differ in nothing but what they read. The time of a token is that between two calls of a logits
-processor, so it holds all that `generate()` does. `prefill` times a prompt with and without Quest. The run fails when
-an arm did not take the path it is named for. With `--compiled` the decoder layers are compiled (`torch.compile`; cache
-and attention stay out of it) for all arms alike; `stock` and `prefill` are left out. Weights are bfloat16, and 4-bit in
-groups of 128 by torchao where the name of a model ends in -int4 (`pip install torchao`): the paper's 2.23x is with
-4-bit weights.
+processor, so it holds all that `generate()` does. `prefill` times a prompt without Quest, with bounds and with
+sketches; `--only-prefill` times nothing else. The run fails when an arm did not take the path it is named for. With
+`--compiled` the decoder layers are compiled (`torch.compile`; cache and attention stay out of it) for all arms alike;
+`stock` and `prefill` are left out. Weights are bfloat16, and 4-bit in groups of 128 by torchao where the name of a
+model ends in -int4 (`pip install torchao`): the paper's 2.23x is with 4-bit weights.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
 import time
@@ -76,6 +77,7 @@ CASES = (
     *(Case("llama-3.1-8b", 4, length, LONG_ARMS) for length in (32768, 131072)),
     *(Case("llama-2-7b-int4", 1, length, LONG_ARMS) for length in (8192, 16384, 32768, 131072)),
 )
+TRIES = tuple(Case("tiny", batch, 600, ("stock", "dense", "quest-512", "quest-512-fp8")) for batch in (1, 2))
 PREFILL_LENGTHS = (8192, 32768)
 
 
@@ -121,6 +123,11 @@ def names_of(models: str) -> tuple[str, ...]:
     for name in names:
         check_shape(name.removesuffix(INT4))
     return names
+
+
+def cases_of(model: str, longest: int) -> list[Case]:
+    """What is timed of a model, up to a length."""
+    return [case for case in (*CASES, *TRIES) if case.model == model and case.context <= longest]
 
 
 def compile_layers(model: LlamaForCausalLM) -> None:
@@ -188,7 +195,10 @@ def time_arm(model: LlamaForCausalLM, case: Case, arm: str, tokens: int, seed: i
 
 
 def time_prefill(model: LlamaForCausalLM, length: int, repeats: int) -> dict[str, float]:
-    """Seconds of a prompt without and with Quest, medians, in turns so that a drift of the clocks touches both."""
+    """Seconds of a prompt without Quest and with it, with bounds and with sketches, medians.
+
+    In turns, so that a drift of the clocks touches all.
+    """
     ids = torch.ones(1, length, dtype=torch.long, device=model.device)
 
     def once() -> float:
@@ -200,19 +210,18 @@ def time_prefill(model: LlamaForCausalLM, length: int, repeats: int) -> dict[str
             torch.cuda.synchronize(model.device)
         return time.perf_counter() - start
 
-    def stock() -> None:
-        times["stock"].append(once())
-
-    def quest() -> None:
-        with enable_quest(model, QuestConfig(2048, PAGE_SIZE)):
-            times["quest"].append(once())
-
-    times: dict[str, list[float]] = {"stock": [], "quest": []}
+    configs = {
+        "stock": None,
+        "quest": QuestConfig.paper(2048),
+        "sketch": QuestConfig(2048, PAGE_SIZE, metadata="sketch", selection_unit="token"),
+    }
+    times: dict[str, list[float]] = {name: [] for name in configs}
     for turn in range(1 + repeats):
-        for arm in (stock, quest) if turn % 2 else (quest, stock):  # neither always finds what the other leaves
-            arm()
-        if turn == 0:  # kernels are compiled and memory is taken
-            times = {"stock": [], "quest": []}
+        for name in (*configs, *configs)[turn % len(configs) :][: len(configs)]:  # none always finds what one leaves
+            with contextlib.nullcontext() if (config := configs[name]) is None else enable_quest(model, config):
+                seconds = once()
+            if turn:  # in the first, kernels are compiled and memory is taken
+                times[name].append(seconds)
     return {name: percentiles(values)["p50"] for name, values in times.items()}
 
 
@@ -222,6 +231,7 @@ def main(
     tokens: Annotated[int, typer.Option(help="Counted tokens per arm.", min=1)] = 24,
     repeats: Annotated[int, typer.Option(help="Timings of a prefill.", min=1)] = 12,
     device: Annotated[str, typer.Option(help="Where to run.")] = "cuda",
+    only_prefill: Annotated[bool, typer.Option("--only-prefill", help="Prompts alone.")] = False,
     compiled: Annotated[bool, typer.Option(help="Compile the decoder layers; no `stock`, no `prefill`.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of weights and caches.")] = 0,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
@@ -247,15 +257,12 @@ def main(
             }
             write_record(output, f"python {' '.join(sys.argv)}", settings, rows)
 
-    tries = tuple(Case("tiny", batch, 600, ("stock", "dense", "quest-512", "quest-512-fp8")) for batch in (1, 2))
     with torch.inference_mode():
         for name in names:
             model = make_model(name, where, dtype, seed)
             if compiled:
                 compile_layers(model)
-            for case in (*CASES, *tries):
-                if case.model != name or case.context > longest:
-                    continue
+            for case in () if only_prefill else cases_of(name, longest):
                 dense: float | None = None
                 for arm in case.arms:
                     if compiled and arm == "stock":
@@ -276,8 +283,10 @@ def main(
                 if length <= longest:
                     seconds = time_prefill(model, length, repeats)
                     rows.append({"model": name, "batch": 1, "context": length, "arm": "prefill", "seconds": seconds})
-                    more = seconds["quest"] / seconds["stock"] - 1
-                    table.add_row(name, "1", str(length), "prefill", f"{seconds['quest']:.3f} s", f"{more:+.1%}", "")
+                    for arm in ("quest", "sketch"):
+                        more = seconds[arm] / seconds["stock"] - 1
+                        shown = (f"{seconds[arm]:.3f} s", f"{more:+.1%}", "")
+                        table.add_row(name, "1", str(length), f"prefill, {arm}", *shown)
                     write()
             del model
             gc.collect()

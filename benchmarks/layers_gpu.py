@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from quest_attention import QuestConfig
-from quest_attention.bench.caches import in_8_bits, make_caches
+from quest_attention.bench.caches import make_caches, with_metadata
 from quest_attention.bench.gpu import check_gpu
 from quest_attention.bench.record import write_record
 from quest_attention.bench.shapes import SHAPES, check_shape
@@ -92,7 +92,7 @@ def main(
     pairs, shape = parse_cases(cases), check_shape(model)
     check_gpu()
     torch.manual_seed(seed)
-    weights, config = Layers(shape, layers), QuestConfig(budget)
+    weights = Layers(shape, layers)
     capacity = max(context for _, context in pairs)
     table = Table("sequences x context", "bounds", "alone", "among products", title="us per layer and step (p50)")
     rows: list[dict[str, Any]] = []
@@ -103,8 +103,9 @@ def main(
         heads = (batch, weights.query_heads, weights.head_dim)
         queries = [torch.randn(heads, dtype=DTYPE, device="cuda") for _ in caches]
         for bounds in ("kv", "fp8"):
+            config = QuestConfig.paper(budget, metadata_dtype=bounds)
             if bounds == "fp8":
-                caches = [in_8_bits(kv, lengths) for kv in caches]
+                caches = [with_metadata(kv, lengths, config) for kv in caches]
             calls = quest_steps(queries, caches, lengths, config)
             check_kernels(calls[0])
             alone, products, both = time_graphs(

@@ -15,30 +15,46 @@ mpl.use("Agg")  # no display is needed
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from tables_gpu import Rows, dense_time, fastest_read, load
+from tables_gpu import Rows, dense_time, device, fastest_read, load
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "figures" / "gpu.png"
-DENSE, QUEST, NARROW = "#9aa5b1", "#2a6f97", "#61a5c2"
+DENSE, QUEST, NARROW, SKETCHES = "#9aa5b1", "#2a6f97", "#61a5c2", "#d55e00"
+SKETCHED = "512"
+"""The budget of sketches that is drawn, where they were timed [tokens]."""
 
 
 def draw_attention(axes: Axes, rows: Rows) -> None:
     """How many times faster than FlashInfer one step of one layer is, with the ceiling that the bytes set."""
     rate = fastest_read(rows)
+    has_sketches = all("sketch_us" in row for row in rows)
     names = []
     for place, row in enumerate(rows):
         batch, heads, kv_heads, context, _ = row["shape"]
         names.append(f"{batch} x {heads}/{kv_heads}\n{context // 1024}K")
         dense = dense_time(row)
-        bars = ((-0.2, "quest_us", "bytes_quest", QUEST), (0.2, "quest_fp8_us", "bytes_quest_fp8", NARROW))
-        for shift, time, size, colour in bars:
-            axes.bar(place + shift, dense / row[time]["p50"], 0.38, color=colour)
-            ceiling = dense / (row[size] / rate)
-            axes.plot([place + shift - 0.19, place + shift + 0.19], [ceiling, ceiling], color="black", linewidth=1)
+        bars = [
+            (row["quest_us"]["p50"], row["bytes_quest"], QUEST),
+            (row["quest_fp8_us"]["p50"], row["bytes_quest_fp8"], NARROW),
+        ]
+        if has_sketches:
+            bars.append((row["sketch_us"][SKETCHED]["p50"], row["bytes_sketch"][SKETCHED], SKETCHES))
+        width = 0.8 / len(bars)
+        for number, (time, size, colour) in enumerate(bars):
+            middle = place + width * (number - (len(bars) - 1) / 2)
+            axes.bar(middle, dense / time, 0.95 * width, color=colour)
+            ceiling = dense / (size / rate)
+            edges = [middle - 0.475 * width, middle + 0.475 * width]
+            axes.plot(edges, [ceiling, ceiling], color="black", linewidth=1)
     axes.axhline(1, color=DENSE, linewidth=1)
     axes.set_xticks(range(len(names)), names, fontsize=7)
     axes.set_ylabel("times faster than FlashInfer")
-    axes.set_title("Attention of one step and layer, H200, bfloat16\nsequences x query/KV heads, context", fontsize=9)
-    for colour, label in ((QUEST, "bounds as the keys"), (NARROW, "bounds in 8 bits")):
+    where = device("attention_gpu.json")
+    axes.set_title(
+        f"Attention of one step and layer, {where}, bfloat16\nsequences x query/KV heads, context", fontsize=9
+    )
+    labels = [(QUEST, "bounds as the keys"), (NARROW, "bounds in 8 bits")]
+    labels += [(SKETCHES, f"sketches, {SKETCHED} tokens")] if has_sketches else []
+    for colour, label in labels:
         axes.bar(0, 0, color=colour, label=label)
     axes.plot([], [], color="black", linewidth=1, label="what the bytes allow")
     axes.legend(fontsize=7, frameon=False, loc="upper left")
@@ -56,8 +72,10 @@ def draw_decode(axes: Axes, rows: Rows) -> None:
         axes.bar(places, times, 0.15, color=colour, label=arm.replace("quest-", "Quest, budget "))
     axes.set_xticks(range(len(contexts)), [f"{context // 1024}K" for context in contexts])
     axes.set_ylabel("ms per token")
+    where = device("decode_gpu.json")
     axes.set_title(
-        "generate(), Llama-2-7B shape, random weights, H200\nboth arms in CUDA graphs; dense is our kernel", fontsize=9
+        f"generate(), Llama-2-7B shape, random weights, {where}\nboth arms in CUDA graphs; dense is our kernel",
+        fontsize=9,
     )
     axes.legend(fontsize=7, frameon=False, loc="upper left")
 

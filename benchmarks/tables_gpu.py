@@ -1,19 +1,33 @@
 """Print the tables of docs/gpu.md from the results of `attention_gpu.py`, `layers_gpu.py` and `decode_gpu.py`.
 
-python benchmarks/tables_gpu.py
+    python benchmarks/tables_gpu.py --fill
+
+With `--fill` they go to the page, between their marks.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
+from marks import DOCS, fill_page
 
 from quest_attention.bench.shapes import SHAPES
+
+PAGE = DOCS / "gpu.md"
+SKETCH_INTRO = """\
+**Sketches that choose single tokens**, beside bounds and dense attention in the same run, microseconds (median). Each
+form has its floor, the time that reading its bytes takes at the highest rate of a dense read of the run: of sketches
+the signs, means and scales of all tokens, the second bits of the candidates, and keys and values of what is selected
+([choosing.md](choosing.md) explains the form)."""
+"""Stands above the table of sketches, where there is one."""
 
 NUM_DENSE_LAYERS = 2
 """Of both arms in `decode_gpu.py`."""
 RESULTS = Path(__file__).parent / "results"
+ATTENTION_RUNS = ("attention_gpu.json", "attention_sketch_gpu.json")
 Rows = list[dict[str, Any]]
 
 
@@ -21,6 +35,28 @@ def load(name: str) -> Rows:
     """Rows of a result file."""
     rows: Rows = json.loads((RESULTS / name).read_text(encoding="utf-8"))["rows"]
     return rows
+
+
+def sketch_run() -> str | None:
+    """The result file of `attention_gpu.py` that has sketches, where one was made.
+
+    A run on another GPU than that of the older tables, which are put together, stands in a file of its own.
+    """
+    found = (name for name in ATTENTION_RUNS if (RESULTS / name).exists())
+    return next((name for name in found if all("sketch_us" in row for row in load(name))), None)
+
+
+def origin(name: str) -> str:
+    """GPU, versions and commit of a result file."""
+    machine = json.loads((RESULTS / name).read_text(encoding="utf-8"))["machine"]
+    versions = ", ".join(f"{package} {machine[package]}" for package in ("torch", "triton"))
+    return f"{device(name)}, {versions}, commit {machine['commit'][:7]}"
+
+
+def device(name: str) -> str:
+    """The GPU of a result file, without its memory: `NVIDIA H200`."""
+    record = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return str(record["machine"]["gpu"][0].split(",")[0])
 
 
 def as_markdown(head: tuple[str, ...], rows: list[list[str]]) -> str:
@@ -61,6 +97,34 @@ def attention_table(rows: Rows) -> str:
             ]
         )
     return as_markdown((*head, "floor", "floor, fp8"), cells)
+
+
+def sketch_table(rows: Rows) -> str:
+    """Sketches that choose tokens beside bounds that choose pages, both with their floors, and dense attention."""
+    rate = fastest_read(rows)
+    budgets = list(rows[0]["sketch_us"])
+    head = ["B x HQ/HKV x context", "dense", "bounds", "floor"]
+    for budget in budgets:
+        head += [f"sketch, {int(budget):,}", "to dense", "to bounds", "floor"]
+    cells = []
+    for row in rows:
+        batch, heads, kv_heads, context, token_budget = row["shape"]
+        dense, bounds = dense_time(row), row["quest_us"]["p50"]
+        name = f"{batch} x {heads}/{kv_heads} x {context // 1024}K, bounds {token_budget:,}"
+        line = [name, f"{dense:.1f}", f"{bounds:.1f}", f"{row['bytes_quest'] / rate:.1f}"]
+        for budget in budgets:
+            time = row["sketch_us"][budget]["p50"]
+            line += [f"{time:.1f}", f"{dense / time:.2f}x", f"{bounds / time:.2f}x"]
+            line.append(f"{row['bytes_sketch'][budget] / rate:.1f}")
+        cells.append(line)
+    return as_markdown(tuple(head), cells)
+
+
+def launches_line(rows: Rows) -> str:
+    """The kernels of a step with sketches, one after the other, and the read rate behind the floors."""
+    kernels = {tuple(row["launches_sketch"].items()) for row in rows}
+    said = "; or ".join(", ".join(f"`{name}`" + (f" x {n}" if n > 1 else "") for name, n in some) for some in kernels)
+    return f"A step with sketches runs {said}. Floors are at {fastest_read(rows) / 1e6:.2f} TB/s."
 
 
 def break_even_table(rows: Rows) -> str:
@@ -125,34 +189,49 @@ def against_flashinfer_table(attention: Rows, runs: dict[str, Rows]) -> str:
 
 
 def prefill_table(rows: Rows) -> str:
-    """Seconds of a prompt, with and without Quest."""
-    cells = [
-        [
-            f"{row['model']}, {row['context'] // 1024}K",
-            f"{row['seconds']['stock']:.3f}",
-            f"{row['seconds']['quest']:.3f}",
-            f"{100 * (row['seconds']['quest'] / row['seconds']['stock'] - 1):+.1f} %",
-        ]
-        for row in rows
-        if row["arm"] == "prefill"
-    ]
-    return as_markdown(("model, prompt", "without Quest", "with", ""), cells)
+    """Seconds of a prompt, without Quest, with bounds, and with sketches where they were timed."""
+    timed = [row for row in rows if row["arm"] == "prefill"]
+    has_sketch = all("sketch" in row["seconds"] for row in timed)
+    arms = {"quest": "with", **({"sketch": "with sketches"} if has_sketch else {})}
+    cells = []
+    for row in timed:
+        seconds = row["seconds"]
+        line = [f"{row['model']}, {row['context'] // 1024}K", f"{seconds['stock']:.3f}"]
+        for arm in arms:
+            line += [f"{seconds[arm]:.3f}", f"{100 * (seconds[arm] / seconds['stock'] - 1):+.1f} %"]
+        cells.append(line)
+    head = ["model, prompt", "without Quest", *(cell for name in arms.values() for cell in (name, ""))]
+    return as_markdown(tuple(head), cells)
 
 
-def tables() -> list[str]:
-    """All tables of docs/gpu.md, in order."""
+def tables() -> dict[str, str]:
+    """All tables of docs/gpu.md by name, in order; that of sketches where they were timed."""
     attention, decode, compiled = map(load, ("attention_gpu.json", "decode_gpu.json", "decode_gpu_compiled.json"))
-    return [
-        attention_table(attention),
-        break_even_table(attention),
-        layers_table(load("layers_gpu.json")),
-        decode_table(decode),
-        decode_table(compiled),
-        against_flashinfer_table(attention, {"eager layers": decode, "compiled layers": compiled}),
-        prefill_table(decode),
-        prefill_table(load("prefill_gpu.json")),
-    ]
+    made = {"attention": attention_table(attention)}
+    if (run := sketch_run()) is not None:
+        rows = load(run)
+        json_file = f"{origin(run)} ([JSON](../benchmarks/results/{run}))."
+        made |= {"sketch": f"{SKETCH_INTRO}\n\n{sketch_table(rows)}\n\n{launches_line(rows)} {json_file}"}
+    return made | {
+        "break-even": break_even_table(attention),
+        "layers": layers_table(load("layers_gpu.json")),
+        "decode": decode_table(decode),
+        "decode-compiled": decode_table(compiled),
+        "flashinfer": against_flashinfer_table(attention, {"eager layers": decode, "compiled layers": compiled}),
+        "prefill": prefill_table(decode),
+        "prefill-again": f"{prefill_table(load('prefill_gpu.json'))}\n\n{origin('prefill_gpu.json')}.",
+    }
+
+
+def main(
+    fill: Annotated[bool, typer.Option("--fill", help="Put the tables between their marks in docs/gpu.md.")] = False,
+) -> None:
+    """Print the tables, or put them on their page."""
+    if fill:
+        fill_page(PAGE, tables())
+    else:
+        print("\n\n".join(tables().values()))
 
 
 if __name__ == "__main__":
-    print("\n\n".join(tables()))
+    typer.run(main)

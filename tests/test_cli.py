@@ -219,9 +219,15 @@ def test_a_demonstration_by_tokens(quest: Cli, model_folder: str) -> None:
     found = next(result for result in report["results"] if result["method"] == "quest")
     assert found["tokens_per_step"] == 64 and 0 < found["share_read"] < 0.07
     shares = [share for layer in report["page_reads"]["layers"].values() for share in layer]
-    assert len(shares) % report["page_reads"]["num_pages"] == 0 and max(shares) <= 1
+    pages = report["page_reads"]["num_pages"]
+    assert report["page_reads"]["unit_size"] == 1 and len(shares) % pages == 0 and max(shares) <= 1
+    layers = len(shares) // pages
+    assert 16 * sum(shares) == pytest.approx(64 * layers), "64 tokens a step and head"
+    assert all(shares[layer * pages] == 1 for layer in range(layers)), "the first page is read always"
     shown = quest(*given, *options).out
-    assert "chosen one by one" in shown and "Pages of which a token was read" in shown and "the sketches of" in shown
+    assert "(2 pages always, the others chosen one by one)" in " ".join(shown.split())
+    assert "Tokens of each page read" in shown and "the sketches of" in shown
+    assert "the fact: read in" in shown and "seldom" not in shown
     assert "the bounds" not in shown
 
 

@@ -7,18 +7,23 @@ import importlib
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from quest_attention import QuestConfig
-from quest_attention.bench.caches import in_8_bits, make_caches
+from quest_attention.bench.caches import make_caches, with_metadata
 from quest_attention.bench.steps import quest_steps
+from quest_attention.cli.app import split_list
 from quest_attention.eval.excerpt import SOUTH
 from quest_attention.eval.journal import Journal
+from quest_attention.eval.plan import Plan
 from quest_attention.eval.report import read_results
+from quest_attention.forms import Sketch, SketchLayout
 from quest_attention.models import bundled_model_path
 from quest_attention.ops import quest_decode
 from quest_attention.pages import KEY_MAX, KEY_MIN
@@ -118,6 +123,153 @@ def test_the_tables_of_the_gpu_page_are_those_of_the_results() -> None:
     assert len(lines) > 20
     for line in lines:
         assert line in page
+
+
+def test_a_page_is_filled_between_its_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    fill_page = importlib.import_module("marks").fill_page
+    page = tmp_path / "page.md"
+    page.write_text(
+        "a\n\n<!-- one -->\n\n<!-- /one -->\n\nb\n\n<!-- two -->\n\nold\n\n<!-- /two -->\n", encoding="utf-8"
+    )
+    fill_page(page, {"two": r"| \1 |"})
+    filled = "a\n\n<!-- one -->\n\n<!-- /one -->\n\nb\n\n<!-- two -->\n\n| \\1 |\n\n<!-- /two -->\n"
+    assert page.read_text(encoding="utf-8") == filled
+    with pytest.raises(ValueError, match="got 0 pairs of marks of three"):
+        fill_page(page, {"three": "x"})
+    gpu = importlib.import_module("tables_gpu")
+    assert gpu.PAGE == ROOT / "docs" / "gpu.md"
+    before = gpu.PAGE.read_text(encoding="utf-8")
+    page.write_text(before, encoding="utf-8")
+    fill_page(page, gpu.tables())
+    assert page.read_text(encoding="utf-8") == before
+
+
+def test_sketches_beside_bounds_once_they_were_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a row as `attention_gpu.py` writes it."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    gpu = importlib.import_module("tables_gpu")
+    row = {
+        "shape": [1, 32, 8, 32768, 2048],
+        "dense_us": {"tensor cores": {"p50": 40.0}, "cuda cores": {"p50": 60.0}},
+        "quest_us": {"p50": 24.0},
+        "sketch_us": {"512": {"p50": 16.0}, "2048": {"p50": 20.0}},
+        "launches_sketch": {"_scan": 1, "_merge": 2},
+        "bytes_quest": 4_000_000,
+        "bytes_sketch": {"512": 1_000_000, "2048": 2_000_000},
+        "bytes_dense": 80_000_000,
+    }
+    head, _, line = gpu.sketch_table([row]).splitlines()
+    assert head.count("|") == line.count("|") == 13
+    assert line == (
+        "| 1 x 32/8 x 32K, bounds 2,048 | 40.0 | 24.0 | 2.0 | 16.0 | 2.50x | 1.50x | 0.5 | 20.0 | 2.00x | 1.20x | 1.0 |"
+    )
+    assert gpu.launches_line([row]) == "A step with sketches runs `_scan`, `_merge` x 2. Floors are at 2.00 TB/s."
+    machine = {"gpu": ["NVIDIA H100, 79 GiB"], "torch": "2.11", "triton": "3.6", "commit": "0123456789"}
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    for name, rows in (("attention_gpu.json", [{**row, "quest_us": {}}]), ("attention_sketch_gpu.json", [row])):
+        if name == "attention_gpu.json":
+            del rows[0]["sketch_us"]
+        (tmp_path / name).write_text(json.dumps({"machine": machine, "rows": rows}), encoding="utf-8")
+    assert gpu.sketch_run() == "attention_sketch_gpu.json"
+    assert gpu.origin("attention_sketch_gpu.json") == "NVIDIA H100, torch 2.11, triton 3.6, commit 0123456"
+    prefill = {
+        "arm": "prefill",
+        "model": "m",
+        "context": 8192,
+        "seconds": {"stock": 1.0, "quest": 1.01, "sketch": 1.02},
+    }
+    assert gpu.prefill_table([prefill]).splitlines()[-1] == "| m, 8K | 1.000 | 1.010 | +1.0 % | 1.020 | +2.0 % |"
+
+
+def test_the_page_on_choosing_is_that_of_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    choosing, marks = (importlib.import_module(name) for name in ("tables_choosing", "marks"))
+    before = choosing.PAGE.read_text(encoding="utf-8")
+    page = tmp_path / "choosing.md"
+    page.write_text(before, encoding="utf-8")
+    made = choosing.tables()
+    assert {"kept", "needles", "tried", "tried-parts", "origin"} <= set(made)
+    assert ("picture" in made) == ("times" in made)  # both, or neither
+    marks.fill_page(page, made)
+    assert page.read_text(encoding="utf-8") == before
+    for name in set(re.findall(r"^<!-- ([\w-]+) -->$", before, re.MULTILINE)) - set(made):
+        assert f"<!-- {name} -->\n\n<!-- /{name} -->" in before  # nothing stands for what was not measured
+    printed_numbers = set(re.findall(r"\d+\.\d+", "".join(made.values())))
+    prose = [line for line in before.splitlines() if line not in "\n".join(made.values())]
+    numbers = {number for line in prose for number in re.findall(r"(?<![\w.:])\d+\.\d+(?![\w.])", line)}
+    assert numbers - {"0.5", "1.5"} <= printed_numbers  # of the levels of a code
+
+
+def test_ways_to_choose_are_of_both_tables_and_of_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of runs and times as they will lie among the results."""
+    pytest.importorskip("matplotlib", reason="an extra of its own")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    choosing, plot, ask = (
+        importlib.import_module(name) for name in ("tables_choosing", "plot_choosing", "eval_public")
+    )
+
+    def run_of(n: int, budgets: tuple[int, ...]) -> SimpleNamespace:
+        cells = [SimpleNamespace(method="full", token_budget=None, n=n)]
+        for place, way in enumerate(choosing.BY_BUDGET):
+            more = {"more": 10.0 - place, "more_low": 9.0 - place, "more_high": 11.0 - place}
+            cells += [SimpleNamespace(method=way, token_budget=budget, n=n, **more) for budget in budgets]
+        return SimpleNamespace(continuation=cells, accuracy=[])
+
+    runs = {
+        "choice_qwen_31k_text": run_of(16, (1024,)),
+        "choice_qwen_31k_budgets": run_of(10, (256, 512, 2048)),
+    }
+    budgets = ("256", "512", "1024", "2048")
+    times = {form: {budget: {"p50": 10.0} for budget in budgets} for form in ("bounds", "moments", "sketch")}
+    row = {
+        "choices_us": times,
+        "bytes_exact": dict.fromkeys(budgets, 50),
+        "bytes_dense": 100,
+        "dense_us": {"tensor cores": {"p50": 40.0}},
+    }
+    for module in (choosing, plot):
+        monkeypatch.setattr(module, "load", lambda _: [row])
+        monkeypatch.setattr(module, "sketch_run", lambda: "attention_gpu.json")
+    assert choosing.points({}) == {}
+    found = choosing.points(runs)
+    assert [[point.token_budget for point in some] for some in found.values()] == [[256, 512, 1024, 2048]] * 4
+    assert {point.time for point in found[ask.EXACT_TOKENS]} == {20.0}  # half of the bytes of 40 us
+    assert "| sketches, tokens | 10.0 | 10.0 | 10.0 | 10.0 |" in choosing.time_table(runs)["times"]
+    text = choosing.text_tables(runs)["text"].splitlines()
+    heads = " | ".join(f"Qwen 31K, {budget}" for budget in ("256", "512", "1,024", "2,048"))
+    assert text[0] == f"| perplexity above full attention's [%] | {heads} |"
+    assert text[2] == f"| bounds, pages: the paper's Quest{' | +10.0 (+9.0 to +11.0)' * 4} |"
+    assert text[-1] == "| n | 10 | 10 | 16 | 10 |"
+    monkeypatch.setattr(plot, "kept_runs", lambda: runs)
+    plot.main(tmp_path / "choosing.png")
+    assert (tmp_path / "choosing.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_runs_ask_is_what_an_evaluation_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    ask = importlib.import_module("eval_public")
+    runs = (*ask.RUNS, *ask.CHOICE_RUNS)
+    assert len({run.name for run in runs}) == len(runs)
+    for run in runs:
+        for each in run.asks:
+            plan = Plan(
+                each.tasks, split_list(each.methods), tuple(map(str, each.budgets)), (run.length,), each.samples,
+                run.dense_layers, least_full=each.least_full,
+            )  # fmt: skip
+            assert all(plan.arms(task, run.length) for task in each.tasks)
+
+
+def test_kept_runs_are_what_a_report_sums_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    ask, keeping = (importlib.import_module(name) for name in ("eval_public", "keep_runs"))
+    name = "choice_bundled_4k_needles"
+    monkeypatch.chdir(tmp_path)
+    ask.begin_from_committed(tmp_path / name)
+    kept = keeping.keep(tmp_path / name, tmp_path / "results")
+    committed = ask.RESULTS / name
+    for file in ("summary.json", ask.SAMPLES):
+        assert (kept / file).read_bytes() == (committed / file).read_bytes()
 
 
 def test_the_table_of_the_page_on_speed_is_that_of_the_results() -> None:
@@ -221,6 +373,25 @@ def test_steps_of_benchmarks_are_the_fused_step_past_the_budget() -> None:
         quest_steps(queries, caches, lengths, QuestConfig(256, backend="triton"))
 
 
+def test_steps_of_benchmarks_choose_tokens_by_sketches_of_their_keys() -> None:
+    caches, lengths = make_caches(2, 2, 64, 1, head_dim=16, dtype=torch.float32, device="cpu")
+    queries = [torch.randn(2, 2, 16) for _ in caches]
+    config = QuestConfig(36, metadata="sketch", selection_unit="token", backend="torch")
+    sketched = [with_metadata(kv, lengths, config) for kv in caches]
+    for kv, plain in zip(sketched, caches, strict=True):
+        assert kv.keys is plain.keys and kv.form == Sketch(16)
+        for page, kept in enumerate(kv.metadata[:, 0]):
+            by_hand = kv.form.take_by_hand(kept, kv.keys[page, :, 0], 0)
+            scales = slice(SketchLayout.of(16, 16).scales, SketchLayout.of(16, 16).seconds)  # rounded otherwise by hand
+            assert torch.equal(kept[:, : scales.start], by_hand[:, : scales.start])
+    for step, query, kv in zip(quest_steps(queries, sketched, lengths, config), queries, sketched, strict=True):
+        expected = quest_decode(query, kv, lengths, replace(config, backend="reference"))
+        assert step().selected.counts.tolist() == [[36], [36]]
+        torch.testing.assert_close(step().output, expected.output)
+    with pytest.raises(RuntimeError, match=r"read \[\[64\], \[64\]\] tokens, expected 80"):
+        quest_steps(queries, sketched, lengths, replace(config, token_budget=80))
+
+
 def test_caches_of_benchmarks_hold_bounds_of_their_keys() -> None:
     torch.manual_seed(0)
     caches, lengths = make_caches(
@@ -235,7 +406,7 @@ def test_caches_of_benchmarks_hold_bounds_of_their_keys() -> None:
             for page, part in zip(table[:3], keys.split(16), strict=True):
                 torch.testing.assert_close(kv.metadata[page][:, KEY_MIN], part.amin(0))
                 torch.testing.assert_close(kv.metadata[page][:, KEY_MAX], part.amax(0))
-        narrow = in_8_bits(kv, lengths).metadata.float()
+        narrow = with_metadata(kv, lengths, QuestConfig(metadata_dtype="fp8")).metadata.float()
         assert (narrow[:, :, KEY_MIN] <= kv.metadata[:, :, KEY_MIN]).all()
         assert (narrow[:, :, KEY_MAX] >= kv.metadata[:, :, KEY_MAX]).all()
 
@@ -246,15 +417,15 @@ def test_runs_on_public_models_go_on_from_the_committed_answers(
     """Every summary is that of the answers beside it, and `quest eval` would take the folder for a run of its own."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     eval_public = importlib.import_module("eval_public")
-    for run_of in eval_public.RUNS:
+    kept = [run for run in eval_public.CHOICE_RUNS if (eval_public.RESULTS / run.name).exists()]
+    assert kept
+    for run_of in (*eval_public.RUNS, *kept):
         folder = tmp_path / run_of.name
         eval_public.begin_from_committed(folder)
         committed = json.loads((eval_public.RESULTS / run_of.name / "summary.json").read_text(encoding="utf-8"))
         assert read_results(folder).summary() == committed
-        assert (committed["settings"]["model"], committed["settings"]["lengths"]) == (
-            f"{run_of.model}.gguf",
-            [run_of.length],
-        )
+        model = "the bundled model" if run_of.model is None else f"{run_of.model}.gguf"
+        assert (committed["settings"]["model"], committed["settings"]["lengths"]) == (model, [run_of.length])
         Journal(folder, committed["settings"])
     before = (folder / "samples.jsonl").read_bytes()
     eval_public.begin_from_committed(folder)

@@ -108,6 +108,7 @@ class PagedKV:
             raise QuestValueError("keys.shape", list(self.keys.shape), expected)
         if self.keys.dtype not in _DTYPES:
             raise QuestValueError("keys.dtype", self.keys.dtype, f"float32, bfloat16, float16, float64 or {FP8}")
+        _check_tensor("values", self.values, "[N, page_size, HKV, DV]")
         check_like("values", self.values, (pages, page_size, heads, self.values.shape[-1]), self.keys, "keys")
         check_metadata(self.metadata, self.keys, (pages, heads), self.form, page_size)
         for name, scale in (("key_scale", self.key_scale), ("value_scale", self.value_scale)):
@@ -151,6 +152,8 @@ class PagedKV:
         """
         _check_dims("keys", keys, "[B, HKV, capacity, D]")
         batch, heads, capacity, _ = keys.shape
+        _check_tensor("values", values, "[B, HKV, capacity, DV]")
+        _check_tensor("metadata", metadata, "[B, HKV, capacity / page_size] and what the form keeps of a page")
         check_like("values", values, (batch, heads, capacity, values.shape[-1]), keys, "keys")
         if metadata.dim() != 5 or metadata.shape[2] == 0 or capacity % metadata.shape[2]:
             expected = f"[{batch}, {heads}, {capacity} / page_size] and what the form keeps of a page"
@@ -209,7 +212,14 @@ class PagedKV:
         return self.keys.dtype == FP8
 
 
+def _check_tensor(name: str, tensor: object, layout: str) -> None:
+    """A tensor, where None or a list may have been given."""
+    if not isinstance(tensor, Tensor):
+        raise QuestValueError(name, tensor, f"a tensor, {layout}")
+
+
 def _check_dims(name: str, tensor: Tensor, layout: str) -> None:
+    _check_tensor(name, tensor, layout)
     if tensor.dim() != layout.count(",") + 1:
         raise QuestValueError(f"{name}.shape", list(tensor.shape), layout)
 
@@ -218,6 +228,7 @@ def check_metadata(metadata: Tensor, keys: Tensor, pages: tuple[int, ...], form:
     """What a form keeps of `pages` pages of keys `[..., D]`."""
     if isinstance(form, str | type):
         raise QuestValueError("form", form, "a form, such as Moments(1.0) or what form_of gives for a config")
+    _check_tensor("metadata", metadata, f"{list(pages)} and what the form keeps of a page")
     check_like("metadata", metadata, (*pages, *form.shape(page_size, keys.shape[-1])), keys, "keys", check_dtype=False)
     dtypes = form.dtypes(keys.dtype)
     if metadata.dtype not in dtypes:

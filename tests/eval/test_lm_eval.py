@@ -169,6 +169,20 @@ def test_a_rolling_likelihood_decodes_the_text_from_its_first_token(model: Any, 
     assert score < 0
 
 
+def test_pages_are_counted_where_pages_are_read(model: Any, tokenizer: Any) -> None:
+    pages = QuestLM(model, tokenizer, config=QuestConfig(token_budget=64))
+    tokens = QuestLM(
+        model, tokenizer, config=QuestConfig(token_budget=64, metadata="sketch", selection_unit="token"), tail_tokens=8
+    )
+    for lm in (pages, tokens, tokens):  # what was read is summed over calls
+        lm.loglikelihood([scoring(STORY[:600], " The")], disable_tqdm=True)
+        assert lm.counters.sparse_steps > 0 and 0 < lm.counters.tokens_read < lm.counters.tokens_held
+    assert pages.counters.pages_read is not None and 16 * pages.counters.pages_read == pages.counters.tokens_read
+    assert tokens.counters.pages_read is None and tokens.counters.pages_held is None
+    written = tokens.get_model_info()["quest"]["counters"]
+    assert "pages_read" not in written and written["tokens_read"] == tokens.counters.tokens_read
+
+
 def test_it_leaves_the_model_as_it_was(model: Any, tokenizer: Any) -> None:
     before = set(vars(model)), model.config
     QuestLM(model, tokenizer, config=QuestConfig(token_budget=64)).loglikelihood([scoring(STORY, " The")], True)

@@ -23,6 +23,7 @@ from quest_attention import (
     sparse_decode_attention,
     update_page_metadata,
 )
+from quest_attention.forms import Bounds, MetadataForm, Sketch
 from quest_attention.ops import DecodeWorkspace, count_reads, resolve_backend, update_slot_metadata
 
 CONFIG = QuestConfig(token_budget=24, page_size=8)
@@ -183,6 +184,22 @@ def test_contiguous_caches(argument: str, keys: torch.Tensor, metadata: torch.Te
     with pytest.raises(QuestValueError) as caught:
         PagedKV.from_contiguous(keys, torch.zeros_like(keys), metadata)
     assert caught.value.argument == argument
+
+
+@pytest.mark.parametrize("name", ["keys", "values", "metadata", "page_table"])
+@pytest.mark.parametrize("form", [Bounds(), Sketch(8)], ids=lambda form: form.name)
+def test_what_is_no_tensor_is_named(name: str, form: MetadataForm) -> None:
+    keys = torch.zeros(1, 2, 40, 16)
+    stored = torch.zeros(1, 2, 5, *form.shape(8, 16), dtype=form.dtypes(keys.dtype)[0])
+    contiguous = {"keys": keys, "values": keys, "metadata": stored}
+    paged = {"keys": KEYS, "values": KEYS, "metadata": stored[0].transpose(0, 1).contiguous(), "page_table": TABLE}
+    swapped = {**paged, "keys": KEYS.transpose(1, 2), "values": KEYS.transpose(1, 2)}
+    for view, given in ((PagedKV.from_contiguous, contiguous), (PagedKV.from_nhd, paged), (PagedKV.from_hnd, swapped)):
+        if name in given:
+            with pytest.raises(QuestValueError, match=f"{name}: got None, expected a tensor, ") as caught:
+                view(**{**given, name: None}, form=form)
+            assert caught.value.argument == name
+        view(**given, form=form)
 
 
 def test_a_contiguous_cache_keeps_its_page_table() -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quest_attention.forms import FP8
+from quest_attention.config import QuestConfig
+from quest_attention.forms import form_of, metadata_dtype
 from quest_attention.ops import update_page_metadata
 from quest_attention.pages import PagedKV, num_pages
 
-__all__ = ["in_8_bits", "make_caches"]
+__all__ = ["make_caches", "with_metadata"]
 
 
 def make_caches(
@@ -43,8 +44,17 @@ def make_caches(
     return caches, lengths
 
 
-def in_8_bits(kv: PagedKV, lengths: Tensor) -> PagedKV:
-    """The same cache with bounds rounded outward to 8 bits."""
-    narrow = PagedKV(kv.keys, kv.values, torch.empty_like(kv.metadata, dtype=FP8), kv.page_table)
-    update_page_metadata(narrow, lengths, lengths)
-    return narrow
+def with_metadata(kv: PagedKV, lengths: Tensor, config: QuestConfig) -> PagedKV:
+    """The same keys and values with metadata of another form or dtype, made of them as a prefill makes it.
+
+    Args:
+        kv: Keys and values, which are shared and not copied.
+        lengths: `[batch]` int32, of the sequences [tokens].
+        config: What is kept, and in which dtype.
+    """
+    form = form_of(config)
+    shape = (*kv.metadata.shape[:2], *form.shape(kv.page_size, kv.head_dim))
+    metadata = torch.empty(shape, dtype=metadata_dtype(config, kv.keys.dtype), device=kv.keys.device)
+    other = PagedKV(kv.keys, kv.values, metadata, kv.page_table, form=form)
+    update_page_metadata(other, lengths, lengths)
+    return other

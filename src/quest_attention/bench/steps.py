@@ -13,7 +13,10 @@ from quest_attention.ops import QuestOutput, make_workspace, quest_decode
 from quest_attention.ops.triton.tuning import tune
 from quest_attention.pages import PagedKV
 
-__all__ = ["check_kernels", "quest_steps"]
+__all__ = ["check_kernels", "kernels_of", "quest_steps"]
+
+_FUSED = "_decode_kernel"
+"""The kernel that is all of a step by metadata of pages."""
 
 
 def quest_steps(
@@ -28,11 +31,12 @@ def quest_steps(
         config: What a step reads.
 
     Raises:
-        RuntimeError: The fused kernel cannot hold the step, or it read another number of pages than the budget gives.
+        RuntimeError: Metadata scores pages and the fused kernel cannot hold the step; or the step read another number
+            of pages or tokens than the budget gives.
     """
     batch, num_heads = queries[0].shape[:2]
     workspace = make_workspace(caches[0], num_heads, config)
-    if workspace is None or tune(caches[0], num_heads, config) is None:
+    if caches[0].form.scores == "page" and (workspace is None or tune(caches[0], num_heads, config) is None):
         raise RuntimeError(f"batch {batch}, {caches[0].max_pages} pages: the fused kernel cannot hold this")
     out = torch.empty_like(queries[0])
     steps = [
@@ -40,9 +44,25 @@ def quest_steps(
         for q, kv in zip(queries, caches, strict=True)
     ]
     counts = steps[0]().selected.counts.tolist()
-    if counts != [[config.page_budget] * caches[0].num_kv_heads] * batch:
-        raise RuntimeError(f"read {counts} pages, expected {config.page_budget} of each row")
+    if counts != [[config.unit_budget] * caches[0].num_kv_heads] * batch:
+        what = (
+            "pages"
+            if config.units_per_page == 1
+            else "tokens"
+            if config.unit_size == 1
+            else f"runs of {config.unit_size} tokens"
+        )
+        raise RuntimeError(f"read {counts} {what}, expected {config.unit_budget} of each row")
     return steps
+
+
+def kernels_of(step: Callable[[], object]) -> dict[str, int]:
+    """The kernels that a step launches, and how often each: what has to run one after the other."""
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    return {event.key: event.count for event in profile.key_averages() if event.self_device_time_total > 0}
 
 
 def check_kernels(step: Callable[[], object]) -> None:
@@ -51,10 +71,6 @@ def check_kernels(step: Callable[[], object]) -> None:
     Raises:
         RuntimeError: A profile shows other kernels.
     """
-    step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
-        torch.cuda.synchronize()
-    names = sorted({event.key for event in profile.key_averages() if event.self_device_time_total > 0})
-    if names != ["_decode_kernel"]:
-        raise RuntimeError(f"a step ran {names}, expected _decode_kernel alone")
+    kernels = kernels_of(step)
+    if kernels != {_FUSED: 1}:
+        raise RuntimeError(f"a step ran {kernels}, expected {_FUSED} alone, once")

@@ -106,10 +106,10 @@ def _show(console: Console, demo: Demo, loaded: LoadedModel, seconds: float) -> 
 
 def _units(config: QuestConfig) -> str:
     """What fills the budget."""
-    if config.unit_size == 1:
-        return "chosen one by one"
-    of = "page" if config.unit_size == config.page_size else "run"
-    return f"{counted(config.unit_budget, of)} of {config.unit_size}"
+    if config.units_per_page == 1:
+        return f"{counted(config.page_budget, 'page')} of {config.page_size}"
+    how = "one by one" if config.unit_size == 1 else f"in runs of {config.unit_size}"
+    return f"{counted(config.num_forced_pages, 'page')} always, the others chosen {how}"
 
 
 def _pages(pages: range) -> str:

@@ -1,4 +1,4 @@
-"""The picture of `quest demo`: which pages were read, one line per layer, from the start of the context to its end."""
+"""The picture of `quest demo`: what was read, one line per layer, from the start of the context to its end."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ASCII = _Glyphs(" .:*#", "|", "^", "-")
 
 
 def page_picture(demo: Demo, *, width: int, is_unicode: bool = True) -> Text:
-    """Draw the pages that were read while the answer was written.
+    """Draw the pages, or the tokens of each page, that were read while the answer was written.
 
     Args:
         demo: What was measured.
@@ -45,10 +45,11 @@ def page_picture(demo: Demo, *, width: int, is_unicode: bool = True) -> Text:
     pages, fact = demo.pages, demo.case.fact_pages(demo.config.page_size)
     columns = _columns(pages.num_pages, max(1, min(width - LABEL - FRAME - 1, MOST_COLUMNS)))
     marked = {index for index, column in enumerate(columns) if set(column) & set(fact)}
-    fact_style = GREEN if pages.steps_reading(fact) else RED
+    fact_style = GREEN if pages.steps_reading(demo.case.fact_tokens) else RED
 
     picture = Text(no_wrap=True)
-    what = "Pages read" if demo.config.units_per_page == 1 else "Pages of which a token was read"
+    is_whole = demo.config.units_per_page == 1
+    what = "Pages read" if is_whole else "Tokens of each page read"
     picture.append(f"{what} while the answer was written\n", style="bold")
     for layers in _groups(pages.layers):
         shares = pages.shares(layers)
@@ -60,9 +61,10 @@ def page_picture(demo: Demo, *, width: int, is_unicode: bool = True) -> Text:
     arrows = "".join(glyphs.arrow if index in marked else " " for index in range(len(columns)))
     picture.append(" " * (LABEL + 1) + arrows.rstrip() + "\n", style=fact_style)
     picture.append(_caption(demo, LABEL + 1 + min(marked), width), style=fact_style)
+    least, most = ("seldom", "always") if is_whole else ("few", "all")
     legend = (
         f"  {counted(len(columns[0]), 'page')} a column, the brightest shown",
-        f"  {glyphs.shades[1]} seldom  {glyphs.shades[-1]} always",
+        f"  {glyphs.shades[1]} {least}  {glyphs.shades[-1]} {most}",
     )
     together = "  ".join(legend)
     picture.append("\n" + (together if len(together) <= width else "\n".join(legend)), style="dim")
@@ -99,9 +101,7 @@ def _line(
 
 def _caption(demo: Demo, at: int, width: int) -> str:
     """What the arrow in column `at` points to, below it: from there on, or as far to its left as has room."""
-    fact = demo.case.fact_pages(demo.config.page_size)
-    steps, read = demo.pages.num_steps, demo.pages.steps_reading(fact)
-    what = "the fact" if demo.config.units_per_page == 1 else "a token of the fact's pages"
-    text = f"{what}: read in {read or 'none'} of {counted(steps, 'step')}"
+    steps, read = demo.pages.num_steps, demo.pages.steps_reading(demo.case.fact_tokens)
+    text = f"the fact: read in {read or 'none'} of {counted(steps, 'step')}"
     start = at if at + len(text) < width else max(0, min(at + 1, width) - len(text))
     return " " * start + text

@@ -60,6 +60,11 @@ class DemoCase:
         """Index in the context of the first token of the fact."""
         return self.sample.fact_positions[0]
 
+    @property
+    def fact_tokens(self) -> range:
+        """Indices in the context of the tokens of the fact."""
+        return range(self.fact_start, self.fact_stop)
+
     def fact_pages(self, page_size: int) -> range:
         """Pages that hold a token of the fact."""
         return range(self.fact_start // page_size, (self.fact_stop - 1) // page_size + 1)
@@ -100,7 +105,7 @@ class Demo:
         case: What was asked.
         config: What Quest read.
         results: One per method: full, quest, sliding window.
-        pages: Which pages Quest read while it wrote the answer.
+        pages: How much of which pages Quest read while it wrote the answer.
     """
 
     case: DemoCase
@@ -118,7 +123,7 @@ class Demo:
                 "text": case.sample.facts[0].strip(),
                 "tokens": [case.fact_start, case.fact_stop],
                 "pages": fact_pages,
-                "answer_steps_that_read_it": self.pages.steps_reading(fact_pages),
+                "answer_steps_that_read_it": self.pages.steps_reading(case.fact_tokens),
             },
             "question": case.sample.question.strip(),
             "expected": case.sample.answers[0],

@@ -32,7 +32,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestStateError, QuestValueError
 from quest_attention.eval.context import prefill
-from quest_attention.hf import QuestHandle, cache_argument, enable_quest
+from quest_attention.hf import QuestCounters, QuestHandle, cache_argument, enable_quest
 
 try:
     from lm_eval.api.registry import register_model
@@ -66,7 +66,7 @@ class ReadTotals:
         dense_steps: Steps that read everything, summed over layers, leading dense ones included [layer steps].
         tokens_read: Tokens read per KV head, over layers and steps, in whole units [tokens].
         tokens_held: Tokens that reading everything would have read, counted alike [tokens].
-        pages_read: The same in pages; 0 where steps select less than pages [pages].
+        pages_read: The same in pages; None where steps select less than pages [pages].
         pages_held: Likewise [pages].
     """
 
@@ -74,17 +74,27 @@ class ReadTotals:
     dense_steps: int = 0
     tokens_read: int = 0
     tokens_held: int = 0
-    pages_read: int = 0
-    pages_held: int = 0
+    pages_read: int | None = 0
+    pages_held: int | None = 0
 
     @property
     def share_read(self) -> float:
         """Share of the KV cache that the counted decode steps read, 0 to 1; 1 when nothing was counted."""
         return self.tokens_read / self.tokens_held if self.tokens_held else 1.0
 
+    def add(self, counters: QuestCounters) -> None:
+        """Count what a call of the harness has read."""
+        self.sparse_steps += counters.sparse_steps
+        self.dense_steps += counters.dense_steps
+        self.tokens_read += counters.tokens_read
+        self.tokens_held += counters.tokens_held
+        self.pages_read = _sum(self.pages_read, counters.pages_read)
+        self.pages_held = _sum(self.pages_held, counters.pages_held)
+
     def to_dict(self) -> dict[str, float]:
-        """Everything counted, ready for JSON."""
-        return {**dataclasses.asdict(self), "share_read": self.share_read}
+        """Everything counted, ready for JSON: tokens always, pages where steps select pages."""
+        counted = {name: count for name, count in dataclasses.asdict(self).items() if count is not None}
+        return {**counted, "share_read": self.share_read}
 
 
 @register_model("quest")
@@ -319,12 +329,7 @@ class QuestLM(HFLM):
                 yield
             finally:
                 self._handle = None
-                self.counters.sparse_steps += handle.counters.sparse_steps
-                self.counters.dense_steps += handle.counters.dense_steps
-                self.counters.tokens_read += handle.counters.tokens_read
-                self.counters.tokens_held += handle.counters.tokens_held
-                self.counters.pages_read += handle.counters.pages_read or 0
-                self.counters.pages_held += handle.counters.pages_held or 0
+                self.counters.add(handle.counters)
         budget = self.quest_config.token_budget
         if self._dense_prompts:
             raise QuestStateError(
@@ -336,6 +341,11 @@ class QuestLM(HFLM):
                 f"{call}: {handle.counters.bypassed_steps} layer steps never reached Quest's attention and read "
                 "everything"
             )
+
+
+def _sum(counted: int | None, more: int | None) -> int | None:
+    """Of pages, if both count in them."""
+    return None if counted is None or more is None else counted + more
 
 
 def _check_known(options: Mapping[str, Any]) -> None:

@@ -85,7 +85,7 @@ class QuestLayer(StepReporter, StoredLayer):
         storage = KVStorage(
             key_states, value_states, batch=key_states.shape[0], length=max(new, self._first_room(new)),
             dtype=torch.promote_types(key_states.dtype, value_states.dtype), config=self.config,
-            has_bounds=not self.is_dense, workspaces=self.workspaces,
+            has_metadata=not self.is_dense, workspaces=self.workspaces,
         )  # fmt: skip
         self._hold(storage)
         self.is_initialized = True

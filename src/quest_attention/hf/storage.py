@@ -18,20 +18,20 @@ __all__ = ["KVStorage"]
 
 
 class KVStorage:
-    """Keys and values of a batch for a fixed number of tokens, the bounds of their pages, and what a step needs beside.
+    """Keys and values of a batch for a fixed number of tokens, metadata of their pages, and what a step needs beside.
 
     More room, another dtype or another batch is another storage. So a captured CUDA graph, which holds addresses,
     belongs to a storage as an object: an allocator may give the tensors of the next one the addresses of this one's,
-    while page table, bounds and workspace lie elsewhere.
+    while page table, metadata and workspace lie elsewhere.
 
     Args:
         keys: Of a layer with the same heads, channels and device: `[_, HKV, _, D]`; none are copied.
         values: Likewise, `[_, HKV, _, DV]`.
         batch: Sequences, B.
         length: Tokens per sequence to have room for; whole pages are made [tokens].
-        dtype: Of keys and values, and of the bounds unless the config asks for some in 8 bits.
+        dtype: Of keys and values, and of metadata of a form that keeps it in theirs, unless in 8 bits.
         config: What to read.
-        has_bounds: Whether pages are chosen from. Otherwise no bounds are kept.
+        has_metadata: Whether what is read is chosen. Otherwise no metadata is kept.
         workspaces: Scratch memory shared with the other layers of the cache.
 
     Attributes:
@@ -42,7 +42,7 @@ class KVStorage:
 
     def __init__(
         self, keys: Tensor, values: Tensor, *, batch: int, length: int, dtype: torch.dtype, config: QuestConfig,
-        has_bounds: bool, workspaces: Workspaces,
+        has_metadata: bool, workspaces: Workspaces,
     ) -> None:  # fmt: skip
         self._config = config
         self._workspaces = workspaces
@@ -52,7 +52,7 @@ class KVStorage:
             self.keys = keys.new_empty(batch, heads, pages * config.page_size, keys.shape[3], dtype=dtype)
             self.values = values.new_empty(batch, heads, pages * config.page_size, values.shape[3], dtype=dtype)
             self.metadata: Tensor | None = None
-            if has_bounds:
+            if has_metadata:
                 shape = form_of(config).shape(config.page_size, keys.shape[3])
                 stored = metadata_dtype(config, dtype)
                 self.metadata = keys.new_empty(batch, heads, pages, *shape, dtype=stored)
@@ -80,7 +80,7 @@ class KVStorage:
 
     @property
     def paged(self) -> PagedKV:
-        """Keys, values and bounds as pages; where no bounds are kept, all pages share a placeholder for theirs."""
+        """Keys, values and metadata as pages; where none is kept, all pages share a placeholder for theirs."""
         if self._paged is None:
             with torch.inference_mode(False):
                 self._paged = self._as_pages()
@@ -115,7 +115,7 @@ class KVStorage:
         return self._scratch[num_query_heads]
 
     def write(self, keys: Tensor, values: Tensor, start: int) -> None:
-        """Write the tokens from `start` on, and take them into the bounds of their pages.
+        """Write the tokens from `start` on, and take them into the metadata of their pages.
 
         Args:
             keys: `[B, HKV, T, D]`, of any dtype that `dtype` holds.
@@ -137,7 +137,7 @@ class KVStorage:
             update_page_metadata(self.paged, length, length % self._config.page_size, self._config.backend)
 
     def append(self, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
-        """Write one token of each sequence where the device says, and take it into the bounds of its page.
+        """Write one token of each sequence where the device says, and take it into the metadata of its page.
 
         Args:
             keys: `[B, HKV, 1, D]`, in `dtype`.
@@ -147,7 +147,7 @@ class KVStorage:
         if self.metadata is not None:
             append_token(self.paged, keys[:, :, 0], values[:, :, 0], lengths, self._config.backend)
             return
-        # Nobody chooses among these pages, and `append_token` knows no cache without bounds.
+        # Nobody chooses among these pages, and `append_token` knows no cache without metadata.
         if self._positions is None:
             with torch.inference_mode(False):
                 self._positions = torch.empty(lengths.shape, dtype=torch.int64, device=lengths.device)
@@ -193,7 +193,7 @@ class KVStorage:
         """Another storage, with those sequences that `pick` chooses."""
         other = KVStorage(
             self.keys, self.values, batch=batch, length=length, dtype=dtype, config=self._config,
-            has_bounds=self.metadata is not None, workspaces=self._workspaces,
+            has_metadata=self.metadata is not None, workspaces=self._workspaces,
         )  # fmt: skip
         for (old, filled), (new, _) in zip(self._used(used), other._used(used), strict=True):
             new[:, :, :filled] = pick(old[:, :, :filled])

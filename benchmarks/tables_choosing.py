@@ -1,0 +1,262 @@
+"""Print the tables of docs/choosing.md: what ways to choose keep, lose and take.
+
+    python benchmarks/tables_choosing.py --fill
+
+With `--fill` they go to the page, between their marks. The answers are those of `eval_public.py`, kept by
+`keep_runs.py`; the times those of `attention_gpu.py`. A table whose measurements are not there yet is left out, and of
+the others the columns.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from eval_public import (
+    BOUNDS,
+    CHOICE_RUNS,
+    CHOICES,
+    EXACT_PAGES,
+    EXACT_TOKENS,
+    MOMENTS,
+    RESULTS,
+    SKETCH,
+    SKETCH_8,
+)
+from marks import DOCS, fill_page
+from tables_accuracy import as_markdown, origin, tokens
+from tables_gpu import fastest_read, load, sketch_run
+from tables_gpu import origin as place
+
+from quest_attention.config import QuestConfig
+from quest_attention.eval.report import Results, read_results
+from quest_attention.forms import SketchLayout
+
+PAGE = DOCS / "choosing.md"
+PICTURE = DOCS / "figures" / "choosing.png"
+CAPTION = """\
+Down is better, and left is faster: go up from the time you have to the lowest line. The losses are those of
+Qwen2.5-Coder-0.5B, the times those of a step with the heads of Llama-3.1-8B on random keys: how much a way loses does
+not depend on the time it takes, nor the time on the model. The exact choice has no kernel. It stands at the least time
+that its bytes allow, all keys and the chosen values, at the highest rate at which a dense read of the run went."""
+LABELS = {
+    "full": "everything is read",
+    BOUNDS: "bounds, pages: the paper's Quest",
+    MOMENTS: "moments, pages",
+    SKETCH: "sketches, tokens",
+    SKETCH_8: "sketches, tokens, 8 times the budget as candidates",
+    EXACT_PAGES: "exact logits, pages (`oracle`)",
+    EXACT_TOKENS: "exact weights, tokens (`token_oracle`)",
+}
+"""Of the ways to choose, as the page has them."""
+BY_BUDGET = (BOUNDS, MOMENTS, SKETCH, EXACT_TOKENS)
+"""Those of the picture."""
+TASKS = {"needle_of_30": "one needle of 30", "niah_multikey_3": "long hexadecimal values", "niah_multikey_2": "needles"}
+SHORT = {"qwen": "Qwen", "gemma": "Gemma", "smollm2": "SmolLM2", None: "bundled model"}
+"""Of the models, in the order of columns."""
+KEPT_DIM, KEPT_PAGE, KEPT_BYTES = 128, 16, 2
+"""Channels, tokens of a page and bytes of a number in the cache, for the table of what is kept."""
+
+
+FINELY = 2.0
+"""Losses up to this have two decimals in the record of the experiments [%]."""
+
+
+class Column(NamedTuple):
+    """A case of a table.
+
+    Attributes:
+        name: As its head says it.
+        cells: Of each method that took it.
+    """
+
+    name: str
+    cells: dict[str, Any]
+
+
+def kept_runs() -> dict[str, Results]:
+    """The runs whose answers are committed."""
+    return {run.name: read_results(RESULTS / run.name) for run in CHOICE_RUNS if (RESULTS / run.name).is_dir()}
+
+
+def columns(runs: dict[str, Results], cells_of: Callable[[Results], Sequence[Any]]) -> list[Column]:
+    """Cells by case: model, length, budget and task."""
+    found: dict[tuple[int, int, str, int], dict[str, Any]] = {}
+    models = list(SHORT)
+    for run in CHOICE_RUNS:
+        cells = cells_of(runs[run.name]) if run.name in runs else ()
+        full = {getattr(cell, "task", ""): cell for cell in cells if cell.token_budget is None}
+        for cell in cells:
+            if cell.token_budget is None:
+                continue
+            task = getattr(cell, "task", "")
+            place = (models.index(run.model), -run.length, task, cell.token_budget)
+            found.setdefault(place, {"full": full[task]})[cell.method] = cell
+    named = {
+        f"{SHORT[models[model]]} {tokens(-length)}, {budget:,}{f': {TASKS[task]}' if task else ''}": cells
+        for (model, length, task, budget), cells in sorted(found.items(), key=lambda item: item[0])
+    }
+    return [Column(name, cells) for name, cells in named.items()]
+
+
+def by_way(title: str, cases: list[Column], ways: Sequence[str], show: Callable[[Any], str]) -> str:
+    """A row for each way to choose, a column for each case, and how many samples each case has."""
+    rows = [
+        [LABELS[way], *(show(case.cells[way]) if way in case.cells else "" for case in cases)]
+        for way in ways
+        if any(way in case.cells for case in cases)
+    ]
+    return as_markdown((title, *(case.name for case in cases)), [*rows, ["n", *map(count, cases)]])
+
+
+def count(case: Column) -> str:
+    """Samples of a case; a range where ways have taken different numbers."""
+    numbers = {cell.n for way, cell in case.cells.items() if way != "full"}
+    return "-".join(map(str, sorted({min(numbers), max(numbers)})))
+
+
+def more(cell: Any) -> str:
+    """Perplexity above full attention's with its interval [%]."""
+    return f"{cell.more:+.1f} ({cell.more_low:+.1f} to {cell.more_high:+.1f})"
+
+
+def right(cell: Any) -> str:
+    """Right answers with their interval [%]."""
+    return f"{cell.score:.1f} ({cell.low:.1f} to {cell.high:.1f})"
+
+
+def kept_table() -> str:
+    """What is kept of the keys of a page and KV head, and read of it to choose [bytes]."""
+    vectors = 2 * KEPT_DIM * KEPT_BYTES
+    sketch = SketchLayout.of(KEPT_PAGE, KEPT_DIM)
+    factor = QuestConfig(metadata="sketch", selection_unit="token").candidate_factor
+    rows = [
+        ["bounds", "largest and smallest key of each channel", vectors, vectors, "a page"],
+        ["moments", "mean and standard deviation of each channel", vectors, vectors, "a page"],
+        ["sketches", "two bits of each channel of each key, the page's mean", sketch.total, sketch.seconds, "a token"],
+    ]
+    shown = [
+        [name, what, str(total), f"{total / KEPT_PAGE:g}", f"{ranking / KEPT_PAGE:g}", unit]
+        for name, what, total, ranking, unit in rows
+    ]
+    head = ("form", "kept of a page", "bytes a page", "bytes a token", "of them read to rank", "chosen")
+    said = (
+        f"One KV head of {KEPT_DIM} channels, pages of {KEPT_PAGE} tokens, and a cache in 16 bits, whose keys and "
+        f"values take {vectors} bytes a token.\n"
+        f"Sketches read {sketch.row} bytes more of each candidate, of which there are {factor} times as many as the "
+        "budget has tokens."
+    )
+    return f"{as_markdown(head, shown)}\n\n{said}"
+
+
+def text_tables(runs: dict[str, Results]) -> dict[str, str]:
+    """Perplexity, where stretches of text were read."""
+    cases = columns(runs, lambda found: found.continuation)
+    return {"text": by_way("perplexity above full attention's [%]", cases, CHOICES, more)} if cases else {}
+
+
+def needle_tables(runs: dict[str, Results]) -> dict[str, str]:
+    """Facts found, where some were asked for."""
+    cases = columns(runs, lambda found: found.accuracy)
+    return {"needles": by_way("right answers [%]", cases, tuple(LABELS), right)} if cases else {}
+
+
+class Point(NamedTuple):
+    """A way to choose at a budget: a point of the picture.
+
+    Attributes:
+        token_budget: Tokens that a step reads [tokens].
+        cell: What it loses.
+        time: Of a step of one layer [us]; of the exact choice, which has no kernel, the least that its bytes allow.
+    """
+
+    token_budget: int
+    cell: Any
+    time: float
+
+
+def points(runs: dict[str, Results]) -> dict[str, list[Point]]:
+    """What each way of the picture loses and takes, by budget; nothing where one of the two was not measured."""
+    run = sketch_run()
+    rows = [] if run is None else load(run)
+    row = next((row for row in rows if "choices_us" in row), None)
+    names = ("choice_qwen_31k_budgets", "choice_qwen_31k_text")
+    if row is None or not set(names) <= set(runs):
+        return {}
+    cells = [cell for name in names for cell in runs[name].continuation if cell.token_budget is not None]
+    found: dict[str, list[Point]] = {}
+    for way, form in zip(BY_BUDGET, ("bounds", "moments", "sketch", None), strict=True):
+        for cell in sorted((cell for cell in cells if cell.method == way), key=lambda cell: cell.token_budget):
+            budget = str(cell.token_budget)
+            time = (
+                row["bytes_exact"][budget] / fastest_read(rows)
+                if form is None
+                else row["choices_us"][form][budget]["p50"]
+            )
+            found.setdefault(way, []).append(Point(cell.token_budget, cell, time))
+    return found
+
+
+def time_table(runs: dict[str, Results]) -> dict[str, str]:
+    """Times by budget, as in the picture."""
+    found = points(runs)
+    if not found:
+        return {}
+    head = ("1 x 32/8 x 32K, microseconds of a step and layer, budget", *(f"{p.token_budget:,}" for p in found[BOUNDS]))
+    rows = [
+        [LABELS[way] + (", at least" if way == EXACT_TOKENS else ""), *(f"{point.time:.1f}" for point in some)]
+        for way, some in found.items()
+    ]
+    run = sketch_run()
+    assert run is not None, "there are points"
+    return {"times": f"{as_markdown(head, rows)}\n\n{place(run)} ([JSON](../benchmarks/results/{run}))."}
+
+
+def tried_tables() -> dict[str, str]:
+    """What forms lost in the experiments that decided which is kept."""
+    record = json.loads((RESULTS.parent / "sketch_forms.json").read_text(encoding="utf-8"))
+
+    def shown(loss: float) -> str:
+        return f"{loss:+.1f}" if loss > FINELY else f"{loss:+.2f}"
+
+    def table(group: str) -> str:
+        rows = [
+            [row["form"], *(shown(row[case]) if case in row else "" for case in ("qwen", "gemma"))]
+            for row in record["rows"]
+            if row["group"] == group
+        ]
+        return as_markdown((record["settings"]["title"], "Qwen 31K, 1,024", "Gemma 31K, 256"), rows)
+
+    return {"tried": table("forms"), "tried-parts": table("parts")}
+
+
+def picture() -> dict[str, str]:
+    """The picture, once it is drawn."""
+    said = "Perplexity above full attention's against the time of a step, by way to choose and budget"
+    return {"picture": f"![{said}](figures/{PICTURE.name})\n\n{CAPTION}"} if PICTURE.exists() else {}
+
+
+def tables() -> dict[str, str]:
+    """All tables of the page by name, in order; those that can be made."""
+    runs = kept_runs()
+    made = {"kept": kept_table(), **picture(), **time_table(runs), **text_tables(runs), **needle_tables(runs)}
+    origins = {"origin": "\n\n".join(origin(results) for results in runs.values())} if runs else {}
+    return {**made, **tried_tables(), **origins}
+
+
+def main(
+    fill: Annotated[
+        bool, typer.Option("--fill", help="Put the tables between their marks in docs/choosing.md.")
+    ] = False,
+) -> None:
+    """Print the tables, or put them on their page."""
+    if fill:
+        fill_page(PAGE, tables())
+    else:
+        print("\n\n".join(tables().values()))
+
+
+if __name__ == "__main__":
+    typer.run(main)
