@@ -296,6 +296,27 @@ def gpu_moments() -> dict[str, Any]:
     return checked(llm, [prompts(4, 230)], tokens=40)
 
 
+def gpu_sketch_budget_of_the_context() -> dict[str, Any]:
+    """Single tokens by sketches with a budget that covers these rows, whose graphs hold Quest."""
+    llm = make_gpu_llm({"token_budget": 8192 - BUDGET, **SKETCH}, **GPU_ORACLE)
+    llm.collective_rpc("quest_reset")
+    return {"answers": answers(llm, gpu_texts()), "counters": llm.collective_rpc("quest_counters")}
+
+
+def gpu_sketch() -> dict[str, Any]:
+    """Single tokens by sketches, eager, with the sampled oracle: chunks beside decoding rows, then prefix hits."""
+    quest = {"token_budget": 256, **SKETCH}
+    llm = make_gpu_llm(quest, enforce_eager=True, max_num_batched_tokens=512, **GPU_ORACLE)
+    return checked(llm, [gpu_texts(), gpu_texts()], tokens=40)
+
+
+def gpu_sketch_preemption() -> dict[str, Any]:
+    """Runs of four tokens by sketches, eager, with the sampled oracle; blocks that are used again."""
+    quest = {"token_budget": BUDGET, "metadata": "sketch", "selection_unit": 4, "group_reduction": "mass"}
+    llm = make_gpu_llm(quest, enforce_eager=True, max_num_batched_tokens=512, **small_pool(53), **GPU_ORACLE)
+    return checked(llm, [prompts(4, 230)], tokens=40)
+
+
 def gpu_preemption() -> dict[str, Any]:
     """As on a CPU, with blocks of 16."""
     llm = make_gpu_llm({"token_budget": BUDGET}, enforce_eager=True, **small_pool(53), **GPU_ORACLE)
@@ -308,11 +329,16 @@ def gpu_speculation() -> dict[str, Any]:
     return checked(llm, [prompts(3, 500)], tokens=40, temperature=0.7)
 
 
-def gpu_graphs(ranks: int = 1) -> dict[str, Any]:
+def gpu_graphs(ranks: int = 1, **quest: Any) -> dict[str, Any]:
     """Decode batches from full CUDA graphs."""
-    llm = make_gpu_llm({"token_budget": 256}, tensor_parallel_size=ranks, **GPU_ORACLE)
+    llm = make_gpu_llm({"token_budget": 256, **quest}, tensor_parallel_size=ranks, **GPU_ORACLE)
     llm.collective_rpc("quest_reset")
     return {"answers": answers(llm, gpu_texts(), 40), "counters": llm.collective_rpc("quest_counters")}
+
+
+def gpu_sketch_graphs() -> dict[str, Any]:
+    """The same with single tokens by sketches, whose pages are completed in replayed steps."""
+    return gpu_graphs(**SKETCH)
 
 
 def gpu_two_ranks() -> dict[str, Any]:
@@ -343,6 +369,10 @@ SCENARIOS = [
     gpu_budget_of_the_context,
     gpu_eager,
     gpu_moments,
+    gpu_sketch_budget_of_the_context,
+    gpu_sketch,
+    gpu_sketch_preemption,
+    gpu_sketch_graphs,
     gpu_preemption,
     gpu_speculation,
     gpu_graphs,
