@@ -195,7 +195,7 @@ def sketch_pages() -> dict[str, Any]:
 def sketch_speculation() -> dict[str, Any]:
     """Sketches of pages that were written again after tokens were taken back."""
     llm = make_llm({"token_budget": BUDGET, **SKETCH}, speculative_config=FROM_PROMPT, **ORACLE)
-    return checked(llm, [prompts(2, 400)], tokens=60, temperature=0.7)
+    return checked(llm, [prompts(2, 400)], tokens=40, temperature=0.7)
 
 
 def small_pool(blocks: int) -> dict[str, Any]:

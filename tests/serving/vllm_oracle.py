@@ -24,7 +24,7 @@ from right_metadata import is_right
 
 _FLOAT32_SUM = 1e-4
 """How far two float32 sums of 128 products of unit size lie apart at most: scores closer than this may swap places."""
-_EVERY = 7
+_EVERY = 13
 """Of the calls with sketches the selection of one in so many is held to the reference, which takes bit by bit: a number
 that shares nothing with layers, so that each layer gets its turn."""
 
@@ -160,16 +160,17 @@ class Oracle:
         """Largest error of PyTorch's attention over the same tokens in the same dtype."""
         group, worst = query.shape[1] // kv.num_kv_heads, torch.finfo(torch.float32).eps
         for b, length in enumerate(lengths):
-            for head in range(query.shape[1] if length else 0):
-                units = torch.tensor(chosen[b][head // group])
+            for h in range(kv.num_kv_heads if length else 0):
+                units = torch.tensor(chosen[b][h])
                 tokens = (units[:, None] * size + torch.arange(size)).flatten()
                 tokens = tokens[tokens < length]
                 where = kv.page_table[b, tokens // kv.page_size].long(), tokens % kv.page_size
-                keys, values = (part[where][:, head // group] for part in (kv.keys, kv.values))
+                keys, values = (part[where][:, h] for part in (kv.keys, kv.values))
+                heads = slice(h * group, (h + 1) * group)  # together, as PyTorch rounds by how many there are
                 plain = F.scaled_dot_product_attention(
-                    query[b, head][None, None, None], keys[None, None], values[None, None], scale=scale
+                    query[b, heads][None, None], keys[None, None], values[None, None], scale=scale
                 )
-                worst = max(worst, float((plain[0, 0, 0].double() - exact[b, head]).abs().max()))
+                worst = max(worst, float((plain[0, 0].double() - exact[b, heads]).abs().max()))
         return worst
 
     def _fail(self, what: str) -> None:
