@@ -22,7 +22,7 @@ from quest_attention.vllm import plugin
 from quest_attention.vllm.folding import Fold
 from quest_attention.vllm.layout import BlockLayout, PaddedBlocks, Room, RowedBlocks, ask_for_room, layout_of
 from quest_attention.vllm.options import VLLMOptions, read_options
-from quest_attention.vllm.places import Places
+from quest_attention.vllm.places import Places, read_places
 from quest_attention.vllm.ranks import sparse_layers
 from quest_attention.vllm.refusals import check_vllm_config
 from quest_attention.vllm.worker import worker_label
@@ -281,7 +281,7 @@ def test_places_are_found_whatever_the_order_of_a_block(dtype: torch.dtype) -> N
     write(keys, values, cache, torch.arange(3 * tokens))
     fold, token = Fold(cache), torch.tensor([[[5, 90], [33, 2]]])  # of a row with two heads
     blocks = fold.table(torch.tensor([[0, 1, 2]], dtype=torch.int32), token // tokens).view(token.shape)
-    found = places.read(fold.records, blocks, token % tokens)
+    found = [read_places(fold.records, blocks, part[token % tokens]) for part in places]
     for part, read in zip((keys, values), found, strict=True):
         expected = torch.stack([part[token[0, head], head] for head in range(HEADS)])
         assert torch.equal(read[0], expected)

@@ -34,7 +34,7 @@ from quest_attention.serving.rows import read_lengths
 from quest_attention.vllm.builder import QuestMetadataBuilder
 from quest_attention.vllm.folding import Fold
 from quest_attention.vllm.impl import OpenCache, QuestAttentionImpl, QuestBackend
-from quest_attention.vllm.places import Places
+from quest_attention.vllm.places import Places, read_places
 from quest_attention.vllm.step import QuestStep
 
 __all__ = ["QuestCPUBackend", "QuestCPUImpl", "QuestCPUMetadataBuilder"]
@@ -135,7 +135,8 @@ class QuestCPUImpl(QuestAttentionImpl, CPUAttentionBackendImpl):
         units = selected.units.clamp(min=0).long()  # unused slots come last
         token = (units[..., None] * size + torch.arange(size)).flatten(2)  # [R, H, T]
         blocks = fold.table(kv.page_table, token // kv.page_size).view(token.shape)
-        keys, values = self._places_of(layer, opened).read(fold.records, blocks, token % kv.page_size)
+        places, offset = self._places_of(layer, opened), token % kv.page_size
+        keys, values = (read_places(fold.records, blocks, part[offset]) for part in places)
         # The last unit alone may be part-filled, and lists of a sequence are equally long.
         lengths = (selected.counts[:, 0] - 1) * size + (asked.seq_lens - 1) % size + 1
         rows, heads, tokens = token.shape
@@ -156,10 +157,10 @@ class QuestCPUImpl(QuestAttentionImpl, CPUAttentionBackendImpl):
         pages = slots[is_last] // kv.page_size
         if pages.numel() == 0:
             return
-        shape = (len(pages), kv.num_kv_heads, kv.page_size)
-        blocks = fold.table(pages[:, None], pages.new_zeros(*shape[:2], 1)).view(*shape[:2], 1).expand(shape)
-        keys, _ = self._places_of(layer, opened).read(fold.records, blocks, torch.arange(kv.page_size).expand(shape))
-        kept = kv.metadata.new_empty(*shape[:2], *kv.metadata.shape[2:])
+        shape = (len(pages), kv.num_kv_heads)
+        blocks = fold.table(pages[:, None], pages.new_zeros(*shape, 1)).view(*shape, 1)
+        keys = read_places(fold.records, blocks, self._places_of(layer, opened).keys)  # [pages, H, N, D]
+        kept = kv.metadata.new_empty(*shape, *kv.metadata.shape[2:])
         table = torch.arange(len(pages), dtype=torch.int32)[:, None]
         completed = PagedKV.from_hnd(keys, keys, kept, table, form=kv.form)
         update_page_metadata(completed, kv.page_size, kv.page_size, self._options.backend)

@@ -1,4 +1,4 @@
-"""`Places`: where the numbers of a token lie in a block of vLLM's CPU cache."""
+"""`Places`: where the numbers of a token lie in a block of vLLM's CPU cache, and `read_places`, which copies them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quest_attention.errors import UnsupportedModelError
 
-__all__ = ["Places"]
+__all__ = ["Places", "read_places"]
 
 _BASE = 256
 """Of the digits by which numbers are told apart: bfloat16, like the wider dtypes, has all integers up to it."""
@@ -66,16 +66,16 @@ class Places(NamedTuple):
             )
         return cls(*found.argsort().view(2, page_size, head_dim))
 
-    def read(self, records: Tensor, blocks: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies of keys and values.
 
-        Args:
-            records: `[B', 2 N D]`, what blocks have of single heads; see `Fold`.
-            blocks: Int32 or int64, of any shape: a record for each token.
-            offsets: Of the same shape, int64: the token's place in its block.
+def read_places(records: Tensor, blocks: Tensor, places: Tensor) -> Tensor:
+    """Copies of what lies at some places.
 
-        Returns:
-            `[*blocks.shape, D]` each.
-        """
-        at = blocks.long()[..., None]
-        return records[at, self.keys[offsets]], records[at, self.values[offsets]]
+    Args:
+        records: `[B', 2 N D]`, what blocks have of single heads; see `Fold`.
+        blocks: Int32 or int64, of any shape: a record for each token.
+        places: `[*blocks.shape, D]` int64, or what can be expanded to that: those of the tokens' numbers.
+
+    Returns:
+        `[*blocks.shape, D]`.
+    """
+    return records[blocks.long()[..., None], places]
