@@ -400,6 +400,13 @@ def test_moments_do_not_go_with_tokens_that_are_taken_back() -> None:
         check_vllm_config(a_server(additional_config=MOMENTS, speculative_config=SimpleNamespace(method="ngram")), CPU)
 
 
+@pytest.mark.parametrize("unit", ["page", "token", 4])
+def test_sketches_go_with_tokens_that_are_taken_back(unit: SelectionUnit) -> None:
+    """A page is sketched from the cache when it is complete, once more after its tokens were written again."""
+    quest = {"quest": {"metadata": "sketch", "selection_unit": unit}}
+    check_vllm_config(a_server(additional_config=quest, speculative_config=SimpleNamespace(method="ngram")), CPU)
+
+
 def test_a_backend_that_cannot_run_here_is_refused_before_a_request() -> None:
     with pytest.raises(BackendError, match=r"quest\.backend: got 'triton', expected 'auto' or 'torch' here"):
         check_vllm_config(
@@ -433,6 +440,14 @@ def test_a_backend_that_cannot_be_captured_is_refused_on_a_gpu() -> None:
         ({"cache_config": {"kv_offloading_size": 1.0}}, "kv_offloading_size: got 1.0"),
         ({"parallel_config": {"pipeline_parallel_size": 2}}, "pipeline_parallel_size: got 2"),
         ({"additional_config": {"Quest": {}}}, "additional_config: got 'Quest', expected 'quest', in small letters"),
+        (
+            {"additional_config": {"quest": {"metadata": "moments", "selection_unit": "token"}}},
+            r"^quest\.selection_unit: got 'token', expected page for moments, which scores pages",
+        ),
+        (
+            {"additional_config": {"quest": {"metadata": "sketch", "token_budget": 31}}},
+            r"^quest\.token_budget: got 31, expected at least 32: 2 forced pages of 16 tokens \(a page is a block",
+        ),
         ({"model_config": {"rswa_window": 64}}, "whose every layer is causal and reads everything"),
         ({"speculative_config": SimpleNamespace(method="suffix")}, "speculative_config.method: got 'suffix'"),
         ({"speculative_config": SimpleNamespace(method="eagle3")}, "speculative_config.method: got 'eagle3'"),
