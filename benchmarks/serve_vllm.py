@@ -1,13 +1,15 @@
 """Time decoding inside vLLM, its FlashAttention backend against Quest in the same settings, with random weights.
 
     python benchmarks/serve_vllm.py --output benchmarks/results/serve_vllm.json
+    python benchmarks/serve_vllm.py --bounds kv --sketch 512 --batches 1,4,16,most  # and single tokens by sketches
 
 An engine for each arm, in a process of its own. Each case is a number of sequences with contexts of their own, which a
 first pass puts into the prefix cache; in the timed ones, several a case, the engine waits until it has all of them, so
 that they begin and decode together. Latency is the time between two tokens of a sequence, throughput that of all. The
 run fails where Quest did not read pages, where its decode steps were not replayed from graphs, or where sequences were
 preempted. "most" is as many sequences as the cache of Quest, which is the smaller one, holds of a context and ROOM
-tokens each; a case of more than that is left out, which the table and the record say.
+tokens each; with sketches, which take more of it than bounds, the cache of theirs. A case of more than that is left
+out, which the table and the record say.
 """
 
 from __future__ import annotations
@@ -39,6 +41,9 @@ ROOM = 512
 """Tokens that a sequence may grow beyond its context, or less [tokens]."""
 STOCK = "stock"
 """The arm without Quest."""
+QUEST = "quest"
+SKETCH = "sketch"
+"""What the names of the arms with bounds and with sketches begin with."""
 DEVICES = ("cuda", "cpu")
 MOST_EAGER = 8
 """Decode steps of a timed pass that may run outside of a graph: those that prompts share with decoding rows."""
@@ -155,9 +160,11 @@ def check_counters(llm: Any, batch: int, options: dict[str, Any], *, is_gpu: boo
 
 
 def check_arguments(
-    contexts: str, batches: str, bounds: str, budget: int, device: str
-) -> tuple[list[int], tuple[str, ...], tuple[str, ...]]:
+    contexts: str, batches: str, bounds: str, sketch: str, budget: int, device: str
+) -> tuple[list[int], tuple[str, ...], list[dict[str, Any]]]:
     """Contexts, batches and arms of Quest, before an engine starts.
+
+    Those arms come first whose cache holds fewest tokens: they say how many sequences fit.
 
     Raises:
         QuestValueError: One is wrong.
@@ -165,8 +172,10 @@ def check_arguments(
     if device not in DEVICES:
         raise QuestValueError("device", device, " or ".join(DEVICES))
     numbers = integers("contexts", contexts)
-    if min(numbers) <= budget:
-        raise QuestValueError("contexts", min(numbers), f"more than the budget of {budget}: less is read whole")
+    budgets = integers("sketch", sketch) if sketch else []
+    largest = max([budget, *budgets])
+    if min(numbers) <= largest:
+        raise QuestValueError("contexts", min(numbers), f"more than the budget of {largest}: less is read whole")
     names, kinds = split_list(batches), split_list(bounds)
     if not names:
         raise QuestValueError("batches", batches, f"positive integers or {MOST!r}, parted by commas")
@@ -175,9 +184,14 @@ def check_arguments(
             integers("batches", name)
     if not kinds:
         raise QuestValueError("bounds", bounds, "'kv', 'fp8' or both")
+    by_token = {"metadata": "sketch", "selection_unit": "token"}
+    arms = [{"name": f"{SKETCH}-{tokens}", "budget": tokens, "quest": by_token} for tokens in budgets]
     for kind in kinds:
-        QuestConfig.from_dict({"token_budget": budget, "metadata_dtype": kind})
-    return numbers, names, kinds
+        name = f"{QUEST}-{budget}" + ("" if kind == "kv" else f"-{kind}")
+        arms.append({"name": name, "budget": budget, "quest": {"metadata_dtype": kind}})
+    for arm in arms:
+        QuestConfig.from_dict({"token_budget": arm["budget"], **arm["quest"]})
+    return numbers, names, arms
 
 
 def run_arm(options: dict[str, Any]) -> dict[str, Any]:
@@ -195,10 +209,13 @@ def main(
     model: Annotated[str, typer.Option(help="Shape.")] = "llama-3.1-8b",
     contexts: Annotated[str, typer.Option(help="Tokens of a context, comma-separated.")] = ",".join(map(str, CONTEXTS)),
     batches: Annotated[str, typer.Option(help="Sequences at once, comma-separated.")] = ",".join(BATCHES),
-    budget: Annotated[int, typer.Option(help="Token budget of Quest.", min=1)] = 2048,
+    budget: Annotated[int, typer.Option(help="Token budget of Quest with bounds.", min=1)] = 2048,
     tokens: Annotated[int, typer.Option(help="Tokens that each sequence writes.", min=2, max=ROOM)] = 128,
     repeats: Annotated[int, typer.Option(help="Timed passes of a case.", min=1)] = 5,
     bounds: Annotated[str, typer.Option(help="Arms of Quest by the dtype of bounds, comma-separated.")] = "kv,fp8",
+    sketch: Annotated[
+        str, typer.Option(help="Arms that read single tokens by sketches: their token budgets, comma-separated.")
+    ] = "",
     quantization: Annotated[str | None, typer.Option(help="Of weights, as vLLM names it: fp8.")] = None,
     tensor_parallel: Annotated[int, typer.Option(help="GPUs.", min=1)] = 1,
     device: Annotated[str, typer.Option(help="cuda, or cpu to try the script out.")] = "cuda",
@@ -206,7 +223,7 @@ def main(
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Time vLLM with and without Quest."""
-    lengths, sequences, kinds = check_arguments(contexts, batches, bounds, budget, device)
+    lengths, sequences, quest = check_arguments(contexts, batches, bounds, sketch, budget, device)
     shared: dict[str, Any] = {
         "model": check_shape(model),
         "contexts": lengths,
@@ -218,15 +235,8 @@ def main(
         "device": device,
         "seed": seed,
     }
-    quest = [
-        {
-            "name": f"quest-{budget}" + ("" if kind == "kv" else f"-{kind}"),
-            "budget": budget,
-            "quest": {"metadata_dtype": kind},
-        }
-        for kind in kinds
-    ]
-    settings = {**shared, "token_budget": budget, "num_dense_layers": 2}
+    asked = {arm["name"]: {"token_budget": arm["budget"], **arm["quest"]} for arm in quest}
+    settings = {**shared, "token_budget": budget, "num_dense_layers": 2, "arms": asked}
     most: dict[str, int] = {}
     found: dict[str, Any] = {}
     for arm in [*quest, {"name": STOCK, "budget": 0, "quest": {}}]:  # Quest first: it says how many sequences fit
@@ -257,7 +267,8 @@ def compare(found: dict[str, Any]) -> list[dict[str, Any]]:
             base = stock.get((row["context"], row["batch"]))
             ratio = None if base is None else base["ms_between_tokens"]["p50"] / row["ms_between_tokens"]["p50"]
             rows.append({"arm": name, **row, "ratio_to_stock": ratio})
-    return sorted(rows, key=lambda row: (row["context"], row["batch"], row["arm"] != STOCK))
+    kinds = (STOCK, QUEST, SKETCH)
+    return sorted(rows, key=lambda row: (row["context"], row["batch"], kinds.index(row["arm"].split("-")[0])))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from typing import Any
 from tables_gpu import Rows, as_markdown, load
 
 STOCK = "stock"
-HEAD = ("context, sequences", "stock", "Quest", "", "tokens/s, stock", "Quest", "")
 
 
 def case(row: dict[str, Any]) -> str:
@@ -19,24 +18,35 @@ def case(row: dict[str, Any]) -> str:
     return f"{context // 1024}K x {row['batch']}" if context % 1024 == 0 else f"{context} x {row['batch']}"
 
 
+def headings(arms: list[str]) -> list[str]:
+    """What columns of arms are called: Quest where it is one, else by what is kept and the budget."""
+    if len(arms) == 1:
+        return ["Quest"]
+    called = []
+    for arm in arms:
+        kind, budget, *dtype = arm.split("-")
+        kept = {"quest": "bounds", "sketch": "sketch"}[kind] + (" in 8 bits" if dtype else "")
+        called.append(f"{kept}, {int(budget):,}")
+    return called
+
+
 def latency_table(rows: Rows) -> str:
     """Milliseconds between two tokens of a sequence, and tokens a second of all, without and with Quest."""
-    stock = {case(row): row for row in rows if row["arm"] == STOCK}
-    quest = [row for row in rows if row["arm"] != STOCK]
-    is_one_arm = len({row["arm"] for row in quest}) == 1
+    arms = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm != STOCK]
+    of_case: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        of_case.setdefault(case(row), {})[row["arm"]] = row
+    called = [cell for name in headings(arms) for cell in (name, "")]
     cells = []
-    for row in quest:
-        base = stock[case(row)]
-        cells.append(
-            [
-                case(row) if is_one_arm else f"{case(row)}, {row['arm']}",
-                *(f"{one['ms_between_tokens']['p50']:.2f}" for one in (base, row)),
-                f"{row['ratio_to_stock']:.2f}x",
-                *(f"{one['tokens_per_second']:,.0f}" for one in (base, row)),
-                f"{row['tokens_per_second'] / base['tokens_per_second']:.2f}x",
-            ]
-        )
-    return as_markdown(HEAD, cells)
+    for name, found in of_case.items():
+        base, quest = found[STOCK], [found[arm] for arm in arms]
+        times, rates = [f"{base['ms_between_tokens']['p50']:.2f}"], [f"{base['tokens_per_second']:,.0f}"]
+        for row in quest:
+            times += [f"{row['ms_between_tokens']['p50']:.2f}", f"{row['ratio_to_stock']:.2f}x"]
+            ratio = row["tokens_per_second"] / base["tokens_per_second"]
+            rates += [f"{row['tokens_per_second']:,.0f}", f"{ratio:.2f}x"]
+        cells.append([name, *times, *rates])
+    return as_markdown(("context, sequences", "stock", *called, "tokens/s, stock", *called), cells)
 
 
 def tables() -> list[str]:

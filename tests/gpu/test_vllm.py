@@ -48,7 +48,7 @@ def assert_sampled(found: dict[str, Any], least: int = 10) -> None:
     assert 0 < oracle["worst"] <= 1
     assert oracle["seen"]["rows"] > least
     assert counters["sparse_rows"] > 0
-    assert counters["pages_read"] < counters["pages_held"]
+    assert counters["tokens_read"] < counters["tokens_held"]
 
 
 def test_a_budget_of_the_context_gives_the_stock_backends_tokens() -> None:
@@ -71,6 +71,36 @@ def test_moments_are_those_of_the_keys() -> None:
     found = scenario("gpu_moments")
     assert_sampled(found)
     assert found["metrics"]["num_preemptions"] > 0
+
+
+def test_sketches_with_a_budget_of_the_context_give_the_stock_backends_keys() -> None:
+    found = scenario("gpu_sketch_budget_of_the_context")
+    (counters,) = found["counters"]
+    assert counters["sparse_rows"] == 0 < counters["dense_rows"]
+    assert counters["tokens_read"] == counters["tokens_held"]
+    assert found_keys(found["answers"]) == found_keys(scenario("gpu_stock")["answers"])
+
+
+def test_single_tokens_by_sketches_are_the_oracles() -> None:
+    found = scenario("gpu_sketch")
+    assert_sampled(found, 100)
+    assert found["metrics"]["prefix_cache_hits"] > 1000
+    assert "pages_read" not in found["counters"][0]
+
+
+def test_runs_of_four_tokens_by_sketches_after_preemption() -> None:
+    found = scenario("gpu_sketch_preemption")
+    assert_sampled(found)
+    assert found["metrics"]["num_preemptions"] > 0
+
+
+def test_steps_with_sketches_are_replayed_from_graphs() -> None:
+    found = scenario("gpu_sketch_graphs")
+    (counters,) = found["counters"]
+    assert counters["sparse_rows"] > 100
+    assert counters["eager_steps"] < 10  # steps in which prompts joined
+    assert counters["tokens_read"] < counters["tokens_held"] / 4
+    assert found_keys(found["answers"]) == found_keys(scenario("gpu_sketch")["answers"][0])
 
 
 def test_preempted_rows_and_blocks_used_again() -> None:

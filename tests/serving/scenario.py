@@ -157,6 +157,47 @@ def moments() -> dict[str, Any]:
     return checked(make_llm(quest, max_num_batched_tokens=192, **pool, **ORACLE), [texts, texts[2:]], tokens=40)
 
 
+SKETCH = {"metadata": "sketch", "selection_unit": "token"}
+
+
+def sketch_budget_of_the_context() -> dict[str, Any]:
+    """Single tokens by sketches, with a budget that these rows fit."""
+    quest = {"token_budget": MAX_MODEL_LEN - BLOCK, **SKETCH}
+    llm = make_llm(quest, worker_extension_cls="quest_attention.vllm.worker.QuestWorkerExtension")
+    return {
+        "answers": answers(llm, prompts(3, 600) + prompts(2, 40)),
+        "counters": llm.collective_rpc("quest_counters"),
+    }
+
+
+def sketch_prefix_and_chunks() -> dict[str, Any]:
+    """Single tokens by sketches: prompts in chunks beside rows that decode, then out of the prefix cache, then anew."""
+    llm = make_llm({"token_budget": BUDGET, **SKETCH}, max_num_batched_tokens=192, **ORACLE)
+    texts = prompts(2, 600) + prompts(1, 40)
+    return checked(llm, [texts, texts])
+
+
+def sketch_preemption() -> dict[str, Any]:
+    """Runs of four tokens by sketches, in bf16 and by mass: preempted rows, blocks used again and prefix hits."""
+    quest = {"token_budget": BUDGET, "metadata": "sketch", "selection_unit": 4, "group_reduction": "mass"}
+    pool = {**small_pool(26), "enable_prefix_caching": True}
+    texts = prompts(4, 230)
+    llm = make_llm(quest, dtype="bfloat16", max_num_batched_tokens=192, **pool, **ORACLE)
+    return checked(llm, [texts, texts[2:]], tokens=40)
+
+
+def sketch_pages() -> dict[str, Any]:
+    """Whole pages by sketches, ranked in one stage: vLLM's kernel attends."""
+    quest = {"token_budget": BUDGET, "metadata": "sketch", "candidate_factor": 0}
+    return checked(make_llm(quest, **ORACLE), [prompts(2, 400)])
+
+
+def sketch_speculation() -> dict[str, Any]:
+    """Sketches of pages that were written again after tokens were taken back."""
+    llm = make_llm({"token_budget": BUDGET, **SKETCH}, speculative_config=FROM_PROMPT, **ORACLE)
+    return checked(llm, [prompts(2, 400)], tokens=40, temperature=0.7)
+
+
 def small_pool(blocks: int) -> dict[str, Any]:
     """Options of a pool of so few blocks that two rows of 400 tokens fit as they begin, and not as they end."""
     return {"num_gpu_blocks_override": blocks, "max_model_len": 448, "enable_prefix_caching": False}
@@ -176,6 +217,18 @@ def adapter_of_a_gpu() -> dict[str, Any]:
     oracle = {"worker_extension_cls": "gpu_on_cpu.SimulatedOracle"}
     llm = make_llm({"token_budget": BUDGET}, dtype="bfloat16", max_num_batched_tokens=192, block_size=16, **oracle)
     texts = prompts(3, 400) + prompts(1, 40)
+    return {**checked(llm, [texts, texts]), "planned": llm.collective_rpc("plan_a_capture")}
+
+
+def adapter_of_a_gpu_with_sketches() -> dict[str, Any]:
+    """The same with sketches, by which single tokens are read."""
+    from quest_attention.vllm import plugin
+
+    plugin._BACKENDS["cpu"] = "gpu_on_cpu.SimulatedBackend"
+    oracle = {"worker_extension_cls": "gpu_on_cpu.SimulatedOracle"}
+    quest = {"token_budget": BUDGET, **SKETCH}
+    llm = make_llm(quest, dtype="bfloat16", max_num_batched_tokens=192, block_size=16, **oracle)
+    texts = prompts(2, 400) + prompts(1, 40)
     return {**checked(llm, [texts, texts]), "planned": llm.collective_rpc("plan_a_capture")}
 
 
@@ -243,6 +296,27 @@ def gpu_moments() -> dict[str, Any]:
     return checked(llm, [prompts(4, 230)], tokens=40)
 
 
+def gpu_sketch_budget_of_the_context() -> dict[str, Any]:
+    """Single tokens by sketches with a budget that covers these rows, whose graphs hold Quest."""
+    llm = make_gpu_llm({"token_budget": 8192 - BUDGET, **SKETCH}, **GPU_ORACLE)
+    llm.collective_rpc("quest_reset")
+    return {"answers": answers(llm, gpu_texts()), "counters": llm.collective_rpc("quest_counters")}
+
+
+def gpu_sketch() -> dict[str, Any]:
+    """Single tokens by sketches, eager, with the sampled oracle: chunks beside decoding rows, then prefix hits."""
+    quest = {"token_budget": 256, **SKETCH}
+    llm = make_gpu_llm(quest, enforce_eager=True, max_num_batched_tokens=512, **GPU_ORACLE)
+    return checked(llm, [gpu_texts(), gpu_texts()], tokens=40)
+
+
+def gpu_sketch_preemption() -> dict[str, Any]:
+    """Runs of four tokens by sketches, eager, with the sampled oracle; blocks that are used again."""
+    quest = {"token_budget": BUDGET, "metadata": "sketch", "selection_unit": 4, "group_reduction": "mass"}
+    llm = make_gpu_llm(quest, enforce_eager=True, max_num_batched_tokens=512, **small_pool(53), **GPU_ORACLE)
+    return checked(llm, [prompts(4, 230)], tokens=40)
+
+
 def gpu_preemption() -> dict[str, Any]:
     """As on a CPU, with blocks of 16."""
     llm = make_gpu_llm({"token_budget": BUDGET}, enforce_eager=True, **small_pool(53), **GPU_ORACLE)
@@ -255,11 +329,16 @@ def gpu_speculation() -> dict[str, Any]:
     return checked(llm, [prompts(3, 500)], tokens=40, temperature=0.7)
 
 
-def gpu_graphs(ranks: int = 1) -> dict[str, Any]:
+def gpu_graphs(ranks: int = 1, **quest: Any) -> dict[str, Any]:
     """Decode batches from full CUDA graphs."""
-    llm = make_gpu_llm({"token_budget": 256}, tensor_parallel_size=ranks, **GPU_ORACLE)
+    llm = make_gpu_llm({"token_budget": 256, **quest}, tensor_parallel_size=ranks, **GPU_ORACLE)
     llm.collective_rpc("quest_reset")
     return {"answers": answers(llm, gpu_texts(), 40), "counters": llm.collective_rpc("quest_counters")}
+
+
+def gpu_sketch_graphs() -> dict[str, Any]:
+    """The same with single tokens by sketches, whose pages are completed in replayed steps."""
+    return gpu_graphs(**SKETCH)
 
 
 def gpu_two_ranks() -> dict[str, Any]:
@@ -277,13 +356,23 @@ SCENARIOS = [
     preemption,
     moments,
     speculation,
+    sketch_budget_of_the_context,
+    sketch_prefix_and_chunks,
+    sketch_preemption,
+    sketch_pages,
+    sketch_speculation,
     adapter_of_a_gpu,
+    adapter_of_a_gpu_with_sketches,
     tensor_parallel,
     one_rank,
     gpu_stock,
     gpu_budget_of_the_context,
     gpu_eager,
     gpu_moments,
+    gpu_sketch_budget_of_the_context,
+    gpu_sketch,
+    gpu_sketch_preemption,
+    gpu_sketch_graphs,
     gpu_preemption,
     gpu_speculation,
     gpu_graphs,

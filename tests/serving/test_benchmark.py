@@ -25,15 +25,18 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
-def test_both_arms_are_timed_and_what_does_not_fit_is_said(tmp_path: Path) -> None:
+def test_all_arms_are_timed_and_what_does_not_fit_is_said(tmp_path: Path) -> None:
     output = tmp_path / "served.json"
-    done = run(*TINY, "--batches", "1,1000000", "--repeats", "2", "--output", str(output))
+    done = run(*TINY, "--sketch", "64", "--batches", "1,1000000", "--repeats", "2", "--output", str(output))
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads(output.read_text(encoding="utf-8"))
-    stock, quest = record["rows"]
-    assert (stock["arm"], quest["arm"]) == ("stock", "quest-128")
-    (counters,) = quest["counters"]
-    assert counters["sparse_rows"] == 2 * 7  # the first token comes with the prompt
+    assert [row["arm"] for row in record["rows"]] == ["stock", "quest-128", "sketch-64"]
+    for row, budget in zip(record["rows"][1:], (128, 64), strict=True):
+        (counters,) = row["counters"]
+        assert counters["sparse_rows"] == 2 * 7  # the first token comes with the prompt
+        assert counters["tokens_read"] == budget * 2 * 7
+    pools = [record["settings"]["engines"][arm]["pool_tokens"] for arm in ("sketch-64", "quest-128", "stock")]
+    assert pools == sorted(pools)  # so that what the first holds fits the others
     for engine in record["settings"]["engines"].values():
         (left,) = engine["left_out"]
         assert left["batch"] == 1000000 > left["most"]
@@ -49,6 +52,9 @@ def test_both_arms_are_timed_and_what_does_not_fit_is_said(tmp_path: Path) -> No
         (("--batches", ""), "batches: got ''"),
         (("--batches", "most,0"), "batches: got '0'"),
         (("--bounds", ""), "bounds: got ''"),
+        (("--sketch", "0"), "sketch: got '0'"),
+        (("--sketch", "8192"), "contexts: got 8192, expected more than the budget of 8192"),
+        (("--sketch", "16"), "token_budget: got 16, expected at least 32"),
         (("--bounds", "int4"), "metadata_dtype: got 'int4'"),
     ],
 )

@@ -42,7 +42,7 @@ def assert_checked(found: dict[str, Any], *, ranks: int = 1, layers: int = NUM_S
         assert 0 < oracle["worst"] <= 1
         assert counters["sparse_rows"] > 0
         assert oracle["seen"]["rows past the budget"] == layers * counters["sparse_rows"]
-        assert counters["pages_read"] < counters["pages_held"]
+        assert counters["tokens_read"] < counters["tokens_held"]
 
 
 def test_nothing_changes_where_nobody_asks() -> None:
@@ -105,6 +105,51 @@ def test_speculated_tokens_that_are_taken_back_leave_bounds_that_bound() -> None
     assert seen["pages with exact bounds"] < seen["pages"]  # wider ones were there, and held
 
 
+def test_sketches_with_a_budget_of_the_context_give_the_stock_backends_tokens() -> None:
+    found = scenario("sketch_budget_of_the_context")
+    assert found["answers"] == scenario("stock")["answers"]
+    (counters,) = found["counters"]
+    assert counters["sparse_rows"] == 0 < counters["dense_rows"]
+    assert counters["tokens_read"] == counters["tokens_held"] > 0 and "pages_read" not in counters
+
+
+def test_single_tokens_by_sketches_in_chunks_and_out_of_the_prefix_cache() -> None:
+    found = scenario("sketch_prefix_and_chunks")
+    assert_checked(found)
+    first, again = found["answers"]
+    assert first == again
+    assert found["metrics"]["prefix_cache_hits"] > 1000
+    (counters,), (oracle,) = found["counters"], found["oracle"]
+    assert counters["tokens_read"] < counters["tokens_held"] / 4
+    assert oracle["seen"]["selections"] > 0 < oracle["seen"]["rows within it"]
+
+
+def test_runs_of_four_tokens_after_preemption_and_in_blocks_used_again() -> None:
+    found = scenario("sketch_preemption")
+    assert_checked(found)
+    first, again = found["answers"]
+    assert first[2:] == again
+    assert found["metrics"]["num_preemptions"] > 0
+    assert found["metrics"]["prefix_cache_hits"] > 0
+    (counters,), (oracle,) = found["counters"], found["oracle"]
+    assert counters["tokens_read"] == 128 * counters["sparse_rows"]  # the budget, and no row was within it
+    assert counters["dense_rows"] == 0 < oracle["seen"]["selections"]
+
+
+def test_whole_pages_by_sketches() -> None:
+    found = scenario("sketch_pages")
+    assert_checked(found)
+    (counters,) = found["counters"]
+    assert counters["tokens_read"] == 32 * counters["pages_read"]
+
+
+def test_speculated_tokens_that_are_taken_back_are_in_no_sketch() -> None:
+    found = scenario("sketch_speculation")
+    assert_checked(found)
+    drafted, accepted = (found["metrics"][f"spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted"))
+    assert accepted < drafted
+
+
 def test_bfloat16_forced_pages_and_bounds_in_8_bits() -> None:
     assert_checked(scenario("bfloat16"), layers=6)
 
@@ -118,8 +163,17 @@ def test_the_adapter_of_a_gpu_over_pytorchs_verbs() -> None:
     assert seen["pages with exact bounds"] == seen["pages"]
 
 
-def test_a_captured_batch_of_a_gpu_runs_quest_whatever_its_lengths_were() -> None:
-    assert scenario("adapter_of_a_gpu")["planned"] == [[0, 4, 0]]
+def test_the_adapter_of_a_gpu_with_sketches() -> None:
+    found = scenario("adapter_of_a_gpu_with_sketches")
+    assert_checked(found)
+    assert found["answers"][0] == found["answers"][1]
+    (seen,) = (oracle["seen"] for oracle in found["oracle"])
+    assert seen["rows within it"] > 0 < seen["selections"]
+
+
+@pytest.mark.parametrize("name", ["adapter_of_a_gpu", "adapter_of_a_gpu_with_sketches"])
+def test_a_captured_batch_of_a_gpu_runs_quest_whatever_its_lengths_were(name: str) -> None:
+    assert scenario(name)["planned"] == [[0, 4, 0]]
 
 
 def test_two_ranks_each_with_its_own_heads() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 from dataclasses import dataclass
 from fractions import Fraction
 from types import SimpleNamespace
@@ -12,14 +13,16 @@ import pytest
 import torch
 
 from quest_attention import BackendError, QuestConfig, QuestValueError, UnsupportedModelError
-from quest_attention.config import Metadata
-from quest_attention.forms import FP8, KEY_MAX, KEY_MIN, TwoVectors, form_of, metadata_dtype
-from quest_attention.ops import update_slot_metadata
+from quest_attention.config import Metadata, SelectionUnit
+from quest_attention.forms import form_of
+from quest_attention.ops import append_slots
 from quest_attention.pages import PagedKV
+from quest_attention.serving.options import QuestOptions
 from quest_attention.vllm import plugin
 from quest_attention.vllm.folding import Fold
-from quest_attention.vllm.layout import PaddedBlocks, RowedBlocks, layout_of
+from quest_attention.vllm.layout import BlockLayout, PaddedBlocks, Room, RowedBlocks, ask_for_room, layout_of
 from quest_attention.vllm.options import VLLMOptions, read_options
+from quest_attention.vllm.places import Places, read_places
 from quest_attention.vllm.ranks import sparse_layers
 from quest_attention.vllm.refusals import check_vllm_config
 from quest_attention.vllm.worker import worker_label
@@ -63,18 +66,13 @@ def test_a_budget_that_cannot_hold_what_is_always_read_names_the_block(sinks: in
         VLLMOptions.from_mapping({"token_budget": 2, "num_sink_pages": 2})  # whatever the size of a block
 
 
-@pytest.mark.parametrize("unit", ["token", 4, "pages"])
-def test_vllm_reads_whole_blocks(unit: str | int) -> None:
-    given = {"quest": {"selection_unit": unit, "metadata": "sketch"}}
-    with pytest.raises(QuestValueError, match=rf"^quest\.selection_unit: got {unit!r}, expected 'page': inside vLLM"):
-        read_options(SimpleNamespace(additional_config=given))
-    assert VLLMOptions.from_mapping({"selection_unit": "page"}).config(16) == QuestConfig()
-    with pytest.raises(
-        QuestValueError, match=r"^quest\.metadata: got 'sketch', expected bounds or moments: inside vLLM"
-    ):
-        VLLMOptions.from_mapping({"metadata": "sketch"})
+@pytest.mark.parametrize("unit", ["page", "token", 4])
+def test_what_is_selected_by_sketches_is_an_option(unit: SelectionUnit) -> None:
+    options = read_options(SimpleNamespace(additional_config={"quest": {"metadata": "sketch", "selection_unit": unit}}))
+    assert options is not None
+    assert options.config(32) == QuestConfig(page_size=32, metadata="sketch", selection_unit=unit)
     with pytest.raises(QuestValueError, match=r"additional_config\.selection_unit"):
-        read_options(SimpleNamespace(additional_config={"quest": {}, "selection_unit": "page"}))
+        read_options(SimpleNamespace(additional_config={"quest": {}, "selection_unit": unit}))
 
 
 def test_a_page_size_is_vllms_to_set() -> None:
@@ -88,66 +86,132 @@ def test_a_server_that_asks_for_nothing_and_one_that_asks_for_the_defaults() -> 
     assert read_options(SimpleNamespace(additional_config={"quest": {}})) == VLLMOptions()
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-def test_a_row_more_in_each_block(fp8: bool) -> None:
-    layout = layout_of((0, 32))
-    assert isinstance(layout, RowedBlocks)
-    assert layout.customize(FullAttentionSpec()).tokens_per_state == Fraction(TOKENS, TOKENS + 1)
-    cache = torch.zeros(BLOCKS, HEADS, TOKENS + 1, 2 * DIM, dtype=torch.bfloat16)
-    assert_parts(layout.split(cache, HEADS, DIM, FP8 if fp8 else cache.dtype), cache, fp8=fp8)
+def test_a_release_has_its_layout() -> None:
+    assert isinstance(layout_of((0, 25)), PaddedBlocks)
+    assert isinstance(layout_of((0, 32)), RowedBlocks)
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("device", ["gpu", "cpu"])
-def test_padding_at_the_end_of_each_block(device: str, fp8: bool) -> None:
-    layout = layout_of((0, 25))
-    assert isinstance(layout, PaddedBlocks)
-    shape = (2, TOKENS, HEADS, DIM) if device == "gpu" else (HEADS, TOKENS, 2 * DIM)
-    taken, room = 2 * TOKENS * HEADS * DIM, 2 * HEADS * DIM
-    storage = torch.zeros(BLOCKS, taken + room, dtype=torch.bfloat16)
-    cache = storage[:, :taken].view(BLOCKS, *shape)
-    assert_parts(layout.split(cache, HEADS, DIM, FP8 if fp8 else cache.dtype), storage, fp8=fp8)
+FORMS: list[dict[str, Any]] = [
+    {}, {"metadata_dtype": "fp8"}, {"metadata": "moments"}, {"metadata": "sketch"},
+]  # fmt: skip
 
 
-def assert_parts(parts: Any, storage: torch.Tensor, *, fp8: bool) -> None:
-    """Every number of a block belongs to one of keys, values and bounds, and nothing to two."""
+def room_of(options: dict[str, Any], dim: int = DIM, dtype: torch.dtype = torch.bfloat16, tokens: int = TOKENS) -> Room:
+    return Room.of(QuestOptions(options).config(tokens), dim, dtype)
+
+
+def make_blocks(kind: str, room: Room) -> tuple[BlockLayout, torch.Tensor, torch.Tensor]:
+    """A layout, a layer's cache as vLLM makes it for what the layout asked for, and the memory behind it, of ones."""
+    heads_last, padded = kind in ("gpu", "rows"), kind in ("gpu", "cpu")
+    layout = layout_of((0, 25) if padded else (0, 32))
+    spec = layout.with_room(FullAttentionSpec(), room)
+    if not padded:
+        states = int(TOKENS / spec.tokens_per_state)
+        assert states * spec.tokens_per_state == TOKENS, "whole rows"
+        shape = (BLOCKS, states, HEADS, 2 * DIM) if heads_last else (BLOCKS, HEADS, states, 2 * DIM)
+        storage = torch.ones(shape, dtype=spec.dtype)
+        return layout, storage.transpose(1, 2) if heads_last else storage, storage
+    storage = torch.ones(BLOCKS, spec.page_size_padded // spec.dtype.itemsize, dtype=spec.dtype)
+    shape = (2, TOKENS, HEADS, DIM) if heads_last else (HEADS, TOKENS, 2 * DIM)
+    return layout, storage[:, : 2 * TOKENS * HEADS * DIM].view(BLOCKS, *shape), storage
+
+
+@pytest.mark.parametrize("options", FORMS, ids=str)
+@pytest.mark.parametrize("kind", ["gpu", "cpu", "rows", "heads"])
+def test_a_block_holds_keys_values_and_what_its_form_keeps(kind: str, options: dict[str, Any]) -> None:
+    """No byte belongs to two of them, and none but the last ones of a room to nobody."""
+    room = room_of(options)
+    layout, cache, storage = make_blocks(kind, room)
+    parts = layout.split(cache, HEADS, DIM, room)
     assert parts.keys.shape == parts.values.shape == (BLOCKS, TOKENS, HEADS, DIM)
-    assert parts.metadata.shape == (BLOCKS, HEADS, 2, DIM)
-    assert parts.metadata.dtype == (FP8 if fp8 else torch.bfloat16)
-    parts.keys.fill_(1)
-    parts.values.fill_(2)
-    parts.metadata[:, :, KEY_MAX] = 3
-    parts.metadata[:, :, KEY_MIN] = -3
-    assert (parts.keys == 1).all() and (parts.values == 2).all()
-    assert parts.stock.numel() == parts.keys.numel() + parts.values.numel()
+    assert parts.metadata.shape == (BLOCKS, HEADS, *room.shape)
+    assert parts.metadata.dtype == room.dtype
     assert parts.stock.data_ptr() == storage.data_ptr()
-    if not fp8:
-        counted = [int((storage == value).sum()) for value in (1, 2, 3, -3)]
-        assert counted == [BLOCKS * TOKENS * HEADS * DIM] * 2 + [BLOCKS * HEADS * DIM] * 2
-        assert sum(counted) == storage.numel()
+    assert parts.stock.numel() == parts.keys.numel() + parts.values.numel()
+    taken = []
+    for part in (parts.keys, parts.values, parts.metadata):
+        storage.zero_()
+        part.view(torch.uint8).fill_(1)
+        taken.append(storage.view(torch.uint8) == 1)
+    sizes = [BLOCKS * TOKENS * HEADS * DIM * cache.element_size()] * 2 + [BLOCKS * HEADS * room.num_bytes]
+    assert [int(one.sum()) for one in taken] == sizes
+    assert int((taken[0] | taken[1] | taken[2]).sum()) == sum(sizes)
 
 
-@pytest.mark.parametrize("form", ["bounds", "moments"])
-@pytest.mark.parametrize("rowed", [False, True])
-def test_forms_that_score_pages_fit_the_room_of_a_block(form: Metadata, rowed: bool) -> None:
-    """Room is asked for whatever the form: two numbers of each channel, as wide as those of a key."""
-    config = QuestConfig(metadata=form)
-    assert form_of(config).shape(TOKENS, DIM) == (TwoVectors.ROWS, DIM)
-    shape = (BLOCKS, HEADS, TOKENS + rowed, 2 * DIM)
-    storage = torch.zeros(BLOCKS, HEADS * (TOKENS + 1) * 2 * DIM, dtype=torch.bfloat16)
-    cache = storage[:, : shape[1] * shape[2] * shape[3]].view(shape)
-    layout = layout_of((0, 32) if rowed else (0, 25))
-    parts = layout.split(cache, HEADS, DIM, metadata_dtype(config, cache.dtype))
+@pytest.mark.parametrize("options", FORMS, ids=str)
+@pytest.mark.parametrize("kind", ["gpu", "cpu", "rows", "heads"])
+def test_the_verbs_write_to_a_block_what_its_form_keeps(kind: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    config, room = QuestOptions(options).config(TOKENS), room_of(options)
+    layout, cache, storage = make_blocks(kind, room)
+    storage.zero_()
+    parts = layout.split(cache, HEADS, DIM, room)
     nobody = torch.zeros(0, 1, dtype=torch.int32)
     kv = PagedKV(parts.keys, parts.values, parts.metadata, nobody, form=form_of(config))
-    update_slot_metadata(
-        kv.metadata, torch.randn(2, HEADS, DIM).bfloat16(), torch.tensor([8, 9]), page_size=TOKENS, form=kv.form
-    )
-    assert kv.metadata[2].any() and not kv.metadata[[0, 1, 3, 4]].any()
-    assert not kv.keys.any() and not kv.values.any()
+    keys, values = torch.randn(2, TOKENS, HEADS, DIM).bfloat16()
+    append_slots(kv, keys, values, torch.arange(2 * TOKENS, 3 * TOKENS))
+    assert torch.equal(kv.keys[2], keys) and torch.equal(kv.values[2], values)
+    plain = PagedKV(keys[None], values[None], torch.zeros_like(parts.metadata[:1]).contiguous(), nobody, form=kv.form)
+    append_slots(plain, keys, values, torch.arange(TOKENS))
+    assert torch.equal(kv.metadata[2].view(torch.uint8), plain.metadata[0].view(torch.uint8))
+    assert not storage[[0, 1, 3, 4]].any()
 
 
-def test_layers_of_vllm_0_25_ask_for_the_room_where_the_backend_is_ours() -> None:
+@pytest.mark.parametrize(("dim", "dtype", "page_size", "kept", "tokens", "padded"), [
+    (64, torch.bfloat16, 16, 320, 2, 384),
+    (80, torch.bfloat16, 16, 480, 2, 512),
+    (96, torch.bfloat16, 16, 480, 2, 512),
+    (128, torch.bfloat16, 16, 640, 2, 640),
+    (256, torch.bfloat16, 16, 1280, 2, 1280),
+    (64, torch.float32, 16, 320, 1, 384),
+    (128, torch.bfloat16, 32, 1152, 3, 1152),
+    (128, torch.bfloat16, 128, 4224, 9, 4224),
+])  # fmt: skip
+def test_a_sketch_takes_the_fewest_tokens_that_hold_it(
+    dim: int, dtype: torch.dtype, page_size: int, kept: int, tokens: int, padded: int
+) -> None:
+    room = room_of({"metadata": "sketch"}, dim, dtype, page_size)
+    assert (room.num_bytes, room.tokens, room.padded_bytes) == (kept, tokens, padded)
+    assert (tokens - 1) * room.token_bytes < kept <= padded <= tokens * room.token_bytes
+    bounds = room_of({}, dim, dtype, page_size)
+    assert (bounds.tokens, bounds.padded_bytes) == (1, bounds.token_bytes)
+    halved = room_of({"metadata_dtype": "fp8"}, dim, torch.bfloat16, page_size)
+    assert (halved.tokens, halved.num_bytes) == (1, 2 * dim)
+
+
+def test_sketches_lie_in_whole_lines_of_a_gpus_memory() -> None:
+    """With 128 channels in bfloat16, whatever of both releases made the blocks."""
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=8, head_size=128)
+    room = room_of({"metadata": "sketch"}, 128, spec.dtype, 16)
+    padded = PaddedBlocks().with_room(spec, room).page_size_padded
+    storage = torch.zeros(3, padded // 2, dtype=spec.dtype)
+    made = [
+        (PaddedBlocks(), storage[:, : 2 * 16 * 8 * 128].view(3, 2, 16, 8, 128)),
+        (RowedBlocks(), torch.zeros(3, 8, 18, 256, dtype=spec.dtype)),
+        (RowedBlocks(), torch.zeros(3, 18, 8, 256, dtype=spec.dtype).transpose(1, 2)),
+    ]
+    for layout, cache in made:
+        metadata = layout.split(cache, 8, 128, room).metadata
+        assert metadata.shape == (3, 8, 1, 640)
+        assert all(stride % 128 == 0 for stride in metadata.stride()[:2])
+        assert (metadata.data_ptr() - cache.data_ptr()) % 128 == 0
+
+
+@pytest.mark.parametrize("kind", ["gpu", "heads"])
+def test_blocks_without_the_room_are_refused(kind: str) -> None:
+    layout, cache, _ = make_blocks(kind, room_of({}))
+    with pytest.raises(UnsupportedModelError, match=r"KV cache: got blocks .* with page metadata"):
+        layout.split(cache, HEADS, DIM, room_of({"metadata": "sketch"}))
+    apart = torch.zeros(BLOCKS, HEADS, TOKENS + 1, 4 * DIM, dtype=torch.bfloat16)[..., : 2 * DIM]
+    with pytest.raises(
+        UnsupportedModelError, match=r"KV cache: got rows 32 .* expected a head's rows or a row's heads"
+    ):
+        RowedBlocks().split(apart, HEADS, DIM, room_of({}))
+
+
+def a_layer(spec: FullAttentionSpec) -> tuple[Any, Any]:
+    """vLLM's `Attention`, as much of it as is changed, whose layers store what a spec says, and a backend of ours."""
+
     class Ours:
         pass
 
@@ -155,18 +219,32 @@ def test_layers_of_vllm_0_25_ask_for_the_room_where_the_backend_is_ours() -> Non
         attn_backend: type = Ours
 
         def get_kv_cache_spec(self, _config: Any) -> FullAttentionSpec:
-            return FullAttentionSpec()
+            return spec
 
-    layout, stock = PaddedBlocks(), FullAttentionSpec()
-    layout.prepare(Attention, Ours)
-    once = Attention.get_kv_cache_spec
-    layout.prepare(Attention, Ours)
-    assert Attention.get_kv_cache_spec is once
-    padded = Attention().get_kv_cache_spec(None).page_size_padded
-    assert padded == stock.real_page_size_bytes * (TOKENS + 1) // TOKENS
-    other = Attention()
+    return Attention, Ours
+
+
+@pytest.mark.parametrize(("form", "tokens"), [("bounds", 1), ("sketch", 3)])
+@pytest.mark.parametrize("version", [(0, 25), (0, 32)])
+def test_layers_ask_for_the_room_where_the_backend_is_ours(
+    version: tuple[int, int], form: Metadata, tokens: int
+) -> None:
+    stock, layout = FullAttentionSpec(), layout_of(version)
+    attention, ours = a_layer(stock)
+    ask_for_room(layout, attention, ours)
+    once = attention.get_kv_cache_spec
+    ask_for_room(layout, attention, ours)
+    assert attention.get_kv_cache_spec is once
+    server = SimpleNamespace(additional_config={"quest": {"metadata": form}})
+    spec = attention().get_kv_cache_spec(server)
+    if version == (0, 32):
+        assert spec.tokens_per_state == Fraction(TOKENS, TOKENS + tokens)
+    else:
+        room = room_of({"metadata": form})
+        assert spec.page_size_padded == stock.real_page_size_bytes + HEADS * room.padded_bytes
+    other = attention()
     other.attn_backend = int
-    assert other.get_kv_cache_spec(None) == stock
+    assert other.get_kv_cache_spec(server) == stock
 
 
 @pytest.mark.parametrize(
@@ -179,8 +257,42 @@ def test_layers_of_vllm_0_25_ask_for_the_room_where_the_backend_is_ours() -> Non
     ],
 )
 def test_other_caches_are_refused(spec: FullAttentionSpec) -> None:
+    attention, ours = a_layer(spec)
+    ask_for_room(RowedBlocks(), attention, ours)
     with pytest.raises(UnsupportedModelError, match="KV cache: got"):
-        RowedBlocks().customize(spec)
+        attention().get_kv_cache_spec(SimpleNamespace(additional_config={"quest": {}}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_places_are_found_whatever_the_order_of_a_block(dtype: torch.dtype) -> None:
+    """A cache that keeps the numbers of a block in any order; tokens are read back from it."""
+    torch.manual_seed(3)
+    tokens, dim = 32, 64
+    order = torch.randperm(2 * tokens * dim)
+
+    def write(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
+        for block, head in itertools.product(range(cache.shape[0]), range(cache.shape[1])):
+            given = torch.stack([key[slots // tokens == block, head], value[slots // tokens == block, head]])
+            cache[block, head].view(-1)[order] = given.flatten()
+
+    places = Places.find(write, tokens, dim, dtype)
+    keys, values = torch.randn(2, 3 * tokens, HEADS, dim).to(dtype)
+    cache = torch.zeros(3, HEADS, tokens, 2 * dim, dtype=dtype)
+    write(keys, values, cache, torch.arange(3 * tokens))
+    fold, token = Fold(cache), torch.tensor([[[5, 90], [33, 2]]])  # of a row with two heads
+    blocks = fold.table(torch.tensor([[0, 1, 2]], dtype=torch.int32), token // tokens).view(token.shape)
+    found = [read_places(fold.records, blocks, part[token % tokens]) for part in places]
+    for part, read in zip((keys, values), found, strict=True):
+        expected = torch.stack([part[token[0, head], head] for head in range(HEADS)])
+        assert torch.equal(read[0], expected)
+
+
+def test_a_cache_that_does_not_hold_what_it_was_given_is_refused() -> None:
+    def write(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, _slots: torch.Tensor) -> None:
+        cache.view(-1)[:] = torch.stack([key, value]).flatten() / 2
+
+    with pytest.raises(UnsupportedModelError, match=r"KV cache: got \d+ numbers of 64 in a block in torch.float32"):
+        Places.find(write, TOKENS, DIM, torch.float32)
 
 
 @pytest.mark.parametrize("strides", ["rowed", "padded"])
@@ -288,6 +400,13 @@ def test_moments_do_not_go_with_tokens_that_are_taken_back() -> None:
         check_vllm_config(a_server(additional_config=MOMENTS, speculative_config=SimpleNamespace(method="ngram")), CPU)
 
 
+@pytest.mark.parametrize("unit", ["page", "token", 4])
+def test_sketches_go_with_tokens_that_are_taken_back(unit: SelectionUnit) -> None:
+    """A page is sketched from the cache when it is complete, once more after its tokens were written again."""
+    quest = {"quest": {"metadata": "sketch", "selection_unit": unit}}
+    check_vllm_config(a_server(additional_config=quest, speculative_config=SimpleNamespace(method="ngram")), CPU)
+
+
 def test_a_backend_that_cannot_run_here_is_refused_before_a_request() -> None:
     with pytest.raises(BackendError, match=r"quest\.backend: got 'triton', expected 'auto' or 'torch' here"):
         check_vllm_config(
@@ -321,6 +440,14 @@ def test_a_backend_that_cannot_be_captured_is_refused_on_a_gpu() -> None:
         ({"cache_config": {"kv_offloading_size": 1.0}}, "kv_offloading_size: got 1.0"),
         ({"parallel_config": {"pipeline_parallel_size": 2}}, "pipeline_parallel_size: got 2"),
         ({"additional_config": {"Quest": {}}}, "additional_config: got 'Quest', expected 'quest', in small letters"),
+        (
+            {"additional_config": {"quest": {"metadata": "moments", "selection_unit": "token"}}},
+            r"^quest\.selection_unit: got 'token', expected page for moments, which scores pages",
+        ),
+        (
+            {"additional_config": {"quest": {"metadata": "sketch", "token_budget": 31}}},
+            r"^quest\.token_budget: got 31, expected at least 32: 2 forced pages of 16 tokens \(a page is a block",
+        ),
         ({"model_config": {"rswa_window": 64}}, "whose every layer is causal and reads everything"),
         ({"speculative_config": SimpleNamespace(method="suffix")}, "speculative_config.method: got 'suffix'"),
         ({"speculative_config": SimpleNamespace(method="eagle3")}, "speculative_config.method: got 'eagle3'"),

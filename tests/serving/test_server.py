@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from typing import Any
 
 import pytest
 
@@ -16,8 +17,9 @@ MINUTES = 15
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60 * MINUTES)]
 
 
-def test_eight_clients_get_what_one_gets_and_every_step_is_the_oracles() -> None:
-    quest = {"token_budget": scenario.BUDGET, "log_interval": 1}
+@pytest.mark.parametrize(("kept", "what"), [({}, "pages"), (scenario.SKETCH, "tokens")], ids=["bounds", "sketch"])
+def test_eight_clients_get_what_one_gets_and_every_step_is_the_oracles(kept: dict[str, Any], what: str) -> None:
+    quest = {"token_budget": scenario.BUDGET, "log_interval": 1, **kept}
     prompts = scenario.prompts(CLIENTS, 300)
     options = ("--dtype", "float32", "--block-size", str(scenario.BLOCK))
     with serving(quest, *options, "--worker-extension-cls", "vllm_oracle.OracleExtension") as server:
@@ -34,9 +36,10 @@ def test_eight_clients_get_what_one_gets_and_every_step_is_the_oracles() -> None
         assert len(text) > 0, index
     assert oracle["failures"] == []
     assert oracle["seen"]["rows past the budget"] == 4 * counters["sparse_rows"] > 0
+    assert counters["tokens_read"] < counters["tokens_held"]
     lines = [
         line
         for line in server.log
-        if re.search(r"Quest, worker 0: \d+ of \d+ decode rows sparse, \d+ of \d+ pages", line)
+        if re.search(rf"Quest, worker 0: \d+ of \d+ decode rows sparse, \d+ of \d+ {what} read", line)
     ]
     assert lines, "".join(server.log)[-3000:]

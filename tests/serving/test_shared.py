@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from quest_attention import QuestConfig, QuestValueError
+from quest_attention.config import SelectionUnit
 from quest_attention.ops import Selection
 from quest_attention.serving.counters import StepCounters
 from quest_attention.serving.options import QuestOptions, advice_on_budget
@@ -30,6 +31,9 @@ def test_options_of_reading_and_of_serving() -> None:
     assert moments.config(32) == QuestConfig(page_size=32, metadata="moments", moments_coefficient=0.5)
     assert moments.config(32).num_sink_pages == 1
     assert not moments.fp8_metadata
+    units = QuestOptions.from_mapping({"metadata": "sketch", "selection_unit": 4, "candidate_factor": 2})
+    assert units.config(16) == QuestConfig(metadata="sketch", selection_unit=4, candidate_factor=2)
+    assert units.least_config().page_size == 4  # no smaller page can be cut into units
 
 
 @pytest.mark.parametrize(
@@ -49,6 +53,11 @@ def test_options_of_reading_and_of_serving() -> None:
         ),
         ({"moments_coefficient": -0.5}, r"^quest\.moments_coefficient: got -0\.5, expected a number from 0 to 100"),
         ({"moments_coeficient": 1}, "did you mean moments_coefficient"),
+        ({"selection_unit": "token"}, r"^quest\.selection_unit: got 'token', expected page for bounds"),
+        ({"metadata": "sketch", "selection_unit": 8}, r"^quest\.selection_unit: got 8, expected one of page, token, 4"),
+        ({"metadata": "sketch", "selection_unit": True}, r"^quest\.selection_unit: got True, expected one of"),
+        ({"metadata": "sketch", "metadata_dtype": "fp8"}, r"^quest\.metadata_dtype: got 'fp8', expected kv for sketch"),
+        ({"metadata": "moments", "candidate_factor": 4}, r"^quest\.candidate_factor: got 4, expected 0 for moments"),
         ({"metadata": "moments", "token_budget": 1}, "token_budget: got 1, expected at least 2: 2 forced pages"),
     ],
 )
@@ -72,8 +81,8 @@ def test_lengths_that_are_read_are_those_of_the_chosen_pages() -> None:
         assert read == (length if length <= 50 else 2 * 16 + last)
 
 
-def make_counters(lines: list[str], interval: float = 10) -> StepCounters:
-    return StepCounters(QuestConfig(32), torch.device("cpu"), "worker 0", interval, lines.append)
+def make_counters(lines: list[str], interval: float = 10, **options: Any) -> StepCounters:
+    return StepCounters(QuestConfig(32, **options), torch.device("cpu"), "worker 0", interval, lines.append)
 
 
 def test_counters_of_rows_on_host_and_device() -> None:
@@ -81,10 +90,25 @@ def test_counters_of_rows_on_host_and_device() -> None:
     selected = Selection(torch.zeros(3, 1, 2, dtype=torch.int32), torch.tensor([[2], [1], [0]], dtype=torch.int32), 16)
     counters.count_quest(selected, torch.tensor([100, 10, 0], dtype=torch.int32))
     counters.count_stock([20, 0])
-    expected = {"sparse_rows": 1, "dense_rows": 2, "pages_read": 5, "pages_held": 10, "eager_steps": 2}
-    assert counters.snapshot() == expected
+    rows = {"sparse_rows": 1, "dense_rows": 2, "eager_steps": 2}
+    pages = {"pages_read": 5, "pages_held": 10, "tokens_read": 80, "tokens_held": 160}
+    assert counters.snapshot() == rows | pages
     counters.reset()
     assert not any(counters.snapshot().values())
+
+
+@pytest.mark.parametrize(("unit", "size"), [("token", 1), (4, 4)])
+def test_counters_of_units_count_tokens_and_say_so(unit: SelectionUnit, size: int) -> None:
+    lines: list[str] = []
+    counters = make_counters(lines, metadata="sketch", selection_unit=unit)
+    selected = Selection(torch.zeros(2, 1, 8, dtype=torch.int32), torch.tensor([[8], [3]], dtype=torch.int32), size)
+    counters.count_quest(selected, torch.tensor([100, 3 * size], dtype=torch.int32))
+    counters.count_stock([20])
+    rows = {"sparse_rows": 1, "dense_rows": 2, "eager_steps": 2}
+    assert counters.snapshot() == rows | {"tokens_read": 11 * size + 20, "tokens_held": 100 + 3 * size + 20}
+    counters.plan(1)
+    counters.plan(1)
+    assert f"1 of 3 decode rows sparse, {11 * size + 20} of {120 + 3 * size} tokens read (" in lines[0]
 
 
 def test_counters_made_by_a_step_are_reset_outside_of_one() -> None:
@@ -185,6 +209,15 @@ def test_a_worker_says_by_what_it_chooses_where_that_is_not_the_default(caplog: 
     caplog.set_level(logging.INFO)
     make_planner(metadata="moments", moments_coefficient=0.5)
     assert " in 2 of 4 layers, chosen by Moments(coefficient=0.5); backend torch, " in caplog.messages[0]
+
+
+def test_a_worker_that_reads_tokens_says_how_many(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    make_planner(35, metadata="sketch", selection_unit=4)
+    expected = (
+        "decode rows past 35 tokens read 32 of up to 1024 tokens in 2 of 4 layers, chosen by Sketch(page_size=16)"
+    )
+    assert expected in caplog.messages[0]
 
 
 @pytest.mark.parametrize("changes", [{"sparse_layers": ()}, {"budget": 1024}])

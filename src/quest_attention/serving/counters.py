@@ -15,14 +15,16 @@ from quest_attention.pages import num_pages
 
 __all__ = ["StepCounters"]
 
-_NAMES = ("sparse_rows", "dense_rows", "pages_read", "pages_held")
+_NAMES = ("sparse_rows", "dense_rows", "units_read", "units_held")
+"""What the device counts, in the order of `count_reads`."""
 _EAGER = "eager_steps"
 
 
 class StepCounters:
-    """Decode rows and pages of one worker, counted in the first layer that is not dense and true for all of those.
+    """Decode rows of a worker and what they read, counted in the first layer that is not dense and true for all those.
 
-    A row is one sequence in one engine step. Pages are counted per KV head. Rows of a batch that ran Quest are counted
+    A row is one sequence in one engine step. What is read is counted per KV head, in whole units: pages, or fewer
+    tokens, as the config selects them. Rows of a batch that ran Quest are counted
     by the device from the selection it read; those of a batch that the engine's stock backend read whole, by the host.
     Steps that replay a graph run nothing on the host, so `eager_steps` does not count them.
 
@@ -57,7 +59,7 @@ class StepCounters:
         """Rows that ran Quest; on a GPU one small launch, which a graph can hold.
 
         Args:
-            selected: Pages that were read.
+            selected: Units that were read.
             seq_lens: `[R]`, 0 in rows that only pad [tokens].
         """
         count_reads(
@@ -68,8 +70,8 @@ class StepCounters:
 
     def count_stock(self, lengths: Iterable[int]) -> None:
         """Decode rows that the stock backend read whole, by their lengths [tokens]."""
-        pages = [num_pages(length, self._config.page_size) for length in lengths if length]
-        for name, number in (("dense_rows", len(pages)), ("pages_read", sum(pages)), ("pages_held", sum(pages))):
+        units = [num_pages(length, self._config.unit_size) for length in lengths if length]
+        for name, number in (("dense_rows", len(units)), ("units_read", sum(units)), ("units_held", sum(units))):
             self._on_host[name] += number
         self._on_host[_EAGER] += 1
 
@@ -80,7 +82,22 @@ class StepCounters:
         self._logged = dict(self._on_host)
 
     def snapshot(self) -> dict[str, int]:
-        """Everything counted so far. Waits for the device."""
+        """Everything counted so far. Waits for the device.
+
+        Returns:
+            `sparse_rows`, `dense_rows`, `tokens_read`, `tokens_held`, both in whole units, and `eager_steps`; before
+            the tokens `pages_read` and `pages_held`, where pages are selected.
+        """
+        counted = self._counted()
+        read, held = counted["units_read"], counted["units_held"]
+        pages = {"pages_read": read, "pages_held": held} if self._config.selection_unit == "page" else {}
+        size = self._config.unit_size
+        tokens = {"tokens_read": read * size, "tokens_held": held * size}
+        rows = {name: counted[name] for name in ("sparse_rows", "dense_rows")}
+        return {**rows, **pages, **tokens, _EAGER: counted[_EAGER]}
+
+    def _counted(self) -> dict[str, int]:
+        """By host and device together."""
         counted = dict(zip(_NAMES, self._on_device().tolist(), strict=True))
         return {name: number + counted.get(name, 0) for name, number in self._on_host.items()}
 
@@ -96,13 +113,14 @@ class StepCounters:
 
     def _write_line(self) -> None:
         """What was read since the last line. Waits for the device, so seldom."""
-        counted = self.snapshot()
+        counted = self._counted()
         new = {name: counted[name] - self._logged[name] for name in _NAMES}
         self._logged = counted
         rows = new["sparse_rows"] + new["dense_rows"]
-        share = 100 * new["pages_read"] / max(1, new["pages_held"])
+        what, size = ("pages", 1) if self._config.selection_unit == "page" else ("tokens", self._config.unit_size)
+        read, held = new["units_read"] * size, new["units_held"] * size
         self._log(
-            f"Quest, {self._label}: {new['sparse_rows']} of {rows} decode rows sparse, {new['pages_read']} of "
-            f"{new['pages_held']} pages read ({share:.1f} %); since the start {counted['sparse_rows']} rows sparse, "
+            f"Quest, {self._label}: {new['sparse_rows']} of {rows} decode rows sparse, {read} of {held} {what} read "
+            f"({100 * read / max(1, held):.1f} %); since the start {counted['sparse_rows']} rows sparse, "
             f"{counted['dense_rows']} dense"
         )

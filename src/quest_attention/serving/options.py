@@ -48,7 +48,7 @@ class QuestOptions:
         number: object = self.log_interval
         if not isinstance(number, int | float) or isinstance(number, bool) or not 0 <= number < float("inf"):
             raise QuestValueError(f"{KEY}.log_interval", number, "seconds, 0 for no such lines")
-        self.config(1)  # checks everything but whether the budget holds pages of the real size
+        self.least_config()  # checks everything but whether the budget holds pages of the real size
 
     @property
     def num_dense_layers(self) -> int:
@@ -59,6 +59,11 @@ class QuestOptions:
     def backend(self) -> Backend:
         """Which implementation of the verbs runs."""
         return cast("Backend", self.reading.get("backend", "auto"))
+
+    def least_config(self) -> QuestConfig:
+        """The config for the smallest pages: what it says of anything but pages is true whatever their size."""
+        unit = self.reading.get("selection_unit")
+        return self.config(unit if type(unit) is int and unit > 0 else 1)  # units are cut out of pages
 
     @property
     def fp8_metadata(self) -> bool:

@@ -29,7 +29,7 @@ class RowPlanner:
         config: Of the server, with the engine's page size.
         device: Of the cache.
         label: Names the worker in the log.
-        sparse_layers: Names of the worker's layers that choose their pages, in the order of the model.
+        sparse_layers: Names of the worker's layers that choose what they read, in the order of the model.
         num_layers: Attention layers of the worker, dense ones included.
         max_length: Of the longest sequence [tokens].
         log_interval: Seconds between lines of counters; 0 for none [s].
@@ -59,8 +59,11 @@ class RowPlanner:
             return
         self.counted_layer = sparse_layers[0]
         self.counters = StepCounters(config, device, label, log_interval, logger.info)
-        pages = f"{config.page_budget} of up to {num_pages(max_length, config.page_size)} pages"
-        read = f"{pages} of {config.page_size} tokens in {len(sparse_layers)} of {num_layers} layers"
+        read = f"{config.unit_budget * config.unit_size} of up to {max_length} tokens"
+        if config.selection_unit == "page":
+            most = num_pages(max_length, config.page_size)
+            read = f"{config.page_budget} of up to {most} pages of {config.page_size} tokens"
+        read += f" in {len(sparse_layers)} of {num_layers} layers"
         read += "" if config.metadata == "bounds" else f", chosen by {form_of(config)}"
         chosen = resolve_backend(config.backend, device)
         backend = f"backend {chosen.name}, {chosen.reason}"
@@ -97,7 +100,7 @@ class RowPlanner:
 
 
 def read_lengths(seq_lens: Tensor, config: QuestConfig) -> Tensor:
-    """Tokens that each row reads, `[R]` [tokens]: those of the chosen pages, of which the last is the part-filled one.
+    """Tokens that each row reads where pages are selected, `[R]` [tokens]: of these the last is the part-filled one.
 
     >>> read_lengths(torch.tensor([5, 32, 37, 48]), QuestConfig(token_budget=32)).tolist()
     [5, 32, 21, 32]

@@ -6,11 +6,12 @@
     options.py   what stands under "quest" in --additional-config
     refusals.py  what Quest cannot serve, said before a model is loaded
     ranks.py     the layers of a model that are sparse
-    layout.py    where the bounds lie: inside vLLM's own blocks, so that they travel and are paid for with them
+    layout.py    where page metadata lies: inside vLLM's own blocks, so that it travels and is paid for with them
     step.py      the rows of a batch that run Quest; builder.py finds them, for any device
     impl.py      the attention of a layer, for any device: which rows go where
     cpu.py, gpu.py  the attention backends: the stock one, with Quest for decode rows past the budget
     folding.py   KV heads folded into blocks, for the stock kernel of a CPU
+    places.py    where a token's numbers lie in a block of a CPU's cache, for who reads them back
     worker.py    a worker's name, and its counters over vLLM's `collective_rpc`
 
 What another engine would share lies below, in `quest_attention.serving`. docs/vllm.md says how to install, serve and

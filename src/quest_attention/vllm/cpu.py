@@ -2,7 +2,8 @@
 
 Scores and selection are this library's. Attention over the selected pages is the stock kernel's, given a block table of
 the selected pages with KV heads folded into the batch, because vLLM keeps keys on a CPU in formats of its own. For the
-same reason bounds are taken from keys as they come, never from the cache.
+same reason bounds are taken from keys as they come. What no page at a time gives is read back out of these formats
+(`places.py`): the pages that are sketched, when they are complete, and single tokens, to which this library attends.
 """
 
 from __future__ import annotations
@@ -19,12 +20,21 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from quest_attention.ops import Selection, Step, run_step, update_slot_metadata
-from quest_attention.pages import num_pages
+from quest_attention.forms import Bounds
+from quest_attention.ops import (
+    Selection,
+    Step,
+    run_step,
+    sparse_decode_attention,
+    update_page_metadata,
+    update_slot_metadata,
+)
+from quest_attention.pages import PagedKV, num_pages
 from quest_attention.serving.rows import read_lengths
 from quest_attention.vllm.builder import QuestMetadataBuilder
 from quest_attention.vllm.folding import Fold
 from quest_attention.vllm.impl import OpenCache, QuestAttentionImpl, QuestBackend
+from quest_attention.vllm.places import Places, read_places
 from quest_attention.vllm.step import QuestStep
 
 __all__ = ["QuestCPUBackend", "QuestCPUImpl", "QuestCPUMetadataBuilder"]
@@ -52,7 +62,8 @@ class QuestCPUMetadataBuilder(QuestMetadataBuilder, CPUAttentionMetadataBuilder)
         if step is not None and step.num_rows:
             longest = num_pages(max(step.lengths), step.config.page_size)
             step.block_table = step.block_table[:, :longest]  # here the host knows
-            step.folded = self._fold(batch, step)
+            if step.config.selection_unit == "page":
+                step.folded = self._fold(batch, step)
         return step
 
     def _fold(self, batch: Any, step: QuestStep) -> Any:
@@ -84,28 +95,90 @@ class QuestCPUImpl(QuestAttentionImpl, CPUAttentionBackendImpl):
 
     backend_class = QuestCPUBackend
     _folded: tuple[int, Fold] | None = None
+    _places: Places | None = None
 
     def attend(self, layer: Any, query: Tensor, opened: OpenCache, step: QuestStep, output: Tensor) -> Selection:
         """See `QuestAttentionImpl`."""
-        kv = opened.with_table(step.block_table)
-        if self._folded is None or self._folded[0] != opened.address:
-            self._folded = opened.address, Fold(opened.parts.stock)
-        fold = self._folded[1]
+        asked = Step(
+            query=query, kv=opened.with_table(step.block_table), seq_lens=step.seq_lens, config=step.config,
+            sm_scale=self.scale, softcap=self._softcap,
+        )  # fmt: skip
 
-        def attend_stock(_: Step, selected: Selection) -> Tensor:
+        def attend_pages(_: Step, selected: Selection) -> Tensor:
+            fold = self._fold_of(opened)
             metadata = replace(step.folded, block_table=fold.table(step.block_table, selected.units))
             group = query.shape[1] // self.num_kv_heads
             rows = query.reshape(-1, group, self.head_size)
             self._forward_stock(layer, rows, None, None, fold.cache, metadata, output.view(rows.shape))
             return output
 
-        asked = Step(query=query, kv=kv, seq_lens=step.seq_lens, config=step.config)
-        return run_step(asked, attend=attend_stock).selected
+        def attend_tokens(_: Step, selected: Selection) -> Tensor:
+            return output.copy_(self._attend_tokens(layer, opened, asked, selected))
+
+        by_page = step.config.selection_unit == "page"
+        return run_step(asked, attend=attend_pages if by_page else attend_tokens).selected
 
     def write(self, layer: Any, key: Tensor, value: Tensor, opened: OpenCache, slots: Tensor) -> None:
         """See `QuestAttentionImpl`."""
         CPUAttentionBackendImpl.do_kv_cache_update(self, layer, key, value, opened.parts.stock, slots)
         if self.is_dense(layer):
-            return  # nobody reads the bounds of a dense layer
+            return  # nobody reads the metadata of a dense layer
         kv, backend = opened.paged, self._options.backend
+        if kv.form.takes_whole_pages:
+            self._take_completed(layer, opened, slots)
+            return
         update_slot_metadata(kv.metadata, key, slots, page_size=kv.page_size, form=kv.form, backend=backend)
+
+    def _attend_tokens(self, layer: Any, opened: OpenCache, asked: Step, selected: Selection) -> Tensor:
+        """Attention over units of less than a page, copied out of the cache: the output `[R, HQ, D]`."""
+        kv, size, fold = asked.kv, selected.unit_size, self._fold_of(opened)
+        units = selected.units.clamp(min=0).long()  # unused slots come last
+        token = (units[..., None] * size + torch.arange(size)).flatten(2)  # [R, H, T]
+        blocks = fold.table(kv.page_table, token // kv.page_size).view(token.shape)
+        places, offset = self._places_of(layer, opened), token % kv.page_size
+        keys, values = (read_places(fold.records, blocks, part[offset]) for part in places)
+        # The last unit alone may be part-filled, and lists of a sequence are equally long.
+        lengths = (selected.counts[:, 0] - 1) * size + (asked.seq_lens - 1) % size + 1
+        rows, heads, tokens = token.shape
+        table = torch.arange(rows, dtype=torch.int32)[:, None]  # what is read of a row is one page
+        nothing = keys.new_empty(rows, heads, *Bounds().shape(tokens, self.head_size))
+        chosen = PagedKV.from_hnd(keys, values, nothing, table)
+        whole = Selection(table.new_zeros(rows, heads, 1), table.new_ones(rows, heads), tokens)
+        attended, _ = sparse_decode_attention(
+            asked.query, chosen, lengths, whole, sm_scale=asked.scale, softcap=asked.softcap,
+            backend=self._options.backend,
+        )  # fmt: skip
+        return attended
+
+    def _take_completed(self, layer: Any, opened: OpenCache, slots: Tensor) -> None:
+        """Take the pages whose last token was written to one of the slots, with all of their keys from the cache."""
+        kv, fold = opened.paged, self._fold_of(opened)
+        is_last = (slots >= 0) & (slots % kv.page_size == kv.page_size - 1)
+        pages = slots[is_last] // kv.page_size
+        if pages.numel() == 0:
+            return
+        shape = (len(pages), kv.num_kv_heads)
+        blocks = fold.table(pages[:, None], pages.new_zeros(*shape, 1)).view(*shape, 1)
+        keys = read_places(fold.records, blocks, self._places_of(layer, opened).keys)  # [pages, H, N, D]
+        kept = kv.metadata.new_empty(*shape, *kv.metadata.shape[2:])
+        table = torch.arange(len(pages), dtype=torch.int32)[:, None]
+        completed = PagedKV.from_hnd(keys, keys, kept, table, form=kv.form)
+        update_page_metadata(completed, kv.page_size, kv.page_size, self._options.backend)
+        kv.metadata[pages] = kept
+
+    def _fold_of(self, opened: OpenCache) -> Fold:
+        """The cache with its KV heads folded, made once."""
+        if self._folded is None or self._folded[0] != opened.address:
+            self._folded = opened.address, Fold(opened.parts.stock)
+        return self._folded[1]
+
+    def _places_of(self, layer: Any, opened: OpenCache) -> Places:
+        """Where this processor's cache has what, found out once."""
+        if self._places is None:
+
+            def write(*tokens: Tensor) -> None:
+                CPUAttentionBackendImpl.do_kv_cache_update(self, layer, *tokens)
+
+            keys = opened.parts.keys
+            self._places = Places.find(write, keys.shape[1], keys.shape[3], keys.dtype)
+        return self._places

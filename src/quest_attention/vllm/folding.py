@@ -20,6 +20,7 @@ class Fold:
 
     Attributes:
         cache: `[B', 1, N, 2 D]`, the same memory.
+        records: `[B', 2 N D]`, the same again: what a block has of one head.
 
     >>> fold = Fold(torch.arange(24).view(3, 2, 2, 2))  # three blocks, two heads
     >>> table = fold.table(torch.tensor([[2, 0]], dtype=torch.int32), torch.tensor([[[0], [1]]], dtype=torch.int32))
@@ -35,6 +36,7 @@ class Fold:
         self._heads = torch.arange(heads, device=cache.device)[None, :, None] * (head_stride // unit)
         reach = (blocks - 1) * self._block_step + (heads - 1) * (head_stride // unit) + 1
         self.cache = cache.as_strided((reach, 1, tokens, width), (unit, unit, width, 1), cache.storage_offset())
+        self.records = self.cache.view(reach, tokens * width)
 
     def table(self, block_table: Tensor, pages: Tensor) -> Tensor:
         """Block table of the folded rows.

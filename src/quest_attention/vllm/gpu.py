@@ -1,8 +1,8 @@
 """vLLM's FlashAttention backend, with Quest for decode rows past the budget.
 
 Tokens are written with their bounds in one launch, in place of the stock one; the decode step of a layer is one launch.
-Both read everything they need on the device, so that vLLM captures decode batches in full CUDA graphs. In a captured
-step every row runs Quest, which reads a row within the budget whole.
+With sketches either takes several. All read everything they need on the device, so that vLLM captures decode batches in
+full CUDA graphs. In a captured step every row runs Quest, which reads a row within the budget whole.
 """
 
 from __future__ import annotations
@@ -132,5 +132,5 @@ class QuestGPUImpl(QuestAttentionImpl, FlashAttentionImpl):
     def write(self, layer: Any, key: Tensor, value: Tensor, opened: OpenCache, slots: Tensor) -> None:
         """See `QuestAttentionImpl`."""
         del layer
-        # In a dense layer too, whose bounds nobody reads: they come in the launch that writes the tokens.
+        # In a dense layer too, whose metadata nobody reads: bounds come in the launch that writes the tokens.
         append_slots(opened.paged, key, value, slots, backend=self._options.backend)

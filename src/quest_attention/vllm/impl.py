@@ -11,11 +11,11 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.models.utils import extract_layer_index
 
 from quest_attention.errors import QuestValueError
-from quest_attention.forms import form_of, metadata_dtype
+from quest_attention.forms import form_of
 from quest_attention.ops import Selection
 from quest_attention.pages import PagedKV
 from quest_attention.serving.options import KEY
-from quest_attention.vllm.layout import BlockParts, layout_of
+from quest_attention.vllm.layout import BlockParts, Room, ask_for_room, layout_of
 from quest_attention.vllm.options import read_options
 from quest_attention.vllm.plugin import vllm_version
 from quest_attention.vllm.ranks import sparse_layers
@@ -32,11 +32,6 @@ class QuestBackend:
     def get_name() -> str:
         """The name by which vLLM looks it up."""
         return BACKEND_NAME
-
-    @classmethod
-    def customize_spec(cls, spec: Any) -> Any:
-        """Room for the bounds, in releases of vLLM that ask the backend."""
-        return layout_of(vllm_version()).customize(spec)
 
 
 class QuestAttentionImpl:
@@ -80,7 +75,8 @@ class QuestAttentionImpl:
         self._layout = layout_of(vllm_version())
         from vllm.model_executor.layers.attention import Attention
 
-        self._layout.prepare(Attention, self.backend_class)
+        ask_for_room(self._layout, Attention, self.backend_class)
+        self._cache_config = vllm_config.cache_config  # its block size is final when there is a cache
         self._opened: OpenCache | None = None
         self._is_dense: bool | None = None
 
@@ -108,7 +104,7 @@ class QuestAttentionImpl:
         return self._forward_stock(layer, query, None, None, opened.parts.stock, attn_metadata, output)
 
     # What vLLM fuses into attention where a stock class says it may, in some release or on some device: quantization of
-    # the output, and writes to the cache, which would pass by the bounds.
+    # the output, and writes to the cache, which would pass by the metadata.
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """No: see `check_output_scales`."""
@@ -116,7 +112,7 @@ class QuestAttentionImpl:
         return False
 
     def fused_rope_kvcache_supported(self) -> bool:
-        """No: keys would be written without their bounds, as in the two below."""
+        """No: keys would be written without their metadata, as in the two below."""
         return False
 
     fused_qk_norm_rope_kvcache_supported = fused_qk_norm_mrope_kvcache_supported = fused_rope_kvcache_supported
@@ -131,7 +127,7 @@ class QuestAttentionImpl:
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
-        """Write tokens to their slots, and take them into the bounds; `key` and `value` may be padded."""
+        """Write tokens to their slots, and take them into the metadata; `key` and `value` may be padded."""
         count = slot_mapping.shape[0]
         self.write(layer, key[:count], value[:count], self.open(kv_cache), slot_mapping)
 
@@ -152,19 +148,19 @@ class QuestAttentionImpl:
         return output
 
     def attend(self, layer: Any, query: Tensor, opened: OpenCache, step: QuestStep, output: Tensor) -> Selection:
-        """Run the rows of a step, `[R, HQ, D]`, and write their output `[R, HQ, D]`; gives the pages that were read."""
+        """Run the rows of a step, `[R, HQ, D]`, and write their output `[R, HQ, D]`; gives the units that were read."""
         raise NotImplementedError
 
     def write(self, layer: Any, key: Tensor, value: Tensor, opened: OpenCache, slots: Tensor) -> None:
-        """Write tokens, `[T, HKV, D]`, to their slots `[T]`, and take them into the bounds."""
+        """Write tokens, `[T, HKV, D]`, to their slots `[T]`, and take them into the metadata of their pages."""
         raise NotImplementedError
 
     def open(self, kv_cache: Tensor) -> OpenCache:
         """Views of a layer's cache, made once: vLLM gives the same tensor each time."""
         if self._opened is None or self._opened.address != kv_cache.data_ptr():
-            config = self._options.config(1)
-            stored = metadata_dtype(config, kv_cache.dtype)
-            parts = self._layout.split(kv_cache, self.num_kv_heads, self.head_size, stored)
+            config = self._options.config(self._cache_config.block_size)
+            room = Room.of(config, self.head_size, kv_cache.dtype)
+            parts = self._layout.split(kv_cache, self.num_kv_heads, self.head_size, room)
             nobody = torch.zeros(0, 1, dtype=torch.int32, device=kv_cache.device)
             paged = PagedKV(parts.keys, parts.values, parts.metadata, nobody, form=form_of(config))
             self._opened = OpenCache(kv_cache.data_ptr(), parts, paged)

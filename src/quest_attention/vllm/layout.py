@@ -1,16 +1,16 @@
 """Where the metadata of a page lies: inside vLLM's block, behind its keys and values.
 
-So vLLM's memory planning pays for them, and they go where the block goes: prefix cache, reuse, preemption. A block of
-`N` tokens, `H` KV heads and `D` channels gets room for one token more per head, `2 D` numbers, two of each channel,
-which is what a form keeps (`quest_attention.forms`). Of `B` blocks vLLM makes
+So vLLM's memory planning pays for it, and it goes where the block goes: prefix cache, reuse, preemption. `Room` says
+what the configured form keeps of a block and KV head (`quest_attention.forms`), and how much room that wants. Of `B`
+blocks of `N` tokens, `H` KV heads and `D` channels vLLM makes
 
     0.25  [B, 2, N, H, D] on a GPU, [B, H, N, 2 D] on a CPU; the room is padding at the end of the block
-    0.32  [B, H, N, 2 D]; the room is a row more, [B, H, N + 1, 2 D]
+    0.32  [B, H, N, 2 D]; the room is some rows more, [B, H, N + rows, 2 D]: as many tokens as hold it, one for bounds
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import wraps
 from typing import Any, NamedTuple, Protocol
@@ -18,12 +18,25 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from quest_attention.config import QuestConfig
 from quest_attention.errors import UnsupportedModelError
-from quest_attention.forms import TwoVectors
+from quest_attention.forms import form_of, metadata_dtype
+from quest_attention.vllm.options import read_options
 
-__all__ = ["BlockLayout", "BlockParts", "PaddedBlocks", "RowedBlocks", "check_full", "layout_of"]
+__all__ = [
+    "BlockLayout",
+    "BlockParts",
+    "PaddedBlocks",
+    "Room",
+    "RowedBlocks",
+    "ask_for_room",
+    "check_full",
+    "layout_of",
+]
 
-_INSTALLED = "quest_attention_padding"
+_INSTALLED = "quest_attention_room"
+_LINE = 128
+"""What a GPU reads at once [bytes]."""
 
 
 class BlockParts(NamedTuple):
@@ -33,7 +46,7 @@ class BlockParts(NamedTuple):
         stock: What vLLM's own backend expects.
         keys: `[B, N, H, D]`. On a CPU vLLM keeps keys and values in formats of its own in this place.
         values: `[B, N, H, D]`.
-        metadata: `[B, H, 2, D]`; see `PagedKV`.
+        metadata: `[B, H, *form.shape]`; see `PagedKV`.
     """
 
     stock: Tensor
@@ -42,86 +55,153 @@ class BlockParts(NamedTuple):
     metadata: Tensor
 
 
+@dataclass(frozen=True)
+class Room:
+    """What is kept of one block and KV head beside its keys and values, and the room for it.
+
+    Attributes:
+        page_size: Tokens of a block [tokens].
+        token_bytes: Of the key and the value of a token [bytes].
+        shape: Of what is kept: so many rows of so many numbers.
+        dtype: Of these numbers.
+
+    >>> Room.of(QuestConfig(), 128, torch.bfloat16).tokens, Room.of(QuestConfig(metadata="sketch"), 128, torch.bfloat16)
+    (1, Room(page_size=16, token_bytes=512, shape=(1, 640), dtype=torch.uint8))
+    """
+
+    page_size: int
+    token_bytes: int
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, config: QuestConfig, head_dim: int, keys: torch.dtype) -> Room:
+        """Of a config with vLLM's block size as page size, for keys and values of a shape and dtype.
+
+        Raises:
+            QuestValueError: The form cannot keep such keys.
+        """
+        shape, dtype = form_of(config).shape(config.page_size, head_dim), metadata_dtype(config, keys)
+        return cls(config.page_size, 2 * head_dim * keys.itemsize, shape, dtype)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of what is kept [bytes]."""
+        rows, numbers = self.shape
+        return rows * numbers * self.dtype.itemsize
+
+    @property
+    def tokens(self) -> int:
+        """Fewest tokens whose keys and values take as much room [tokens]."""
+        return -(-self.num_bytes // self.token_bytes)
+
+    @property
+    def padded_bytes(self) -> int:
+        """Room where it need not be whole tokens: whole lines of a GPU's memory, unless these are more [bytes].
+
+        >>> Room.of(QuestConfig(metadata="sketch"), 64, torch.bfloat16).padded_bytes  # of 320 bytes
+        384
+        """
+        lines = -(-self.num_bytes // _LINE) * _LINE
+        return lines if lines <= self.tokens * self.token_bytes else self.num_bytes
+
+
 class BlockLayout(Protocol):
     """How a release of vLLM is asked for the room, and where the room then is."""
 
-    def prepare(self, attention: Any, backend: type) -> None:
-        """Before a model's layers are asked what they store; more than once is once.
-
-        Args:
-            attention: vLLM's class `Attention`.
-            backend: Quest's backend: layers with others are left alone.
-        """
+    def with_room(self, spec: Any, room: Room) -> Any:
+        """What a layer stores, vLLM's `FullAttentionSpec`, with room for metadata."""
         ...
 
-    def customize(self, spec: Any) -> Any:
-        """What a layer stores, as vLLM lets a backend change it.
+    def split(self, kv_cache: Tensor, num_kv_heads: int, head_dim: int, room: Room) -> BlockParts:
+        """Views of a layer's cache.
 
         Raises:
-            UnsupportedModelError: The layer's cache is not that of full attention.
+            UnsupportedModelError: Its blocks have no such room.
         """
-        ...
-
-    def split(self, kv_cache: Tensor, num_kv_heads: int, head_dim: int, stored: torch.dtype) -> BlockParts:
-        """Views of a layer's cache, whose metadata has the dtype `stored`."""
         ...
 
 
 class RowedBlocks:
-    """A row more in each block: vLLM 0.32."""
+    """Rows more in each block: vLLM 0.32."""
 
-    def prepare(self, attention: Any, backend: type) -> None:
-        """VLLM asks by itself."""
-
-    def customize(self, spec: Any) -> Any:
+    def with_room(self, spec: Any, room: Room) -> Any:
         """See `BlockLayout`."""
-        check_full(spec)
-        return replace(spec, tokens_per_state=Fraction(spec.block_size, spec.block_size + 1))
+        return replace(spec, tokens_per_state=Fraction(spec.block_size, spec.block_size + room.tokens))
 
-    def split(self, kv_cache: Tensor, num_kv_heads: int, head_dim: int, stored: torch.dtype) -> BlockParts:
+    def split(self, kv_cache: Tensor, num_kv_heads: int, head_dim: int, room: Room) -> BlockParts:
         """See `BlockLayout`."""
-        del num_kv_heads
-        stock, room = kv_cache[:, :, :-1], kv_cache[:, :, -1]
+        blocks, _, states, width = kv_cache.shape
+        block_stride, head_stride, row_stride, _ = kv_cache.stride()
+        together = room.tokens * width  # numbers of a head's room
+        if states != room.page_size + room.tokens:
+            wanted = f"{room.page_size} and {room.tokens} with page metadata"
+            raise UnsupportedModelError(f"KV cache: got blocks of {states} rows, expected {wanted}")
+        if row_stride == num_kv_heads * width and head_stride == width:
+            head_stride = together  # heads lie side by side in a row, and take their parts of all of the last rows
+        elif row_stride != width:
+            raise UnsupportedModelError(
+                f"KV cache: got rows {row_stride} and heads {head_stride} numbers apart, expected a head's rows or a "
+                "row's heads side by side"
+            )
+        stock = kv_cache[:, :, : room.page_size]
+        first = kv_cache.storage_offset() + room.page_size * row_stride
+        run = kv_cache.as_strided((blocks, num_kv_heads, together), (block_stride, head_stride, 1), first)
         keys, values = stock.transpose(1, 2).split(head_dim, -1)
-        return BlockParts(stock, keys, values, _as_metadata(room, stored))
+        return BlockParts(stock, keys, values, _as_metadata(run, room))
 
 
 class PaddedBlocks:
     """Padding at the end of each block: vLLM 0.25."""
 
-    def prepare(self, attention: Any, backend: type) -> None:
-        """Change `Attention.get_kv_cache_spec`, which has no other seam."""
-        original = attention.get_kv_cache_spec
-        if getattr(original, _INSTALLED, False):
-            return
-
-        @wraps(original)
-        def get_kv_cache_spec(layer: Any, vllm_config: Any) -> Any:
-            spec = original(layer, vllm_config)
-            return _padded(spec) if spec is not None and issubclass(layer.attn_backend, backend) else spec
-
-        setattr(get_kv_cache_spec, _INSTALLED, True)
-        attention.get_kv_cache_spec = get_kv_cache_spec
-
-    def customize(self, spec: Any) -> Any:
-        """VLLM 0.25 does not ask."""
-        return spec
-
-    def split(self, kv_cache: Tensor, num_kv_heads: int, head_dim: int, stored: torch.dtype) -> BlockParts:
+    def with_room(self, spec: Any, room: Room) -> Any:
         """See `BlockLayout`."""
-        width = TwoVectors.ROWS * head_dim
+        return replace(spec, page_size_padded=spec.real_page_size_bytes + spec.num_kv_heads * room.padded_bytes)
+
+    def split(self, kv_cache: Tensor, num_kv_heads: int, head_dim: int, room: Room) -> BlockParts:
+        """See `BlockLayout`."""
+        width = room.padded_bytes // kv_cache.element_size()
         taken = kv_cache[0].numel()  # numbers of keys and values in a block
-        if kv_cache.stride(0) < taken + num_kv_heads * width:
-            wanted = taken + num_kv_heads * width
+        wanted = taken + num_kv_heads * width
+        if kv_cache.stride(0) < wanted:
             raise UnsupportedModelError(
                 f"KV cache: got blocks {kv_cache.stride(0)} apart, expected {wanted}, with page metadata"
             )
-        room = kv_cache.as_strided(
+        run = kv_cache.as_strided(
             (kv_cache.shape[0], num_kv_heads, width), (kv_cache.stride(0), width, 1), kv_cache.storage_offset() + taken
         )
         on_gpu = kv_cache.dim() == 5
         keys, values = kv_cache.unbind(1) if on_gpu else kv_cache.transpose(1, 2).split(head_dim, -1)
-        return BlockParts(kv_cache, keys, values, _as_metadata(room, stored))
+        return BlockParts(kv_cache, keys, values, _as_metadata(run, room))
+
+
+def ask_for_room(layout: BlockLayout, attention: Any, backend: type) -> None:
+    """Have layers say that they store page metadata too, before a model's are asked; more than once is once.
+
+    The method that says it is told the server's configuration. What 0.32 asks a backend, `customize_spec`, is not, and
+    how much room there must be depends on it.
+
+    Args:
+        layout: Of the release.
+        attention: vLLM's class `Attention`, whose `get_kv_cache_spec` is changed.
+        backend: Quest's backend: layers with others are left alone.
+    """
+    original = attention.get_kv_cache_spec
+    if getattr(original, _INSTALLED, False):
+        return
+
+    @wraps(original)
+    def get_kv_cache_spec(layer: Any, vllm_config: Any) -> Any:
+        spec = original(layer, vllm_config)
+        if spec is None or not issubclass(layer.attn_backend, backend):
+            return spec
+        check_full(spec)
+        options = read_options(vllm_config)
+        assert options is not None, "a layer of the model was made with these options"
+        return layout.with_room(spec, Room.of(options.config(spec.block_size), spec.head_size, spec.dtype))
+
+    setattr(get_kv_cache_spec, _INSTALLED, True)
+    attention.get_kv_cache_spec = get_kv_cache_spec
 
 
 def layout_of(version: tuple[int, int]) -> BlockLayout:
@@ -129,16 +209,10 @@ def layout_of(version: tuple[int, int]) -> BlockLayout:
     return RowedBlocks() if version >= (0, 32) else PaddedBlocks()
 
 
-def _padded(spec: Any) -> Any:
-    check_full(spec)
-    room = TwoVectors.ROWS * spec.num_kv_heads * spec.head_size * spec.dtype.itemsize
-    return replace(spec, page_size_padded=spec.real_page_size_bytes + room)
-
-
-def _as_metadata(room: Tensor, stored: torch.dtype) -> Tensor:
-    """`[B, H, 2 D]` as `[B, H, 2, D]`; metadata in 8 bits takes the first part of the room."""
-    width = room.shape[-1]
-    metadata: Tensor = room.view(stored)[..., :width].unflatten(-1, (TwoVectors.ROWS, width // TwoVectors.ROWS))
+def _as_metadata(run: Tensor, room: Room) -> Tensor:
+    """What is kept, `[B, H, *shape]`, which begins the room of each block and head, `[B, H, numbers]` of the cache."""
+    rows, numbers = room.shape
+    metadata: Tensor = run.view(room.dtype)[..., : rows * numbers].unflatten(-1, (rows, numbers))
     return metadata
 
 

@@ -12,8 +12,6 @@ __all__ = ["VLLMOptions", "read_options"]
 
 _OURS_ALONE = tuple(name for name in READING if name != "backend")
 """Options that nobody else has: beside "quest" they would be without effect."""
-_WHOLE = "page"
-_SKETCHES = "sketch"
 
 
 class VLLMOptions(QuestOptions):
@@ -21,17 +19,6 @@ class VLLMOptions(QuestOptions):
 
     page_size_rule = "a page is vLLM's block, set by --block-size"
     page_size_hint = " (a page is a block of vLLM: --block-size)"
-
-    def __post_init__(self) -> None:
-        unit = self.reading.get("selection_unit", _WHOLE)
-        if unit != _WHOLE:
-            raise QuestValueError(f"{KEY}.selection_unit", unit, f"{_WHOLE!r}: inside vLLM whole blocks are read")
-        metadata = self.reading.get("metadata")
-        if metadata == _SKETCHES:
-            raise QuestValueError(
-                f"{KEY}.metadata", metadata, "bounds or moments: inside vLLM there are no sketches yet"
-            )
-        super().__post_init__()
 
 
 def read_options(vllm_config: Any) -> QuestOptions | None:

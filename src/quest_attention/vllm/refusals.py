@@ -144,7 +144,9 @@ def _check_settings(options: QuestOptions, vllm_config: Any) -> None:
             raise QuestValueError(name, True, "False: two batches at once would share scratch memory")
     check_transfer(vllm_config.kv_transfer_config)
     speculation = vllm_config.speculative_config
-    if speculation is not None and not form_of(options.config(1)).is_bound:
+    form = form_of(options.least_config())
+    # Bounds still bound what is left, and whole pages are taken anew from the cache when they are complete again.
+    if speculation is not None and not (form.is_bound or form.takes_whole_pages):
         reason = f"none with {KEY}.metadata moments: tokens taken back would stay in those of their page"
         raise QuestValueError("speculative_config.method", speculation.method, reason)
     if speculation is not None and speculation.method not in _DRAFT_FREE:

@@ -476,6 +476,7 @@ def _rank_kernel(
     norm = _norms_of(space.norms, row, SHAPE, NORMS)
     token = tl.arange(0, BLOCK)
     last = drawn if IS_SAMPLE else whole
+    low = 0.0
     if not IS_SAMPLE:
         first_page, last_page = _choice_of(end, num_sink_pages, num_recent_pages, PAGE)
         low = _threshold(
