@@ -73,6 +73,8 @@ _RANKED_PAGES = 16
 """Pages that a program of `_rank_kernel` ranks at a time."""
 _PICKED = 128
 """Words of 16 tokens in which a program looks for candidates at a time."""
+_LEAST_WORDS = 64
+"""Fewest of these worth a program."""
 _WEIGHED = 16384
 """Channels of keys by which a program ranks candidates at a time."""
 _HELD = 512
@@ -190,7 +192,7 @@ def _plan(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> _Plan | Non
     most, words = kv.max_pages * kv.page_size, kv.max_pages * triton.cdiv(kv.page_size, 16)
     slots = min(most, config.token_budget)
     listed = min(most, 8 * config.candidate_budget)
-    pick_parts = max(1, min(64, triton.cdiv(words, _PICKED), triton.cdiv(2 * programs, rows)))
+    pick_parts = max(1, min(64, triton.cdiv(words, _LEAST_WORDS), triton.cdiv(2 * programs, rows)))
     held = max(16, min(triton.next_power_of_2(2 * config.candidate_budget), triton.next_power_of_2(listed)))
     splits = max(1, min(slots // _LEAST_TOKENS, max(_LEAST_SPLITS, triton.cdiv(programs // 2, rows))))
     tiles_of_bits = 6 * triton.cdiv(group, 4) * max(1, kv.head_dim // 128)
