@@ -6,8 +6,7 @@ Loss: the last tokens of stretches of books, each predicted by a decode step, ag
 Time: a step of the same model over a cache of that length, all choices in turn, so that they meet the same moments of
 the machine; the time is that of the process on the CPU, which others on the machine disturb less than a clock's. The
 arm "nothing" attends to one page in every layer: what a step takes whatever is chosen.
-
-A run of one length and dtype writes a file of its own if asked to; `tables_cpu.py` puts files together.
+The record says how busy the machine was.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from quest_attention import QuestCache, QuestConfig, QuestWarning, enable_quest
 from quest_attention.bench.record import write_record
 from quest_attention.bench.timing import percentiles
-from quest_attention.cli.gguf_model import load_gguf
+from quest_attention.cli.loading import load_model
 from quest_attention.eval.context import Context, copy_cache, read_context
 from quest_attention.eval.continuation import follow_text
 from quest_attention.eval.methods import make_method
@@ -49,7 +48,6 @@ ARMS = (
     "moments,selection_unit=token@128", "moments,selection_unit=token@256", "moments,selection_unit=token@512",
     "moments,selection_unit=token,candidate_factor=2@256", "bounds,selection_unit=token@256",
 )  # fmt: skip
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def config_of(arm: str) -> QuestConfig:
@@ -129,12 +127,14 @@ def times(
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="GGUF file of the model.")],
-    books: Annotated[Path, typer.Option(help="Folder of long *.txt files.")],
+    model: Annotated[
+        str | None, typer.Option(help="A folder, a GGUF file or an id; the bundled one by default.")
+    ] = None,
+    books: Annotated[Path | None, typer.Option(help="Folder of long *.txt files; an excerpt by default.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     lengths: Annotated[str, typer.Option(help="Contexts, comma-separated [tokens].")] = "4096,8192",
     batches: Annotated[str, typer.Option(help="Sequences of a step, comma-separated.")] = "1,8",
-    dtypes: Annotated[str, typer.Option(help="Of the times: bf16, fp32 or both, comma-separated.")] = "fp32",
+    dtypes: Annotated[str, typer.Option(help="Of the times: float32, bfloat16 or both.")] = "float32",
     stretches: Annotated[int, typer.Option(help="Texts; 0 measures times alone.")] = 8,
     predicted: Annotated[int, typer.Option(help="Last tokens of each that are predicted [tokens].")] = 128,
     repeats: Annotated[int, typer.Option(help="Counted steps per arm; 0 measures losses alone.")] = 15,
@@ -142,21 +142,21 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the texts and the cache.")] = 0,
 ) -> None:
     """Measure loss and time of every choice."""
-    console, named, rows = Console(), arms.split(), []
+    console, named, rows, load = Console(), arms.split(), [], os.getloadavg()
     if stretches:
-        loaded, tokenizer = load_gguf(model, torch.float32)
-        texts = load_texts(books, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
+        loaded = load_model(model, device="cpu", dtype="float32")
+        texts = load_texts(books, lambda text: loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
         for length in map(int, lengths.split(",")):
             enough = texts.at_least(length)
             drawn = [enough.stretch(index, length, random.Random(seed + index)) for index in range(stretches)]
-            found = losses(loaded.eval(), torch.tensor(drawn), predicted, named, console)
+            found = losses(loaded.model, torch.tensor(drawn), predicted, named, console)
             rows += [{"context": length, "arm": arm, **row} for arm, row in found.items()]
     if repeats:
         for dtype in dtypes.split(","):
-            loaded, _ = load_gguf(model, DTYPES[dtype])
+            loaded = load_model(model, device="cpu", dtype=dtype)
             for length in map(int, lengths.split(",")):
                 for batch in map(int, batches.split(",")):
-                    taken = times(loaded.eval(), batch, length, named, repeats, seed)
+                    taken = times(loaded.model, batch, length, named, repeats, seed)
                     table = Table("arm", "ms", title=f"{dtype}, {batch} x {length} tokens")
                     for arm, ms in taken.items():
                         table.add_row(arm, f"{ms['p50']:.1f}")
@@ -164,8 +164,9 @@ def main(
                     console.print(table)
     if output is not None:
         settings = {
-            "model": model.name, "dense_layers": DENSE_LAYERS, "stretches": stretches, "predicted": predicted,
+            "model": model and Path(model).name, "dense_layers": DENSE_LAYERS, "stretches": stretches, "predicted": predicted,
             "repeats": repeats, "warmup": WARMUP, "seed": seed, "threads": torch.get_num_threads(),
+            "load_average": [load, os.getloadavg()],
         }  # fmt: skip
         write_record(output, f"python {' '.join(sys.argv)}", settings, rows)
 

@@ -323,6 +323,17 @@ def test_moments_as_options_of_quest(model: LlamaForCausalLM) -> None:
     assert answer(model, everything)[0] == answer(model, Full())[0]
 
 
+@pytest.mark.parametrize("metadata", ["bounds", "moments"])
+def test_tokens_ranked_by_keys_as_an_option_of_quest(model: LlamaForCausalLM, metadata: str) -> None:
+    used = method(f"quest:metadata={metadata},selection_unit=token,candidate_factor=2,page_size=4", 16)
+    assert isinstance(used, Quest) and used.unit == 1
+    _, session = answer(model, used)
+    for reads in session.reads()[DENSE:]:
+        assert reads.is_sparse and reads.tokens_read == 16 * reads.steps
+    with pytest.raises(QuestValueError, match="metadata: got 'auto', expected a form by name"):
+        method("quest:metadata=auto", 16)  # a table says what was read, before any device is known
+
+
 def test_the_token_oracle_against_loops(model: LlamaForCausalLM) -> None:
     """It reads the tokens with the largest mean weight over the heads of a group, and the one being written."""
     seen: list[Tensor] = []
