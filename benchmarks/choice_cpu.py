@@ -164,7 +164,8 @@ def main(
                     console.print(table)
     if output is not None:
         settings = {
-            "model": model and Path(model).name, "dense_layers": DENSE_LAYERS, "stretches": stretches, "predicted": predicted,
+            "model": model and Path(model).name, "dense_layers": DENSE_LAYERS,
+            "stretches": stretches, "predicted": predicted,
             "repeats": repeats, "warmup": WARMUP, "seed": seed, "threads": torch.get_num_threads(),
             "load_average": [load, os.getloadavg()],
         }  # fmt: skip
