@@ -133,7 +133,7 @@ def main(
     books: Annotated[Path | None, typer.Option(help="Folder of long *.txt files; an excerpt by default.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     lengths: Annotated[str, typer.Option(help="Contexts, comma-separated [tokens].")] = "4096,8192",
-    batches: Annotated[str, typer.Option(help="Sequences of a step, comma-separated.")] = "1,8",
+    batches: Annotated[str, typer.Option(help="Sequences of a step, comma-separated; every arm holds a cache.")] = "1",
     dtypes: Annotated[str, typer.Option(help="Of the times: float32, bfloat16 or both.")] = "float32",
     stretches: Annotated[int, typer.Option(help="Texts; 0 measures times alone.")] = 8,
     predicted: Annotated[int, typer.Option(help="Last tokens of each that are predicted [tokens].")] = 128,
