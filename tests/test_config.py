@@ -74,16 +74,16 @@ def test_pages_whose_keys_rank_tokens(metadata: Metadata, factor: int, pages: in
 
 def test_auto_is_a_form_once_the_device_is_known() -> None:
     auto = QuestConfig(token_budget=256, metadata="auto")
-    assert auto.resolved("cpu") == QuestConfig(256, metadata="moments", selection_unit="token")
+    assert auto.resolved("cpu") == QuestConfig(256, metadata="moments")
     assert auto.resolved("cuda") == QuestConfig(256, metadata="sketch", selection_unit="token")
     assert auto.resolved("mps") == auto.resolved("cpu")
-    by_page = QuestConfig(256, metadata="auto", selection_unit="page", num_sink_pages=2)
-    assert by_page.resolved("cpu") == QuestConfig(256, metadata="moments", num_sink_pages=2)
+    by_token = QuestConfig(256, metadata="auto", selection_unit="token", num_sink_pages=2)
+    assert by_token.resolved("cpu") == QuestConfig(256, metadata="moments", selection_unit="token", num_sink_pages=2)
     assert QuestConfig().resolved("cuda") == QuestConfig()
-    rough = QuestConfig(metadata="auto", candidate_factor=0)  # sketch has such a choice, moments have not
-    assert rough.resolved("cuda").candidate_factor == 0
-    with pytest.raises(QuestValueError, match=r"candidate_factor: got 0, expected at least 1 for moments"):
-        rough.resolved("cpu")
+    wide = QuestConfig(metadata="auto", candidate_factor=8)  # sketch has such a choice, pages by moments have not
+    assert wide.resolved("cuda").candidate_factor == 8
+    with pytest.raises(QuestValueError, match=r"candidate_factor: got 8, expected 0 for whole pages by moments"):
+        wide.resolved("cpu")
     with pytest.raises(QuestValueError, match=r"metadata_dtype: got 'fp8', expected kv"):
         QuestConfig(metadata="auto", metadata_dtype="fp8")
     for unknown in (lambda: auto.unit_size, lambda: auto.num_forced_pages, lambda: form_of(auto)):

@@ -77,7 +77,8 @@ _OF_TOKENS: tuple[GroupReduction, ...] = ("max", "mass")
 """The same where tokens are ranked: heads agree on weights and not on logits, and the mean of weights is mass."""
 _NOT_GIVEN = cast("Any", None)
 _AUTO: dict[str, dict[str, Any]] = {
-    "cpu": {"metadata": "moments", "selection_unit": "token"},
+    # In plain PyTorch ranking tokens by exact keys takes what reading fewer values spares.
+    "cpu": {"metadata": "moments", "selection_unit": "page"},
     "cuda": {"metadata": "sketch", "selection_unit": "token"},
 }
 """What metadata "auto" is by the type of the device; all else is what that metadata wants."""
@@ -233,8 +234,7 @@ class QuestConfig:
     def resolved(self, device: str) -> QuestConfig:
         """The config with a form where `metadata` is `"auto"`, else itself: what loses least at equal milliseconds.
 
-        What was given is kept. `enable_quest` and `quest_decode` do this for the device they run on; docs/speed.md has
-        what was measured.
+        What was given is kept. `enable_quest` and `quest_decode` do this for the device they run on.
 
         Args:
             device: Type of the device that keys are on, such as `"cpu"`.
@@ -244,7 +244,7 @@ class QuestConfig:
 
         >>> config = QuestConfig(metadata="auto").resolved("cpu")
         >>> config.metadata, config.selection_unit, config.candidate_factor
-        ('moments', 'token', 4)
+        ('moments', 'page', 0)
         """
         if self.metadata != "auto":
             return self

@@ -80,11 +80,11 @@ def test_auto_is_a_form_when_quest_is_enabled() -> None:
         assert quest.config == auto.resolved("cpu") and quest.config.metadata == "moments"
         made = generate(model, prompt())
         assert quest.make_cache().quest == quest.config
-        assert quest.counters.layers[-1].unit_size == 1 and quest.counters.sparse_steps > 0
+        assert quest.counters.layers[-1].unit_size == PAGE_SIZE and quest.counters.sparse_steps > 0
     with enable_quest(model, auto.resolved("cpu")):
         assert torch.equal(generate(model, prompt()), made)
     with pytest.raises(QuestValueError, match="metadata: got 'auto', expected a form by name"):
         QuestCache(model.config, auto)
-    with pytest.raises(QuestValueError, match="candidate_factor: got 0, expected at least 1 for moments"):
-        enable_quest(model, dataclasses.replace(auto, candidate_factor=0))
+    with pytest.raises(QuestValueError, match="candidate_factor: got 8, expected 0 for whole pages by moments"):
+        enable_quest(model, dataclasses.replace(auto, candidate_factor=8))
     assert not hasattr(model, "_quest_handle")

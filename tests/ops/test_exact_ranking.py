@@ -192,7 +192,7 @@ def test_memory_and_output_of_the_callers_are_used() -> None:
 def test_auto_is_resolved_for_the_cache() -> None:
     cache = filled([99, 99], Moments(1.0), layout="contiguous")
     query = query_for(cache, 2)
-    auto = config_of(Moments(1.0), metadata="auto", selection_unit=None)
+    auto = config_of(Moments(1.0), metadata="auto")
     step = quest_decode(query, cache.kv, 99, auto, workspace=make_workspace(cache.kv, query.shape[1], auto))
     assert step.selected.unit_size == 1
     assert torch.equal(step.output, quest_decode(query, cache.kv, 99, config_of(Moments(1.0))).output)
