@@ -196,9 +196,10 @@ class QuestConfig:
 
     def _check_coefficient(self) -> None:
         """Whether there is one only where it has an effect."""
+        if self.moments_coefficient is not None:
+            check_coefficient("moments_coefficient", self.moments_coefficient)
         if self.metadata == "moments":
             self._want("moments_coefficient", _WantedNumber(_COEFFICIENT))
-            check_coefficient("moments_coefficient", self.moments_coefficient)
         elif self.moments_coefficient is not None:  # what was not given has been forgotten
             expected = f"none for {self.metadata}: it is for moments"
             raise QuestValueError("moments_coefficient", self.moments_coefficient, expected)

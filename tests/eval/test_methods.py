@@ -291,7 +291,7 @@ def test_a_context_that_nobody_observed(model: LlamaForCausalLM) -> None:
         ("quest:page_sise=4", "did you mean page_size"),
         ("quest:page_size", "option=value"),
         ("quest:token_budget=4", "an option of its own"),
-        ("quest:metadata=mean", "another metadata: one of bounds, moments, sketch, not 'mean'"),
+        ("quest:metadata=mean", "another metadata: one of bounds, moments, sketch, auto, not 'mean'"),
         ("quest:metadata=moments,moments_coefficient=-0.5", "another moments_coefficient: a number from 0 to 100"),
     ],
 )
