@@ -358,9 +358,13 @@ def test_a_prompt_longer_than_the_positions_of_the_model(quest: Cli, model_folde
             "--metadata-dtype: got 'fp8', expected kv for moments: fp8 is for bounds",
         ),
         (["--metadata", "moments", "-b", "16"], "--token-budget: got 16, expected at least 32: 2 forced pages of 16"),
-        (["--selection-unit", "token"], "--selection-unit: got 'token', expected page for bounds, which scores pages"),
+        (
+            ["--selection-unit", "token", "--candidate-factor", "0"],
+            "--candidate-factor: got 0, expected at least 1 for bounds, which scores pages",
+        ),
+        (["--moments-coefficient", "1"], "--moments-coefficient: got 1.0, expected none for bounds: it is for moments"),
         (["--metadata", "sketch", "--selection-unit", "3"], "--selection-unit: got 3, expected one of page, token, 4"),
-        (["--candidate-factor", "2"], "--candidate-factor: got 2, expected 0 for bounds, which has no rough estimates"),
+        (["--candidate-factor", "2"], "--candidate-factor: got 2, expected 0 for whole pages by bounds"),
         (
             ["--metadata", "sketch", "--candidate-factor=-1"],
             "--candidate-factor: got -1, expected a non-negative integer",
@@ -424,7 +428,7 @@ def test_wrong_options(quest: Cli, model_folder: str, arguments: list[str], line
         ),
         (
             ["--method", "quest:metadata=mean"],
-            "--method: got 'quest:metadata=mean', expected another metadata: one of bounds, moments, sketch, not",
+            "--method: got 'quest:metadata=mean', expected another metadata: one of bounds, moments, sketch, auto, not",
         ),
         (
             ["--method", "quest:metadata=moments,moments_coefficient=half"],

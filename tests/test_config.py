@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pickle
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from quest_attention import QuestConfig, QuestError, QuestValueError
 from quest_attention.config import Metadata, SelectionUnit
+from quest_attention.forms import form_of
 
 
 def test_derived_numbers() -> None:
@@ -36,6 +38,57 @@ def test_what_metadata_wants_is_replaced_when_a_config_is_made(metadata: Metadat
     assert (config.group_reduction, config.num_sink_pages, config.selection_unit) == (reduction, sinks, "page")
     assert dataclasses.replace(config, token_budget=1024).group_reduction == reduction
     assert QuestConfig(metadata=metadata, group_reduction="max", num_sink_pages=2).num_sink_pages == 2
+
+
+def test_what_was_not_given_follows_the_metadata_when_it_is_replaced() -> None:
+    replaced = dataclasses.replace(QuestConfig(), metadata="sketch")
+    assert replaced == QuestConfig(metadata="sketch")
+    assert (replaced.num_sink_pages, replaced.candidate_factor) == (1, 4)
+    assert dataclasses.replace(replaced, metadata="bounds") == QuestConfig()
+    moments = QuestConfig(metadata="moments", num_sink_pages=1, moments_coefficient=0.5)
+    assert dataclasses.replace(moments, moments_coefficient=None, metadata="bounds").num_sink_pages == 1, "as given"
+    assert dataclasses.replace(QuestConfig(metadata="moments"), metadata="bounds").num_sink_pages == 0
+    with pytest.raises(QuestValueError, match=r"moments_coefficient: got 0\.5, expected none for bounds"):
+        dataclasses.replace(moments, metadata="bounds")
+    by_token = dataclasses.replace(QuestConfig(), selection_unit="token")
+    assert (by_token.candidate_factor, dataclasses.replace(by_token, selection_unit="page").candidate_factor) == (4, 0)
+    again = pickle.loads(pickle.dumps(QuestConfig()))
+    assert dataclasses.replace(again, metadata="moments").num_sink_pages == 1
+
+
+@pytest.mark.parametrize("metadata", ["bounds", "moments", "sketch"])
+def test_a_config_read_back_from_its_numbers_is_itself(metadata: Metadata) -> None:
+    config = QuestConfig(metadata=metadata)
+    assert QuestConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+@pytest.mark.parametrize(("factor", "pages"), [(1, 8), (4, 26), (9, 58)])
+@pytest.mark.parametrize("metadata", ["bounds", "moments"])
+def test_pages_whose_keys_rank_tokens(metadata: Metadata, factor: int, pages: int) -> None:
+    """Always as many live tokens as the budget reads, though the page being written may hold one."""
+    config = QuestConfig(token_budget=100, metadata=metadata, selection_unit="token", candidate_factor=factor)
+    assert config.candidate_pages == pages and (pages - 1) * 16 + 1 >= factor * 100
+    assert QuestConfig(metadata=metadata).candidate_pages == 0
+    assert QuestConfig(metadata="sketch", selection_unit="token").candidate_pages == 0
+
+
+def test_auto_is_a_form_once_the_device_is_known() -> None:
+    auto = QuestConfig(token_budget=256, metadata="auto")
+    assert auto.resolved("cpu") == QuestConfig(256, metadata="moments")
+    assert auto.resolved("cuda") == QuestConfig(256, metadata="sketch", selection_unit="token")
+    assert auto.resolved("mps") == auto.resolved("cpu")
+    by_token = QuestConfig(256, metadata="auto", selection_unit="token", num_sink_pages=2)
+    assert by_token.resolved("cpu") == QuestConfig(256, metadata="moments", selection_unit="token", num_sink_pages=2)
+    assert QuestConfig().resolved("cuda") == QuestConfig()
+    wide = QuestConfig(metadata="auto", candidate_factor=8)  # sketch has such a choice, pages by moments have not
+    assert wide.resolved("cuda").candidate_factor == 8
+    with pytest.raises(QuestValueError, match=r"candidate_factor: got 8, expected 0 for whole pages by moments"):
+        wide.resolved("cpu")
+    with pytest.raises(QuestValueError, match=r"metadata_dtype: got 'fp8', expected kv"):
+        QuestConfig(metadata="auto", metadata_dtype="fp8")
+    for unknown in (lambda: auto.unit_size, lambda: auto.num_forced_pages, lambda: form_of(auto)):
+        with pytest.raises(QuestValueError, match="metadata: got 'auto', expected a form by name"):
+            unknown()
 
 
 def test_the_papers_setting() -> None:
@@ -68,16 +121,24 @@ def test_it_is_frozen() -> None:
         ({"num_sink_pages": -1}, "num_sink_pages", "a non-negative integer"),
         ({"num_recent_pages": None}, "num_recent_pages", "a non-negative integer"),
         ({"group_reduction": "sum"}, "group_reduction", "one of max, mean"),
-        ({"group_reduction": "mass"}, "group_reduction", "max or mean for bounds: mass is of tokens' estimates: for"),
-        ({"group_reduction": "mass", "metadata": "moments"}, "group_reduction", "max or mean for moments: mass"),
+        ({"group_reduction": "mass"}, "group_reduction", "max or mean for pages by bounds"),
+        ({"group_reduction": "mass", "metadata": "moments"}, "group_reduction", "max or mean for pages by moments"),
+        ({"group_reduction": "mean", "selection_unit": "token"}, "group_reduction", "max or mass for tokens by bounds"),
+        ({"candidate_factor": 4}, "candidate_factor", "0 for whole pages by bounds"),
+        ({"candidate_factor": 4, "selection_unit": 4, "page_size": 4}, "candidate_factor", "0 for whole pages"),
+        ({"candidate_factor": 0, "selection_unit": "token"}, "candidate_factor", "at least 1 for bounds"),
+        ({"candidate_factor": 0, "selection_unit": 4, "metadata": "moments"}, "candidate_factor", "at least 1 for mom"),
+        ({"candidate_factor": -1, "metadata": "auto"}, "candidate_factor", "a non-negative integer"),
+        ({"selection_unit": "word", "metadata": "auto"}, "selection_unit", "one of page, token, 4"),
+        ({"moments_coefficient": 1.0}, "moments_coefficient", "none for bounds: it is for moments"),
+        ({"moments_coefficient": 0.5, "metadata": "sketch"}, "moments_coefficient", "none for sketch"),
+        ({"moments_coefficient": -1, "metadata": "moments"}, "moments_coefficient", "a number from 0 to 100"),
         ({"group_reduction": "mean", "metadata": "sketch"}, "group_reduction", "max or mass for sketch"),
         ({"selection_unit": "pages"}, "selection_unit", "one of page, token, 4"),
         ({"selection_unit": 8}, "selection_unit", "one of page, token, 4"),
         ({"selection_unit": 4.0}, "selection_unit", "one of page, token, 4"),
-        ({"selection_unit": None}, "selection_unit", "one of page, token, 4"),
+        ({"selection_unit": True}, "selection_unit", "one of page, token, 4"),
         ({"selection_unit": [4]}, "selection_unit", "one of page, token, 4"),
-        ({"selection_unit": "token"}, "selection_unit", "page for bounds, which scores pages"),
-        ({"selection_unit": 4, "metadata": "moments"}, "selection_unit", "page for moments, which scores pages"),
         ({"selection_unit": 4, "metadata": "sketch", "page_size": 6}, "selection_unit", "page or token: 4 does not"),
         (
             {"token_budget": 31, "metadata": "sketch", "selection_unit": "token"},

@@ -110,6 +110,18 @@ def test_decode_cpu(tmp_path: Path) -> None:
     assert record["machine"]["torch"]
 
 
+def test_choice_cpu(tmp_path: Path) -> None:
+    """On the bundled model: a loss of every choice, a time of each and of what none can be faster than."""
+    output = tmp_path / "choice.json"
+    arms = ["bounds@64", "moments,selection_unit=token@64"]
+    few = ("--lengths", "512", "--batches", "2", "--stretches", "2", "--predicted", "8", "--repeats", "2")
+    run("benchmarks/choice_cpu.py", *few, "--arms", " ".join(arms), "--output", str(output))
+    rows = json.loads(output.read_text(encoding="utf-8"))["rows"]
+    assert [row["arm"] for row in rows] == ["full", *arms, "nothing", "dense", *arms]
+    assert rows[0]["perplexity"] > 1 and all(len(row["loss_of_each_nats"]) == 2 for row in rows[1:3])
+    assert all(row["ms"]["p50"] > 0 for row in rows[3:])
+
+
 @pytest.mark.slow
 def test_training_from_books_to_a_measured_model(tmp_path: Path, books: Path) -> None:
     """All steps of training/README.md; the model is hopeless, but it loads and is measured."""

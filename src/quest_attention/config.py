@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple, cast, get_args
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias, cast, get_args
 
 from quest_attention.errors import QuestValueError
 
@@ -18,44 +18,70 @@ __all__ = [
     "SelectionUnit",
     "check_coefficient",
     "check_integer",
+    "refuse_auto",
 ]
 
 GroupReduction = Literal["max", "mean", "mass"]
 SelectionUnit = Literal["page", "token", 4]
-Metadata = Literal["bounds", "moments", "sketch"]
+Metadata = Literal["bounds", "moments", "sketch", "auto"]
 MetadataDtype = Literal["kv", "fp8"]
 Backend = Literal["auto", "torch", "triton", "reference"]
 _MOST_DEVIATIONS = 100
 """Of `moments_coefficient`: a page of 16 keys has none more than four from their mean."""
-_AS_WANTED = cast("GroupReduction", None)
-"""Replaced when a config is made."""
+_COEFFICIENT = 1.0
 _CANDIDATES = 4
-"""Of `candidate_factor`: a quarter of those that pass the rough estimate are read."""
+"""Of `candidate_factor`: a quarter of those that pass the first estimate are read."""
+
+
+# What nobody gave is the default or what the metadata wants, of one of these types. So it is known again where
+# `dataclasses.replace` passes it on, and gives way to what other metadata wants. Nobody else need look at the type.
+class _WantedInteger(int): ...
+
+
+class _WantedNumber(float): ...
+
+
+class _WantedName(str):
+    __slots__ = ()
+
+
+_Wanted: TypeAlias = _WantedInteger | _WantedNumber | _WantedName
 
 
 class _Wants(NamedTuple):
-    """What a form of metadata wants and allows.
+    """What a form of metadata wants and does.
 
     Attributes:
-        units: What may be selected by its scores.
-        reductions: What may become of the scores of a group's heads, what it wants first.
+        scores_tokens: Whether tokens have scores of it. Otherwise pages have, and exact keys rank the tokens of the
+            best of them where less than a page is selected.
         sink_pages: First pages that it wants read always.
-        candidate_factor: Times the budget's units that pass its rough estimate; 0 for metadata that has none.
     """
 
-    units: tuple[SelectionUnit, ...]
-    reductions: tuple[GroupReduction, ...]
+    scores_tokens: bool
     sink_pages: int
-    candidate_factor: int
 
 
 _WANTS: dict[Metadata, _Wants] = {
-    "bounds": _Wants(("page",), ("max", "mean"), sink_pages=0, candidate_factor=0),
+    "bounds": _Wants(scores_tokens=False, sink_pages=0),
     # They rank the page with the attention sink too low.
-    "moments": _Wants(("page",), ("max", "mean"), sink_pages=1, candidate_factor=0),
-    # It scores tokens, so it can choose among them. What heads agree on are weights and not logits: their mean is mass.
-    "sketch": _Wants(("page", "token", 4), ("max", "mass"), sink_pages=1, candidate_factor=_CANDIDATES),
+    "moments": _Wants(scores_tokens=False, sink_pages=1),
+    "sketch": _Wants(scores_tokens=True, sink_pages=1),
 }
+_LEFT_TO_METADATA = (
+    "num_sink_pages", "group_reduction", "moments_coefficient", "selection_unit", "candidate_factor",
+)  # fmt: skip
+"""Options of which None is what the metadata wants."""
+_OF_PAGES: tuple[GroupReduction, ...] = ("max", "mean")
+"""What may become of the scores of a group's heads where pages are selected, what is wanted first."""
+_OF_TOKENS: tuple[GroupReduction, ...] = ("max", "mass")
+"""The same where tokens are ranked: heads agree on weights and not on logits, and the mean of weights is mass."""
+_NOT_GIVEN = cast("Any", None)
+_AUTO: dict[str, dict[str, Any]] = {
+    # In plain PyTorch ranking tokens by exact keys takes what reading fewer values spares.
+    "cpu": {"metadata": "moments", "selection_unit": "page"},
+    "cuda": {"metadata": "sketch", "selection_unit": "token"},
+}
+"""What metadata "auto" is by the type of the device; all else is what that metadata wants."""
 
 
 @dataclass(frozen=True)
@@ -72,26 +98,30 @@ class QuestConfig:
         num_dense_layers: Leading full-attention layers that always read the whole cache, counted by their rank among
             such layers: those with a window or a state are not counted [layers].
         num_sink_pages: First pages of a sequence that are always read; None is what the metadata wants, 1 for moments
-            and sketch and 0 for bounds, and is replaced by it when the config is made: `replace` then keeps that
-            [pages].
+            and sketch and 0 for bounds, and is replaced by it when the config is made. `dataclasses.replace` keeps what
+            was given, and replaces what was not anew [pages].
         num_recent_pages: Last pages of a sequence that are always read, the page being written included [pages].
             The page being written is read even when this is 0.
         group_reduction: How the scores of the query heads that share a KV head become one score: `"max"`, `"mean"` or,
-            for metadata that scores tokens, `"mass"`, their mean share of the attention. None is what the metadata
-            wants, max for all so far, and is replaced as for `num_sink_pages`.
+            where tokens are ranked, `"mass"`, their mean share of the attention; pages that are only to pass are then
+            ranked by max. None is what the metadata wants, max for all so far, and is replaced as for
+            `num_sink_pages`.
         backend: `"auto"` picks by device; a backend named here works or raises.
         metadata: What is kept of a page's keys and how a query scores it: `"bounds"`, the paper's, `"moments"`, mean
             and standard deviation, or `"sketch"`, two bits of every channel of every key, by which tokens are scored;
-            see `quest_attention.forms`.
+            see `quest_attention.forms`. `"auto"` leaves it to the device, with what else is not given: see `resolved`.
         metadata_dtype: How page metadata is stored: `"kv"` in the dtype of the keys, `"fp8"`, for bounds alone, in 8
             bits (e4m3), each rounded outward, so that it still bounds: half the bytes to score, a looser ranking.
-        moments_coefficient: How many standard deviations above its mean a page's best key is taken to lie.
-        selection_unit: What is selected: `"page"`, or, by metadata that scores tokens, `"token"` or groups of 4 tokens.
-            Forced pages stay pages: all of their units are read.
-        candidate_factor: Of metadata that scores tokens in two stages, as sketch does: the best of all units by a rough
-            estimate, this many times those of the budget, are ranked by the full one. 0 ranks all by the full one. None
-            is what the metadata wants, 4 for sketch and 0, the only one allowed, for bounds and moments, and is
-            replaced as for `num_sink_pages`.
+        moments_coefficient: Of moments, how many standard deviations above its mean a page's best key is taken to lie;
+            None is 1, and is replaced as for `num_sink_pages`; other metadata has none.
+        selection_unit: What is selected: `"page"`, `"token"` or groups of 4 tokens. Forced pages stay pages: all of
+            their units are read. None is pages, and is replaced as for `num_sink_pages`.
+        candidate_factor: Where units are ranked in two stages: the best of all by a first estimate, this many times
+            those of the budget, are ranked once more. Sketch has rough and full estimates of tokens; 0 ranks all by the
+            full ones. Bounds and moments score pages, and where less than a page is selected, the exact keys of as many
+            pages rank their tokens: those keys are read beside the tokens of the budget. None is what the metadata
+            wants, 4, or 0, the only one allowed, for whole pages by bounds or moments; it is replaced as for
+            `num_sink_pages`.
 
     Raises:
         QuestValueError: A value is out of range, or the budget cannot hold the pages that are always read.
@@ -107,36 +137,37 @@ class QuestConfig:
     token_budget: int = 2048
     page_size: int = 16
     num_dense_layers: int = 2
-    num_sink_pages: int = cast("int", None)  # of a config that is made, always a number
+    # Those that are None here never are of a config that is made, but for one whose metadata is "auto".
+    num_sink_pages: int = _NOT_GIVEN
     num_recent_pages: int = 1
-    group_reduction: GroupReduction = _AS_WANTED  # likewise
+    group_reduction: GroupReduction = _NOT_GIVEN
     backend: Backend = "auto"
     metadata_dtype: MetadataDtype = "kv"
     metadata: Metadata = "bounds"
-    moments_coefficient: float = 1.0
-    selection_unit: SelectionUnit = "page"
-    candidate_factor: int = cast("int", None)  # likewise
+    moments_coefficient: float | None = None
+    selection_unit: SelectionUnit = _NOT_GIVEN
+    candidate_factor: int = _NOT_GIVEN
 
     def __post_init__(self) -> None:
         _check_choice("metadata", self.metadata, get_args(Metadata))
-        wants = _WANTS[self.metadata]
-        for name, wanted in (
-            ("num_sink_pages", wants.sink_pages),
-            ("group_reduction", wants.reductions[0]),
-            ("candidate_factor", wants.candidate_factor),
-        ):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, wanted)
+        for name in _LEFT_TO_METADATA:
+            if isinstance(getattr(self, name), _Wanted):
+                object.__setattr__(self, name, None)
         for name in ("token_budget", "page_size"):
             check_integer(name, getattr(self, name), minimum=1)
-        for name in ("num_dense_layers", "num_sink_pages", "num_recent_pages", "candidate_factor"):
+        for name in ("num_dense_layers", "num_recent_pages"):
             check_integer(name, getattr(self, name), minimum=0)
-        self._check_selection(wants)
         _check_choice("metadata_dtype", self.metadata_dtype, get_args(MetadataDtype))
+        _check_choice("backend", self.backend, get_args(Backend))
+        if self.metadata == "auto":
+            self._check_auto()
+            return
+        self._want("num_sink_pages", _WantedInteger(_WANTS[self.metadata].sink_pages))
+        check_integer("num_sink_pages", self.num_sink_pages, minimum=0)
+        self._check_coefficient()
+        self._check_selection()
         if self.metadata != "bounds" and self.metadata_dtype != "kv":
             raise QuestValueError("metadata_dtype", self.metadata_dtype, f"kv for {self.metadata}: fp8 is for bounds")
-        check_coefficient("moments_coefficient", self.moments_coefficient)
-        _check_choice("backend", self.backend, get_args(Backend))
         if self.page_budget < self.num_forced_pages:
             needed = self.num_forced_pages * self.page_size
             pages = "1 forced page" if self.num_forced_pages == 1 else f"{self.num_forced_pages} forced pages"
@@ -144,30 +175,95 @@ class QuestConfig:
                 "token_budget", self.token_budget, f"at least {needed}: {pages} of {self.page_size} tokens"
             )
 
-    def _check_selection(self, wants: _Wants) -> None:
+    def _want(self, name: str, wanted: _Wanted) -> None:
+        """Take what is wanted where nothing was given."""
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, wanted)
+
+    def _check_auto(self) -> None:
+        """Refuse options with which no device has a form."""
+        mistakes = [mistake for device in _AUTO if (mistake := self._mistake_on(device)) is not None]
+        if len(mistakes) == len(_AUTO):
+            raise mistakes[0]
+
+    def _mistake_on(self, device: str) -> QuestValueError | None:
+        """What is wrong with the form of a device, if anything."""
+        try:
+            self.resolved(device)
+        except QuestValueError as mistake:
+            return mistake
+        return None
+
+    def _check_coefficient(self) -> None:
+        """Whether there is one only where it has an effect."""
+        if self.moments_coefficient is not None:
+            check_coefficient("moments_coefficient", self.moments_coefficient)
+        if self.metadata == "moments":
+            self._want("moments_coefficient", _WantedNumber(_COEFFICIENT))
+        elif self.moments_coefficient is not None:  # what was not given has been forgotten
+            expected = f"none for {self.metadata}: it is for moments"
+            raise QuestValueError("moments_coefficient", self.moments_coefficient, expected)
+
+    def _check_selection(self) -> None:
         """What is selected and how heads agree on it, as far as the metadata allows it."""
-        reduction, unit = self.group_reduction, self.selection_unit
-        _check_choice("group_reduction", reduction, get_args(GroupReduction))
-        if reduction not in wants.reductions:
-            why = ": mass is of tokens' estimates: for metadata that scores tokens" if reduction == "mass" else ""
-            expected = f"{' or '.join(wants.reductions)} for {self.metadata}{why}"
-            raise QuestValueError("group_reduction", reduction, expected)
-        units = get_args(SelectionUnit)
-        if type(unit) not in (str, int) or unit not in units:
+        wants, metadata = _WANTS[self.metadata], self.metadata
+        self._want("selection_unit", _WantedName("page"))
+        unit, units = self.selection_unit, get_args(SelectionUnit)
+        if not isinstance(cast("object", unit), str | int) or unit not in units:
             raise QuestValueError("selection_unit", unit, f"one of {', '.join(map(str, units))}")
-        if unit not in wants.units:
-            expected = f"{' or '.join(map(str, wants.units))} for {self.metadata}, which scores pages"
-            raise QuestValueError("selection_unit", unit, expected)
-        if self.candidate_factor and not wants.candidate_factor:
-            expected = f"0 for {self.metadata}, which has no rough estimates"
-            raise QuestValueError("candidate_factor", self.candidate_factor, expected)
         if self.page_size % self.unit_size:
             raise QuestValueError("selection_unit", unit, f"page or token: {unit} does not divide {self.page_size}")
 
+        ranks_tokens = wants.scores_tokens or self.unit_size < self.page_size
+        reductions = _OF_TOKENS if ranks_tokens else _OF_PAGES
+        self._want("group_reduction", _WantedName(reductions[0]))
+        reduction = self.group_reduction
+        _check_choice("group_reduction", reduction, get_args(GroupReduction))
+        if reduction not in reductions:
+            what = metadata if wants.scores_tokens else f"{'tokens' if ranks_tokens else 'pages'} by {metadata}"
+            raise QuestValueError("group_reduction", reduction, f"{' or '.join(reductions)} for {what}")
+
+        self._want("candidate_factor", _WantedInteger(_CANDIDATES if ranks_tokens else 0))
+        factor = self.candidate_factor
+        check_integer("candidate_factor", factor, minimum=0)
+        if factor and not ranks_tokens:
+            raise QuestValueError("candidate_factor", factor, f"0 for whole pages by {metadata}: they are ranked once")
+        if not factor and ranks_tokens and not wants.scores_tokens:
+            expected = f"at least 1 for {metadata}, which scores pages: some are to be chosen, whose keys rank tokens"
+            raise QuestValueError("candidate_factor", factor, expected)
+
+    def resolved(self, device: str) -> QuestConfig:
+        """The config with a form where `metadata` is `"auto"`, else itself: what loses least at equal milliseconds.
+
+        What was given is kept. `enable_quest` and `quest_decode` do this for the device they run on.
+
+        Args:
+            device: Type of the device that keys are on, such as `"cpu"`.
+
+        Raises:
+            QuestValueError: What was given does not go with the form of that device.
+
+        >>> config = QuestConfig(metadata="auto").resolved("cpu")
+        >>> config.metadata, config.selection_unit, config.candidate_factor
+        ('moments', 'page', 0)
+        """
+        if self.metadata != "auto":
+            return self
+        # A device of which nothing is known runs plain PyTorch, as a CPU does.
+        chosen = _AUTO.get(device, _AUTO["cpu"])
+        open_ones = {name: value for name, value in chosen.items() if getattr(self, name) in (None, "auto")}
+        return replace(self, **open_ones)
+
     @property
     def unit_size(self) -> int:
-        """Tokens of what is selected: of a page, 1 or 4 [tokens]."""
+        """Tokens of what is selected: of a page, 1 or 4 [tokens].
+
+        Raises:
+            QuestValueError: No device has been asked yet; so do those below.
+        """
         unit = self.selection_unit
+        if self.metadata == "auto":
+            refuse_auto()
         return self.page_size if unit == "page" else 1 if unit == "token" else unit
 
     @property
@@ -187,8 +283,25 @@ class QuestConfig:
 
     @property
     def candidate_budget(self) -> int:
-        """Units that pass the rough estimate, 0 where there is none [units]."""
+        """Units that pass the first estimate, 0 where there is none [units]."""
         return self.candidate_factor * self.unit_budget
+
+    @property
+    def scores_tokens(self) -> bool:
+        """Whether tokens have scores of the metadata, and not pages alone."""
+        if self.metadata == "auto":
+            refuse_auto()
+        return _WANTS[self.metadata].scores_tokens
+
+    @property
+    def candidate_pages(self) -> int:
+        """Pages whose keys rank tokens, 0 where no exact keys do [pages].
+
+        One more than hold the candidates, since the page being written is among them and may hold one token.
+        """
+        if self.scores_tokens or not self.candidate_factor:
+            return 0
+        return -(-self.candidate_budget * self.unit_size // self.page_size) + 1
 
     @property
     def page_budget(self) -> int:
@@ -203,6 +316,8 @@ class QuestConfig:
     @property
     def num_forced_pages(self) -> int:
         """Pages read whatever their score [pages]: sink pages, and recent pages or the one being written."""
+        if self.metadata == "auto":
+            refuse_auto()
         return self.num_sink_pages + max(1, self.num_recent_pages)
 
     @classmethod
@@ -274,6 +389,16 @@ def check_coefficient(name: str, value: object) -> None:
     """
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= _MOST_DEVIATIONS:
         raise QuestValueError(name, value, f"a number from 0 to {_MOST_DEVIATIONS}")
+
+
+def refuse_auto() -> NoReturn:
+    """Refuse metadata "auto" where no device is known.
+
+    Raises:
+        QuestValueError: Always.
+    """
+    expected = "a form by name, or config.resolved(device): what auto is depends on the device"
+    raise QuestValueError("metadata", "auto", expected)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -291,7 +291,7 @@ def test_a_context_that_nobody_observed(model: LlamaForCausalLM) -> None:
         ("quest:page_sise=4", "did you mean page_size"),
         ("quest:page_size", "option=value"),
         ("quest:token_budget=4", "an option of its own"),
-        ("quest:metadata=mean", "another metadata: one of bounds, moments, sketch, not 'mean'"),
+        ("quest:metadata=mean", "another metadata: one of bounds, moments, sketch, auto, not 'mean'"),
         ("quest:metadata=moments,moments_coefficient=-0.5", "another moments_coefficient: a number from 0 to 100"),
     ],
 )
@@ -321,6 +321,17 @@ def test_moments_as_options_of_quest(model: LlamaForCausalLM) -> None:
         assert reads.is_sparse and reads.tokens_read == 16 * reads.steps
     everything = method("quest:metadata=moments", 4 * CONTEXT)
     assert answer(model, everything)[0] == answer(model, Full())[0]
+
+
+@pytest.mark.parametrize("metadata", ["bounds", "moments"])
+def test_tokens_ranked_by_keys_as_an_option_of_quest(model: LlamaForCausalLM, metadata: str) -> None:
+    used = method(f"quest:metadata={metadata},selection_unit=token,candidate_factor=2,page_size=4", 16)
+    assert isinstance(used, Quest) and used.unit == 1
+    _, session = answer(model, used)
+    for reads in session.reads()[DENSE:]:
+        assert reads.is_sparse and reads.tokens_read == 16 * reads.steps
+    with pytest.raises(QuestValueError, match="metadata: got 'auto', expected a form by name"):
+        method("quest:metadata=auto", 16)  # a table says what was read, before any device is known
 
 
 def test_the_token_oracle_against_loops(model: LlamaForCausalLM) -> None:

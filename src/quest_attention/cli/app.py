@@ -46,16 +46,23 @@ GroupReduction = Annotated[
 Metadata = Annotated[
     str,
     typer.Option(
-        help="Of a page's keys: bounds (the paper's), moments (mean, deviation) or sketch (2 bits a channel)."
+        help="Of a page's keys: bounds (the paper's), moments (mean, deviation), sketch (2 bits a channel), or auto, "
+        "by the device."
     ),
 ]
-SelectionUnit = Annotated[str, typer.Option(help="What is chosen: page, or with sketch token or 4 (tokens).")]
-_UNIT = str(QuestConfig.selection_unit)
+SelectionUnit = Annotated[
+    str | None, typer.Option(help="What is chosen: page, token or 4 (tokens); page by default.", show_default=False)
+]
 CandidateFactor = Annotated[
     int | None,
-    typer.Option(help="With sketch: times the budget that rough estimates let pass; 4, 0 for all.", show_default=False),
+    typer.Option(help="Times the budget that a first estimate passes; 4, with sketch 0 for all.", show_default=False),
 ]
-Coefficient = Annotated[float, typer.Option(help="Deviations above its mean where a page's best key is taken to lie.")]
+Coefficient = Annotated[
+    float | None,
+    typer.Option(
+        help="With moments: deviations above its mean where a page's best key is taken to lie; 1.", show_default=False
+    ),
+]
 MetadataDtype = Annotated[str, typer.Option(help="Page bounds as the keys (kv) or in 8 bits (fp8).")]
 PageSize = Annotated[int, typer.Option(help="Tokens per page.")]
 DenseLayers = Annotated[int, typer.Option("--dense-layers", help="First layers that read everything.")]
@@ -93,9 +100,9 @@ def integers(option: str, text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def unit_of(text: str) -> str | int:
+def unit_of(text: str | None) -> str | int | None:
     """A selection unit as a config takes it: a number of tokens is a number."""
-    return int(text) if text.isdecimal() else text
+    return int(text) if text is not None and text.isdecimal() else text
 
 
 def _show_version(wanted: bool) -> None:
@@ -126,7 +133,7 @@ def demo(
     page_size: PageSize = QuestConfig.page_size,
     num_dense_layers: DenseLayers = QuestConfig.num_dense_layers,
     metadata: Metadata = QuestConfig.metadata,
-    selection_unit: SelectionUnit = _UNIT,
+    selection_unit: SelectionUnit = None,
     candidate_factor: CandidateFactor = QuestConfig.candidate_factor,
     seed: Annotated[int, typer.Option(help="Chooses the hidden number.")] = 0,
     model: Model = None,
@@ -179,7 +186,7 @@ def generate(
     metadata: Metadata = QuestConfig.metadata,
     metadata_dtype: MetadataDtype = QuestConfig.metadata_dtype,
     moments_coefficient: Coefficient = QuestConfig.moments_coefficient,
-    selection_unit: SelectionUnit = _UNIT,
+    selection_unit: SelectionUnit = None,
     candidate_factor: CandidateFactor = QuestConfig.candidate_factor,
     backend: Backend = QuestConfig.backend,
     dense: Annotated[bool, typer.Option("--dense", help="Read everything, without Quest, to compare.")] = False,

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import cast
 
 import torch
 
-from quest_attention.config import QuestConfig
+from quest_attention.config import QuestConfig, refuse_auto
 from quest_attention.forms.bounds import KEY_MAX, KEY_MIN, Bounds
 from quest_attention.forms.form import FP8, MetadataForm, Scored, TokenForm, TwoVectors
 from quest_attention.forms.moments import DEVIATION, MEAN, Moments
@@ -36,14 +37,18 @@ __all__ = [
 
 _FORMS: dict[str, Callable[[QuestConfig], MetadataForm]] = {
     Bounds.name: lambda _: Bounds(),
-    Moments.name: lambda config: Moments(config.moments_coefficient),
+    Moments.name: lambda config: Moments(cast("float", config.moments_coefficient)),
     Sketch.name: lambda config: Sketch(config.page_size),
+    "auto": lambda _: refuse_auto(),
 }
 
 
 @cache  # asked at every step
 def form_of(config: QuestConfig) -> MetadataForm:
     """The form that a config asks for.
+
+    Raises:
+        QuestValueError: It asks for "auto", and no device has said what that is: see `QuestConfig.resolved`.
 
     >>> form_of(QuestConfig(metadata="moments"))
     Moments(coefficient=1.0)

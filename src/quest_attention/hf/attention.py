@@ -140,7 +140,7 @@ def _attend(
         )  # fmt: skip
     # Nothing padded: every sequence is past the budget. Otherwise the device knows, and is not asked.
     units = batch * layer.config.unit_budget if attention_mask is None else step.selected.units_read
-    layer.counter.count_sparse(units * layer.config.unit_size, batch * layer.tokens_held)
+    layer.counter.count_sparse(units * layer.config.unit_size, batch * layer.tokens_held, batch * layer.keys_ranked)
     layer.report(step.selected, query, key, **kwargs)
     return step.output[:, None].to(autocast or query.dtype), None
 

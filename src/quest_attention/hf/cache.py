@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
-from quest_attention.config import QuestConfig, check_integer
+from quest_attention.config import QuestConfig, check_integer, refuse_auto
 from quest_attention.errors import QuestValueError
 from quest_attention.hf.compiler import kept_from_compilers
 from quest_attention.hf.counters import LayerCounter, QuestCounters
@@ -76,7 +76,8 @@ class QuestCache(DynamicCache):
         is_estimate: Whether fewer tokens than `max_length` may come: then there is room for twice the first at most.
 
     Raises:
-        QuestValueError: An argument is wrong.
+        QuestValueError: An argument is wrong, or leaves the metadata to a device that is not known: `make_cache` of a
+            handle knows it.
     """
 
     def __init__(
@@ -85,6 +86,8 @@ class QuestCache(DynamicCache):
     ) -> None:  # fmt: skip
         self.quest = QuestConfig() if quest is None else quest
         kinds = layer_kinds(config, self.quest)
+        if self.quest.metadata == "auto":
+            refuse_auto()  # a cache made by a handle, or by generate(), has the handle's form
         if max_length is not None:
             check_integer("max_length", max_length, minimum=1)
         check_on_select(on_select)

@@ -28,12 +28,15 @@ class LayerCounter:
         unit_size: Of what steps select [tokens].
         tokens_held: Tokens a dense layer would have read in the counted steps, per KV head, over all sequences, in
             whole units [tokens].
+        keys_read: Tokens of which the counted steps read keys, likewise: those of `tokens_read`, or more where keys
+            rank the tokens of candidate pages, then of whole pages [tokens].
     """
 
     def __init__(self, layer: int, kind: str, config: QuestConfig) -> None:
         self.layer = layer
         self.kind = kind
         self.page_size, self.unit_size = config.page_size, config.unit_size
+        self._ranks_by_keys = config.candidate_pages > 0
         self._lock = threading.Lock()
         self.reset()
 
@@ -52,6 +55,7 @@ class LayerCounter:
         self.prefill_tokens = 0
         self.tokens_held = 0
         self._tokens_read = 0
+        self._keys_ranked = 0
         self._tokens_read_on_device: Tensor | None = None
         self._updates = 0
 
@@ -70,6 +74,11 @@ class LayerCounter:
         """Tokens that the counted steps read, counted as those held [tokens]. Waits for the device."""
         on_device = self._tokens_read_on_device
         return self._tokens_read + (0 if on_device is None else int(on_device))
+
+    @property
+    def keys_read(self) -> int:
+        """Tokens of which the counted steps read keys, chosen or not [tokens]. Waits for the device."""
+        return self._keys_ranked if self._ranks_by_keys else self.tokens_read
 
     @property
     def pages_read(self) -> int | None:
@@ -94,13 +103,18 @@ class LayerCounter:
         with self._lock:
             self.dense_steps_by_reason[reading.value] = self.dense_steps_by_reason.get(reading.value, 0) + 1
             self._tokens_read += tokens
+            self._keys_ranked += tokens
             self.tokens_held += tokens
 
-    def count_sparse(self, tokens_read: int | Tensor, tokens_held: int) -> None:
-        """A decode step read `tokens_read` of `tokens_held`; a tensor stays on its device until somebody looks."""
+    def count_sparse(self, tokens_read: int | Tensor, tokens_held: int, keys_ranked: int = 0) -> None:
+        """A decode step read `tokens_read` of `tokens_held`; a tensor stays on its device until somebody looks.
+
+        Tokens were ranked by `keys_ranked` keys, where they are ranked by keys.
+        """
         with self._lock:
             self.sparse_steps += 1
             self.tokens_held += tokens_held
+            self._keys_ranked += keys_ranked
             if isinstance(tokens_read, int):
                 self._tokens_read += tokens_read
             elif self._tokens_read_on_device is None:
@@ -155,6 +169,11 @@ class QuestCounters:
     def tokens_held(self) -> int:
         """Tokens that reading everything would have read, counted as `tokens_read` [tokens]."""
         return sum(layer.tokens_held for layer in self.layers)
+
+    @property
+    def keys_read(self) -> int:
+        """Tokens of which keys were read, counted as `tokens_read`; more where keys rank tokens [tokens]."""
+        return sum(layer.keys_read for layer in self.layers)
 
     @property
     def pages_read(self) -> int | None:
@@ -213,6 +232,8 @@ def _sum(counts: Iterable[int | None]) -> int | None:
 def _reads(counted: LayerCounter | QuestCounters) -> dict[str, int]:
     """What was read, ready for JSON: tokens always, pages where steps select pages."""
     tokens = {"tokens_read": counted.tokens_read, "tokens_held": counted.tokens_held}
+    if counted.keys_read != counted.tokens_read:
+        tokens["keys_read"] = counted.keys_read
     pages_read, pages_held = counted.pages_read, counted.pages_held
     if pages_read is None or pages_held is None:
         return tokens

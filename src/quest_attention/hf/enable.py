@@ -19,7 +19,7 @@ from quest_attention.hf.naming import CACHE
 from quest_attention.hf.reporting import OnSelect
 from quest_attention.hf.support import REFUSED_METHODS, check_supported, needs_eager
 from quest_attention.hf.watch import Watch
-from quest_attention.ops import resolve_backend
+from quest_attention.ops import check_backend, resolve_backend
 
 __all__ = ["QuestHandle", "enable_quest"]
 
@@ -39,7 +39,8 @@ def enable_quest(
 
     Args:
         model: Any supported model; docs/transformers.md has the families.
-        config: What to read; the defaults of `QuestConfig` otherwise.
+        config: What to read; the defaults of `QuestConfig` otherwise. Metadata "auto" is resolved for the model's
+            device, and the handle's `config` says what it is.
         on_select: Called after each sparse decode step of a layer as `on_select(layer, selection, num_pages)`.
         cuda_graphs: Whether decode steps past the budget replay CUDA graphs. None: where the model is on an NVIDIA GPU
             and the Triton kernels run, which is where launching kernels would take longer than running them. A step
@@ -72,6 +73,7 @@ def enable_quest(
         config = QuestConfig()
     if not isinstance(config, QuestConfig):
         raise QuestValueError("config", config, "a QuestConfig")
+    config = config.resolved(model.device.type)
     check_on_select(on_select)
     if cuda_graphs is not None and not isinstance(cuda_graphs, bool):
         raise QuestValueError("cuda_graphs", cuda_graphs, "True, False or None")
@@ -79,6 +81,7 @@ def enable_quest(
     if getattr(model, _HANDLE, None) is not None:
         raise QuestStateError("Quest is enabled on this model already: call disable() on its handle first")
     backend = resolve_backend(config.backend, model.device, model.dtype)
+    check_backend(backend, config)
     can_capture = model.device.type == "cuda" and backend.name == "triton"
     if cuda_graphs and not can_capture:
         raise BackendError(
@@ -94,7 +97,7 @@ class QuestHandle:
 
     Attributes:
         model: The model.
-        config: What decode steps read.
+        config: What decode steps read, with the form of its metadata.
         counters: Steps and pages of every cache that `generate()` made since.
         graphs: Decode steps that replayed a CUDA graph, and why others did not; None without graphs.
     """

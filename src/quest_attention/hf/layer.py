@@ -79,6 +79,11 @@ class QuestLayer(StepReporter, StoredLayer):
         """Tokens of a sequence, in whole units [tokens]."""
         return num_pages(self._length, self.config.unit_size) * self.config.unit_size
 
+    @property
+    def keys_ranked(self) -> int:
+        """Keys of a sequence that a sparse step ranks tokens by, in whole pages [tokens]."""
+        return min(self.num_pages, self.config.candidate_pages) * self.config.page_size
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the first tokens `[B, HKV, T, D]`."""
         new = key_states.shape[2]

@@ -11,6 +11,9 @@
     run_step                 the same of a `Step`, with another score or another attention
     count_reads              add what a step read to counters on the device
 
+Where pages are scored and less than a page is selected, `quest_decode` scores pages, takes some times the budget of
+them as candidates and ranks their tokens by their exact keys: see `QuestConfig.candidate_factor`.
+
 Each verb checks its arguments, those of a step by making a `Step`, then runs the backend that `dispatch` resolves.
 Shapes use the letters of `pages.py`, and U for the logical units of a sequence. What is selected is a unit: a page, or,
 where the metadata scores tokens, one token or a run of four; P pages are `P * page_size / unit_size` units. Wherever
@@ -63,6 +66,7 @@ __all__ = [
     "Workspace",
     "append_slots",
     "append_token",
+    "check_backend",
     "count_reads",
     "make_workspace",
     "quest_decode",
@@ -277,6 +281,9 @@ def score_pages(
         QuestValueError: A shape, dtype, device or option is wrong.
         BackendError: The backend cannot run here, or has no scores of this kind.
     """
+    if kv.form.scores == "page" and selection_unit != "page":
+        expected = f"page for {kv.form.name}, which scores pages: quest_decode ranks tokens of the best by their keys"
+        raise QuestValueError("selection_unit", selection_unit, expected)
     config = _config(kv.page_size, backend, _kind(kv.form), group_reduction, selection_unit)
     step = Step(
         query=query, kv=kv, seq_lens=seq_lens, config=config,
@@ -409,7 +416,7 @@ def quest_decode(
         kv: The cache, its metadata up to date.
         seq_lens: Tokens per sequence, the query's own included [tokens].
         config: Budget, forced pages, what is selected, group reduction and backend. Page size and metadata must be the
-            cache's.
+            cache's; metadata "auto" is what it is for the cache's device.
         sm_scale: Factor on the logits; None is `D ** -0.5`.
         softcap: See `sparse_decode_attention`.
         sinks: See `sparse_decode_attention`.
@@ -433,7 +440,7 @@ def quest_decode(
     (torch.Size([1, 8, 32]), torch.Size([1, 4, 2]))
     """
     step = Step(
-        query=query, kv=kv, seq_lens=seq_lens, config=config,
+        query=query, kv=kv, seq_lens=seq_lens, config=config.resolved(kv.keys.device.type),
         sm_scale=sm_scale, softcap=softcap, sinks=sinks, token_mask=token_mask, workspace=workspace, out=out,
     )  # fmt: skip
     return run_step(step)
@@ -465,6 +472,7 @@ def run_step(
         got, expected = (form.name, step.kv.form.name) if form.name != step.kv.form.name else (form, step.kv.form)
         raise QuestValueError("config.metadata", got, f"{expected}, as the cache")
     backend = resolve_backend(step.config.backend, step.kv.keys.device, step.kv.keys.dtype)
+    check_backend(backend, step.config)
     if backend.fused is not None and score is None and attend is None:
         done = backend.fused(step)
         if done is not None:
@@ -531,7 +539,7 @@ def make_workspace(
     Args:
         kv: The cache.
         num_query_heads: Query heads, HQ.
-        config: What to read.
+        config: What to read; metadata "auto" is what it is for the device of the cache.
         batch_sizes: Of steps over the same pages that may use the memory, whatever the page table; None is the batch of
             the cache [sequences]. The PyTorch backend serves that one only.
 
@@ -542,8 +550,21 @@ def make_workspace(
     Raises:
         BackendError: The backend cannot run here, or not with these units or this metadata.
     """
+    config = config.resolved(kv.keys.device.type)
     backend = resolve_backend(config.backend, kv.keys.device, kv.keys.dtype)
+    check_backend(backend, config)
     return backend.make_workspace(kv, num_query_heads, config, batch_sizes)
+
+
+def check_backend(backend: ResolvedBackend, config: QuestConfig) -> None:
+    """Refuse what a backend does not do of a config.
+
+    Raises:
+        QuestValueError: The Triton kernels are to rank tokens by exact keys.
+    """
+    if config.candidate_pages and backend.name == "triton":
+        expected = f"page for {config.metadata} with the Triton kernels, which rank no tokens by their keys: or sketch"
+        raise QuestValueError("selection_unit", config.selection_unit, expected)
 
 
 _LIKE: dict[Scored, Metadata] = {"page": "bounds", "token": "sketch"}

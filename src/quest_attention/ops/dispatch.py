@@ -13,7 +13,7 @@ from torch import Tensor
 from quest_attention.config import Backend, QuestConfig
 from quest_attention.errors import BackendError, QuestValueError
 from quest_attention.forms import MetadataForm
-from quest_attention.ops import reference_backend, torch_backend
+from quest_attention.ops import candidates, reference_backend, torch_backend
 from quest_attention.ops.selection import DecodeWorkspace, Selection, Workspace
 from quest_attention.ops.step import Rows, Step
 from quest_attention.pages import PagedKV
@@ -60,7 +60,8 @@ class ResolvedBackend(NamedTuple):
         name: `"torch"`, `"triton"` or `"reference"`.
         reason: Why this one, as a sentence for `quest env` and logs.
         verbs: The implementation.
-        fused: The decode step in one launch, where the backend has it; it gives None for what that cannot hold.
+        fused: The decode step as a whole, where the backend has a way that is faster than its verbs one after the
+            other, as in one launch; it gives None for what that cannot hold.
         make_workspace: Allocates scratch memory for decode steps of a shape.
     """
 
@@ -110,7 +111,7 @@ def resolve_backend(name: Backend, device: torch.device | str, dtype: torch.dtyp
 
 @cache
 def _torch(reason: str) -> ResolvedBackend:
-    return ResolvedBackend("torch", reason, torch_backend, None, DecodeWorkspace.for_cache)
+    return ResolvedBackend("torch", reason, torch_backend, candidates.quest_decode, DecodeWorkspace.for_cache)
 
 
 @cache  # or an import is looked up at every step

@@ -1,4 +1,4 @@
-"""Copies out of a cache: the keys and values of units, the metadata of pages. For the PyTorch path.
+"""Copies out of a cache: the keys or values of units, the metadata of pages. For the PyTorch path.
 
 Units are copied by `index_select` of whole rows, not by `gather`: `benchmarks/decode_cpu.py` shows what undoing that
 costs.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quest_attention.pages import PagedKV
 
-__all__ = ["gather_units", "metadata_rows", "page_metadata"]
+__all__ = ["gather_keys", "gather_values", "metadata_rows", "page_metadata"]
 
 
 def metadata_rows(kv: PagedKV, physical: Tensor, start: int, stop: int) -> Tensor:
@@ -40,35 +40,38 @@ def page_metadata(kv: PagedKV, table: Tensor, pages: Tensor) -> Tensor:
     return _gather(kv.metadata.flatten(2)[:, None], physical, 1, None).flatten(0, 1)
 
 
-def gather_units(kv: PagedKV, units: Tensor, unit_size: int, is_unit: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Copy logical units `[B, HKV, K]` out of the cache; some unit is copied for what is none, to be masked.
+def gather_keys(kv: PagedKV, units: Tensor, unit_size: int, is_unit: Tensor | None = None) -> Tensor:
+    """Copy the keys of logical units `[B, HKV, K]`; of some unit for what is none, to be masked.
 
     Returns:
-        Keys `[B, HKV, K * unit_size, D]` and values `[B, HKV, K * unit_size, DV]`; of a quantised cache what they stand
-        for, in float32.
+        `[B, HKV, K * unit_size, D]`; of a quantised cache what they stand for, in float32.
     """
-    keys, values = _copy_units(kv, units, unit_size, is_unit)
-    if kv.key_scale is None or kv.value_scale is None:
-        return keys, values
-    return keys.float() * kv.key_scale[:, None, None], values.float() * kv.value_scale[:, None, None]
+    keys = _copy_units(kv, kv.keys, None if kv.contiguous is None else kv.contiguous.keys, units, unit_size, is_unit)
+    return keys if kv.key_scale is None else keys.float() * kv.key_scale[:, None, None]
 
 
-def _copy_units(kv: PagedKV, units: Tensor, unit_size: int, is_unit: Tensor | None) -> tuple[Tensor, Tensor]:
+def gather_values(kv: PagedKV, units: Tensor, unit_size: int, is_unit: Tensor | None = None) -> Tensor:
+    """`gather_keys` for values: `[B, HKV, K * unit_size, DV]`."""
+    stored = None if kv.contiguous is None else kv.contiguous.values
+    values = _copy_units(kv, kv.values, stored, units, unit_size, is_unit)
+    return values if kv.value_scale is None else values.float() * kv.value_scale[:, None, None]
+
+
+def _copy_units(
+    kv: PagedKV, pages_of: Tensor, contiguous: Tensor | None, units: Tensor, unit_size: int, is_unit: Tensor | None
+) -> Tensor:
+    """Of keys or values `[N, page_size, HKV, D]`, which are `[B, HKV, capacity, D]` of a contiguous cache."""
     used, per_page = units.long(), kv.page_size // unit_size
-    if kv.contiguous is None:
+    if kv.contiguous is None or contiguous is None:
         pages, place = (used, None) if per_page == 1 else (used // per_page, used % per_page)
         physical = kv.page_table[:, None].expand(-1, units.shape[1], -1).gather(2, pages)
         if is_unit is not None:  # the table of a sequence without tokens may hold anything
             physical = physical.masked_fill(~is_unit, 0)
-        return _gather(kv.keys, physical, unit_size, place), _gather(kv.values, physical, unit_size, place)
+        return _gather(pages_of, physical, unit_size, place)
     first = kv.contiguous.first_rows if per_page == 1 else kv.contiguous.first_rows * per_page
-    rows = (first + used).flatten()  # the same for keys and values, and no page table
-
-    def take(storage: Tensor) -> Tensor:
-        by_unit = storage.view(-1, unit_size * storage.shape[3])
-        return by_unit.index_select(0, rows).view(*units.shape[:2], units.shape[2] * unit_size, storage.shape[3])
-
-    return take(kv.contiguous.keys), take(kv.contiguous.values)
+    rows = (first + used).flatten()
+    by_unit = contiguous.view(-1, unit_size * contiguous.shape[3])
+    return by_unit.index_select(0, rows).view(*units.shape[:2], units.shape[2] * unit_size, contiguous.shape[3])
 
 
 def _gather(storage: Tensor, physical: Tensor, unit_size: int, place: Tensor | None) -> Tensor:

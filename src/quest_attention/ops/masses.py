@@ -1,7 +1,7 @@
-"""Scores of units from estimates of their tokens' logits: the log of the attention that each would have.
+"""Scores of units from their tokens' logits: the log of the attention that each would have. For the PyTorch path.
 
-For the PyTorch path, and for forms of metadata that score tokens. They are scored in one stage or in two: see
-`score_masses`.
+Logits are estimates of forms that score tokens, in one stage or in two, or those of some pages' exact keys, where a
+form scores pages.
 """
 
 from __future__ import annotations
@@ -10,19 +10,22 @@ import math
 from typing import Protocol, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from quest_attention.forms import TokenForm
-from quest_attention.ops.gathering import metadata_rows, page_metadata
-from quest_attention.ops.liveness import begun_tokens, live_tokens, live_units
+from quest_attention.ops.gathering import gather_keys, metadata_rows, page_metadata
+from quest_attention.ops.liveness import attendable, begun_tokens, live_tokens, live_units
 from quest_attention.ops.ranking import ranking
+from quest_attention.ops.selection import Selection
 from quest_attention.ops.step import Step
 from quest_attention.pages import num_pages
 
-__all__ = ["NO_CANDIDATE", "Estimates", "score_masses"]
+__all__ = ["NO_CANDIDATE", "Estimates", "score_candidates", "score_masses"]
 
 NO_CANDIDATE = torch.finfo(torch.float32).min
-"""Score of a live unit that no full estimate was made of: below all that have one, above those that are not live."""
+"""Score of a live unit that the first estimate did not let pass: below all that it did, above those that are not live.
+"""
 _CHUNK_BYTES = 1 << 21
 """Metadata taken to float32 at a time on a CPU [bytes]: a bound on scratch memory."""
 
@@ -93,6 +96,43 @@ def score_masses(step: Step, out: Tensor | None, estimates: Estimates | None = N
     _reduce(step, logits.sub_(normaliser), is_unknown, best)
     used.masked_fill_(used != -math.inf, NO_CANDIDATE).scatter_(2, units, best)
     return scores
+
+
+def score_candidates(step: Step, candidates: Selection, out: Tensor | None) -> Tensor:
+    """Log masses `[B, HKV, U]` float32 by the exact keys of some pages: a head's weights are normalised over those.
+
+    Units of other pages score `NO_CANDIDATE`.
+
+    Args:
+        step: What to read and how.
+        candidates: Pages `[B, HKV, C]` whose keys rank tokens.
+        out: To write to.
+    """
+    kv, config, seq_lens = step.kv, step.config, step.seq_lens
+    batch, heads, max_units = kv.batch_size, kv.num_kv_heads, kv.max_pages * config.units_per_page
+    scores = out
+    if scores is None:
+        scores = step.query.new_empty(batch, heads, max_units, dtype=torch.float32)
+    live = live_units(seq_lens, step.token_mask, config.unit_size, max_units, scores)
+    scores.copy_(torch.where(live, NO_CANDIDATE, -math.inf)[:, None].expand_as(scores))
+    slots = candidates.units.shape[2]
+    if slots == 0:
+        return scores
+    ends = seq_lens[:, None, None] if isinstance(seq_lens, Tensor) else seq_lens
+    is_page = candidates.units >= 0
+    pages = candidates.units.masked_fill(~is_page, 0).long()
+    keys = gather_keys(kv, pages, kv.page_size, is_page).float()  # [B, HKV, C * page_size, D]
+    grouped = step.query.float().view(batch, heads, -1, kv.head_dim)
+    logits = (keys @ grouped.transpose(2, 3)).mul_(step.scale)  # [B, HKV, C * page_size, G]
+    is_live = attendable(pages, is_page, ends, step.token_mask, kv.page_size)
+    is_unknown = _weighable(step, logits, is_live, None)
+    weighed = scores.new_empty(batch, heads, slots * config.units_per_page)
+    _reduce(step, logits.sub_(_normaliser(step, logits)), is_unknown, weighed)
+    # Slots without a page are written to a row behind all others.
+    units = pages[..., None] * config.units_per_page + torch.arange(config.units_per_page, device=pages.device)
+    units = units.masked_fill(~is_page[..., None], max_units).flatten(2)
+    padded = F.pad(scores, (0, 1)).scatter_(2, units, weighed)
+    return scores.copy_(padded[:, :, :max_units])
 
 
 class _TorchEstimates:

@@ -125,16 +125,21 @@ def score_pages(
     sinks: Tensor | None = None,
     unit_size: int | None = None,
     candidates: int | None = None,
+    candidate_pages: list[list[list[int]]] | None = None,
 ) -> Tensor:
     """Unscaled logit that each page promises: `[B, HKV, P]` float64, -inf where there is no page.
 
     Of a form that scores tokens the log mass of each unit, of `unit_size` tokens or of a page: `[B, HKV, U]`. What
     comes after the reduction is for those alone; `candidates` are the units that pass a rough estimate, where there are
-    more.
+    more. With `candidate_pages`, as `select_pages` gives them, log masses too, by the exact keys of those pages.
     """
+    scale = kv.head_dim**-0.5 if sm_scale is None else sm_scale
+    size = kv.page_size if unit_size is None else unit_size
+    if candidate_pages is not None:
+        return _exact_masses(
+            query, kv, seq_lens, token_mask, group_reduction, scale, softcap, sinks, size, candidate_pages
+        )
     if kv.form.scores == "token":
-        scale = kv.head_dim**-0.5 if sm_scale is None else sm_scale
-        size = kv.page_size if unit_size is None else unit_size
         return _log_masses(query, kv, seq_lens, token_mask, group_reduction, scale, softcap, sinks, size, candidates)
     batch, num_query_heads, _ = query.shape
     group = num_query_heads // kv.num_kv_heads
@@ -146,7 +151,7 @@ def score_pages(
             for h in range(kv.num_kv_heads):
                 heads = query[b, h * group : (h + 1) * group]
                 each = torch.stack([kv.form.score_by_hand(q, kv.metadata[physical, h]) for q in heads]) * key_scales[h]
-                score = each.max() if group_reduction == "max" else each.mean()
+                score = each.mean() if group_reduction == "mean" else each.max()
                 # A page with a non-finite key ranks first, so that it is read and shows as it would in dense attention.
                 is_finite = bool(torch.isfinite(each).all() and torch.isfinite(kv.metadata[physical, h].float()).all())
                 scores[b, h, page] = score if is_finite else math.inf
@@ -199,6 +204,51 @@ def _log_masses(
                 full = _of_units(of_heads, normalisers, tokens, unit_size, group_reduction)
                 found = {unit: full[unit] if unit in best else torch.finfo(torch.float32).min for unit in units}
             for unit, score in found.items():
+                scores[b, h, unit] = score
+    return scores
+
+
+def _exact_masses(
+    query: Tensor,
+    kv: PagedKV,
+    seq_lens: list[int],
+    token_mask: Tensor | None,
+    group_reduction: GroupReduction,
+    sm_scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    unit_size: int,
+    candidate_pages: list[list[list[int]]],
+) -> Tensor:
+    """`_log_masses` by the keys of some pages of each head, over whose tokens they are normalised.
+
+    Units of other pages come last, those without a live token have none.
+    """
+    batch, num_query_heads, _ = query.shape
+    group = num_query_heads // kv.num_kv_heads
+    scores = torch.full((batch, kv.num_kv_heads, kv.max_pages * kv.page_size // unit_size), -math.inf).double()
+    key_scales = _scales(kv.key_scale, kv.num_kv_heads)
+    for b in range(batch):
+        live = _live_tokens(b, seq_lens, token_mask)
+        for h in range(kv.num_kv_heads):
+            for token in live:
+                scores[b, h, token // unit_size] = torch.finfo(torch.float32).min
+            tokens = [token for token in live if token // kv.page_size in candidate_pages[b][h]]
+            if not tokens:
+                continue
+            where = [(int(kv.page_table[b, t // kv.page_size]), t % kv.page_size) for t in tokens]
+            keys = torch.stack([kv.keys[page, offset, h] for page, offset in where]).double() * key_scales[h]
+            of_heads, normalisers = [], []
+            for head in range(h * group, (h + 1) * group):
+                logits = keys @ query[b, head].double() * sm_scale
+                logits = logits.masked_fill(~torch.isfinite(logits), math.nan)
+                if softcap is not None:
+                    logits = softcap * torch.tanh(logits / softcap)
+                known = logits[~logits.isnan()]
+                everything = known if sinks is None else torch.cat([known, sinks[head].double().cpu()[None]])
+                of_heads.append(logits)
+                normalisers.append(torch.logsumexp(everything, 0))
+            for unit, score in _of_units(of_heads, normalisers, tokens, unit_size, group_reduction).items():
                 scores[b, h, unit] = score
     return scores
 

@@ -46,10 +46,16 @@ def update_slot_metadata(metadata: Tensor, keys: Tensor, slots: Tensor, page_siz
 def score_pages(step: Step, out: Tensor | None = None) -> Tensor:
     """See `ops.score_pages`."""
     kv, config, lengths = step.kv, step.config, _per_row(step.seq_lens, step.kv.batch_size)
+    passing = None
+    if config.candidate_pages:  # chosen as pages that are read would be
+        most, mask = config.candidate_pages * kv.page_size, step.token_mask
+        scores = reference.score_pages(step.query, kv, lengths, mask, config.group_reduction)
+        forced = (config.num_sink_pages, config.num_recent_pages)
+        passing = reference.select_pages(scores, lengths, kv.page_size, most, *forced, mask)
     scores = reference.score_pages(
         step.query, kv, lengths, step.token_mask, config.group_reduction,
         sm_scale=step.scale, softcap=step.softcap, sinks=step.sinks, unit_size=config.unit_size,
-        candidates=config.candidate_budget or None,
+        candidates=config.candidate_budget or None, candidate_pages=passing,
     )  # fmt: skip
     scores = scores.to(step.query.device, torch.float32)
     return scores if out is None else out.copy_(scores)

@@ -11,7 +11,7 @@ from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestValueError
 from quest_attention.ops.checks import check_lengths, check_token_mask, check_wide
 from quest_attention.ops.selection import Workspace
-from quest_attention.pages import PagedKV, check_like
+from quest_attention.pages import PagedKV, check_like, num_pages
 
 __all__ = ["Rows", "Step"]
 
@@ -33,9 +33,13 @@ class Rows:
     workspace: Workspace | None = None
 
     def slots(self, max_units: int) -> int:
-        """Slots per row of a selection among so many units [units]. Padding may shift a unit, unless it is a token."""
-        may_shift = self.token_mask is not None and self.config.unit_size > 1
-        return min(max_units, self.config.unit_slots + may_shift)
+        """Slots per row of a selection among so many units [units]."""
+        return self.slots_of(max_units, self.config.unit_size, self.config.token_budget)
+
+    def slots_of(self, max_units: int, unit_size: int, token_budget: int) -> int:
+        """The same for units of any size and another budget. Padding may shift a unit, unless it is a token."""
+        may_shift = self.token_mask is not None and unit_size > 1
+        return min(max_units, num_pages(token_budget, unit_size) + may_shift)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quest_attention.forms import FP8, MetadataForm
-from quest_attention.ops.gathering import gather_units, metadata_rows
+from quest_attention.ops.gathering import gather_keys, gather_values, metadata_rows
 from quest_attention.ops.liveness import attendable, live_tokens, live_units
-from quest_attention.ops.masses import score_masses
-from quest_attention.ops.ranking import ranking
+from quest_attention.ops.masses import score_candidates, score_masses
+from quest_attention.ops.ranking import ALWAYS, ranking
 from quest_attention.ops.selection import DecodeWorkspace, Selection
 from quest_attention.ops.step import Rows, Step
 from quest_attention.pages import ContiguousKV, PagedKV, num_pages
@@ -26,6 +26,7 @@ from quest_attention.pages import ContiguousKV, PagedKV, num_pages
 __all__ = [
     "append_slots",
     "append_token",
+    "candidates_of",
     "count_reads",
     "score_pages",
     "select_pages",
@@ -38,7 +39,6 @@ _CHUNK_BYTES = 1 << 21
 """Float32 metadata scored at a time on a CPU [bytes]: a bound on scratch memory."""
 
 _LARGEST = torch.finfo(FP8).max
-_ALWAYS = torch.iinfo(torch.int64).max
 _NEVER = torch.iinfo(torch.int64).min
 _BEYOND = torch.iinfo(torch.int32).max
 
@@ -166,6 +166,18 @@ def score_pages(step: Step, out: Tensor | None = None) -> Tensor:
     """See `ops.score_pages`. The metadata of many pages at a time, as the form scores it."""
     if step.kv.form.scores == "token":
         return score_masses(step, out)
+    if step.config.candidate_pages:
+        return score_candidates(step, candidates_of(step), out)
+    return _score_pages(step, out)
+
+
+def candidates_of(step: Step) -> Selection:
+    """Pages whose keys rank tokens, `[B, HKV, C]`: chosen by their scores as pages that are read would be."""
+    return _select(step, _score_pages(step, None), step.kv.page_size, step.config.candidate_pages * step.kv.page_size)
+
+
+def _score_pages(step: Step, out: Tensor | None) -> Tensor:
+    """Scores of pages `[B, HKV, P]` by a form that scores pages."""
     query, kv, seq_lens, token_mask = step.query, step.kv, step.seq_lens, step.token_mask
     batch, heads, dim = kv.batch_size, kv.num_kv_heads, kv.head_dim
     scores = out if out is not None else query.new_empty(batch, heads, kv.max_pages, dtype=torch.float32)
@@ -188,10 +200,10 @@ def score_pages(step: Step, out: Tensor | None = None) -> Tensor:
         if kv.key_scale is not None:
             logits *= kv.key_scale[:, None, None]
         part = scores[:, :, start:stop]
-        if step.config.group_reduction == "max":
-            torch.amax(logits, 3, out=part)
-        else:
+        if step.config.group_reduction == "mean":
             torch.mean(logits, 3, out=part)
+        else:
+            torch.amax(logits, 3, out=part)
     used = scores[:, :, :live]
     # 0 * inf is NaN: a page with a non-finite key ranks first, so that it is read and shows as in dense attention.
     torch.nan_to_num_(used, nan=math.inf, posinf=math.inf, neginf=math.inf)
@@ -206,8 +218,13 @@ def score_pages(step: Step, out: Tensor | None = None) -> Tensor:
 
 def select_pages(rows: Rows, scores: Tensor) -> Selection:
     """See `ops.select_pages`."""
+    return _select(rows, scores, rows.config.unit_size, rows.config.token_budget)
+
+
+def _select(rows: Rows, scores: Tensor, size: int, token_budget: int) -> Selection:
+    """`select_pages` of units of another size, with another budget."""
     seq_lens, token_mask, workspace, config = rows.seq_lens, rows.token_mask, rows.workspace, rows.config
-    size, token_budget, num_sink_pages = config.unit_size, config.token_budget, config.num_sink_pages
+    num_sink_pages = config.num_sink_pages
     batch, heads, max_units = scores.shape
     if not isinstance(workspace, DecodeWorkspace):
         workspace = DecodeWorkspace.allocate(batch, heads, max_units, scores.device)
@@ -218,19 +235,19 @@ def select_pages(rows: Rows, scores: Tensor) -> Selection:
             every = torch.arange(live, dtype=torch.int32, device=scores.device).expand(batch, heads, live)
             return Selection(every, every.new_full((batch, heads), live), size)
         keys = ranking(scores[:, :, :live], workspace)
-        keys[:, :, : num_sink_pages * per_page] = _ALWAYS
-        keys[:, :, (num_pages(seq_lens, config.page_size) - recent) * per_page :] = _ALWAYS
+        keys[:, :, : num_sink_pages * per_page] = ALWAYS
+        keys[:, :, (num_pages(seq_lens, config.page_size) - recent) * per_page :] = ALWAYS
         units = keys.topk(unit_budget, sorted=False).indices.to(torch.int32).sort(-1).values
         return Selection(units, units.new_full((batch, heads), unit_budget), size)
 
-    slots = rows.slots(max_units)
+    slots = rows.slots_of(max_units, size, token_budget)
     if slots == 0:
         counts = torch.zeros(batch, heads, dtype=torch.int32, device=scores.device)
         return Selection(counts.new_empty(batch, heads, 0), counts, size)
     alive = live_units(seq_lens, token_mask, size, max_units, scores)  # [B, U]
     forced, total = _forced(alive, per_page, num_sink_pages, recent)
     keys = ranking(scores, workspace)
-    keys.masked_fill_(forced[:, None], _ALWAYS)
+    keys.masked_fill_(forced[:, None], ALWAYS)
     keys.masked_fill_(~alive[:, None], _NEVER)
     if token_mask is None:
         assert isinstance(seq_lens, Tensor), "an int without a mask was answered above"
@@ -279,14 +296,14 @@ def sparse_decode_attention(
     mask = None
     if isinstance(seq_lens, int) and token_mask is None and (is_own or _is_whole(units, seq_lens, size)):
         # The part-filled unit is last, and cutting the tail masks everything there is to mask.
-        keys, values = gather_units(kv, units, size)  # [B, HKV, K * size, D and DV]
+        keys, values = gather_keys(kv, units, size), gather_values(kv, units, size)  # [B, HKV, K * size, D and DV]
         used = (slots - 1) * size + (seq_lens - 1) % size + 1
         keys, values = keys[:, :, :used], values[:, :, :used]
     else:
         ends = seq_lens[:, None, None] if isinstance(seq_lens, Tensor) else seq_lens
         is_unit = (units >= 0) & (units < (ends + size - 1) // size)
         units = units.masked_fill(~is_unit, 0).long()
-        keys, values = gather_units(kv, units, size, is_unit)
+        keys, values = gather_keys(kv, units, size, is_unit), gather_values(kv, units, size, is_unit)
         seen = attendable(units, is_unit, ends, token_mask, size)  # [B, HKV, T]
         # What was never written may be NaN, and no weight of zero takes NaN away.
         keys = keys.masked_fill(~seen[..., None], 0)
