@@ -182,7 +182,7 @@ def points(runs: dict[str, Results]) -> dict[str, list[Point]]:
     run = sketch_run()
     rows = [] if run is None else load(run)
     row = next((row for row in rows if "choices_us" in row), None)
-    names = ("choice_qwen_31k_budgets", "choice_qwen_31k_text")
+    names = ("choice_qwen_31k_text",)
     if row is None or not set(names) <= set(runs):
         return {}
     cells = [cell for name in names for cell in runs[name].continuation if cell.token_budget is not None]

@@ -345,6 +345,7 @@ def scan_kernel(
             next_norm = gl.where(head + 4 < GROUP, _norm_of(norm_at + 4, head, NORMS), float("inf"))[None, None, :]
         worth = gl.where(bit < 6, 1 << bit, gl.where(bit == 6, -64, 0))[None, :, None]
         worth, _ = gl.broadcast(worth, means)
+        least = 0.0
         if not IS_SAMPLE:
             total = gl.cdiv(end, PAGE)
             first_page = gl.minimum(num_sink_pages, total)
@@ -366,10 +367,7 @@ def scan_kernel(
                     PAGES, HALVES, TWICE, TOKENS,
                 )  # fmt: skip
                 weight = gl.maximum(weight, other)  # NaN of a page whose keys are not finite is in both
-            if IS_SAMPLE:
-                rank = _largest_of_heads(weight)
-            else:
-                passes = _passing(weight, least + gl.zeros_like(weight))
+            found = _largest_of_heads(weight) if IS_SAMPLE else _passing(weight, least + gl.zeros_like(weight))
             page = (base + physical.to(gl.int64) * page_stride).to(gl.pointer_type(gl.int32))
             mean_page = gl.convert_layout(page, OF_MEAN_PAGES, assert_trivial=True)
             signs = _words(page, within, word, WORDS)
@@ -383,9 +381,9 @@ def scan_kernel(
             here = start + page_of
             if IS_SAMPLE:
                 to = sample + row * SAMPLED + (here[:, None, None] * PAGE + token[None, :, None]) + 0 * within
-                gl.store(to, rank, mask=is_first & (here < last)[:, None, None])
+                gl.store(to, found, mask=is_first & (here < last)[:, None, None])
             else:
                 to = passing + row.to(gl.int64) * capacity + here[:, None, None] + 0 * within
-                gl.store(to, passes, mask=is_first & (token == 0)[None, :, None] & (here < last)[:, None, None])
+                gl.store(to, found, mask=is_first & (token == 0)[None, :, None] & (here < last)[:, None, None])
     else:
         _wait_for_launch(FOLLOWS)
