@@ -490,8 +490,9 @@ def _rank_kernel(
         physical = tl.load(page_table + b * table_stride + page, mask=nth < last, other=0).to(tl.int64)
         sketch = metadata.base + h * metadata.head + physical * metadata.page
         weight = rough_estimates(sketch, q_top, q_rest, SHAPE, PACKING) * factor - norm[None, None, :]
-        is_unknown = tl.sum((weight != weight).to(tl.int32), 2) > 0
-        rank = tl.where(is_unknown, float("nan"), tl.max(weight, 2)).to(tl.float16)
+        is_unknown = weight != weight
+        rank = tl.max(tl.where(is_unknown, float("-inf"), weight), 2)
+        rank = tl.where(tl.sum(is_unknown.to(tl.int32), 2) > 0, float("nan"), rank).to(tl.float16)
         inside = (nth < last)[:, None] & (token < PAGE)[None, :]
         if IS_SAMPLE:
             tl.store(space.sample + row * SAMPLED + nth[:, None] * PAGE + token[None, :], rank, mask=inside)
