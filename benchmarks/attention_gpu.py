@@ -240,6 +240,7 @@ def find_break_even(shape: Shape, repeats: int) -> int | None:
 def main(
     repeats: Annotated[int, typer.Option(help="Replays per timing.")] = 25,
     seed: Annotated[int, typer.Option(help="Seed of the caches and queries.")] = 0,
+    break_even: Annotated[bool, typer.Option(help="Look for the contexts from which Quest is no slower.")] = True,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Time FlashInfer and Quest, with every form, over the table of shapes."""
@@ -280,7 +281,8 @@ def main(
         del caches, queries
         torch.cuda.empty_cache()
         is_first_of_its_kind = not any(row["shape"][:3] == list(shape[:3]) for row in rows)
-        row["break_even_context"] = find_break_even(shape._replace(context=32768), 9) if is_first_of_its_kind else None
+        looked_for = break_even and is_first_of_its_kind
+        row["break_even_context"] = find_break_even(shape._replace(context=32768), 9) if looked_for else None
         rows.append(row)
         name = f"{shape.batch} x {shape.query_heads}/{shape.kv_heads} x {shape.context // 1024}K, {shape.token_budget}"
         least = sketch[str(SKETCH_BUDGETS[0])]["p50"]

@@ -11,6 +11,10 @@ from quest_attention.forms import Sketch
 from quest_attention.ops import Step, make_workspace
 from quest_attention.pages import PagedKV, num_pages
 
+pytest.importorskip("triton", reason="Triton is for Linux")
+from quest_attention.ops.triton import token_decode  # noqa: E402 - after what skips the file
+from token_choice import assert_chosen  # noqa: E402
+
 pytestmark = pytest.mark.gpu
 
 _SIGNS_IN_4_BITS = 1.0
@@ -38,9 +42,6 @@ def make_cache(lengths: list[int], heads: int, dim: int, dtype: torch.dtype, pag
     (80, 3, torch.bfloat16, 16), (128, 12, torch.bfloat16, 16), (128, 4, torch.bfloat16, 32),
 ])  # fmt: skip
 def test_whom_it_chooses(dim: int, group: int, dtype: torch.dtype, page_size: int) -> None:
-    from quest_attention.ops.triton import token_decode
-    from token_choice import assert_chosen
-
     cache = make_cache([20_000, 300, 4_321], 2, dim, dtype, page_size)
     scans = dim in {64, 128, 256} and group <= 8 and page_size == 16
     assert token_decode.can_scan(cache.kv, group) == scans
@@ -51,8 +52,6 @@ def test_whom_it_chooses(dim: int, group: int, dtype: torch.dtype, page_size: in
 
 
 def test_a_captured_step_follows_lengths_and_queries() -> None:
-    from quest_attention.ops.triton.token_decode import decode_tokens
-
     cache = make_cache([30_000, 9_000], 4, 128, torch.bfloat16)
     config = QuestConfig(512, metadata="sketch", selection_unit="token")
     query = torch.randn(2, 16, 128, dtype=torch.bfloat16, device="cuda")
@@ -60,11 +59,11 @@ def test_a_captured_step_follows_lengths_and_queries() -> None:
         query=query, kv=cache.kv, seq_lens=cache.seq_lens, config=config,
         workspace=make_workspace(cache.kv, 16, config), out=torch.empty_like(query),
     )  # fmt: skip
-    decode_tokens(step)
+    token_decode.decode_tokens(step)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = decode_tokens(step)
+        captured = token_decode.decode_tokens(step)
     assert captured is not None
     for lengths in ([30_000, 9_000], [511, 29_999], [12_345, 513]):
         cache.seq_lens.copy_(torch.tensor(lengths))
@@ -72,6 +71,6 @@ def test_a_captured_step_follows_lengths_and_queries() -> None:
         update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens)
         graph.replay()
         output, units = captured[0].clone(), captured[1].units.clone()
-        again = decode_tokens(step)
+        again = token_decode.decode_tokens(step)
         assert again is not None
         assert torch.equal(output, again[0]) and torch.equal(units, again[1].units)
