@@ -12,8 +12,8 @@ from quest_attention.ops import Step, make_workspace
 from quest_attention.pages import PagedKV, num_pages
 
 pytest.importorskip("triton", reason="Triton is for Linux")
-from quest_attention.ops.triton import token_decode  # noqa: E402 - after what skips the file
-from token_choice import assert_chosen  # noqa: E402
+from quest_attention.ops.triton import token_decode
+from token_choice import assert_chosen
 
 pytestmark = pytest.mark.gpu
 

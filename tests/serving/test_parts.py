@@ -441,6 +441,10 @@ def test_a_backend_that_cannot_be_captured_is_refused_on_a_gpu() -> None:
         ({"parallel_config": {"pipeline_parallel_size": 2}}, "pipeline_parallel_size: got 2"),
         ({"additional_config": {"Quest": {}}}, "additional_config: got 'Quest', expected 'quest', in small letters"),
         (
+            {"additional_config": {"quest": {"metadata": "auto"}}},
+            r"^quest\.metadata: got 'auto', expected bounds, moments or sketch",
+        ),
+        (
             {"additional_config": {"quest": {"metadata": "moments", "selection_unit": "token"}}},
             r"^quest\.selection_unit: got 'token', expected page for moments, which scores pages",
         ),

@@ -48,7 +48,13 @@ class QuestOptions:
         number: object = self.log_interval
         if not isinstance(number, int | float) or isinstance(number, bool) or not 0 <= number < float("inf"):
             raise QuestValueError(f"{KEY}.log_interval", number, "seconds, 0 for no such lines")
-        self.least_config()  # checks everything but whether the budget holds pages of the real size
+        config = self.least_config()  # checks everything but whether the budget holds pages of the real size
+        if config.metadata == "auto":
+            expected = "bounds, moments or sketch: a server's cache is laid out before a device is asked"
+            raise QuestValueError(f"{KEY}.metadata", config.metadata, expected)
+        if config.candidate_pages:
+            expected = f"page for {config.metadata}, which scores pages: in a server tokens are chosen by sketch"
+            raise QuestValueError(f"{KEY}.selection_unit", config.selection_unit, expected)
 
     @property
     def num_dense_layers(self) -> int:
