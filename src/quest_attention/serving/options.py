@@ -52,7 +52,7 @@ class QuestOptions:
         if config.metadata == "auto":
             expected = "bounds, moments or sketch: a server's cache is laid out before a device is asked"
             raise QuestValueError(f"{KEY}.metadata", config.metadata, expected)
-        if config.candidate_pages:
+        if config.selection_unit != "page" and not config.scores_tokens:
             expected = f"page for {config.metadata}, which scores pages: in a server tokens are chosen by sketch"
             raise QuestValueError(f"{KEY}.selection_unit", config.selection_unit, expected)
 
