@@ -12,7 +12,7 @@ from quest_attention.ops import Step, make_workspace
 from quest_attention.pages import PagedKV, num_pages
 
 pytest.importorskip("triton", reason="Triton is for Linux")
-from quest_attention.ops.triton import token_decode
+from quest_attention.ops.triton import token_decode, token_workspace
 from token_choice import assert_chosen
 
 pytestmark = pytest.mark.gpu
@@ -44,7 +44,7 @@ def make_cache(lengths: list[int], heads: int, dim: int, dtype: torch.dtype, pag
 def test_whom_it_chooses(dim: int, group: int, dtype: torch.dtype, page_size: int) -> None:
     cache = make_cache([20_000, 300, 4_321], 2, dim, dtype, page_size)
     scans = dim in {64, 128, 256} and group <= 8 and page_size == 16
-    assert token_decode.can_scan(cache.kv, group) == scans
+    assert token_workspace.can_scan(cache.kv, group) == scans
     query = torch.randn(3, 2 * group, dim, device="cuda").to(dtype)
     config = QuestConfig(512, page_size, metadata="sketch", selection_unit="token")
     shares = assert_chosen(cache, query, config, rounding=_SIGNS_IN_4_BITS if scans else 0.05)

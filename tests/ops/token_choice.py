@@ -10,7 +10,7 @@ from torch import Tensor
 from caches import Cache
 from quest_attention import QuestConfig
 from quest_attention.ops import Step, reference
-from quest_attention.ops.triton import token_decode
+from quest_attention.ops.triton import token_decode, token_workspace
 from quest_attention.pages import num_pages
 
 __all__ = ["assert_chosen"]
@@ -47,7 +47,7 @@ def assert_chosen(cache: Cache, query: Tensor, config: QuestConfig, rounding: fl
         Of each row that is longer than the budget, the share of the tokens of the largest weights that were chosen.
     """
     kv = cache.kv
-    workspace = token_decode.make_token_workspace(kv, query.shape[1], config)
+    workspace = token_workspace.make_token_workspace(kv, query.shape[1], config)
     assert workspace is not None
     step = Step(query=query, kv=kv, seq_lens=cache.seq_lens, config=config, workspace=workspace)
     (output, selected), (again, same) = (token_decode.decode_tokens(step) for _ in range(2))  # type: ignore[misc]

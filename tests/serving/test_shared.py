@@ -57,7 +57,10 @@ def test_options_of_reading_and_of_serving() -> None:
         ({"metadata": "sketch", "selection_unit": 8}, r"^quest\.selection_unit: got 8, expected one of page, token, 4"),
         ({"metadata": "sketch", "selection_unit": True}, r"^quest\.selection_unit: got True, expected one of"),
         ({"metadata": "sketch", "metadata_dtype": "fp8"}, r"^quest\.metadata_dtype: got 'fp8', expected kv for sketch"),
-        ({"metadata": "moments", "candidate_factor": 4}, r"^quest\.candidate_factor: got 4, expected 0 for whole pages by moments"),
+        (
+            {"metadata": "moments", "candidate_factor": 4},
+            r"^quest\.candidate_factor: got 4, expected 0 for whole pages by moments",
+        ),
         ({"metadata": "moments", "token_budget": 1}, "token_budget: got 1, expected at least 2: 2 forced pages"),
     ],
 )

@@ -202,7 +202,7 @@ def _threshold(sample, drawn, rare, first_page, last_page, wanted, FEWEST: gl.co
     LAYOUT: gl.constexpr = gl.BlockedLayout([EACH], [32], [WARPS], [0])
     at = gl.arange(0, SAMPLED, layout=LAYOUT)
     nth = at // 16
-    page = drawn_page(nth, rare)
+    page = _drawn_page(nth, rare)
     inside = (nth < drawn) & (page >= first_page) & (page < last_page)
     rank = gl.load(sample + at, mask=inside, other=0.0).to(gl.float32)
     rank = gl.where(rank == rank, gl.maximum(rank, -65504.0), 65504.0)
@@ -225,7 +225,7 @@ def _threshold(sample, drawn, rare, first_page, last_page, wanted, FEWEST: gl.co
 
 
 @gluon.jit
-def drawn_page(nth, rare):
+def _drawn_page(nth, rare):
     """Of every `1 << rare` pages that follow one another, the one that is drawn."""
     return (nth << rare) + ((nth * 40503 >> 4) & ((1 << rare) - 1))
 
@@ -300,7 +300,7 @@ def scan_kernel(
         mean_within = (PAGE + bit)[None, :, None] * WORDS + head[None, None, :]
         # A drawn page's number is not its place in the sample.
         at = first + page_of
-        physical = gl.load(table + (drawn_page(at, rare) if IS_SAMPLE else at), mask=at < last, other=0)
+        physical = gl.load(table + (_drawn_page(at, rare) if IS_SAMPLE else at), mask=at < last, other=0)
         page = (base + physical.to(gl.int64) * page_stride).to(gl.pointer_type(gl.int32))
         mean_page = gl.convert_layout(page, OF_MEAN_PAGES, assert_trivial=True)
         signs = _words(page, within, word, WORDS)
@@ -310,7 +310,7 @@ def scan_kernel(
             more_signs = gl.load(page[:, None, None] + (within + 4))
             more_mean = gl.load(mean_page[:, None, None] + (mean_within + 4))
         at = first + PAGES + page_of
-        physical = gl.load(table + (drawn_page(at, rare) if IS_SAMPLE else at), mask=at < last, other=0)
+        physical = gl.load(table + (_drawn_page(at, rare) if IS_SAMPLE else at), mask=at < last, other=0)
         _wait_for_launch(FOLLOWS)
         factor = factors + row * 48
         norm_at = norms + row * (16 * NORMS)
@@ -377,7 +377,7 @@ def scan_kernel(
                 more_signs = gl.load(page[:, None, None] + (within + 4))
                 more_mean = gl.load(mean_page[:, None, None] + (mean_within + 4))
             at = start + 2 * PAGES + page_of
-            physical = gl.load(table + (drawn_page(at, rare) if IS_SAMPLE else at), mask=at < last, other=0)
+            physical = gl.load(table + (_drawn_page(at, rare) if IS_SAMPLE else at), mask=at < last, other=0)
             here = start + page_of
             if IS_SAMPLE:
                 to = sample + row * SAMPLED + (here[:, None, None] * PAGE + token[None, :, None]) + 0 * within

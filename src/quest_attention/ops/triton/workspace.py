@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quest_attention.config import QuestConfig
-from quest_attention.ops.triton.token_decode import TokenWorkspace, make_token_workspace
+from quest_attention.ops.triton.token_workspace import TokenWorkspace, make_token_workspace
 from quest_attention.ops.triton.tuning import Tuning, tune
 from quest_attention.pages import PagedKV
 

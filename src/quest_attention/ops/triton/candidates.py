@@ -1,0 +1,234 @@
+"""Kernels: list the tokens that passed, rank them by their keys, and choose the best of a row."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from quest_attention.ops.triton.arguments import length_of, load_query
+from quest_attention.ops.triton.arithmetic import LOG2_E, dot, widen
+from quest_attention.ops.triton.choice import DEAD, choose_pages
+from quest_attention.ops.triton.launch import wait_for_launch
+from quest_attention.ops.triton.preparation import norms_of
+from quest_attention.ops.triton.ranks import choice_of
+
+__all__ = ["choose_kernel", "pick_kernel"]
+
+_LARGEST = tl.constexpr(3.4028234663852886e38)
+"""Rank of a candidate whose logit is not finite: it is read, so that it shows as in dense attention."""
+
+
+@triton.jit
+def _count_passing(words):
+    """How many tokens pass in each word."""
+    pairs = (words & 0x11111111) + ((words >> 1) & 0x11111111)
+    fours = (pairs & 0x0F0F0F0F) + ((pairs >> 4) & 0x0F0F0F0F)
+    return (fours * 0x01010101) >> 24
+
+
+@triton.jit(do_not_specialize=[
+    "lengths", "num_kv_heads", "table_stride", "token_budget", "num_sink_pages", "num_recent_pages", "parts", "listed",
+    "capacity",
+])  # fmt: skip
+def pick_kernel(
+    query, keys, page_table, table_stride, lengths, space, scale, num_kv_heads, token_budget, num_sink_pages,
+    num_recent_pages, parts, listed, capacity,
+    SHAPE: tl.constexpr, PARTS: tl.constexpr, NORMS: tl.constexpr, PICKED: tl.constexpr, RANKED: tl.constexpr,
+    FOLLOWS: tl.constexpr,
+):  # fmt: skip
+    """The candidates of a part of a row, behind those of the parts before it, with their ranks by their keys."""
+    row = tl.program_id(0) // parts
+    part = tl.program_id(0) % parts
+    b = (row // num_kv_heads).to(tl.int64)
+    h = (row % num_kv_heads).to(tl.int64)
+    end = length_of(lengths, b)
+    PAGE: tl.constexpr = SHAPE.page_size
+    WORDS: tl.constexpr = (PAGE + 15) // 16
+    q = load_query(query, b, h, SHAPE)
+    wait_for_launch(FOLLOWS)
+    if end > token_budget:
+        first_page, last_page = choice_of(end, num_sink_pages, num_recent_pages, PAGE)
+        words = space.passing + row.to(tl.int64) * capacity
+        candidates = space.candidates + row.to(tl.int64) * listed
+        share = tl.cdiv((last_page - first_page) * WORDS, parts)
+        first = first_page * WORDS + part * share
+        last = tl.minimum(first + share, last_page * WORDS)
+        at = first + tl.arange(0, PICKED)
+        passing = tl.load(words + at, mask=at < last, other=0)
+        mine = tl.sum(_count_passing(passing))
+        for start in range(first + PICKED, last, PICKED):
+            more = start + tl.arange(0, PICKED)
+            mine += tl.sum(_count_passing(tl.load(words + more, mask=more < last, other=0)))
+        tl.atomic_xchg(space.found + row * parts + part, mine + 1, sem="relaxed", scope="gpu")
+        norm = norms_of(space.norms, row, SHAPE, NORMS)
+        before = _found_before(space.found + row * parts, part, PARTS)
+        kept = _list(candidates, at, passing, before, listed, PAGE)
+        for start in range(first + PICKED, last, PICKED):
+            more = start + tl.arange(0, PICKED)
+            kept = _list(candidates, more, tl.load(words + more, mask=more < last, other=0), kept, listed, PAGE)
+        kept = tl.minimum(kept, listed)
+        factor = scale * LOG2_E
+        if keys.scale is not None:
+            factor = factor * tl.load(keys.scale + h * keys.scale_head)
+        table = page_table + b * table_stride
+        tl.debug_barrier()  # the list is read by other threads than those that wrote it
+        for start in range(before, kept, RANKED):
+            here = start + tl.arange(0, RANKED)
+            is_live = here < kept
+            candidate = tl.load(candidates + here, mask=is_live, other=0)
+            physical = tl.load(table + candidate // PAGE, mask=is_live, other=0)
+            rank = _rank_by_keys(q, keys, physical, candidate, is_live, h, norm, factor, SHAPE)
+            tl.store(space.exact + row.to(tl.int64) * listed + here, rank, mask=is_live)
+            place = physical * PAGE + candidate % PAGE
+            tl.store(space.located + row.to(tl.int64) * listed + here, place, mask=is_live)
+
+
+@triton.jit
+def _list(candidates, at, passing, kept, listed, PAGE: tl.constexpr):
+    """Write the tokens that pass behind the `kept` ones before them; gives how many there are then."""
+    WORDS: tl.constexpr = (PAGE + 15) // 16
+    each = _count_passing(passing)
+    slot = kept + tl.cumsum(each) - each
+    token = at // WORDS * PAGE + at % WORDS * 16
+    for offset in tl.static_range(16):
+        passes = (passing >> (offset // 2 * 4 + offset % 2)) & 1
+        tl.store(candidates + slot, token + offset, mask=(passes != 0) & (slot < listed))
+        slot += passes
+    return kept + tl.sum(each)
+
+
+@triton.jit
+def _found_before(found, part, PARTS: tl.constexpr):
+    """How many candidates the parts before one have: waits until all have said so."""
+    other = tl.arange(0, PARTS)
+    counts = tl.load(found + other, mask=other < part, other=1, volatile=True)
+    while tl.min(counts) == 0:
+        counts = tl.load(found + other, mask=other < part, other=1, volatile=True)
+    return tl.sum(counts - 1)
+
+
+@triton.jit(do_not_specialize=[
+    "lengths", "num_kv_heads", "table_stride", "token_budget", "num_sink_pages", "num_recent_pages", "parts", "slots",
+    "listed",
+])  # fmt: skip
+def choose_kernel(
+    page_table, table_stride, lengths, space, units, counts, num_kv_heads, token_budget, num_sink_pages,
+    num_recent_pages, parts, slots, listed,
+    PAGE: tl.constexpr, PARTS: tl.constexpr, HELD: tl.constexpr, FOLLOWS: tl.constexpr,
+):  # fmt: skip
+    """The tokens of a row to attend to, in the order of the sequence, and where they lie."""
+    row = tl.program_id(0)
+    b = row // num_kv_heads
+    end = length_of(lengths, b)
+    table = page_table + b.to(tl.int64) * table_stride
+    units += row.to(tl.int64) * slots
+    places = space.places + row.to(tl.int64) * slots
+    if end <= token_budget:
+        wait_for_launch(FOLLOWS)
+        _store_run(table, units, places, 0, 0, end, PAGE)
+        _store_unused(units, end, slots)
+        tl.store(counts + row, end)
+    else:
+        first_page, last_page = choice_of(end, num_sink_pages, num_recent_pages, PAGE)
+        sinks = first_page * PAGE
+        recent = end - last_page * PAGE
+        # All that is read always, in one go if a run of it is no longer than this.
+        RUN: tl.constexpr = 64
+        forced = tl.arange(0, 2 * RUN)
+        token = tl.where(forced < RUN, forced, last_page * PAGE + forced - RUN)
+        is_forced = (forced < sinks) & (forced < RUN) | (forced >= RUN) & (forced - RUN < recent)
+        place = tl.load(table + token // PAGE, mask=is_forced, other=0) * PAGE + token % PAGE
+        wait_for_launch(FOLLOWS)
+        each = tl.arange(0, PARTS)
+        found = tl.load(space.found + row * parts + each, mask=each < parts, other=1)
+        start = row.to(tl.int64) * listed
+        here = tl.arange(0, HELD)
+        # Asked for before it is known how many there are, so that the two wait together.
+        rank = tl.load(space.exact + start + here, mask=here < listed, other=DEAD, cache_modifier=".cg")
+        total = tl.minimum(tl.sum(found - 1), listed)
+        want = tl.minimum(token_budget - sinks - recent, total)
+        tl.store(counts + row, sinks + want + recent)
+        slot = tl.where(forced < RUN, forced, sinks + want + forced - RUN)
+        tl.store(units + slot, token, mask=is_forced)
+        tl.store(places + slot, place, mask=is_forced)
+        if sinks > RUN:
+            _store_run(table, units, places, RUN, RUN, sinks - RUN, PAGE)
+        if recent > RUN:
+            _store_run(table, units, places, last_page * PAGE + RUN, sinks + want + RUN, recent - RUN, PAGE)
+        _store_unused(units, sinks + want + recent, slots)
+        tl.store(space.found + row * parts + each, 0, mask=each < parts)
+        _choose(space, start, rank, units + sinks, places + sinks, total, want, HELD)
+
+
+@triton.jit
+def _rank_by_keys(q, keys, physical, token, is_live, h, norm, factor, SHAPE: tl.constexpr):
+    """The largest log weight of a head that each token has by its key, or past all where one is not finite: `[N]`."""
+    HEADS: tl.constexpr = SHAPE.block_g
+    N: tl.constexpr = token.shape[0]
+    channel = tl.arange(0, SHAPE.block_d)
+    offset = (token % SHAPE.page_size).to(tl.int64) * keys.token
+    at = keys.base + h * keys.head + physical.to(tl.int64) * keys.page + offset
+    inside = is_live[:, None] & (channel < SHAPE.head_dim)[None, :]
+    k = widen(tl.load(at[:, None] + channel[None, :], mask=inside, other=0.0), q.dtype)
+    logit = dot(q, tl.trans(k), tl.zeros([HEADS, N], tl.float32)) * factor
+    is_head = (tl.arange(0, HEADS) < SHAPE.group)[:, None]
+    is_unknown = tl.sum((is_head & ~(tl.abs(logit) < float("inf"))).to(tl.int32), 0) > 0
+    rank = tl.max(tl.where(is_head, logit - norm[:, None], float("-inf")), 0)
+    return tl.where(is_unknown, _LARGEST, rank)
+
+
+@triton.jit
+def _store_run(table, units, places, first, slot, count, PAGE: tl.constexpr):
+    """Tokens that follow one another from `first` on, which are read whatever their rank."""
+    for start in range(0, count, 128):
+        token = start + tl.arange(0, 128)
+        place = tl.load(table + (first + token) // PAGE, mask=token < count, other=0) * PAGE + (first + token) % PAGE
+        tl.store(units + slot + token, first + token, mask=token < count)
+        tl.store(places + slot + token, place, mask=token < count)
+
+
+@triton.jit
+def _store_unused(units, count, slots):
+    """-1 in the slots that stay unused."""
+    for start in range(count, slots, 128):
+        unused = start + tl.arange(0, 128)
+        tl.store(units + unused, -1, mask=unused < slots)
+
+
+@triton.jit
+def _choose(space, row_start, rank, units, places, total, want, HELD: tl.constexpr):
+    """Write the `want` best of a row's candidates, the first of whose ranks are given, in the order of the sequence.
+
+    More than are held at once come in turns: the best so far, and the next of the others.
+    """
+    exact = space.exact + row_start
+    candidates = space.candidates + row_start
+    located = space.located + row_start
+    here = tl.arange(0, HELD)
+    source = here
+    kept = tl.minimum(HELD, total)
+    at = kept
+    rank = tl.where(here < kept, rank, DEAD)
+    while at < total:
+        chosen, slot = choose_pages(rank, kept, tl.minimum(want, kept))
+        token = tl.load(candidates + source, mask=chosen, other=0, cache_modifier=".cg")
+        place = tl.load(located + source, mask=chosen, other=0, cache_modifier=".cg")
+        tl.debug_barrier()  # everybody has loaded what is written over
+        tl.store(exact + slot, rank, mask=chosen)
+        tl.store(candidates + slot, token, mask=chosen)
+        tl.store(located + slot, place, mask=chosen)
+        tl.debug_barrier()
+        best = tl.minimum(want, kept)
+        fresh = tl.minimum(HELD - best, total - at)
+        kept = best + fresh
+        source = tl.where(here < best, here, at + here - best)
+        rank = tl.load(exact + source, mask=here < kept, other=DEAD, cache_modifier=".cg")
+        at += fresh
+    chosen, slot = choose_pages(rank, kept, want)
+    token = tl.load(candidates + source, mask=chosen, other=0, cache_modifier=".cg")
+    place = tl.load(located + source, mask=chosen, other=0, cache_modifier=".cg")
+    tl.store(units + slot, token, mask=chosen)
+    tl.store(places + slot, place, mask=chosen)
+
+
+# Longer than 250 lines: a program of the one kernel waits for others, whose counts the other kernel puts back.

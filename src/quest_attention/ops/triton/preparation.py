@@ -1,0 +1,122 @@
+"""Kernel: what the other kernels of `token_decode` want of the queries: their bits, and a normaliser of each head."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from quest_attention.forms.sketch import ROUGH_LEVEL
+from quest_attention.ops.triton.arguments import length_of, load_query
+from quest_attention.ops.triton.arithmetic import LOG2_E, dot, widen
+from quest_attention.ops.triton.launch import let_next_start
+from quest_attention.ops.triton.sketch import turn
+
+__all__ = ["norms_of", "prepare_kernel"]
+
+_ROUGH_LEVEL = tl.constexpr(ROUGH_LEVEL)
+
+
+@triton.jit
+def _store_bits(turned, bits, factors, row, SHAPE: tl.constexpr, PACKING: tl.constexpr):
+    """Turned queries `[16, D]`, scaled as logits in base 2, as rows of bits: what `scan` multiplies with."""
+    BYTES: tl.constexpr = PACKING.bytes8
+    SETS: tl.constexpr = (SHAPE.group + 3) // 4
+    HALVES: tl.constexpr = (SHAPE.head_dim + 127) // 128
+    HEADS: tl.constexpr = SHAPE.block_g
+    g = tl.arange(0, HEADS)
+    top = tl.maximum(tl.max(tl.abs(turned), 1), 1e-30)
+    of_mean = top / 127.0
+    of_sign = top / 7.0
+    fine = tl.floor(turned / of_mean[:, None] + 0.5).to(tl.int32)
+    coarse = tl.floor(turned / of_sign[:, None] + 0.5).to(tl.int32)
+    to = factors + row * 48 + g
+    tl.store(to, of_mean)
+    tl.store(to + 16, 2.0 * _ROUGH_LEVEL * of_sign)  # a bit is one sign more than none, and two from one to the other
+    tl.store(to + 32, _ROUGH_LEVEL * of_sign * tl.sum(coarse, 1).to(tl.float32))
+    byte = tl.arange(0, BYTES)
+    # A tile has eight columns of 16 bytes; two tiles of signs come first, then four of means, for each 128 channels.
+    tiles = bits.to(tl.pointer_type(tl.uint8)) + row.to(tl.int64) * (SETS * HALVES * 768) + g // 4 * (HALVES * 768)
+    column = tiles[:, None] + (byte // 16 * 768 + byte % 16)[None, :] + (g % 4 * 32)[:, None]
+    inside = (g < 4 * SETS)[:, None] & (byte < BYTES)[None, :]
+    _store_planes(column, coarse, inside, BYTES)
+    _store_planes(column + 256, fine, inside, BYTES)
+    _store_planes(column + 512, fine >> 4, inside, BYTES)
+
+
+@triton.jit
+def _store_planes(column, code, inside, BYTES: tl.constexpr):
+    """The low four bits of some codes `[HEADS, 8 * BYTES]`, each as rows of bits."""
+    spread = ((code & 15) * 0x00204081) & 0x01010101  # each bit in a byte of its own
+    spread = tl.reshape(spread, [code.shape[0], 8, BYTES]) << tl.arange(0, 8)[None, :, None]
+    planes = tl.sum(spread, 1)
+    for bit in tl.static_range(4):
+        tl.store(column + (bit // 2 * 128 + bit % 2 * 16), (planes >> (8 * bit)).to(tl.uint8), mask=inside)
+
+
+@triton.jit(do_not_specialize=["lengths", "num_kv_heads", "table_stride", "token_budget"])
+def prepare_kernel(
+    query, keys, page_table, table_stride, lengths, sinks, space, scale, num_kv_heads, token_budget,
+    SHAPE: tl.constexpr, PACKING: tl.constexpr, SAMPLE: tl.constexpr, PARTS: tl.constexpr, HAS_BITS: tl.constexpr,
+    FOLLOWS: tl.constexpr,
+):  # fmt: skip
+    """The log-sum-exp of a row's heads over a part of a sample of its tokens; and the bits of its queries.
+
+    The sample is the first and the last tokens of the sequence, a page's worth each, and as many of those between as
+    there is room for, evenly apart but for a draw in each step; these weigh as what they stand for.
+    """
+    let_next_start(FOLLOWS)
+    PROGRAMS: tl.constexpr = PARTS + HAS_BITS
+    row = tl.program_id(0) // PROGRAMS
+    part = tl.program_id(0) % PROGRAMS
+    b = (row // num_kv_heads).to(tl.int64)
+    h = (row % num_kv_heads).to(tl.int64)
+    end = length_of(lengths, b)
+    factor = scale * LOG2_E
+    if keys.scale is not None:
+        factor = factor * tl.load(keys.scale + h * keys.scale_head)
+    q = load_query(query, b, h, SHAPE)
+    if HAS_BITS:  # a constant: without it what is below does not compile for every shape
+        if part == PARTS:
+            turned = turn(q, SHAPE.head_dim, SHAPE.block_d, PACKING) * factor
+            _store_bits(turned, space.bits, space.factors, row, SHAPE, PACKING)
+    if (part < PARTS) & (end > token_budget):
+        EDGE: tl.constexpr = SHAPE.page_size
+        DRAWN: tl.constexpr = SAMPLE * PARTS - 2 * SHAPE.page_size
+        head = tl.arange(0, SHAPE.block_g)
+        channel = tl.arange(0, SHAPE.block_d)
+        at = part * SAMPLE + tl.arange(0, SAMPLE)
+        between = tl.maximum(end - 2 * EDGE, 1)
+        nth = at - 2 * EDGE
+        draw = ((nth * 40503) & 0xFFFF).to(tl.float32) / 65536.0
+        each = between.to(tl.float32) / DRAWN
+        drawn = EDGE + tl.minimum(((nth.to(tl.float32) + draw) * each).to(tl.int32), between - 1)
+        position = tl.where(at < EDGE, at, tl.where(at < 2 * EDGE, end - 2 * EDGE + at, drawn))
+        is_live = (position >= 0) & (position < end)
+        physical = tl.load(page_table + b * table_stride + position // EDGE, mask=is_live, other=0).to(tl.int64)
+        key_at = keys.base + h * keys.head + physical * keys.page + (position % EDGE).to(tl.int64) * keys.token
+        inside = is_live[:, None] & (channel < SHAPE.head_dim)[None, :]
+        k = tl.load(key_at[:, None] + channel[None, :], mask=inside, other=0.0)
+        HEADS: tl.constexpr = SHAPE.block_g
+        logit = dot(q, tl.trans(widen(k, q.dtype)), tl.zeros([HEADS, SAMPLE], tl.float32)) * factor
+        logit += tl.where(at < 2 * EDGE, 0.0, tl.log2(each))[None, :]
+        is_known = is_live[None, :] & (tl.abs(logit) < float("inf"))
+        logit = tl.where(is_known, logit, float("-inf"))
+        largest = tl.maximum(tl.max(logit, 1), -1e30)
+        total = tl.sum(tl.exp2(logit - largest[:, None]), 1)
+        if sinks is not None:
+            sink = tl.load(sinks + h * SHAPE.group + head, mask=head < SHAPE.group, other=0.0).to(tl.float32) * LOG2_E
+            total += tl.where(part == 0, tl.exp2(sink - largest), 0.0)
+        norm = tl.where(total > 0, largest + tl.log2(total), float("-inf"))
+        tl.store(space.norms + (row * PARTS + part) * 16 + head, norm, mask=head < 16)
+
+
+@triton.jit
+def norms_of(norms, row, SHAPE: tl.constexpr, NORMS: tl.constexpr):
+    """The normaliser of each head of a row, `[BLOCK_G]`: 0 where nothing had weight, inf where there is no head."""
+    head = tl.arange(0, SHAPE.block_g)
+    part = tl.arange(0, NORMS)
+    lse = tl.load(norms + (row * NORMS + part[:, None]) * 16 + head[None, :])
+    largest = tl.maximum(tl.max(lse, 0), -1e30)
+    total = tl.sum(tl.exp2(lse - largest[None, :]), 0)
+    norm = tl.where(total > 0, largest + tl.log2(total), 0.0)
+    return tl.where(head < SHAPE.group, norm, float("inf"))

@@ -1,0 +1,123 @@
+"""Kernel: rank tokens by the signs of their sketches where `scan` does not fit; and the sample that gives a threshold.
+
+Of the pages of a row some are drawn, the ranks of their tokens say which rank about as many tokens reach as are wanted,
+and of all tokens it is then written which reach that: two bits of four for two tokens, 16 tokens a word.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from quest_attention.ops.triton.arguments import length_of
+from quest_attention.ops.triton.arithmetic import LOG2_E
+from quest_attention.ops.triton.launch import wait_for_launch
+from quest_attention.ops.triton.preparation import norms_of
+from quest_attention.ops.triton.sketch import rough_estimates, turned_queries
+
+__all__ = ["choice_of", "rank_kernel"]
+
+
+@triton.jit
+def _drawn_of(whole, PAGE: tl.constexpr, SAMPLED: tl.constexpr):
+    """How many of a row's whole pages are drawn, and by how many bits their numbers in the sample are shifted."""
+    rare = 0
+    for _ in tl.static_range(16):
+        rare += ((whole >> rare) * PAGE > SAMPLED).to(tl.int32)
+    return whole >> rare, rare
+
+
+@triton.jit
+def _drawn_page(nth, rare):
+    """Of every `1 << rare` pages that follow one another, the one that is drawn."""
+    return (nth << rare) + ((nth * 40503 >> 4) & ((1 << rare) - 1))
+
+
+@triton.jit
+def choice_of(end, num_sink_pages, num_recent_pages, PAGE: tl.constexpr):
+    """First of the pages among whose tokens is chosen, and the one after the last."""
+    total = tl.cdiv(end, PAGE)
+    first_page = tl.minimum(num_sink_pages, total)
+    return first_page, tl.maximum(total - num_recent_pages, first_page)
+
+
+@triton.jit(do_not_specialize=[
+    "lengths", "num_kv_heads", "table_stride", "token_budget", "num_sink_pages", "num_recent_pages", "candidate_budget",
+    "parts", "capacity",
+])  # fmt: skip
+def rank_kernel(
+    query, key_scale, scale_head, metadata, page_table, table_stride, lengths, space, scale, num_kv_heads, parts,
+    capacity, token_budget, num_sink_pages, num_recent_pages, candidate_budget,
+    IS_SAMPLE: tl.constexpr, SHAPE: tl.constexpr, PACKING: tl.constexpr, PAGES: tl.constexpr, SAMPLED: tl.constexpr,
+    FEWEST: tl.constexpr, NORMS: tl.constexpr, FOLLOWS: tl.constexpr,
+):  # fmt: skip
+    """What `scan` does, for any shape and in the interpreter, with queries that are not rounded."""
+    row = tl.program_id(0) // parts
+    b = (row // num_kv_heads).to(tl.int64)
+    h = (row % num_kv_heads).to(tl.int64)
+    end = length_of(lengths, b)
+    PAGE: tl.constexpr = SHAPE.page_size
+    BLOCK: tl.constexpr = SHAPE.block_page
+    whole = tl.where(end > token_budget, (end - 1) // PAGE, 0)
+    drawn, rare = _drawn_of(whole, PAGE, SAMPLED)
+    factor = scale * LOG2_E
+    if key_scale is not None:
+        factor = factor * tl.load(key_scale + h * scale_head)
+    q_top, q_rest = turned_queries(query, b, h, SHAPE, PACKING)
+    wait_for_launch(FOLLOWS)
+    norm = norms_of(space.norms, row, SHAPE, NORMS)
+    token = tl.arange(0, BLOCK)
+    last = drawn if IS_SAMPLE else whole
+    low = 0.0
+    if not IS_SAMPLE:
+        first_page, last_page = choice_of(end, num_sink_pages, num_recent_pages, PAGE)
+        low = _threshold(
+            space.sample + row * SAMPLED, drawn, rare, first_page, last_page, candidate_budget, PAGE, SAMPLED, FEWEST
+        )
+    for start in range(tl.program_id(0) % parts * PAGES, last, parts * PAGES):
+        nth = start + tl.arange(0, PAGES)
+        page = _drawn_page(nth, rare) if IS_SAMPLE else nth
+        physical = tl.load(page_table + b * table_stride + page, mask=nth < last, other=0).to(tl.int64)
+        sketch = metadata.base + h * metadata.head + physical * metadata.page
+        weight = rough_estimates(sketch, q_top, q_rest, SHAPE, PACKING) * factor - norm[None, None, :]
+        is_unknown = weight != weight
+        rank = tl.max(tl.where(is_unknown, float("-inf"), weight), 2)
+        rank = tl.where(tl.sum(is_unknown.to(tl.int32), 2) > 0, float("nan"), rank).to(tl.float16)
+        inside = (nth < last)[:, None] & (token < PAGE)[None, :]
+        if IS_SAMPLE:
+            tl.store(space.sample + row * SAMPLED + nth[:, None] * PAGE + token[None, :], rank, mask=inside)
+        else:
+            WORDS: tl.constexpr = (PAGE + 15) // 16
+            ROOM: tl.constexpr = BLOCK // 16 if BLOCK > 16 else 1
+            EACH: tl.constexpr = min(BLOCK, 16)
+            passes = (inside & ~(rank.to(tl.float32) < low)).to(tl.int32)  # NaN passes
+            bit = tl.arange(0, EACH)
+            passes = tl.reshape(passes, [PAGES, ROOM, EACH]) << (bit // 2 * 4 + bit % 2)[None, None, :]
+            word = tl.arange(0, ROOM)
+            to = space.passing + row.to(tl.int64) * capacity + nth[:, None] * WORDS + word[None, :]
+            tl.store(to, tl.sum(passes, 2), mask=(nth < last)[:, None] & (word < WORDS)[None, :])
+
+
+@triton.jit
+def _threshold(
+    sample, drawn, rare, first_page, last_page, wanted, PAGE: tl.constexpr, SAMPLED: tl.constexpr, FEWEST: tl.constexpr
+):
+    """A rank that about `wanted` of the tokens of some pages of a row reach, by what a sample of the ranks says."""
+    at = tl.arange(0, SAMPLED)
+    page = _drawn_page(at // PAGE, rare)
+    inside = (at // PAGE < drawn) & (page >= first_page) & (page < last_page)
+    rank = tl.load(sample + at, mask=inside, other=0.0).to(tl.float32)
+    rank = tl.where(inside, tl.where(rank == rank, tl.maximum(rank, -65504.0), 65504.0), float("-inf"))
+    known = tl.sum(inside.to(tl.int32))
+    share = wanted.to(tl.float32) / ((last_page - first_page) * PAGE).to(tl.float32)
+    most = tl.maximum((share * known.to(tl.float32)).to(tl.int32), FEWEST)
+    high = tl.max(rank)
+    low = tl.min(tl.where(inside, rank, 65504.0))
+    for _ in range(6):
+        third = (high - low) * 0.33333334
+        lower, upper = low + third, high - third
+        both = tl.sum((rank >= lower).to(tl.int32) + (rank >= upper).to(tl.int32) * 65536)
+        is_lower, is_upper = (both & 0xFFFF) >= most, (both >> 16) >= most
+        high = tl.where(is_upper, high, tl.where(is_lower, upper, lower))
+        low = tl.where(is_upper, upper, tl.where(is_lower, lower, low))
+    return tl.where(most < known, low, -65504.0)

@@ -1,0 +1,208 @@
+"""`TokenWorkspace`: scratch memory of `token_decode`, and the shape of its launches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from quest_attention.config import QuestConfig
+from quest_attention.ops.triton.launch import is_interpreted
+from quest_attention.ops.triton.scan import SCAN_PAGE_SIZE, SCANNED_PAGES
+from quest_attention.ops.triton.tuning import filling_programs
+from quest_attention.pages import PagedKV
+
+__all__ = [
+    "PICKED_WORDS",
+    "RANKED_PAGES",
+    "SAMPLED_RANKS",
+    "SAMPLE_PARTS",
+    "Plan",
+    "TokenWorkspace",
+    "can_scan",
+    "make_token_workspace",
+    "plan_of",
+]
+
+_HEADS = 16
+"""Query heads of a group that a row of the workspace has room for."""
+SAMPLE_PARTS = 4
+"""Programs that estimate a log-sum-exp for a row, by a sample of its keys."""
+SAMPLED_RANKS = 2048
+"""Most ranks in which a row's threshold is looked for."""
+RANKED_PAGES = 16
+"""Pages that a program of `rank_kernel` ranks at a time."""
+PICKED_WORDS = 128
+"""Words of 16 tokens in which a program looks for candidates at a time."""
+_LEAST_WORDS = 64
+"""Fewest of these worth a program."""
+_MOST_HELD = 32768
+"""Candidates among which a program chooses: 32 a thread."""
+_LEAST_TOKENS = 64
+"""Fewest tokens worth a program that attends to them."""
+_LEAST_SPLITS = 8
+"""Programs that attend to a row at least, if there is work for so many."""
+
+
+class TokenWorkspace(NamedTuple):
+    """Scratch memory of `decode_tokens`; a step leaves the counters at zero, as it found them.
+
+    R is the rows of a step, a KV head of a sequence each. Kernels count rows from the beginning of each tensor, so that
+    memory for many rows serves fewer as well.
+
+    Attributes:
+        bits: Queries, `[R, tiles * 32]` int32; see `scan`.
+        factors: `[R, 3 * 16]` float32; see `scan`.
+        norms: Log-sum-exps of the parts of the sample in base 2, `[R, 4, 16]` float32.
+        sample: Ranks of the tokens of some pages, `[R, 2048]` float16.
+        passing: Which tokens pass, two bits of four for two tokens, 16 tokens a word: `[R, words]` int32.
+        candidates: Tokens that passed the threshold, `[R, C]` int32.
+        located: Where they lie in the cache, `[R, C]` int32.
+        exact: Their ranks by their keys, `[R, C]` float32.
+        found: One more than each program of `pick` has found, `[R, parts]` int32, zero between steps.
+        places: Chosen tokens in the cache, `[R, K]` int32.
+        partial: `[R, splits, G, DV]` float32.
+        partial_lse: `[R, splits, G]` float32.
+        counters: `[R]` int32, zero between launches.
+    """
+
+    bits: Tensor
+    factors: Tensor
+    norms: Tensor
+    sample: Tensor
+    passing: Tensor
+    candidates: Tensor
+    located: Tensor
+    exact: Tensor
+    found: Tensor
+    places: Tensor
+    partial: Tensor
+    partial_lse: Tensor
+    counters: Tensor
+
+    @property
+    def scores(self) -> None:
+        """None: no score of every token is kept in float32."""
+        return None
+
+    def fits(self, kv: PagedKV, num_query_heads: int, config: QuestConfig) -> bool:
+        """Whether a step of this shape can use the workspace."""
+        plan = plan_of(kv, num_query_heads, config)
+        if plan is None or self.bits.device != kv.keys.device:
+            return False
+        return all(tensor.numel() >= math.prod(shape) for tensor, shape in zip(self, plan.shapes, strict=True))
+
+
+class Plan(NamedTuple):
+    """The shape of the launches of a step.
+
+    Attributes:
+        scans: Whether `scan` ranks.
+        sample_parts: Programs that rank the sample of a row.
+        rank_parts: Programs that rank a row.
+        pick_parts: Programs that pick from a row.
+        held: Candidates among which is chosen at a time.
+        splits: Programs that attend to a row.
+        slots: Tokens of a selection at most.
+        listed: Candidates of a row that there is room for.
+        words: Of a row, in which it is said which tokens pass.
+        shapes: Of a workspace.
+    """
+
+    scans: bool
+    sample_parts: int
+    rank_parts: int
+    pick_parts: int
+    held: int
+    splits: int
+    slots: int
+    listed: int
+    words: int
+    shapes: tuple[tuple[int, ...], ...]
+
+
+def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | None:
+    """See `Plan`; None where the kernels cannot hold the problem."""
+    rows, group = kv.batch_size * kv.num_kv_heads, num_query_heads // kv.num_kv_heads
+    if (
+        kv.form.name != "sketch"
+        or config.unit_size != 1
+        or config.group_reduction != "max"
+        or not config.candidate_factor
+        or rows == 0
+        or kv.max_pages == 0
+        or group > _HEADS
+        or 2 * config.candidate_budget > _MOST_HELD
+    ):
+        return None
+    programs = filling_programs(kv.keys.device)
+    scans = can_scan(kv, group)
+    pages = SCANNED_PAGES if scans else RANKED_PAGES
+    tiles = triton.cdiv(kv.max_pages, pages)
+    most, words = kv.max_pages * kv.page_size, kv.max_pages * triton.cdiv(kv.page_size, 16)
+    slots = min(most, config.token_budget)
+    listed = min(most, 8 * config.candidate_budget)
+    pick_parts = max(1, min(64, triton.cdiv(words, _LEAST_WORDS), triton.cdiv(2 * programs, rows)))
+    held = max(16, min(triton.next_power_of_2(2 * config.candidate_budget), triton.next_power_of_2(listed)))
+    splits = max(1, min(slots // _LEAST_TOKENS, max(_LEAST_SPLITS, triton.cdiv(programs // 2, rows))))
+    tiles_of_bits = 6 * triton.cdiv(group, 4) * max(1, kv.head_dim // 128)
+    shapes = (
+        (rows, tiles_of_bits * 32), (rows, 3 * _HEADS), (rows, SAMPLE_PARTS, _HEADS), (rows, SAMPLED_RANKS),
+        (rows, words), (rows, listed), (rows, listed), (rows, listed), (rows, pick_parts), (rows, slots),
+        (rows, splits, group, kv.values.shape[-1]), (rows, splits, group), (rows,),
+    )  # fmt: skip
+    return Plan(
+        scans,
+        max(1, min(tiles, triton.cdiv(SAMPLED_RANKS, pages * kv.page_size), programs // rows)),
+        max(1, min(tiles, programs // rows)),
+        pick_parts,
+        held,
+        splits,
+        slots,
+        listed,
+        words,
+        shapes,
+    )
+
+
+_DTYPES = (
+    torch.int32, torch.float32, torch.float32, torch.float16, torch.int32, torch.int32, torch.int32, torch.float32,
+    torch.int32, torch.int32, torch.float32, torch.float32, torch.int32,
+)  # fmt: skip
+"""Of the tensors of a workspace, in order."""
+
+
+def can_scan(kv: PagedKV, group: int) -> bool:
+    """Whether the binary products of `scan` fit a cache, and the GPU has them."""
+    if is_interpreted() or group > 8 or kv.page_size != SCAN_PAGE_SIZE or kv.head_dim not in (64, 128, 256):
+        return False
+    if kv.keys.device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(kv.keys.device)[0] in (8, 9)
+
+
+def make_token_workspace(
+    kv: PagedKV, num_query_heads: int, config: QuestConfig, batch_sizes: Iterable[int] | None = None
+) -> TokenWorkspace | None:
+    """Memory for steps of this shape; None where the kernels cannot hold one."""
+    kvs = [kv]
+    if batch_sizes is not None:
+        kvs = [
+            replace(kv, page_table=kv.page_table.new_zeros(1, kv.max_pages).expand(n, -1), contiguous=None)
+            for n in batch_sizes
+        ]
+    plans = [plan_of(one, num_query_heads, config) for one in kvs]
+    if not plans or None in plans:
+        return None
+    shapes = zip(*(plan.shapes for plan in plans if plan is not None), strict=True)
+    return TokenWorkspace(
+        *(
+            torch.zeros(max(some, key=math.prod), dtype=dtype, device=kv.keys.device)
+            for some, dtype in zip(shapes, _DTYPES, strict=True)
+        )
+    )
