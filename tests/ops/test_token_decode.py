@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from backends import available, interpreted
-from caches import LAYOUTS, make_cache
+from caches import make_cache
 from likeness import query_for
 from quest_attention import QuestConfig, QuestValueError, quest_decode, update_page_metadata
 from quest_attention.forms import Sketch
@@ -27,14 +27,14 @@ def config_of(budget: int = 64, page_size: int = 16, **options: object) -> Quest
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    ("dim", "page_size", "group", "dtype", "scales"),
+    ("dim", "page_size", "group", "dtype", "scales", "layout"),
     [
-        (16, 16, 4, torch.float32, None),
-        (64, 8, 1, torch.bfloat16, None),
-        (80, 32, 3, torch.float16, None),
-        (32, 16, 2, torch.bfloat16, "head"),
+        (16, 16, 4, torch.float32, None, "nhd"),
+        (64, 8, 1, torch.bfloat16, None, "hnd"),
+        (80, 32, 3, torch.float16, None, "contiguous"),
+        (32, 16, 2, torch.bfloat16, "head", "nhd"),
+        (32, 16, 12, torch.bfloat16, "tensor", "contiguous"),
     ],
 )
 def test_whom_it_chooses(
