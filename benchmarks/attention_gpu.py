@@ -206,13 +206,13 @@ def time_verbs(
 def bytes_read(shape: Shape, config: QuestConfig) -> int:
     """What Quest must read: of every page what ranks it, keys and values of what is selected [bytes].
 
-    Two vectors rank a page. Of a sketch the signs, the mean and the scales rank all tokens, and of the candidates the
-    second bits are read too.
+    Two vectors rank a page. A sketch ranks the tokens of one; the keys of the candidates are read too, and those of what
+    is selected among them once more.
     """
     rows, pages = shape.batch * shape.kv_heads, shape.context // PAGE_SIZE
     if config.metadata == "sketch":
-        at = SketchLayout.of(PAGE_SIZE, HEAD_DIM)
-        ranking = pages * at.seconds + config.candidate_budget * at.row
+        candidates = min(shape.context, config.candidate_budget * config.unit_size)
+        ranking = pages * SketchLayout.of(PAGE_SIZE, HEAD_DIM).total + candidates * HEAD_DIM * DTYPE.itemsize
     else:
         ranking = pages * 2 * HEAD_DIM * (1 if config.metadata_dtype == "fp8" else DTYPE.itemsize)
     selected = config.unit_budget * config.unit_size

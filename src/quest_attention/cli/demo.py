@@ -156,8 +156,10 @@ def _remarks(demo: Demo, seconds: float) -> str:
 
 def _choosing(config: QuestConfig, pages: int) -> str:
     """What is read beside keys and values to choose among them."""
+    candidates = config.candidate_budget * config.unit_size
     if config.metadata == "sketch":
         return (
-            f"the sketches of all {counted(pages, 'page')}: one bit of each channel of each key, and of some the other"
+            f"the sketches of all {counted(pages, 'page')}, a bit of each channel of each key and the pages' means, "
+            f"and the keys of {counted(min(pages * config.page_size, candidates), 'token')}"
         )
     return f"the {config.metadata} of all {counted(pages, 'page')}: as many bytes as {counted(pages, 'token')}"

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestValueError
-from quest_attention.forms.sketch import ROUGH_LEVEL
 from quest_attention.ops.selection import Selection
 from quest_attention.ops.step import Step
 from quest_attention.ops.triton.arguments import (
@@ -53,7 +52,7 @@ from quest_attention.ops.triton.launch import (
 )
 from quest_attention.ops.triton.merge import merge_splits, store_partial
 from quest_attention.ops.triton.scan import SCAN_PAGE_SIZE, SCAN_WARPS, SCANNED_PAGES, scan_kernel
-from quest_attention.ops.triton.sketch import packing_of, rough_estimates, turn, turned_queries
+from quest_attention.ops.triton.sketch import estimates, packing_of, turn, turned_queries
 from quest_attention.ops.triton.tuning import filling_programs
 from quest_attention.pages import PagedKV
 
@@ -91,7 +90,6 @@ _LEAST_SPLITS = 8
 """Programs that attend to a row at least, if there is work for so many."""
 _LARGEST = tl.constexpr(3.4028234663852886e38)
 """Rank of a candidate whose logit is not finite: it is read, so that it shows as in dense attention."""
-_ROUGH_LEVEL = tl.constexpr(ROUGH_LEVEL)
 
 
 class TokenWorkspace(NamedTuple):
@@ -345,8 +343,8 @@ def _store_bits(turned, bits, factors, row, SHAPE: tl.constexpr, PACKING: tl.con
     coarse = tl.floor(turned / of_sign[:, None] + 0.5).to(tl.int32)
     to = factors + row * 48 + g
     tl.store(to, of_mean)
-    tl.store(to + 16, 2.0 * _ROUGH_LEVEL * of_sign)  # a bit is one sign more than none, and two from one to the other
-    tl.store(to + 32, _ROUGH_LEVEL * of_sign * tl.sum(coarse, 1).to(tl.float32))
+    tl.store(to + 16, 2.0 * of_sign)  # a bit is one sign more than none, and two from one to the other
+    tl.store(to + 32, of_sign * tl.sum(coarse, 1).to(tl.float32))
     byte = tl.arange(0, BYTES)
     # A tile has eight columns of 16 bytes; two tiles of signs come first, then four of means, for each 128 channels.
     tiles = bits.to(tl.pointer_type(tl.uint8)) + row.to(tl.int64) * (SETS * HALVES * 768) + g // 4 * (HALVES * 768)
@@ -489,7 +487,7 @@ def _rank_kernel(
         page = _drawn_page(nth, rare) if IS_SAMPLE else nth
         physical = tl.load(page_table + b * table_stride + page, mask=nth < last, other=0).to(tl.int64)
         sketch = metadata.base + h * metadata.head + physical * metadata.page
-        weight = rough_estimates(sketch, q_top, q_rest, SHAPE, PACKING) * factor - norm[None, None, :]
+        weight = estimates(sketch, q_top, q_rest, SHAPE, PACKING) * factor - norm[None, None, :]
         is_unknown = tl.sum((weight != weight).to(tl.int32), 2) > 0
         rank = tl.where(is_unknown, float("nan"), tl.max(weight, 2)).to(tl.float16)
         inside = (nth < last)[:, None] & (token < PAGE)[None, :]
