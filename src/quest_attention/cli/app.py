@@ -56,7 +56,7 @@ SelectionUnit = Annotated[
 CandidateFactor = Annotated[
     int | None,
     typer.Option(
-        help="Times the budget that a first estimate passes; 4, with sketch 0 for no other.", show_default=False
+        help="Times the budget that is ranked once more, by keys; 4, with sketch 0 for none.", show_default=False
     ),
 ]
 Coefficient = Annotated[
