@@ -142,8 +142,8 @@ def kept_table() -> str:
     said = (
         f"One KV head of {KEPT_DIM} channels, pages of {KEPT_PAGE} tokens, and a cache in 16 bits, whose keys and "
         f"values take {vectors} bytes a token.\n"
-        f"All of it is read to rank. With sketches the keys of the candidates are read too, {vectors // 2} bytes each:\n"
-        f"{factor} times as many as the budget has tokens."
+        "All of it is read to rank. With sketches the keys of the candidates are read too, "
+        f"{vectors // 2} bytes each:\n{factor} times as many as the budget has tokens."
     )
     return f"{as_markdown(head, shown)}\n\n{said}"
 
