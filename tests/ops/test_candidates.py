@@ -17,7 +17,8 @@ from quest_attention import QuestConfig, quest_decode, score_pages, update_page_
 from quest_attention.config import Backend, GroupReduction, SelectionUnit
 from quest_attention.forms import Sketch
 from quest_attention.ops import Step, make_workspace, reference, resolve_backend
-from quest_attention.ops.masses import NO_CANDIDATE
+from quest_attention.ops.gathering import gather_keys
+from quest_attention.ops.masses import NO_CANDIDATE, score_masses
 
 PAGE_SIZE = 8
 LENGTHS = [99, 60, 40, 7, 1, 0]
@@ -270,6 +271,16 @@ def test_page_tables_may_hold_anything_past_an_end() -> None:
     config = config_of(selection_unit="token", candidate_factor=1)
     step = Step(query=query_for(cache, 2), kv=cache.kv, seq_lens=cache.seq_lens, config=config)
     assert_scores_are_the_oracles(step, cache.lengths)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_keys_that_lie_elsewhere_are_read_by_whoever_knows_where(unit: SelectionUnit) -> None:
+    cache, size = filled([99, 33, 0]), UNITS[unit]
+    config = config_of(selection_unit=unit, candidate_factor=1)
+    step = Step(query=query_for(cache, 2), kv=cache.kv, seq_lens=cache.seq_lens, config=config)
+    elsewhere = replace(step, kv=replace(cache.kv, keys=torch.full_like(cache.kv.keys, math.nan)))
+    scores = score_masses(elsewhere, None, keys_of=lambda units: gather_keys(cache.kv, units, size))
+    assert torch.equal(scores, scores_of(step))
 
 
 # Longer than 250 lines: one step in two stages, by every way to ask for it.

@@ -7,7 +7,8 @@ scores pages, of the best pages.
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,10 @@ from quest_attention.ops.selection import Selection
 from quest_attention.ops.step import Step
 from quest_attention.pages import num_pages
 
-__all__ = ["NO_CANDIDATE", "Estimates", "score_candidates", "score_masses"]
+__all__ = ["NO_CANDIDATE", "Estimates", "KeysOf", "score_candidates", "score_masses"]
+
+KeysOf: TypeAlias = Callable[[Tensor], Tensor]
+"""Gives the keys `[B, HKV, N * unit_size, D]` of units `[B, HKV, N]` int64."""
 
 NO_CANDIDATE = torch.finfo(torch.float32).min
 """Score of a live unit that the first estimate did not let pass: below all that it did, above those that are not live.
@@ -40,7 +44,9 @@ class Estimates(Protocol):
         ...
 
 
-def score_masses(step: Step, out: Tensor | None, estimates: Estimates | None = None) -> Tensor:
+def score_masses(
+    step: Step, out: Tensor | None, estimates: Estimates | None = None, keys_of: KeysOf | None = None
+) -> Tensor:
     """Log masses `[B, HKV, U]` float32; see `ops.score_pages`.
 
     A weight needs its head's normaliser, so all tokens are estimated before any unit is scored: estimates
@@ -52,6 +58,12 @@ def score_masses(step: Step, out: Tensor | None, estimates: Estimates | None = N
 
     Of a form that takes whole pages there is nothing to score the page being written by. Its tokens are no part of the
     normaliser, and its units score +inf: they are read always.
+
+    Args:
+        step: What to read and how.
+        out: To write to.
+        estimates: By a backend's means; None is as the form itself makes them.
+        keys_of: Reads the keys of candidates; None where they lie in the cache as `PagedKV` says.
     """
     kv, config, seq_lens = step.kv, step.config, step.seq_lens
     batch, heads = kv.batch_size, kv.num_kv_heads
@@ -78,7 +90,9 @@ def score_masses(step: Step, out: Tensor | None, estimates: Estimates | None = N
 
     size, candidates = config.unit_size, min(config.candidate_budget, used.shape[2])
     units = ranking(used, step.workspace).topk(candidates, sorted=False).indices  # [B, HKV, C]
-    logits = _logits_by_keys(step, units, size, used.gather(2, units) != -math.inf)  # [B, HKV, C * size, G]
+    is_unit = used.gather(2, units) != -math.inf
+    keys = gather_keys(kv, units, size, is_unit) if keys_of is None else keys_of(units.masked_fill(~is_unit, 0))
+    logits = _logits_of(step, keys)  # [B, HKV, C * size, G]
     tokens = (units[..., None] * size + torch.arange(size, device=units.device)).flatten(2)
     is_live = live[:, None].expand(-1, heads, -1).gather(2, tokens)
     is_begun = None if begun is None else begun[:, None].expand(batch, heads, -1).gather(2, tokens)
@@ -112,7 +126,7 @@ def score_candidates(step: Step, candidates: Selection, out: Tensor | None) -> T
     ends = seq_lens[:, None, None] if isinstance(seq_lens, Tensor) else seq_lens
     is_page = candidates.units >= 0
     pages = candidates.units.masked_fill(~is_page, 0).long()
-    logits = _logits_by_keys(step, pages, kv.page_size, is_page)  # [B, HKV, C * page_size, G]
+    logits = _logits_of(step, gather_keys(kv, pages, kv.page_size, is_page))  # [B, HKV, C * page_size, G]
     is_live = attendable(pages, is_page, ends, step.token_mask, kv.page_size)
     is_unknown = _weighable(step, logits, is_live, None)
     weighed = scores.new_empty(batch, heads, slots * config.units_per_page)
@@ -153,12 +167,11 @@ class _TorchEstimates:
         return logits.mul_(self._step.scale)
 
 
-def _logits_by_keys(step: Step, units: Tensor, size: int, is_unit: Tensor) -> Tensor:
-    """Exact logits of the tokens of units `[B, HKV, N]` int64, of `size` tokens, scaled: `[B, HKV, N * size, G]`."""
+def _logits_of(step: Step, keys: Tensor) -> Tensor:
+    """Exact logits of keys `[B, HKV, T, D]`, scaled: `[B, HKV, T, G]` float32."""
     kv = step.kv
-    keys = gather_keys(kv, units, size, is_unit).float()  # [B, HKV, N * size, D]
     grouped = step.query.float().view(kv.batch_size, kv.num_kv_heads, -1, kv.head_dim)
-    return (keys @ grouped.transpose(2, 3)).mul_(step.scale)
+    return (keys.float() @ grouped.transpose(2, 3)).mul_(step.scale)
 
 
 def _weighable(step: Step, logits: Tensor, is_live: Tensor, is_begun: Tensor | None) -> Tensor:
