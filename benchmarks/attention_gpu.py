@@ -206,17 +206,17 @@ def time_verbs(
 def bytes_read(shape: Shape, config: QuestConfig) -> int:
     """What Quest must read: of every page what ranks it, keys and values of what is selected [bytes].
 
-    Two vectors rank a page. Of a sketch the signs, the mean and the scales rank all tokens, and of the candidates the
-    second bits are read too.
+    Two vectors rank a page, and a sketch the tokens of one. Where keys rank candidates, those of all of them are read,
+    of which the selected tokens are some.
     """
     rows, pages = shape.batch * shape.kv_heads, shape.context // PAGE_SIZE
+    selected = keys = config.unit_budget * config.unit_size
     if config.metadata == "sketch":
-        at = SketchLayout.of(PAGE_SIZE, HEAD_DIM)
-        ranking = pages * at.seconds + config.candidate_budget * at.row
+        ranking = pages * SketchLayout.of(PAGE_SIZE, HEAD_DIM).total
+        keys = max(keys, min(shape.context, config.candidate_budget * config.unit_size))
     else:
         ranking = pages * 2 * HEAD_DIM * (1 if config.metadata_dtype == "fp8" else DTYPE.itemsize)
-    selected = config.unit_budget * config.unit_size
-    return rows * (ranking + selected * 2 * HEAD_DIM * DTYPE.itemsize)
+    return rows * (ranking + (keys + selected) * HEAD_DIM * DTYPE.itemsize)
 
 
 def bytes_of_exact_choice(shape: Shape, token_budget: int) -> int:

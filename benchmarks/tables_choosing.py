@@ -133,20 +133,17 @@ def kept_table() -> str:
     sketch = SketchLayout.of(KEPT_PAGE, KEPT_DIM)
     factor = QuestConfig(metadata="sketch", selection_unit="token").candidate_factor
     rows = [
-        ["bounds", "largest and smallest key of each channel", vectors, vectors, "a page"],
-        ["moments", "mean and standard deviation of each channel", vectors, vectors, "a page"],
-        ["sketches", "two bits of each channel of each key, the page's mean", sketch.total, sketch.seconds, "a token"],
+        ["bounds", "largest and smallest key of each channel", vectors, "a page"],
+        ["moments", "mean and standard deviation of each channel", vectors, "a page"],
+        ["sketches", "one bit of each channel of each key, the page's mean", sketch.total, "a token"],
     ]
-    shown = [
-        [name, what, str(total), f"{total / KEPT_PAGE:g}", f"{ranking / KEPT_PAGE:g}", unit]
-        for name, what, total, ranking, unit in rows
-    ]
-    head = ("form", "kept of a page", "bytes a page", "bytes a token", "of them read to rank", "chosen")
+    shown = [[name, what, str(total), f"{total / KEPT_PAGE:g}", unit] for name, what, total, unit in rows]
+    head = ("form", "kept of a page", "bytes a page", "bytes a token", "chosen")
     said = (
         f"One KV head of {KEPT_DIM} channels, pages of {KEPT_PAGE} tokens, and a cache in 16 bits, whose keys and "
         f"values take {vectors} bytes a token.\n"
-        f"Sketches read {sketch.row} bytes more of each candidate, of which there are {factor} times as many as the "
-        "budget has tokens."
+        "All of it is read to rank. With sketches the keys of the candidates are read too, "
+        f"{vectors // 2} bytes each:\n{factor} times as many as the budget has tokens."
     )
     return f"{as_markdown(head, shown)}\n\n{said}"
 

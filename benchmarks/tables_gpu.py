@@ -20,8 +20,8 @@ PAGE = DOCS / "gpu.md"
 SKETCH_INTRO = """\
 **Sketches that choose single tokens**, beside bounds and dense attention in the same run, microseconds (median). Each
 form has its floor, the time that reading its bytes takes at the highest rate of a dense read of the run: of sketches
-the signs, means and scales of all tokens, the second bits of the candidates, and keys and values of what is selected
-([choosing.md](choosing.md) explains the form)."""
+those of all pages, the keys of the candidates, and the values of what is selected ([choosing.md](choosing.md)
+explains the form)."""
 """Stands above the table of sketches, where there is one."""
 
 NUM_DENSE_LAYERS = 2

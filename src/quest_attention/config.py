@@ -108,8 +108,9 @@ class QuestConfig:
             `num_sink_pages`.
         backend: `"auto"` picks by device; a backend named here works or raises.
         metadata: What is kept of a page's keys and how a query scores it: `"bounds"`, the paper's, `"moments"`, mean
-            and standard deviation, or `"sketch"`, two bits of every channel of every key, by which tokens are scored;
-            see `quest_attention.forms`. `"auto"` leaves it to the device, with what else is not given: see `resolved`.
+            and standard deviation, or `"sketch"`, one bit of every channel of every key and the mean of its page, by
+            which tokens are scored; see `quest_attention.forms`. `"auto"` leaves it to the device, with what else is
+            not given: see `resolved`.
         metadata_dtype: How page metadata is stored: `"kv"` in the dtype of the keys, `"fp8"`, for bounds alone, in 8
             bits (e4m3), each rounded outward, so that it still bounds: half the bytes to score, a looser ranking.
         moments_coefficient: Of moments, how many standard deviations above its mean a page's best key is taken to lie;
@@ -117,11 +118,11 @@ class QuestConfig:
         selection_unit: What is selected: `"page"`, `"token"` or groups of 4 tokens. Forced pages stay pages: all of
             their units are read. None is pages, and is replaced as for `num_sink_pages`.
         candidate_factor: Where units are ranked in two stages: the best of all by a first estimate, this many times
-            those of the budget, are ranked once more. Sketch has rough and full estimates of tokens; 0 ranks all by the
-            full ones. Bounds and moments score pages, and where less than a page is selected, the exact keys of as many
-            pages rank their tokens: those keys are read beside the tokens of the budget. None is what the metadata
-            wants, 4, or 0, the only one allowed, for whole pages by bounds or moments; it is replaced as for
-            `num_sink_pages`.
+            those of the budget, are ranked once more, by their exact keys, which are read beside the tokens of the
+            budget. Sketch estimates the logit of every token, and its candidates are units; 0 ranks by the estimates
+            alone. Bounds and moments score pages, and where less than a page is selected, as many pages are the
+            candidates. None is what the metadata wants, 4, or 0, the only one allowed, for whole pages by bounds or
+            moments; it is replaced as for `num_sink_pages`.
 
     Raises:
         QuestValueError: A value is out of range, or the budget cannot hold the pages that are always read.
@@ -295,7 +296,7 @@ class QuestConfig:
 
     @property
     def candidate_pages(self) -> int:
-        """Pages whose keys rank tokens, 0 where no exact keys do [pages].
+        """Pages that are candidates, whose keys rank tokens; 0 where units are, or nothing is [pages].
 
         One more than hold the candidates, since the page being written is among them and may hold one token.
         """

@@ -143,6 +143,7 @@ def test_counters_are_of_what_was_read(unit: SelectionUnit) -> None:
     size, lengths = config.unit_size, (91, 92, 93)
     assert layer["tokens_read"] == 3 * config.token_budget
     assert layer["tokens_held"] == sum(-(-length // size) * size for length in lengths)
+    assert "keys_read" not in layer, "as many candidates as are read"
     assert quest.counters.share_read == quest.counters.tokens_read / quest.counters.tokens_held
     everything = quest.counters.to_dict()
     if size == PAGE_SIZE:
@@ -153,6 +154,22 @@ def test_counters_are_of_what_was_read(unit: SelectionUnit) -> None:
         assert quest.counters.pages_read is None and quest.counters.layers[1].pages_held is None
         assert "pages_read" not in layer and "pages_held" not in everything
         assert "tokens read" in quest.counters.summary() and "pages" not in quest.counters.summary()
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("factor", [0, 2, 9])
+def test_keys_that_rank_candidates_are_counted(factor: int, unit: SelectionUnit) -> None:
+    """Those of all that a sequence has, where there are no more."""
+    model, config = make_llama(), sketch(SMALL, unit, candidate_factor=factor)
+    with enable_quest(model, config) as quest:
+        generate(model, prompt(batch=2, length=90), new=4)
+    layer, size = quest.counters.layers[1], config.unit_size
+    assert layer.sparse_steps == 3
+    candidates = factor * config.unit_budget * size
+    held = [-(-length // size) * size for length in (91, 92, 93)]
+    expected = [min(candidates, tokens) for tokens in held] if factor else [config.token_budget] * 3
+    assert layer.keys_read == 2 * sum(expected)
+    assert quest.counters.to_dict()["keys_read" if factor else "tokens_read"] == quest.counters.keys_read
 
 
 def test_heads_that_no_sketch_fits_are_refused_before_anything_is_written() -> None:

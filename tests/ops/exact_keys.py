@@ -56,19 +56,8 @@ class ExactKeys:
     def score(self, seen: Tensor, kept: Tensor) -> Tensor:
         return torch.bmm(kept.unflatten(2, (-1, seen.shape[2])).flatten(1, 2), seen.transpose(1, 2))
 
-    def score_roughly(self, seen: Tensor, kept: Tensor) -> Tensor:
-        return self.score(seen, kept)
-
-    def score_units(self, seen: Tensor, kept: Tensor, places: Tensor, size: int) -> Tensor:
-        tokens = kept.unflatten(2, (-1, size, seen.shape[2]))  # [R, N, units, size, D]
-        units = tokens.take_along_dim(places[..., None, None, None], 2)
-        return torch.bmm(units.flatten(1, 3), seen.transpose(1, 2))
-
     def score_by_hand(self, query: Tensor, kept: Tensor) -> Tensor:
         return torch.stack([(query.double() * key.double()).sum() for key in kept])
-
-    def score_roughly_by_hand(self, query: Tensor, kept: Tensor) -> Tensor:
-        return self.score_by_hand(query, kept)
 
 
 @contextmanager

@@ -114,9 +114,7 @@ def run_sketches(dtype: torch.dtype, group: int, dim: int, *, is_quantised: bool
     config = QuestConfig(512, page_size, metadata="sketch", selection_unit="token")
     step = Step(query=torch.empty(batch, heads * group, dim, dtype=dtype), kv=kv, seq_lens=seq_lens, config=config)
     estimates = sketch.SketchEstimates(step)
-    for is_rough in (True, False):
-        estimates.of_all(pages, is_rough=is_rough)
-    estimates.of_units(torch.zeros(batch, heads, 64, dtype=torch.int64))
+    estimates.of_all(pages)
     selected = backend.select_pages(step, torch.empty(batch, heads, pages * page_size))
     backend.sparse_decode_attention(step, selected)
 

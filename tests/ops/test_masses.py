@@ -208,7 +208,8 @@ def test_a_step_is_the_oracles(
     lengths = [LENGTH, LENGTH] if host else [LENGTH, 37, 1, 0]
     cache, size = filled(lengths, layout=layout), UNITS[unit]
     mask = torch.stack([(TOKEN + b) % 3 > 0 for b in range(len(lengths))]) if masked else None
-    query, config = query_for(cache, 3), config_of(selection_unit=unit, group_reduction=reduction, num_recent_pages=2)
+    query, once = query_for(cache, 3), {"num_recent_pages": 2, "candidate_factor": 0}
+    config = config_of(selection_unit=unit, group_reduction=reduction, **once)
     workspace = make_workspace(cache.kv, query.shape[1], config)
     assert workspace is not None
     workspace.scores.fill_(math.nan)

@@ -16,12 +16,12 @@ from caches import LAYOUTS, Cache, make_cache
 from quest_attention import QuestValueError, update_page_metadata
 from quest_attention.config import Backend
 from quest_attention.forms import Sketch, SketchLayout
-from quest_attention.forms.sketch import MEAN_BITS, ROUGH_LEVEL
+from quest_attention.forms.sketch import MEAN_BITS
 from quest_attention.ops import append_slots, append_token, reference, update_slot_metadata
 from quest_attention.pages import PagedKV
 
 NEAR = 1e-4
-"""Of a boundary between two codes, in units of the residuals' deviation: there float32 may choose either."""
+"""Of zero, in units of the residuals' mean absolute value: there float32 may find either sign."""
 
 
 def turning(dim: int) -> Tensor:
@@ -34,19 +34,18 @@ def turning(dim: int) -> Tensor:
 
 
 def parts(kept: Tensor, page_size: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of sketches `[..., bytes]`: codes `[..., page_size, D]` from 0 to 3, means `[..., D]` and scales `[..., 1]`."""
+    """Of sketches `[..., bytes]`: signs `[..., page_size, D]`, 1 or -1, means `[..., D]` and levels `[..., 1]`."""
     at = SketchLayout.of(page_size, dim)
     rows = []
-    for start, count in ((at.signs, page_size), (at.seconds, page_size), (at.mean, MEAN_BITS)):
+    for start, count in ((at.signs, page_size), (at.mean, MEAN_BITS)):
         some = kept[..., start : start + count * at.row].unflatten(-1, (count, at.row))
         assert not some[..., dim // 8 :].any(), "padding is zero"
         rows.append(torch.cat([some[..., : dim // 8] >> j & 1 for j in range(8)], -1))
     scales = kept[..., at.scales : at.scales + 8].contiguous().view(torch.float32).double()
-    assert not kept[..., at.scales + 8 : at.seconds].any(), "padding is zero"
-    assert not kept[..., at.seconds + page_size * at.row :].any(), "padding is zero"
+    assert not kept[..., at.scales + 8 :].any(), "padding is zero"
     worth = torch.tensor([1, 2, 4, 8, 16, 32, -64]).double()
-    means = (rows[2].double() * worth[:, None]).sum(-2) * scales[..., :1]
-    return 2 * rows[0] + rows[1], means, scales[..., 1:]
+    means = (rows[1].double() * worth[:, None]).sum(-2) * scales[..., :1]
+    return 2 * rows[0].double() - 1, means, scales[..., 1:]
 
 
 def sketched(keys: Tensor) -> Tensor:
@@ -57,16 +56,15 @@ def sketched(keys: Tensor) -> Tensor:
     return kept[..., 0, :]
 
 
-def stood_for(kept: Tensor, page_size: int, dim: int, *, is_rough: bool = False) -> Tensor:
+def stood_for(kept: Tensor, page_size: int, dim: int) -> Tensor:
     """Turned keys that sketches stand for, `[..., page_size, D]` float64."""
-    codes, means, scales = parts(kept, page_size, dim)
-    level = ROUGH_LEVEL * (2 * (codes >= 2).double() - 1) if is_rough else codes.double() - 1.5
-    stands: Tensor = means[..., None, :] + level * scales[..., None]
+    signs, means, levels = parts(kept, page_size, dim)
+    stands: Tensor = means[..., None, :] + signs * levels[..., None]
     return stands
 
 
 def assert_sketches_alike(ours: Tensor, exact: Tensor, keys: Tensor) -> None:
-    """Scales and means but for float32's roundings; codes but for residuals next to a boundary between two of them.
+    """Scales and means but for float32's roundings; signs but for residuals next to zero.
 
     Args:
         ours: `[..., bytes]`.
@@ -80,17 +78,15 @@ def assert_sketches_alike(ours: Tensor, exact: Tensor, keys: Tensor) -> None:
     is_finite = expected.isfinite().all(-1)
     assert torch.equal(is_finite, keys.double().isfinite().flatten(-2).all(-1))
     ours, exact, keys = ours[is_finite], exact[is_finite], keys[is_finite].double()
-    codes, means, _ = parts(ours, page_size, dim)
-    expected_codes, expected_means, _ = parts(exact, page_size, dim)
+    signs, means, _ = parts(ours, page_size, dim)
+    expected_signs, expected_means, _ = parts(exact, page_size, dim)
     one = scales[is_finite][..., :1]
     assert ((means - expected_means).abs() <= 1.001 * one).all(), "a mean is at most one code away"
     rest = keys @ turning(dim) - expected_means[..., None, :]
-    sigma = rest.square().mean((-2, -1), keepdim=True).sqrt()
-    place = rest / sigma.masked_fill(sigma == 0, 1) + 2
     is_moved = (means != expected_means)[..., None, :] & ((means - expected_means).abs() > one / 2)[..., None, :]
-    is_open = (place - place.round()).abs() <= NEAR
-    wrong = (codes != expected_codes) & ~is_open & ~is_moved
-    assert not wrong.any(), f"{int(wrong.sum())} codes differ away from a boundary"
+    is_open = rest.abs() <= NEAR * rest.abs().mean((-2, -1), keepdim=True)
+    wrong = (signs != expected_signs) & ~is_open & ~is_moved
+    assert not wrong.any(), f"{int(wrong.sum())} signs differ away from zero"
 
 
 def complete(cache: Cache, b: int) -> Tensor:
@@ -121,31 +117,22 @@ def test_a_sketch_is_the_oracles(dim: int, page_size: int) -> None:
     assert torch.equal(sketched(keys[0]), kept[0]), "one page alone"
     query = torch.randn(1, 2, dim, generator=generator)
     seen = form.see(query)
-    for ours, theirs, is_rough in (
-        (form.score, form.score_by_hand, False), (form.score_roughly, form.score_roughly_by_hand, True),
-    ):  # fmt: skip
-        estimates = ours(seen, kept[None])[0].T  # [G, P * page_size]
-        for head in range(2):
-            by_hand = torch.cat([theirs(query[0, head], page[None]) for page in kept])
-            told = stood_for(kept, page_size, dim, is_rough=is_rough) @ (query[0, head].double() @ turning(dim))
-            torch.testing.assert_close(estimates[head].double(), by_hand, rtol=1e-5, atol=1e-4)
-            torch.testing.assert_close(told.flatten(), by_hand, rtol=1e-9, atol=1e-9)
-    for size in (1, 4, page_size):
-        places = torch.tensor([[0, page_size // size - 1, 1 % (page_size // size)]])
-        some = form.score_units(seen, kept[None, [0, 1, 1]], places, size)
-        units = form.score(seen, kept[None])[0].view(2, -1, size, 2)
-        expected = torch.cat([units[page, place] for page, place in zip([0, 1, 1], places[0].tolist(), strict=True)])
-        torch.testing.assert_close(some[0], expected)
+    estimates = form.score(seen, kept[None])[0].T  # [G, P * page_size]
+    for head in range(2):
+        by_hand = torch.cat([form.score_by_hand(query[0, head], page[None]) for page in kept])
+        told = stood_for(kept, page_size, dim) @ (query[0, head].double() @ turning(dim))
+        torch.testing.assert_close(estimates[head].double(), by_hand, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(told.flatten(), by_hand, rtol=1e-9, atol=1e-9)
 
 
 def test_the_layout() -> None:
-    assert SketchLayout.of(16, 128).total == 640
+    assert SketchLayout.of(16, 128).total == 384
     for page_size in (1, 8, 16, 32):
         for dim in (8, 40, 64, 80, 96, 128, 256):
             at = SketchLayout.of(page_size, dim)
             assert at.row % 4 == 0 and at.row * 8 >= dim and at.scales % 4 == 0 and at.total % 16 == 0
             assert at.signs == 0 and at.mean == page_size * at.row and at.scales == at.mean + MEAN_BITS * at.row
-            assert at.scales + 8 <= at.seconds < at.seconds + page_size * at.row <= at.total
+            assert at.scales + 8 <= at.total < at.scales + 8 + 16
     with pytest.raises(QuestValueError, match="head_dim: got 20, expected a multiple of 8"):
         Sketch(16).shape(16, 20)
     with pytest.raises(QuestValueError, match=r"form: got Sketch\(page_size=16\), expected Sketch\(8\)"):
@@ -154,8 +141,8 @@ def test_the_layout() -> None:
 
 @hypothesis.settings(max_examples=40, deadline=None)
 @hypothesis.given(st.data())
-def test_an_estimate_is_off_by_what_the_codes_leave(data: st.DataObject) -> None:
-    """`|estimate - logit| <= |q| * |turned key - what the codes stand for|`, Cauchy and Schwarz."""
+def test_an_estimate_is_off_by_what_the_signs_leave(data: st.DataObject) -> None:
+    """`|estimate - logit| <= |q| * |turned key - what is kept of it|`, Cauchy and Schwarz."""
     dim, page_size = data.draw(st.sampled_from([8, 24, 64, 80])), data.draw(st.sampled_from([4, 8, 16]))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
     spread = data.draw(st.sampled_from([0.0, 1e-3, 1.0, 30.0]))
@@ -167,29 +154,35 @@ def test_an_estimate_is_off_by_what_the_codes_leave(data: st.DataObject) -> None
     form, kept = Sketch(page_size), sketched(keys)
     logits = (keys.double() @ query[0].double().T).flatten(0, 1)  # [P * page_size, G]
     seen = form.see(query)
-    for estimates, is_rough in ((form.score(seen, kept[None]), False), (form.score_roughly(seen, kept[None]), True)):
-        left = (keys.double() @ turning(dim) - stood_for(kept, page_size, dim, is_rough=is_rough)).norm(dim=-1)
-        room = query[0].double().norm(dim=-1) * left.flatten()[:, None]
-        roundings = 1e-5 * query[0].double().norm(dim=-1) * (keys.double().norm(dim=-1).flatten()[:, None] + 1e-6)
-        assert ((estimates[0].double() - logits).abs() <= room + roundings).all()
+    estimates = form.score(seen, kept[None])
+    left = (keys.double() @ turning(dim) - stood_for(kept, page_size, dim)).norm(dim=-1)
+    room = query[0].double().norm(dim=-1) * left.flatten()[:, None]
+    roundings = 1e-5 * query[0].double().norm(dim=-1) * (keys.double().norm(dim=-1).flatten()[:, None] + 1e-6)
+    assert ((estimates[0].double() - logits).abs() <= room + roundings).all()
 
 
 def test_how_much_of_normal_keys_is_left() -> None:
-    """Four levels of equal steps leave 0.34 of a normal's deviation, its sign leaves the root of 1 - 2 / pi, 0.60."""
+    """The sign of a normal number leaves the root of 1 - 2 / pi of its deviation, 0.603."""
     keys = torch.randn(400, 16, 128, generator=torch.Generator().manual_seed(0))
     keys += 2 * torch.randn(400, 1, 128, generator=torch.Generator().manual_seed(1))
     rest = (keys.double() - keys.double().mean(-2, keepdim=True)).norm()
     kept, turned = sketched(keys), keys.double() @ turning(128)
-    full, rough = (stood_for(kept, 16, 128, is_rough=is_rough) for is_rough in (False, True))
-    assert float((turned - full).norm() / rest) == pytest.approx(0.345, abs=0.01)
-    assert float((turned - rough).norm() / rest) == pytest.approx(0.60, abs=0.02)
+    assert float((turned - stood_for(kept, 16, 128)).norm() / rest) == pytest.approx(0.603, abs=0.01)
+
+
+def test_no_other_level_leaves_less() -> None:
+    """Of all numbers that a sign may stand for the kept one is nearest to the keys, by least squares."""
+    keys = torch.randn(20, 8, 64, generator=torch.Generator().manual_seed(0)).exp()  # whose mean says little of signs
+    signs, means, levels = parts(sketched(keys), 8, 64)
+    rest = keys.double() @ turning(64) - means[:, None]
+    left = [(rest - signs * (levels * factor)[..., None]).square().sum((1, 2)) for factor in (1, 0.99, 1.01)]
+    assert (left[0] < left[1]).all() and (left[0] < left[2]).all()
 
 
 def test_nothing_left_of_equal_keys() -> None:
     for keys in (torch.zeros(2, 8, 16), torch.zeros(2, 8, 16) + torch.eye(16)[3] * 127):
-        codes, means, scale = parts(sketched(keys), 8, 16)
-        assert means.isfinite().all() and scale.isfinite().all() and (scale.abs() <= 1e-3).all()
-        assert (codes >= 1).all() and (codes <= 2).all()
+        _, means, levels = parts(sketched(keys), 8, 16)
+        assert means.isfinite().all() and ((levels >= 0) & (levels <= 1e-3)).all()
     kept = sketched(torch.zeros(1, 8, 16))
     assert not Sketch(8).score(Sketch(8).see(torch.randn(1, 1, 16)), kept[None]).any()
 
@@ -202,9 +195,9 @@ def test_a_page_with_a_key_that_is_not_finite_has_no_finite_estimate(bad: float)
     exact = torch.stack([form.take_by_hand(torch.empty(form.shape(8, 16)), page, 0)[0] for page in keys])
     assert_sketches_alike(kept, exact, keys)
     seen = form.see(torch.randn(1, 2, 16))
-    for estimates in (form.score(seen, kept[None]), form.score_roughly(seen, kept[None])):
-        assert estimates[0].isfinite().all(1).view(3, 8).all(1).tolist() == [True, False, True]
-        assert not estimates[0].view(3, 8, 2)[1].isfinite().any()
+    estimates = form.score(seen, kept[None])
+    assert estimates[0].isfinite().all(1).view(3, 8).all(1).tolist() == [True, False, True]
+    assert not estimates[0].view(3, 8, 2)[1].isfinite().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float8_e4m3fn])

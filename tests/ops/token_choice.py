@@ -31,7 +31,7 @@ def _rows(cache: Cache, query: Tensor, b: int, h: int) -> tuple[Tensor, Tensor, 
         keys, values = keys * scale, values * float(kv.value_scale.expand(kv.num_kv_heads)[h])
     heads = query[b, h * group : (h + 1) * group]
     kept = kv.metadata[pages[: end // kv.page_size], h].flatten(1)[None]
-    return keys, values, heads.double(), kv.form.score_roughly(kv.form.see(heads.float()[None]), kept)[0] * scale
+    return keys, values, heads.double(), kv.form.score(kv.form.see(heads.float()[None]), kept)[0] * scale
 
 
 def assert_chosen(cache: Cache, query: Tensor, config: QuestConfig, rounding: float = _ROUNDING) -> list[float]:

@@ -10,8 +10,8 @@ from quest_attention.forms import KEY_MAX, KEY_MIN, MetadataForm, SketchLayout
 __all__ = ["is_right"]
 
 _BITS_OF_A_TOKEN = 1 / 8
-"""Of the bits of a token's channel signs, how many of a page's may differ: codes at a boundary fall either way where
-sums are of another order, while half of those of a token that is not the page's do."""
+"""Of the bits of a token's channel signs, how many of a page's may differ: those of numbers near zero fall either way
+where sums are of another order, while half of those of a token that is not the page's do."""
 
 
 def is_right(form: MetadataForm, kept: Tensor, keys: Tensor, length: int) -> Tensor:

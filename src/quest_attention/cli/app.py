@@ -46,7 +46,7 @@ GroupReduction = Annotated[
 Metadata = Annotated[
     str,
     typer.Option(
-        help="Of a page's keys: bounds (the paper's), moments (mean, deviation), sketch (2 bits a channel), or auto, "
+        help="Of a page's keys: bounds (the paper's), moments (mean, deviation), sketch (a bit a channel), or auto, "
         "by the device."
     ),
 ]
@@ -55,7 +55,9 @@ SelectionUnit = Annotated[
 ]
 CandidateFactor = Annotated[
     int | None,
-    typer.Option(help="Times the budget that a first estimate passes; 4, with sketch 0 for all.", show_default=False),
+    typer.Option(
+        help="Times the budget that is ranked once more, by keys; 4, with sketch 0 for none.", show_default=False
+    ),
 ]
 Coefficient = Annotated[
     float | None,

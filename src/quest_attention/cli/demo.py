@@ -157,7 +157,9 @@ def _remarks(demo: Demo, seconds: float) -> str:
 def _choosing(config: QuestConfig, pages: int) -> str:
     """What is read beside keys and values to choose among them."""
     if config.metadata == "sketch":
-        return (
-            f"the sketches of all {counted(pages, 'page')}: one bit of each channel of each key, and of some the other"
+        sketches = (
+            f"the sketches of all {counted(pages, 'page')}: a bit of each channel of each key and the pages' means"
         )
+        candidates = min(pages * config.page_size, config.candidate_budget * config.unit_size)
+        return f"{sketches}; and the keys of {counted(candidates, 'token')}" if candidates else sketches
     return f"the {config.metadata} of all {counted(pages, 'page')}: as many bytes as {counted(pages, 'token')}"

@@ -13,7 +13,7 @@ import torch
 
 from quest_attention.config import QuestConfig, refuse_auto
 from quest_attention.forms.bounds import KEY_MAX, KEY_MIN, Bounds
-from quest_attention.forms.form import FP8, MetadataForm, Scored, TokenForm, TwoVectors
+from quest_attention.forms.form import FP8, MetadataForm, Scored, TwoVectors
 from quest_attention.forms.moments import DEVIATION, MEAN, Moments
 from quest_attention.forms.sketch import Sketch, SketchLayout
 
@@ -29,7 +29,6 @@ __all__ = [
     "Scored",
     "Sketch",
     "SketchLayout",
-    "TokenForm",
     "TwoVectors",
     "form_of",
     "metadata_dtype",

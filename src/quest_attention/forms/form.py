@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["FP8", "MetadataForm", "Scored", "TokenForm", "TwoVectors", "as_numbers"]
+__all__ = ["FP8", "MetadataForm", "Scored", "TwoVectors", "as_numbers"]
 
 Scored = Literal["page", "token"]
 FP8 = torch.float8_e4m3fn
@@ -101,35 +101,6 @@ class MetadataForm(Protocol):
 
         Of tokens it gives `[page_size]`.
         """
-        ...
-
-
-class TokenForm(MetadataForm, Protocol):
-    """A form that scores tokens, in two ways: one reads less of what is kept, and ranks less well.
-
-    Where many tokens compete for few places, all are scored roughly, and those that come out best once more, fully.
-    """
-
-    def score_roughly(self, seen: Tensor, kept: Tensor) -> Tensor:
-        """As `score`, by less of what is kept; what is not finite there is not finite here."""
-        ...
-
-    def score_units(self, seen: Tensor, kept: Tensor, places: Tensor, size: int) -> Tensor:
-        """As `score`, of some units of `size` tokens.
-
-        Args:
-            seen: `[R, G, W]`, from `see`.
-            kept: `[R, N, rows * numbers]`, of the page that each unit is of.
-            places: `[R, N]` int64, which unit of its page each is.
-            size: Tokens of a unit [tokens].
-
-        Returns:
-            `[R, N * size, G]`.
-        """
-        ...
-
-    def score_roughly_by_hand(self, query: Tensor, kept: Tensor) -> Tensor:
-        """The oracle of `score_roughly`, as `score_by_hand` is that of `score`; gives `[page_size]`."""
         ...
 
 

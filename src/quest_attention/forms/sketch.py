@@ -1,4 +1,4 @@
-"""`Sketch`: two bits of every channel of every key of a page, by which single tokens are ranked."""
+"""`Sketch`: one bit of every channel of every key of a page, and the mean, by which single tokens are ranked."""
 
 from __future__ import annotations
 
@@ -15,17 +15,12 @@ from quest_attention.config import check_integer
 from quest_attention.errors import QuestValueError
 from quest_attention.forms.form import Scored, as_numbers
 
-__all__ = ["MEAN_BITS", "ROUGH_LEVEL", "Sketch", "SketchLayout"]
-
-ROUGH_LEVEL = 0.8
-"""What a sign alone stands for, in units of the scale: the mean absolute value of a unit normal is 0.798."""
+__all__ = ["MEAN_BITS", "Sketch", "SketchLayout"]
 
 MEAN_BITS = 7
-"""Of a channel of a mean, with a sign: what its rounding leaves is in the levels."""
+"""Of a channel of a mean, with a sign: what its rounding leaves is in the signs."""
 _LARGEST_MEAN = 2 ** (MEAN_BITS - 1) - 1
 """Code of the largest channel of a mean."""
-_MIDDLE = 1.5
-"""Of the codes 0 to 3: what is taken from a code to make a level."""
 _BYTE = 8
 _BYTES = 256
 _FLOAT = 4
@@ -40,16 +35,15 @@ class SketchLayout(NamedTuple):
     """Where in the bytes of a page and KV head its parts begin.
 
     All but the scales are rows of one bit a channel: bit `j` of byte `d8` is of channel `j * (dim / 8) + d8`; bytes
-    past `dim / 8` are zero. So means and signs are multiplied alike, and what ranks all tokens lies together: of pages
-    of 16 tokens and 128 channels 384 bytes, three lines of a GPU's memory.
+    past `dim / 8` are zero. So means and signs are multiplied alike. Pages of 16 tokens and 128 channels take 384
+    bytes, three lines of a GPU's memory.
 
     Attributes:
         row: Of one row: `dim / 8`, rounded up to whole words of 4 [bytes].
-        signs: High bits of the codes, a row for each token.
+        signs: A row for each token, with a bit set where its turned key is not below the mean.
         mean: The mean of the page's turned keys in units of its scale, in two's complement of seven bits: a row for
             each bit, the lowest first.
-        scales: Two float32: the scale of the mean, and that of the levels.
-        seconds: Low bits of the codes, a row for each token.
+        scales: Two float32: the scale of the mean, and what a sign stands for.
         total: Of everything, zeros behind it included, a multiple of 16 [bytes].
     """
 
@@ -57,7 +51,6 @@ class SketchLayout(NamedTuple):
     signs: int
     mean: int
     scales: int
-    seconds: int
     total: int
 
     @classmethod
@@ -68,30 +61,29 @@ class SketchLayout(NamedTuple):
             QuestValueError: The channels do not fill bytes.
 
         >>> SketchLayout.of(16, 128)
-        SketchLayout(row=16, signs=0, mean=256, scales=368, seconds=384, total=640)
+        SketchLayout(row=16, signs=0, mean=256, scales=368, total=384)
         """
         if dim % _BYTE:
             raise QuestValueError("head_dim", dim, f"a multiple of {_BYTE} for a sketch, which has channels in bytes")
         row = _up(dim // _BYTE, _FLOAT)
         mean = page_size * row
         scales = mean + MEAN_BITS * row
-        seconds = _up(scales + 2 * _FLOAT, row)
-        return cls(row, 0, mean, scales, seconds, _up(seconds + page_size * row, _ALIGNMENT))
+        return cls(row, 0, mean, scales, _up(scales + 2 * _FLOAT, _ALIGNMENT))
 
 
 @dataclass(frozen=True)
 class Sketch:
-    """Keys turned by a Hadamard matrix, less the mean of their page, in two bits a channel and one scale a page.
+    """Keys turned by a Hadamard matrix, less the mean of their page, in one bit a channel and one level a page.
 
     Turning spreads what a key has in few channels over all of them, so that one scale fits all channels of a page;
-    queries are turned alike, which leaves logits as they are. What is left of the turned keys without their mean is
-    coded in four levels: -1.5, -0.5, 0.5 and 1.5 times a scale. A token's logit is estimated from both bits, or roughly
-    from their high bits alone, the signs: all tokens are ranked by the rough estimates, and
-    the best of them by the full ones.
+    queries are turned alike, which leaves logits as they are. Of the turned keys without their mean the signs are kept.
+    A sign stands for the mean absolute value of what it is the sign of, over the page: of all levels the one that is
+    nearest in the sense of least squares. A token's logit is estimated from the mean and its signs. So all tokens are
+    ranked, and the best of them once more by their keys, where a config has candidates.
 
     Turned codes of one bit are from RaBitQ (Gao and Long, arXiv:2405.12497), keys of few bits in a cache from KIVI (Liu
-    et al., arXiv:2402.02750), ranking tokens by them from Twilight (Lin et al., arXiv:2502.02770). Ours are the mean of
-    the page as centre, and two planes that are read in two stages.
+    et al., arXiv:2402.02750), ranking tokens by them from Twilight (Lin et al., arXiv:2502.02770). Ours is the mean of
+    the page as centre.
 
     A page is sketched when it is complete, from all of its keys, however they came. So a sketch is never of a token
     that is gone. The page being written is always read and needs none.
@@ -149,14 +141,12 @@ class Sketch:
         mean_scale = mean.abs().amax(-1, keepdim=True) / _LARGEST_MEAN
         codes = (mean / mean_scale.masked_fill(mean_scale == 0, 1)).round()  # [..., D]
         rest = turned.sub_((codes * mean_scale)[..., None, :])  # [..., page_size, D]
-        sigma = rest.square().mean((-2, -1))[..., None]  # of which the root is taken; [..., 1]
-        is_finite = sigma.isfinite()
-        sigma = sigma.sqrt_().masked_fill_(sigma == 0, 1)
-        code = (rest / sigma[..., None]).add_(2).floor_().clamp_(0, 3)
-        level = code - _MIDDLE
-        scale = (rest * level).sum((-2, -1)) / level.square().sum((-2, -1))
-        scales = torch.cat([mean_scale, scale[..., None]], -1).masked_fill_(~is_finite, math.nan)
-        bits = code.nan_to_num_(0).to(torch.uint8).unflatten(-1, (_BYTE, -1))  # [..., page_size, 8, D / 8]
+        signs = rest >= 0
+        level = rest.abs_().mean((-2, -1))[..., None]  # [..., 1]
+        is_finite = level.isfinite()
+        scales = torch.cat([mean_scale, level], -1).masked_fill_(~is_finite, math.nan)
+        signs &= is_finite[..., None]
+        bits = signs.to(torch.uint8).unflatten(-1, (_BYTE, -1))  # [..., page_size, 8, D / 8]
 
         of_mean = codes.nan_to_num_(0, 0, 0).to(torch.int8).view(torch.uint8)
         places = torch.arange(MEAN_BITS, dtype=torch.uint8, device=keys.device)[:, None]
@@ -164,15 +154,10 @@ class Sketch:
 
         at = SketchLayout.of(self.page_size, keys.shape[-1])
         packed: Tensor = bits.new_zeros(*keys.shape[:-2], at.total)
-        for start, some in ((at.signs, bits >> 1), (at.seconds, bits & 1), (at.mean, of_mean)):
+        for start, some in ((at.signs, bits), (at.mean, of_mean)):
             _rows(packed, start, some.shape[-3], at.row)[..., : some.shape[-1]] = _in_bytes(some)
         packed[..., at.scales : at.scales + 2 * _FLOAT] = scales.view(torch.uint8)
         return packed
-
-    def _planes(self, kept: Tensor, at: SketchLayout, dim: int) -> tuple[Tensor, Tensor]:
-        """Views of both planes, `[..., page_size, D / 8]` each, of `[..., bytes]`."""
-        signs, seconds = (_rows(kept, start, self.page_size, at.row) for start in (at.signs, at.seconds))
-        return signs[..., : dim // _BYTE], seconds[..., : dim // _BYTE]
 
     def take_by_hand(self, kept: Tensor, keys: Tensor, before: int) -> Tensor:
         """See `MetadataForm.take_by_hand`: one whole page."""
@@ -184,33 +169,29 @@ class Sketch:
         mean_scale = mean.abs().max() / _LARGEST_MEAN
         codes = torch.round(mean / mean_scale) if mean_scale else torch.zeros(dim, dtype=torch.float64)
         rest = turned - codes * mean_scale
-        sigma = (rest * rest).mean().sqrt()
-        is_finite = bool(torch.isfinite(sigma))
+        is_finite = bool(torch.isfinite(rest).all())
         packed = bytearray(at.total)
-        of_products, of_squares = 0.0, 0.0
+        magnitudes = 0.0
         numbers = rest.tolist()
         for token in range(self.page_size if is_finite else 0):
             for channel in range(dim):
                 number = numbers[token][channel]
-                code = min(3, max(0, math.floor(number / float(sigma) + 2))) if sigma else 2
-                of_products += number * (code - _MIDDLE)
-                of_squares += (code - _MIDDLE) ** 2
+                magnitudes += abs(number)
                 j, d8 = divmod(channel, dim // _BYTE)
-                packed[at.signs + token * at.row + d8] |= (code >> 1) << j
-                packed[at.seconds + token * at.row + d8] |= (code & 1) << j
+                packed[at.signs + token * at.row + d8] |= (number >= 0) << j
         for channel in range(dim if is_finite else 0):
             j, d8 = divmod(channel, dim // _BYTE)
             for bit in range(MEAN_BITS):
                 packed[at.mean + bit * at.row + d8] |= (int(codes[channel]) >> bit & 1) << j
-        scales = [float(mean_scale), of_products / of_squares] if is_finite else [math.nan, math.nan]
+        scales = [float(mean_scale), magnitudes / (self.page_size * dim)] if is_finite else [math.nan, math.nan]
         made = torch.tensor(list(packed), dtype=torch.uint8)
         made[at.scales : at.scales + 2 * _FLOAT] = torch.tensor(scales, dtype=torch.float32).view(torch.uint8)
         return made.view(1, -1).to(kept.device)
 
     def see(self, query: Tensor) -> Tensor:
-        """See `MetadataForm.see`: turned queries, and behind them what every byte of a plane adds to a product.
+        """See `MetadataForm.see`: turned queries, and behind them what every byte of signs adds to a product.
 
-        A byte of a plane is of 8 channels, so it has one of 256 sums: `[..., D / 8, 256]`, those of its set bits with
+        A byte is of 8 channels, so it has one of 256 sums: `[..., D / 8, 256]`, those of its set bits with
         half of their channels' numbers, less those of the others.
         """
         turned = _turned(query)
@@ -219,72 +200,39 @@ class Sketch:
         return torch.cat([turned, (by_byte @ (signs.to(turned.dtype) / 2)).flatten(-2)], -1)
 
     def score(self, seen: Tensor, kept: Tensor) -> Tensor:
-        """See `MetadataForm.score`: the full estimate, by both planes."""
-        at, dim = self._layout(seen)
-        signs, seconds = self._planes(kept, at, dim)
-        means, scale = self._means_and_scale(seen, kept)
-        return (means + scale * _of_codes(seen, signs, seconds)).flatten(1, 2)
-
-    def score_roughly(self, seen: Tensor, kept: Tensor) -> Tensor:
-        """See `TokenForm.score_roughly`: by the signs alone."""
-        at, dim = self._layout(seen)
-        signs, _ = self._planes(kept, at, dim)
-        means, scale = self._means_and_scale(seen, kept)
-        return (means + (2 * ROUGH_LEVEL * scale) * _summed(seen, signs)).flatten(1, 2)
-
-    def score_units(self, seen: Tensor, kept: Tensor, places: Tensor, size: int) -> Tensor:
-        """See `TokenForm.score_units`: as `score`."""
-        at, dim = self._layout(seen)
-        index = places[..., None, None, None]
-        signs, seconds = (
-            plane.unflatten(2, (-1, size)).take_along_dim(index, 2)[:, :, 0] for plane in self._planes(kept, at, dim)
-        )
-        means, scale = self._means_and_scale(seen, kept)
-        return (means + scale * _of_codes(seen, signs, seconds)).flatten(1, 2)
-
-    def _layout(self, seen: Tensor) -> tuple[SketchLayout, int]:
-        """Of pages whose queries are `seen`, and the channels that these have."""
+        """See `MetadataForm.score`: the logit of the mean, and the level times the product with the signs."""
         dim = seen.shape[-1] // (1 + _BYTES // _BYTE)
-        return SketchLayout.of(self.page_size, dim), dim
-
-    def _means_and_scale(self, seen: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the pages' means, `[R, P, 1, G]`, and the scales of levels, `[R, P, 1, 1]`."""
-        at, dim = self._layout(seen)
+        at = SketchLayout.of(self.page_size, dim)
         scales = kept[..., at.scales : at.scales + 2 * _FLOAT].contiguous().view(torch.float32)
-        rows = _rows(kept, at.mean, MEAN_BITS, at.row)[..., : dim // _BYTE]
-        summed = (_summed(seen, rows) * _worth_of_bits(seen.device)[:, None]).sum(2)
+        signs, mean = (
+            _rows(kept, start, count, at.row)[..., : dim // _BYTE]
+            for start, count in ((at.signs, self.page_size), (at.mean, MEAN_BITS))
+        )
+        summed = (_summed(seen, mean) * _worth_of_bits(seen.device)[:, None]).sum(2)
         # A bit is a half and half of its sign, and the bits of a number are worth -1 in all.
-        logits = (summed - seen[..., :dim].sum(-1)[:, None] / 2) * scales[..., :1]
-        return logits[:, :, None], scales[..., 1:, None]
+        of_means = (summed - seen[..., :dim].sum(-1)[:, None] / 2) * scales[..., :1]  # [R, P, G]
+        return (of_means[:, :, None] + 2 * scales[..., 1:, None] * _summed(seen, signs)).flatten(1, 2)
 
     def score_by_hand(self, query: Tensor, kept: Tensor) -> Tensor:
         """See `MetadataForm.score_by_hand`."""
-        return self._estimates_by_hand(query, kept, (-1.5, -0.5, 0.5, 1.5))
-
-    def score_roughly_by_hand(self, query: Tensor, kept: Tensor) -> Tensor:
-        """See `TokenForm.score_roughly_by_hand`."""
-        return self._estimates_by_hand(query, kept, (-ROUGH_LEVEL, -ROUGH_LEVEL, ROUGH_LEVEL, ROUGH_LEVEL))
-
-    def _estimates_by_hand(self, query: Tensor, kept: Tensor, levels: tuple[float, ...]) -> Tensor:
-        """Of each token, `[page_size]`, where the four codes stand for so many scales."""
         dim, page = len(query), kept[0].cpu()
         at = SketchLayout.of(self.page_size, dim)
         turned = query.double().cpu() @ _matrix_by_hand(dim)
-        mean_scale, scale = page[at.scales : at.scales + 2 * _FLOAT].clone().view(torch.float32).double()
+        mean_scale, level = page[at.scales : at.scales + 2 * _FLOAT].clone().view(torch.float32).double().tolist()
         code_bytes, numbers = page.tolist(), turned.tolist()
         center = []
         for channel in range(dim):
             j, d8 = divmod(channel, dim // _BYTE)
             bits = [code_bytes[at.mean + bit * at.row + d8] >> j & 1 for bit in range(MEAN_BITS)]
             code = sum(bit << place for place, bit in enumerate(bits)) - (bits[-1] << MEAN_BITS)
-            center.append(code * float(mean_scale))
+            center.append(code * mean_scale)
         estimates = []
         for token in range(self.page_size):
             logit = 0.0
             for channel in range(dim):
                 j, d8 = divmod(channel, dim // _BYTE)
-                sign, second = (code_bytes[start + token * at.row + d8] >> j & 1 for start in (at.signs, at.seconds))
-                logit += numbers[channel] * (center[channel] + levels[2 * sign + second] * float(scale))
+                sign = 1 if code_bytes[at.signs + token * at.row + d8] >> j & 1 else -1
+                logit += numbers[channel] * (center[channel] + sign * level)
             estimates.append(logit)
         return torch.tensor(estimates, dtype=torch.float64, device=kept.device)
 
@@ -302,23 +250,18 @@ def _in_bytes(bits: Tensor) -> Tensor:
     return packed
 
 
-def _of_codes(seen: Tensor, signs: Tensor, seconds: Tensor) -> Tensor:
-    """Products of queries and levels, `[R, P, T, G]`: a level is one for its high bit and a half for its low one."""
-    return 2 * _summed(seen, signs) + _summed(seen, seconds)
-
-
-def _summed(seen: Tensor, plane: Tensor) -> Tensor:
+def _summed(seen: Tensor, bits: Tensor) -> Tensor:
     """Half the product of queries `[R, G, W]` and the signs that the bits of `[R, P, T, D / 8]` are: `[R, P, T, G]`.
 
     Every byte is looked up in the table that `see` made. On one core of a CPU that takes a fifth of the time of
     unpacking the bits and multiplying.
     """
     rows, group, _ = seen.shape
-    count = plane.shape[-1]  # of bytes
+    count = bits.shape[-1]  # of bytes
     table = seen[..., _BYTE * count :].view(rows, group, count * _BYTES).transpose(1, 2).reshape(-1, group)
-    first = torch.arange(0, rows * count * _BYTES, _BYTES, dtype=torch.int32, device=plane.device)
-    index = plane + first.view(rows, 1, 1, count)
-    return F.embedding_bag(index.view(-1, count), table, mode="sum").view(*plane.shape[:3], group)
+    first = torch.arange(0, rows * count * _BYTES, _BYTES, dtype=torch.int32, device=bits.device)
+    index = bits + first.view(rows, 1, 1, count)
+    return F.embedding_bag(index.view(-1, count), table, mode="sum").view(*bits.shape[:3], group)
 
 
 def _turned(rows: Tensor) -> Tensor:

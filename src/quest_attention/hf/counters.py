@@ -28,15 +28,15 @@ class LayerCounter:
         unit_size: Of what steps select [tokens].
         tokens_held: Tokens a dense layer would have read in the counted steps, per KV head, over all sequences, in
             whole units [tokens].
-        keys_read: Tokens of which the counted steps read keys, likewise: those of `tokens_read`, or more where keys
-            rank the tokens of candidate pages, then of whole pages [tokens].
+        keys_read: Tokens of which the counted steps read keys, likewise: those of `tokens_read`, or where keys rank
+            candidates those of the candidates, which are more [tokens].
     """
 
     def __init__(self, layer: int, kind: str, config: QuestConfig) -> None:
         self.layer = layer
         self.kind = kind
         self.page_size, self.unit_size = config.page_size, config.unit_size
-        self._ranks_by_keys = config.candidate_pages > 0
+        self._ranks_by_keys = config.candidate_budget > 0
         self._lock = threading.Lock()
         self.reset()
 

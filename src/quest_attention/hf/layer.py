@@ -81,8 +81,11 @@ class QuestLayer(StepReporter, StoredLayer):
 
     @property
     def keys_ranked(self) -> int:
-        """Keys of a sequence that a sparse step ranks tokens by, in whole pages [tokens]."""
-        return min(self.num_pages, self.config.candidate_pages) * self.config.page_size
+        """Keys of a sequence that a sparse step ranks tokens by, those of whole candidates [tokens]."""
+        config = self.config
+        if config.candidate_pages:
+            return min(self.num_pages, config.candidate_pages) * config.page_size
+        return min(self.tokens_held, config.candidate_budget * config.unit_size)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the first tokens `[B, HKV, T, D]`."""

@@ -254,7 +254,7 @@ def score_pages(
     largest. Then the heads of a group are reduced, "mass" to the mean of the mass that they give to the unit's tokens
     together, "max" to the largest weight that one of them gives to one token. Of a form that takes whole pages the page
     being written has no estimates: its tokens are left out where the others are weighed, and its units score +inf, as
-    they are read always. Without a budget all tokens have the full estimate; `quest_decode` may rank in two stages (see
+    they are read always. This is the first stage of `quest_decode`, which may have a second one (see
     `QuestConfig.candidate_factor`).
 
     The arithmetic is float32 whatever the dtype of the cache.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quest_attention.pages import PagedKV
 
-__all__ = ["gather_keys", "gather_values", "metadata_rows", "page_metadata"]
+__all__ = ["gather_keys", "gather_values", "metadata_rows"]
 
 
 def metadata_rows(kv: PagedKV, physical: Tensor, start: int, stop: int) -> Tensor:
@@ -22,22 +22,6 @@ def metadata_rows(kv: PagedKV, physical: Tensor, start: int, stop: int) -> Tenso
         return kv.contiguous.metadata.flatten(0, 1)[:, start:stop].flatten(2)
     kept = kv.metadata.flatten(2)[:, None]
     return _gather(kept, physical[:, None].expand(-1, kv.num_kv_heads, -1), 1, None).flatten(0, 1)
-
-
-def page_metadata(kv: PagedKV, table: Tensor, pages: Tensor) -> Tensor:
-    """Of logical pages `[B, HKV, N]`, each head its own: `[B * HKV, N, numbers]`, a copy.
-
-    Args:
-        kv: The cache.
-        table: `[B, P]`, its page table, with a page wherever `pages` leads.
-        pages: int64.
-    """
-    if kv.contiguous is not None:
-        rows = (kv.contiguous.first_rows + pages).flatten()
-        kept = kv.contiguous.metadata.flatten(0, 2).flatten(1)
-        return kept.index_select(0, rows).view(-1, pages.shape[2], kept.shape[1])
-    physical = table[:, None].expand(-1, pages.shape[1], -1).gather(2, pages)
-    return _gather(kv.metadata.flatten(2)[:, None], physical, 1, None).flatten(0, 1)
 
 
 def gather_keys(kv: PagedKV, units: Tensor, unit_size: int, is_unit: Tensor | None = None) -> Tensor:

@@ -1,27 +1,30 @@
 """Scores of units from their tokens' logits: the log of the attention that each would have. For the PyTorch path.
 
-Logits are estimates of forms that score tokens, in one stage or in two, or those of some pages' exact keys, where a
-form scores pages.
+Logits are the estimates of a form that scores tokens, or those of exact keys: of its best units, or, where a form
+scores pages, of the best pages.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Protocol, cast
+from collections.abc import Callable
+from typing import Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quest_attention.forms import TokenForm
-from quest_attention.ops.gathering import gather_keys, metadata_rows, page_metadata
+from quest_attention.ops.gathering import gather_keys, metadata_rows
 from quest_attention.ops.liveness import attendable, begun_tokens, live_tokens, live_units
 from quest_attention.ops.ranking import ranking
 from quest_attention.ops.selection import Selection
 from quest_attention.ops.step import Step
 from quest_attention.pages import num_pages
 
-__all__ = ["NO_CANDIDATE", "Estimates", "score_candidates", "score_masses"]
+__all__ = ["NO_CANDIDATE", "Estimates", "KeysOf", "score_candidates", "score_masses"]
+
+KeysOf: TypeAlias = Callable[[Tensor], Tensor]
+"""Gives the keys `[B, HKV, N * unit_size, D]` of units `[B, HKV, N]` int64."""
 
 NO_CANDIDATE = torch.finfo(torch.float32).min
 """Score of a live unit that the first estimate did not let pass: below all that it did, above those that are not live.
@@ -36,27 +39,31 @@ class Estimates(Protocol):
     Past the end of a sequence, and in a page that is not complete, they may be anything.
     """
 
-    def of_all(self, pages: int, *, is_rough: bool) -> Tensor:
-        """Rough or full ones of the tokens of the first `pages` pages: `[B, HKV, T, G]` float32."""
-        ...
-
-    def of_units(self, units: Tensor) -> Tensor:
-        """Full ones of the tokens of units `[B, HKV, N]` int64, in their order: `[B, HKV, N * size, G]` float32."""
+    def of_all(self, pages: int) -> Tensor:
+        """Those of the tokens of the first `pages` pages: `[B, HKV, T, G]` float32."""
         ...
 
 
-def score_masses(step: Step, out: Tensor | None, estimates: Estimates | None = None) -> Tensor:
+def score_masses(
+    step: Step, out: Tensor | None, estimates: Estimates | None = None, keys_of: KeysOf | None = None
+) -> Tensor:
     """Log masses `[B, HKV, U]` float32; see `ops.score_pages`.
 
     A weight needs its head's normaliser, so all tokens are estimated before any unit is scored: estimates
     `[B, HKV, T, G]`, which grow with the context, are allocated anew at each step.
 
-    In two stages, where there are more units than candidates: the estimates of all tokens are rough ones, and the units
-    that score best by them are scored once more by full estimates, with the normaliser of the rough ones. Estimates of
-    few tokens have no normaliser of their own, unless these are all that a sequence has.
+    Where a config has candidates, a second stage follows: the units that score best by the estimates are scored once
+    more, by the exact logits of their tokens, and all other live ones score `NO_CANDIDATE`. Few tokens have no
+    normaliser of their own, so that of the estimates of all is taken.
 
     Of a form that takes whole pages there is nothing to score the page being written by. Its tokens are no part of the
     normaliser, and its units score +inf: they are read always.
+
+    Args:
+        step: What to read and how.
+        out: To write to.
+        estimates: By a backend's means; None is as the form itself makes them.
+        keys_of: Reads the keys of candidates; None where they lie in the cache as `PagedKV` says.
     """
     kv, config, seq_lens = step.kv, step.config, step.seq_lens
     batch, heads = kv.batch_size, kv.num_kv_heads
@@ -69,9 +76,8 @@ def score_masses(step: Step, out: Tensor | None, estimates: Estimates | None = N
         scores[:, :, used.shape[2] :] = -math.inf
     if used.numel() == 0:
         return scores
-    is_rough = 0 < config.candidate_budget < used.shape[2]
     estimates = estimates or _TorchEstimates(step)
-    logits = estimates.of_all(pages, is_rough=is_rough)  # [B, HKV, T, G]
+    logits = estimates.of_all(pages)  # [B, HKV, T, G]
     live = live_tokens(seq_lens, step.token_mask, logits.shape[2], scores)  # [B, T]
     begun = None
     if kv.form.takes_whole_pages:
@@ -79,19 +85,18 @@ def score_masses(step: Step, out: Tensor | None, estimates: Estimates | None = N
     is_unknown = _weighable(step, logits, live[:, None], None if begun is None else begun[:, None])
     normaliser = _normaliser(step, logits)
     _reduce(step, logits.sub_(normaliser), is_unknown, used)
-    if not is_rough:
+    if not config.candidate_budget:
         return scores
 
-    size = config.unit_size
-    units = ranking(used, step.workspace).topk(config.candidate_budget, sorted=False).indices  # [B, HKV, C]
-    logits = estimates.of_units(units)  # [B, HKV, C * size, G]
+    size, candidates = config.unit_size, min(config.candidate_budget, used.shape[2])
+    units = ranking(used, step.workspace).topk(candidates, sorted=False).indices  # [B, HKV, C]
+    is_unit = used.gather(2, units) != -math.inf
+    keys = gather_keys(kv, units, size, is_unit) if keys_of is None else keys_of(units.masked_fill(~is_unit, 0))
+    logits = _logits_of(step, keys)  # [B, HKV, C * size, G]
     tokens = (units[..., None] * size + torch.arange(size, device=units.device)).flatten(2)
     is_live = live[:, None].expand(-1, heads, -1).gather(2, tokens)
     is_begun = None if begun is None else begun[:, None].expand(batch, heads, -1).gather(2, tokens)
     is_unknown = _weighable(step, logits, is_live, is_begun)
-    if isinstance(seq_lens, Tensor) or step.token_mask is not None:
-        has_all = live.unflatten(1, (-1, size)).any(2).sum(1) <= config.candidate_budget
-        normaliser = torch.where(has_all[:, None, None, None], _normaliser(step, logits), normaliser)
     best = used.new_empty(units.shape)
     _reduce(step, logits.sub_(normaliser), is_unknown, best)
     used.masked_fill_(used != -math.inf, NO_CANDIDATE).scatter_(2, units, best)
@@ -121,9 +126,7 @@ def score_candidates(step: Step, candidates: Selection, out: Tensor | None) -> T
     ends = seq_lens[:, None, None] if isinstance(seq_lens, Tensor) else seq_lens
     is_page = candidates.units >= 0
     pages = candidates.units.masked_fill(~is_page, 0).long()
-    keys = gather_keys(kv, pages, kv.page_size, is_page).float()  # [B, HKV, C * page_size, D]
-    grouped = step.query.float().view(batch, heads, -1, kv.head_dim)
-    logits = (keys @ grouped.transpose(2, 3)).mul_(step.scale)  # [B, HKV, C * page_size, G]
+    logits = _logits_of(step, gather_keys(kv, pages, kv.page_size, is_page))  # [B, HKV, C * page_size, G]
     is_live = attendable(pages, is_page, ends, step.token_mask, kv.page_size)
     is_unknown = _weighable(step, logits, is_live, None)
     weighed = scores.new_empty(batch, heads, slots * config.units_per_page)
@@ -140,52 +143,35 @@ class _TorchEstimates:
 
     def __init__(self, step: Step) -> None:
         kv = step.kv
-        self._step, self._form = step, cast("TokenForm", kv.form)  # of forms that score tokens all are
-        self._seen = self._form.see(step.query.float().reshape(kv.batch_size * kv.num_kv_heads, -1, kv.head_dim))
+        self._step = step
+        self._seen = kv.form.see(step.query.float().reshape(kv.batch_size * kv.num_kv_heads, -1, kv.head_dim))
         self._table = kv.page_table
         if isinstance(step.seq_lens, Tensor) and kv.contiguous is None:  # past its end the table may hold anything
             live = live_units(step.seq_lens, None, kv.page_size, kv.max_pages, kv.page_table)
             self._table = kv.page_table.masked_fill(~live, 0)
 
-    def of_all(self, pages: int, *, is_rough: bool) -> Tensor:
+    def of_all(self, pages: int) -> Tensor:
         """See `Estimates.of_all`."""
         kv, seen = self._step.kv, self._seen
-        score = self._form.score_roughly if is_rough else self._form.score
-        chunk = self._at_a_time(pages)
+        chunk = max(1, pages)
+        if seen.device.type == "cpu":
+            chunk = max(1, _CHUNK_BYTES // (4 * max(1, kv.metadata[:1].numel() * kv.batch_size)))
         logits = seen.new_empty(seen.shape[0], pages * kv.page_size, seen.shape[1])
         for start in range(0, pages, chunk):
             stop = min(pages, start + chunk)
             kept = metadata_rows(kv, self._table[:, start:stop], start, stop)
-            logits[:, start * kv.page_size : stop * kv.page_size] = score(seen, kept)
-        return self._scaled(logits)
-
-    def of_units(self, units: Tensor) -> Tensor:
-        """See `Estimates.of_units`."""
-        size, per_page = self._step.config.unit_size, self._step.config.units_per_page
-        chunk = self._at_a_time(units.shape[2])
-        logits = self._seen.new_empty(self._seen.shape[0], units.shape[2] * size, self._seen.shape[1])
-        for start in range(0, units.shape[2], chunk):
-            some = units[:, :, start : start + chunk]
-            kept = page_metadata(self._step.kv, self._table, some // per_page)
-            places = (some % per_page).flatten(0, 1)
-            logits[:, start * size : (start + chunk) * size] = self._form.score_units(self._seen, kept, places, size)
-        return self._scaled(logits)
-
-    def _at_a_time(self, most: int) -> int:
-        """Pages of all sequences whose metadata is calculated with at a time [pages]."""
-        kv = self._step.kv
-        if self._seen.device.type != "cpu":
-            return max(1, most)
-        numbers = max(1, kv.metadata[:1].numel() * kv.batch_size)
-        return max(1, _CHUNK_BYTES // (4 * numbers))
-
-    def _scaled(self, logits: Tensor) -> Tensor:
-        """Estimates `[R, T, G]` as in attention: `[B, HKV, T, G]`, in place."""
-        kv = self._step.kv
+            logits[:, start * kv.page_size : stop * kv.page_size] = kv.form.score(seen, kept)
         logits = logits.view(kv.batch_size, kv.num_kv_heads, *logits.shape[1:])
         if kv.key_scale is not None:
             logits *= kv.key_scale[:, None, None]
         return logits.mul_(self._step.scale)
+
+
+def _logits_of(step: Step, keys: Tensor) -> Tensor:
+    """Exact logits of keys `[B, HKV, T, D]`, scaled: `[B, HKV, T, G]` float32."""
+    kv = step.kv
+    grouped = step.query.float().view(kv.batch_size, kv.num_kv_heads, -1, kv.head_dim)
+    return (keys.float() @ grouped.transpose(2, 3)).mul_(step.scale)
 
 
 def _weighable(step: Step, logits: Tensor, is_live: Tensor, is_begun: Tensor | None) -> Tensor:
@@ -193,12 +179,12 @@ def _weighable(step: Step, logits: Tensor, is_live: Tensor, is_begun: Tensor | N
 
     Args:
         step: What to read and how.
-        logits: Scaled estimates.
+        logits: Scaled ones, estimates or by keys.
         is_live: `[B, 1 or HKV, T]`, tokens that may be attended to.
-        is_begun: Likewise, tokens of a page that is not complete and has no estimates; None where all have some.
+        is_begun: Likewise, tokens of a page that is not complete and is read whatever they are; None where none is.
 
     Returns:
-        `[B, HKV, T, G]` bool, live tokens without a finite estimate.
+        `[B, HKV, T, G]` bool, live tokens without a finite logit.
     """
     is_unknown = ~logits.isfinite()
     if is_begun is not None:

@@ -9,13 +9,12 @@ its own for the keys and the score of one page. Shapes use the letters of `pages
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from quest_attention.config import GroupReduction
-from quest_attention.forms import FP8, MetadataForm, TokenForm
+from quest_attention.forms import FP8, MetadataForm
 from quest_attention.pages import PagedKV, num_pages
 
 __all__ = [
@@ -130,8 +129,9 @@ def score_pages(
     """Unscaled logit that each page promises: `[B, HKV, P]` float64, -inf where there is no page.
 
     Of a form that scores tokens the log mass of each unit, of `unit_size` tokens or of a page: `[B, HKV, U]`. What
-    comes after the reduction is for those alone; `candidates` are the units that pass a rough estimate, where there are
-    more. With `candidate_pages`, as `select_pages` gives them, log masses too, by the exact keys of those pages.
+    comes after the reduction is for those alone; so many `candidates`, the best units by the estimates, are weighed
+    once more by their exact keys. With `candidate_pages`, as `select_pages` gives them, log masses too, by the exact
+    keys of those pages.
     """
     scale = kv.head_dim**-0.5 if sm_scale is None else sm_scale
     size = kv.page_size if unit_size is None else unit_size
@@ -175,8 +175,8 @@ def _log_masses(
     `mass` is the mean over the heads of a group of the weights of the unit's tokens together, `max` the largest weight
     that any of its tokens has in any head. A unit without a live token has none.
 
-    Where a sequence has more live units than `candidates`, estimates are rough, and the units that come out best are
-    weighed once more by full estimates, which are normalised as the rough ones were. All other units come last.
+    With `candidates`, so many units that come out best are weighed once more, by the exact logits of their tokens,
+    which are normalised as the estimates were. All other units come last.
     """
     batch, num_query_heads, _ = query.shape
     group = num_query_heads // kv.num_kv_heads
@@ -187,22 +187,18 @@ def _log_masses(
         # The page being written has no estimates of a form that takes whole pages: it is read, and weighs nothing.
         begun = seq_lens[b] // kv.page_size * kv.page_size if kv.form.takes_whole_pages else seq_lens[b]
         units = sorted({token // unit_size for token in tokens})
-        is_rough = candidates is not None and len(units) > candidates
         for h in range(kv.num_kv_heads):
             heads = range(h * group, (h + 1) * group)
             queries, scale = query[b, h * group : (h + 1) * group], float(key_scales[h]) * sm_scale
-            of_heads = [_logits(q, kv, b, h, tokens, begun, scale, softcap, is_rough=is_rough) for q in queries]
-            normalisers = []
-            for head, logits in zip(heads, of_heads, strict=True):
-                known = logits[~logits.isnan()]
-                everything = known if sinks is None else torch.cat([known, sinks[head].double().cpu()[None]])
-                normalisers.append(torch.logsumexp(everything, 0))
+            of_heads = [_estimates(q, kv, b, h, tokens, begun, scale, softcap) for q in queries]
+            normalisers = [_normaliser(logits, sinks, head) for head, logits in zip(heads, of_heads, strict=True)]
             found = _of_units(of_heads, normalisers, tokens, unit_size, group_reduction)
-            if is_rough:
+            if candidates is not None:
                 best = sorted(units, key=lambda unit: (-found[unit], unit))[:candidates]
-                of_heads = [_logits(q, kv, b, h, tokens, begun, scale, softcap, is_rough=False) for q in queries]
-                full = _of_units(of_heads, normalisers, tokens, unit_size, group_reduction)
-                found = {unit: full[unit] if unit in best else torch.finfo(torch.float32).min for unit in units}
+                passing = [token for token in tokens if token // unit_size in best]
+                of_heads = [_exact_logits(q, kv, b, h, passing, begun, scale, softcap) for q in queries]
+                exact = _of_units(of_heads, normalisers, passing, unit_size, group_reduction)
+                found = {unit: exact.get(unit, torch.finfo(torch.float32).min) for unit in units}
             for unit, score in found.items():
                 scores[b, h, unit] = score
     return scores
@@ -236,21 +232,18 @@ def _exact_masses(
             tokens = [token for token in live if token // kv.page_size in candidate_pages[b][h]]
             if not tokens:
                 continue
-            where = [(int(kv.page_table[b, t // kv.page_size]), t % kv.page_size) for t in tokens]
-            keys = torch.stack([kv.keys[page, offset, h] for page, offset in where]).double() * key_scales[h]
-            of_heads, normalisers = [], []
-            for head in range(h * group, (h + 1) * group):
-                logits = keys @ query[b, head].double() * sm_scale
-                logits = logits.masked_fill(~torch.isfinite(logits), math.nan)
-                if softcap is not None:
-                    logits = softcap * torch.tanh(logits / softcap)
-                known = logits[~logits.isnan()]
-                everything = known if sinks is None else torch.cat([known, sinks[head].double().cpu()[None]])
-                of_heads.append(logits)
-                normalisers.append(torch.logsumexp(everything, 0))
+            heads, scale = range(h * group, (h + 1) * group), float(key_scales[h]) * sm_scale
+            of_heads = [_exact_logits(query[b, head], kv, b, h, tokens, seq_lens[b], scale, softcap) for head in heads]
+            normalisers = [_normaliser(logits, sinks, head) for head, logits in zip(heads, of_heads, strict=True)]
             for unit, score in _of_units(of_heads, normalisers, tokens, unit_size, group_reduction).items():
                 scores[b, h, unit] = score
     return scores
+
+
+def _normaliser(logits: Tensor, sinks: Tensor | None, head: int) -> Tensor:
+    """Log of the sum of all weights of a query head, by those of its logits `[T]` that are known, and its sink."""
+    known = logits[~logits.isnan()]
+    return torch.logsumexp(known if sinks is None else torch.cat([known, sinks[head].double().cpu()[None]]), 0)
 
 
 def _of_units(
@@ -274,22 +267,36 @@ def _of_units(
     return found
 
 
-def _logits(
-    query: Tensor, kv: PagedKV, b: int, h: int, tokens: list[int], begun: int, scale: float, softcap: float | None,
-    *, is_rough: bool,
-) -> Tensor:  # fmt: skip
+def _estimates(
+    query: Tensor, kv: PagedKV, b: int, h: int, tokens: list[int], begun: int, scale: float, softcap: float | None
+) -> Tensor:
     """Logits of some tokens of a sequence, as the form estimates them, scaled and capped: `[T]` float64.
 
     NaN for those that nobody knows: estimates that are not finite, and all from token `begun` on.
     """
-    form = cast("TokenForm", kv.form)  # of forms that score tokens all are
-    score = form.score_roughly_by_hand if is_rough else form.score_by_hand
     pages = {token // kv.page_size for token in tokens if token < begun}
-    of_page = {page: score(query, kv.metadata[int(kv.page_table[b, page]), h]) for page in pages}
+    of_page = {page: kv.form.score_by_hand(query, kv.metadata[int(kv.page_table[b, page]), h]) for page in pages}
     logits = torch.full((len(tokens),), math.nan, dtype=torch.float64)
     for i, token in enumerate(tokens):
         if token < begun:
             logits[i] = of_page[token // kv.page_size][token % kv.page_size] * scale
+    return _capped(logits, softcap)
+
+
+def _exact_logits(
+    query: Tensor, kv: PagedKV, b: int, h: int, tokens: list[int], begun: int, scale: float, softcap: float | None
+) -> Tensor:
+    """`_estimates` by the tokens' keys."""
+    logits = torch.full((len(tokens),), math.nan, dtype=torch.float64)
+    for i, token in enumerate(tokens):
+        if token < begun:
+            key = kv.keys[int(kv.page_table[b, token // kv.page_size]), token % kv.page_size, h]
+            logits[i] = (key.double() * query.double()).sum() * scale
+    return _capped(logits, softcap)
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Capped logits `[T]`; NaN for those that are not finite."""
     logits = logits.masked_fill(~torch.isfinite(logits), math.nan)
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 

@@ -3,7 +3,8 @@
 Scores and selection are this library's. Attention over the selected pages is the stock kernel's, given a block table of
 the selected pages with KV heads folded into the batch, because vLLM keeps keys on a CPU in formats of its own. For the
 same reason bounds are taken from keys as they come. What no page at a time gives is read back out of these formats
-(`places.py`): the pages that are sketched, when they are complete, and single tokens, to which this library attends.
+(`places.py`): the pages that are sketched, when they are complete, the keys of candidates, and single tokens, to which
+this library attends.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from quest_attention.ops import (
     update_page_metadata,
     update_slot_metadata,
 )
+from quest_attention.ops.masses import score_masses
 from quest_attention.pages import PagedKV, num_pages
 from quest_attention.serving.rows import read_lengths
 from quest_attention.vllm.builder import QuestMetadataBuilder
@@ -115,8 +117,18 @@ class QuestCPUImpl(QuestAttentionImpl, CPUAttentionBackendImpl):
         def attend_tokens(_: Step, selected: Selection) -> Tensor:
             return output.copy_(self._attend_tokens(layer, opened, asked, selected))
 
-        by_page = step.config.selection_unit == "page"
-        return run_step(asked, attend=attend_pages if by_page else attend_tokens).selected
+        def score_tokens(_: Step) -> Tensor:
+            def keys_of(units: Tensor) -> Tensor:
+                return self._read_units(layer, opened, asked.kv, units, step.config.unit_size)[0]
+
+            return score_masses(asked, asked.scratch, keys_of=keys_of)
+
+        attend = attend_pages if step.config.selection_unit == "page" else attend_tokens
+        if asked.kv.form.scores == "page" or not step.config.candidate_budget:
+            return run_step(asked, attend=attend).selected
+        if step.config.backend == "reference":  # which looks keys up in the cache itself
+            return run_step(replace(asked, kv=self._readable(layer, opened, asked.kv)), attend=attend).selected
+        return run_step(asked, score=score_tokens, attend=attend).selected
 
     def write(self, layer: Any, key: Tensor, value: Tensor, opened: OpenCache, slots: Tensor) -> None:
         """See `QuestAttentionImpl`."""
@@ -131,15 +143,12 @@ class QuestCPUImpl(QuestAttentionImpl, CPUAttentionBackendImpl):
 
     def _attend_tokens(self, layer: Any, opened: OpenCache, asked: Step, selected: Selection) -> Tensor:
         """Attention over units of less than a page, copied out of the cache: the output `[R, HQ, D]`."""
-        kv, size, fold = asked.kv, selected.unit_size, self._fold_of(opened)
+        size = selected.unit_size
         units = selected.units.clamp(min=0).long()  # unused slots come last
-        token = (units[..., None] * size + torch.arange(size)).flatten(2)  # [R, H, T]
-        blocks = fold.table(kv.page_table, token // kv.page_size).view(token.shape)
-        places, offset = self._places_of(layer, opened), token % kv.page_size
-        keys, values = (read_places(fold.records, blocks, part[offset]) for part in places)
+        keys, values = self._read_units(layer, opened, asked.kv, units, size)
         # The last unit alone may be part-filled, and lists of a sequence are equally long.
         lengths = (selected.counts[:, 0] - 1) * size + (asked.seq_lens - 1) % size + 1
-        rows, heads, tokens = token.shape
+        rows, heads, tokens = keys.shape[:3]
         table = torch.arange(rows, dtype=torch.int32)[:, None]  # what is read of a row is one page
         nothing = keys.new_empty(rows, heads, *Bounds().shape(tokens, self.head_size))
         chosen = PagedKV.from_hnd(keys, values, nothing, table)
@@ -149,6 +158,27 @@ class QuestCPUImpl(QuestAttentionImpl, CPUAttentionBackendImpl):
             backend=self._options.backend,
         )  # fmt: skip
         return attended
+
+    def _read_units(
+        self, layer: Any, opened: OpenCache, kv: PagedKV, units: Tensor, size: int
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values `[R, H, K * size, D]` of units `[R, H, K]` int64, copied out of the cache."""
+        token = (units[..., None] * size + torch.arange(size)).flatten(2)  # [R, H, T]
+        fold, places = self._fold_of(opened), self._places_of(layer, opened)
+        blocks = fold.table(kv.page_table, token // kv.page_size).view(token.shape)
+        keys, values = (read_places(fold.records, blocks, part[token % kv.page_size]) for part in places)
+        return keys, values
+
+    def _readable(self, layer: Any, opened: OpenCache, kv: PagedKV) -> PagedKV:
+        """A copy of the rows' pages whose keys and values are as `PagedKV` has them."""
+        rows, pages = kv.page_table.shape
+        every = torch.arange(pages).expand(rows, kv.num_kv_heads, -1)
+        keys, values = (
+            part.unflatten(2, (pages, kv.page_size)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # [R * P, N, H, D]
+            for part in self._read_units(layer, opened, kv, every, kv.page_size)
+        )
+        table = torch.arange(rows * pages, dtype=torch.int32).view(rows, pages)
+        return PagedKV(keys, values, kv.metadata[kv.page_table.flatten().long()], table, form=kv.form)
 
     def _take_completed(self, layer: Any, opened: OpenCache, slots: Tensor) -> None:
         """Take the pages whose last token was written to one of the slots, with all of their keys from the cache."""

@@ -66,7 +66,7 @@ class Room:
         dtype: Of these numbers.
 
     >>> Room.of(QuestConfig(), 128, torch.bfloat16).tokens, Room.of(QuestConfig(metadata="sketch"), 128, torch.bfloat16)
-    (1, Room(page_size=16, token_bytes=512, shape=(1, 640), dtype=torch.uint8))
+    (1, Room(page_size=16, token_bytes=512, shape=(1, 384), dtype=torch.uint8))
     """
 
     page_size: int
@@ -99,8 +99,8 @@ class Room:
     def padded_bytes(self) -> int:
         """Room where it need not be whole tokens: whole lines of a GPU's memory, unless these are more [bytes].
 
-        >>> Room.of(QuestConfig(metadata="sketch"), 64, torch.bfloat16).padded_bytes  # of 320 bytes
-        384
+        >>> Room.of(QuestConfig(metadata="sketch"), 64, torch.bfloat16).padded_bytes  # of 192 bytes
+        256
         """
         lines = -(-self.num_bytes // _LINE) * _LINE
         return lines if lines <= self.tokens * self.token_bytes else self.num_bytes

@@ -5,15 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quest_attention.forms.sketch import ROUGH_LEVEL
 from quest_attention.ops.triton.arguments import length_of, load_query
 from quest_attention.ops.triton.arithmetic import LOG2_E, dot, widen
 from quest_attention.ops.triton.launch import let_next_start
 from quest_attention.ops.triton.sketch import turn
 
 __all__ = ["norms_of", "prepare_kernel"]
-
-_ROUGH_LEVEL = tl.constexpr(ROUGH_LEVEL)
 
 
 @triton.jit
@@ -31,8 +28,8 @@ def _store_bits(turned, bits, factors, row, SHAPE: tl.constexpr, PACKING: tl.con
     coarse = tl.floor(turned / of_sign[:, None] + 0.5).to(tl.int32)
     to = factors + row * 48 + g
     tl.store(to, of_mean)
-    tl.store(to + 16, 2.0 * _ROUGH_LEVEL * of_sign)  # a bit is one sign more than none, and two from one to the other
-    tl.store(to + 32, _ROUGH_LEVEL * of_sign * tl.sum(coarse, 1).to(tl.float32))
+    tl.store(to + 16, 2.0 * of_sign)  # a bit is one sign more than none, and two from one to the other
+    tl.store(to + 32, of_sign * tl.sum(coarse, 1).to(tl.float32))
     byte = tl.arange(0, BYTES)
     # A tile has eight columns of 16 bytes; two tiles of signs come first, then four of means, for each 128 channels.
     tiles = bits.to(tl.pointer_type(tl.uint8)) + row.to(tl.int64) * (SETS * HALVES * 768) + g // 4 * (HALVES * 768)

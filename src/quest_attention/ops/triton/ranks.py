@@ -13,7 +13,7 @@ from quest_attention.ops.triton.arguments import length_of
 from quest_attention.ops.triton.arithmetic import LOG2_E
 from quest_attention.ops.triton.launch import wait_for_launch
 from quest_attention.ops.triton.preparation import norms_of
-from quest_attention.ops.triton.sketch import rough_estimates, turned_queries
+from quest_attention.ops.triton.sketch import estimates, turned_queries
 
 __all__ = ["choice_of", "rank_kernel"]
 
@@ -79,7 +79,7 @@ def rank_kernel(
         page = _drawn_page(nth, rare) if IS_SAMPLE else nth
         physical = tl.load(page_table + b * table_stride + page, mask=nth < last, other=0).to(tl.int64)
         sketch = metadata.base + h * metadata.head + physical * metadata.page
-        weight = rough_estimates(sketch, q_top, q_rest, SHAPE, PACKING) * factor - norm[None, None, :]
+        weight = estimates(sketch, q_top, q_rest, SHAPE, PACKING) * factor - norm[None, None, :]
         is_unknown = weight != weight
         rank = tl.max(tl.where(is_unknown, float("-inf"), weight), 2)
         rank = tl.where(tl.sum(is_unknown.to(tl.int32), 2) > 0, float("nan"), rank).to(tl.float16)

@@ -1,4 +1,4 @@
-"""Kernels of the form `Sketch`: whole pages of keys as two bits a channel, and estimates of logits from these.
+"""Kernels of the form `Sketch`: whole pages of keys as their mean and signs, and estimates of logits from these.
 
 Channels are taken in the order in which their bits are packed, `j * head_dim / 8 + d` for bit `j` of byte `d`. A row of
 bits has its bytes padded to a power of two, so that its eight bits are eight blocks of channels side by side.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quest_attention.errors import QuestValueError
 from quest_attention.forms import MetadataForm, Sketch
-from quest_attention.forms.sketch import MEAN_BITS, ROUGH_LEVEL, SketchLayout
+from quest_attention.forms.sketch import MEAN_BITS, SketchLayout
 from quest_attention.ops.step import Step
 from quest_attention.ops.triton.arguments import (
     Shape,
@@ -37,8 +37,8 @@ from quest_attention.pages import PagedKV, num_pages
 __all__ = [
     "Packing",
     "SketchEstimates",
+    "estimates",
     "packing_of",
-    "rough_estimates",
     "sketch_pages",
     "sketch_slots",
     "turn",
@@ -47,21 +47,17 @@ __all__ = [
 
 _PAGES = 16
 """Pages whose tokens are estimated at a time: the fewest rows of a product with their means."""
-_TOKENS = 32
-"""Single tokens estimated at a time."""
 _MEAN_BITS = tl.constexpr(MEAN_BITS)
 _LARGEST_MEAN = tl.constexpr(2.0 ** (MEAN_BITS - 1) - 1)
-_ROUGH_LEVEL = tl.constexpr(ROUGH_LEVEL)
 
 
 class Packing(NamedTuple):
     """Where a sketch has what, a constant of the kernels.
 
     Attributes:
-        row: As in `SketchLayout`, like the others up to the seconds.
+        row: As in `SketchLayout`, like the others up to the total.
         mean: Likewise.
         scales: Likewise.
-        seconds: Likewise.
         total: Likewise.
         bytes8: Bytes of a row that hold channels: an eighth of those.
         block8: The power of two that holds a row.
@@ -71,7 +67,6 @@ class Packing(NamedTuple):
     row: int
     mean: int
     scales: int
-    seconds: int
     total: int
     bytes8: int
     block8: int
@@ -89,7 +84,7 @@ def packing_of(form: MetadataForm, page_size: int, dim: int) -> Packing:
         raise QuestValueError("form", form, "bounds, moments or a sketch for the Triton kernels")
     at = SketchLayout.of(page_size, dim)
     block8 = triton.next_power_of_2(at.row)
-    return Packing(at.row, at.mean, at.scales, at.seconds, at.total, dim // 8, block8, dim & -dim)
+    return Packing(at.row, at.mean, at.scales, at.total, dim // 8, block8, dim & -dim)
 
 
 def sketch_pages(kv: PagedKV, seq_lens: Tensor | int, num_new_tokens: Tensor | int) -> None:
@@ -128,44 +123,20 @@ class SketchEstimates:
         self._query, self._table, self._step = side_by_side(step.query), side_by_side(kv.page_table), step
         self._group = step.query.shape[1] // kv.num_kv_heads
 
-    def of_all(self, pages: int, *, is_rough: bool) -> Tensor:
+    def of_all(self, pages: int) -> Tensor:
         """See `Estimates.of_all`."""
-        kv = self._step.kv
-        logits = self._room(pages * kv.page_size)
+        step, kv = self._step, self._step.kv
+        shape = (kv.batch_size, kv.num_kv_heads, pages * kv.page_size, self._group)
+        logits = torch.empty(shape, dtype=torch.float32, device=kv.keys.device)
         programs = triton.cdiv(pages, _PAGES)
         launch(
-            _estimate_kernel, (kv.batch_size * kv.num_kv_heads * programs,), *self._arguments(), logits, pages,
-            programs, IS_ROUGH=is_rough, **self._constants(), PAGES=_PAGES, num_warps=4,
+            _estimate_kernel, (kv.batch_size * kv.num_kv_heads * programs,),
+            by_head(self._query), scored_metadata_argument(kv), self._table, self._table.stride(0),
+            lengths_argument(step.seq_lens), float(step.scale), kv.num_kv_heads, logits, pages, programs,
+            SHAPE=_shape_of(kv, self._group), PACKING=packing_of(kv.form, kv.page_size, kv.head_dim), PAGES=_PAGES,
+            num_warps=4,
         )  # fmt: skip
         return logits
-
-    def of_units(self, units: Tensor) -> Tensor:
-        """See `Estimates.of_units`."""
-        kv, size = self._step.kv, self._step.config.unit_size
-        tokens = units.shape[2] * size
-        logits = self._room(tokens)
-        programs = triton.cdiv(tokens, _TOKENS)
-        launch(
-            _estimate_units_kernel, (kv.batch_size * kv.num_kv_heads * programs,), *self._arguments(), logits,
-            units.contiguous(), tokens, programs, size,
-            **self._constants(), TOKENS=_TOKENS, num_warps=4,
-        )  # fmt: skip
-        return logits
-
-    def _room(self, tokens: int) -> Tensor:
-        kv = self._step.kv
-        shape = (kv.batch_size, kv.num_kv_heads, tokens, self._group)
-        return torch.empty(shape, dtype=torch.float32, device=kv.keys.device)
-
-    def _arguments(self) -> tuple[object, ...]:
-        step = self._step
-        metadata, lengths = scored_metadata_argument(step.kv), lengths_argument(step.seq_lens)
-        heads, scale = step.kv.num_kv_heads, float(step.scale)
-        return by_head(self._query), metadata, self._table, self._table.stride(0), lengths, scale, heads
-
-    def _constants(self) -> dict[str, object]:
-        kv = self._step.kv
-        return {"SHAPE": _shape_of(kv, self._group), "PACKING": packing_of(kv.form, kv.page_size, kv.head_dim)}
 
 
 @triton.jit
@@ -215,36 +186,27 @@ def _sketch_page(key, at, DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, PACKING: t
     mean_scale = top / _LARGEST_MEAN
     code = tl.floor(mean / tl.where(top > 0, mean_scale, 1.0) + 0.5)
     rest = tl.where(inside, turned - (code * mean_scale)[None, :], 0.0)
-    squares = tl.sum(tl.sum(rest * rest, 1), 0)
-    sigma = tl.sqrt(squares / (PAGE_SIZE * DIM))
-    level = tl.floor(rest / tl.where(sigma > 0, sigma, 1.0) + 2.0)
-    level = tl.minimum(tl.maximum(level, 0.0), 3.0)
-    apart = tl.where(inside, level - 1.5, 0.0)
-    scale = tl.sum(tl.sum(rest * apart, 1), 0) / tl.sum(tl.sum(apart * apart, 1), 0)
-    is_finite = squares < float("inf")  # false for NaN too
-    bits = tl.where(is_finite, tl.where(inside, level, 0.0), 0.0).to(tl.int32)
+    level = tl.sum(tl.sum(tl.abs(rest), 1), 0) / (PAGE_SIZE * DIM)
+    is_finite = level < float("inf")  # false for NaN too
+    bits = tl.where(is_finite, (inside & (rest >= 0)).to(tl.int32), 0)
     bit = tl.arange(0, 8)[None, :, None]
     byte = tl.arange(0, BLOCK8)
-    high = tl.sum(tl.reshape(bits >> 1, [BLOCK_T, 8, BLOCK8]) << bit, 1)
-    low = tl.sum(tl.reshape(bits & 1, [BLOCK_T, 8, BLOCK8]) << bit, 1)
+    signs = tl.sum(tl.reshape(bits, [BLOCK_T, 8, BLOCK8]) << bit, 1)
     to = at + token[:, None] * PACKING.row + byte[None, :]
     stored = (token < PAGE_SIZE)[:, None] & (byte < PACKING.row)[None, :]
-    tl.store(to, high.to(tl.uint8), mask=stored)
-    tl.store(to + PACKING.seconds, low.to(tl.uint8), mask=stored)
+    tl.store(to, signs.to(tl.uint8), mask=stored)
     code = tl.where(is_finite, code, 0.0).to(tl.int32)  # of which the low seven bits are kept
     row = tl.arange(0, 8)
     of_mean = (tl.reshape(code, [8, BLOCK8])[None, :, :] >> row[:, None, None]) & 1
     of_mean = tl.sum(of_mean << tl.arange(0, 8)[None, :, None], 1)
     to = at + PACKING.mean + row[:, None] * PACKING.row + byte[None, :]
     tl.store(to, of_mean.to(tl.uint8), mask=(row < _MEAN_BITS)[:, None] & (byte < PACKING.row)[None, :])
-    padding = tl.arange(0, 32)  # less than a row of it behind the scales, less than 16 bytes at the end
+    padding = tl.arange(0, 16)  # less than that is behind the scales
     BEHIND: tl.constexpr = PACKING.scales + 8
-    END: tl.constexpr = PACKING.seconds + PAGE_SIZE * PACKING.row
-    tl.store(at + BEHIND + padding, tl.zeros([32], tl.uint8), mask=padding < PACKING.seconds - BEHIND)
-    tl.store(at + END + padding, tl.zeros([32], tl.uint8), mask=padding < PACKING.total - END)
+    tl.store(at + BEHIND + padding, tl.zeros([16], tl.uint8), mask=padding < PACKING.total - BEHIND)
     scales = (at + PACKING.scales).to(tl.pointer_type(tl.float32))
     tl.store(scales, tl.where(is_finite, mean_scale, float("nan")))
-    tl.store(scales + 1, tl.where(is_finite, tl.where(sigma > 0, scale, 0.0), float("nan")))
+    tl.store(scales + 1, tl.where(is_finite, level, float("nan")))
 
 
 @triton.jit
@@ -298,7 +260,7 @@ def _in_halves(x):
 
 @triton.jit
 def _product(codes, q_top, q_rest, acc):
-    """`codes @ q`, the codes small integers or halves of some, exact in bfloat16."""
+    """`codes @ q`, the codes small integers, exact in bfloat16."""
     acc = dot(codes.to(tl.bfloat16), q_top, acc)
     return dot(codes.to(tl.bfloat16), q_rest, acc)
 
@@ -326,22 +288,13 @@ def _means_of(sketch, q_top, q_rest, PACKING: tl.constexpr):
 
 
 @triton.jit
-def _levels_of(at, known, IS_ROUGH: tl.constexpr, PACKING: tl.constexpr):
-    """Levels of tokens' codes, or their signs if they are rough, `[N, 8 * block8]`; `at` points to rows of signs."""
-    level = (2 * _bits_of(at, known, PACKING) - 1).to(tl.float32)
-    if not IS_ROUGH:
-        level = level + _bits_of(at + PACKING.seconds, known, PACKING).to(tl.float32) - 0.5
-    return level
-
-
-@triton.jit
 def turned_queries(query, b, h, SHAPE: tl.constexpr, PACKING: tl.constexpr):
     """The queries of a group, turned, in two parts `[8 * block8, BLOCK_G]`; 0 where there is no channel."""
     return _in_halves(tl.trans(turn(load_query(query, b, h, SHAPE), SHAPE.head_dim, SHAPE.block_d, PACKING)))
 
 
 @triton.jit
-def _estimates(sketch, q_top, q_rest, IS_ROUGH: tl.constexpr, SHAPE: tl.constexpr, PACKING: tl.constexpr):
+def estimates(sketch, q_top, q_rest, SHAPE: tl.constexpr, PACKING: tl.constexpr):
     """Unscaled estimates of the logits of pages' tokens, `[PAGES, BLOCK_PAGE, BLOCK_G]`; sketches are at `sketch`."""
     PAGES: tl.constexpr = sketch.shape[0]
     BLOCK_G: tl.constexpr = SHAPE.block_g
@@ -354,25 +307,17 @@ def _estimates(sketch, q_top, q_rest, IS_ROUGH: tl.constexpr, SHAPE: tl.constexp
     known = (token < SHAPE.page_size)[:, None] & (byte < PACKING.bytes8)[None, :]
     known = tl.broadcast_to(known[None, :, :], [PAGES, SHAPE.block_page, PACKING.block8])
     known = tl.reshape(known, [TOKENS, PACKING.block8])
-    level = _levels_of(at, known, IS_ROUGH, PACKING)
-    rest = _product(level, q_top, q_rest, tl.zeros([TOKENS, BLOCK_G], tl.float32))
+    sign = (2 * _bits_of(at, known, PACKING) - 1).to(tl.float32)
+    rest = _product(sign, q_top, q_rest, tl.zeros([TOKENS, BLOCK_G], tl.float32))
     rest = tl.reshape(rest, [PAGES, SHAPE.block_page, BLOCK_G])
-    scale = tl.load((sketch + (PACKING.scales + 4)).to(tl.pointer_type(tl.float32)))
-    if IS_ROUGH:
-        scale = scale * _ROUGH_LEVEL
-    return means[:, None, :] + rest * scale[:, None, None]
-
-
-@triton.jit
-def rough_estimates(sketch, q_top, q_rest, SHAPE: tl.constexpr, PACKING: tl.constexpr):
-    """`_estimates` by the signs alone."""
-    return _estimates(sketch, q_top, q_rest, True, SHAPE, PACKING)
+    level = tl.load((sketch + (PACKING.scales + 4)).to(tl.pointer_type(tl.float32)))
+    return means[:, None, :] + rest * level[:, None, None]
 
 
 @triton.jit(do_not_specialize=["table_stride", "lengths", "num_kv_heads", "pages", "programs"])
 def _estimate_kernel(
     query, metadata, page_table, table_stride, lengths, factor, num_kv_heads, logits, pages, programs,
-    IS_ROUGH: tl.constexpr, SHAPE: tl.constexpr, PACKING: tl.constexpr, PAGES: tl.constexpr,
+    SHAPE: tl.constexpr, PACKING: tl.constexpr, PAGES: tl.constexpr,
 ):  # fmt: skip
     """Estimates of the logits of some pages' tokens for the heads of a group."""
     row = tl.program_id(0) // programs
@@ -385,7 +330,7 @@ def _estimate_kernel(
     is_known = (page < pages) & (page * SHAPE.page_size < end)
     physical = tl.load(page_table + b * table_stride + page, mask=is_known, other=0)
     sketch = metadata.base + h * metadata.head + physical.to(tl.int64) * metadata.page
-    found = _estimates(sketch, q_top, q_rest, IS_ROUGH, SHAPE, PACKING)
+    found = estimates(sketch, q_top, q_rest, SHAPE, PACKING)
     if metadata.scale is not None:
         factor = factor * tl.load(metadata.scale + h * metadata.scale_head)
     found = found * factor
@@ -396,37 +341,6 @@ def _estimate_kernel(
     to = to + position[:, :, None] * SHAPE.group + head[None, None, :]
     is_here = ((page < pages)[:, None] & (token < SHAPE.page_size)[None, :])[:, :, None]
     tl.store(to, found, mask=is_here & (head < SHAPE.group)[None, None, :])
-
-
-@triton.jit(do_not_specialize=["table_stride", "lengths", "num_kv_heads", "tokens", "programs", "size"])
-def _estimate_units_kernel(
-    query, metadata, page_table, table_stride, lengths, factor, num_kv_heads, logits, units, tokens, programs, size,
-    SHAPE: tl.constexpr, PACKING: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
-    """Estimates of the logits of the tokens of some units, in the order of these."""
-    row = tl.program_id(0) // programs
-    b = (row // num_kv_heads).to(tl.int64)
-    h = (row % num_kv_heads).to(tl.int64)
-    end = length_of(lengths, b)
-    q_top, q_rest = turned_queries(query, b, h, SHAPE, PACKING)
-    place = tl.program_id(0) % programs * TOKENS + tl.arange(0, TOKENS)
-    unit = tl.load(units + row.to(tl.int64) * (tokens // size) + place // size, mask=place < tokens, other=0)
-    position = unit * size + place % size
-    is_known = (place < tokens) & (position < end)
-    physical = tl.load(page_table + b * table_stride + position // SHAPE.page_size, mask=is_known, other=0)
-    sketch = metadata.base + h * metadata.head + physical.to(tl.int64) * metadata.page
-    byte = tl.arange(0, PACKING.block8)
-    at = sketch[:, None] + position[:, None] % SHAPE.page_size * PACKING.row + byte[None, :]
-    level = _levels_of(at, (byte < PACKING.bytes8)[None, :], False, PACKING)
-    BLOCK_G: tl.constexpr = SHAPE.block_g  # Triton 3.6 takes the sizes of a block only by such names
-    rest = _product(level, q_top, q_rest, tl.zeros([TOKENS, BLOCK_G], tl.float32))
-    scale = tl.load((sketch + (PACKING.scales + 4)).to(tl.pointer_type(tl.float32)))
-    if metadata.scale is not None:
-        factor = factor * tl.load(metadata.scale + h * metadata.scale_head)
-    found = (_means_of(sketch, q_top, q_rest, PACKING) + rest * scale[:, None]) * factor
-    head = tl.arange(0, SHAPE.block_g)
-    to = logits + (row.to(tl.int64) * tokens + place)[:, None] * SHAPE.group + head[None, :]
-    tl.store(to, found, mask=(place < tokens)[:, None] & (head < SHAPE.group)[None, :])
 
 
 # Longer than 250 lines: how a sketch is written and read, which are one arithmetic of bits.
