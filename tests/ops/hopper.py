@@ -20,7 +20,19 @@ from quest_attention import QuestConfig
 from quest_attention.forms import FP8, Bounds, Moments, Sketch
 from quest_attention.ops import Step
 from quest_attention.ops import triton as backend
-from quest_attention.ops.triton import attention, choice, counts, decode, masks, metadata, received, scores, sketch
+from quest_attention.ops.triton import (
+    attention,
+    choice,
+    counts,
+    decode,
+    masks,
+    metadata,
+    received,
+    scores,
+    sketch,
+    token_decode,
+    token_workspace,
+)
 from quest_attention.ops.triton.launch import FUSED_ARITHMETIC
 from quest_attention.pages import PagedKV
 
@@ -119,12 +131,32 @@ def run_sketches(dtype: torch.dtype, group: int, dim: int, *, is_quantised: bool
     backend.sparse_decode_attention(step, selected)
 
 
+def run_tokens(
+    dtype: torch.dtype, group: int, dim: int, *, scans: bool, host: bool, is_quantised: bool = False
+) -> None:
+    """The step over single tokens, which starts launches early and ranks by binary products where it can."""
+    heads, page_size, pages = 2, 16, 9000
+    keys = torch.empty(1, page_size, heads, dim, dtype=FP8 if is_quantised else dtype).expand(pages, -1, -1, -1)
+    scale = torch.ones(heads) if is_quantised else None
+    form = Sketch(page_size)
+    kept = torch.empty(1, heads, *form.shape(page_size, dim), dtype=torch.uint8).expand(pages, -1, -1, -1)
+    table = torch.zeros(1, pages, dtype=torch.int32)
+    kv = PagedKV(keys, keys, kept, table, form=form, key_scale=scale, value_scale=scale)
+    config = QuestConfig(512, page_size, metadata="sketch", selection_unit="token")
+    lengths: Any = pages * page_size if host else torch.full((1,), pages * page_size, dtype=torch.int32)
+    query, sinks = torch.empty(1, heads * group, dim, dtype=dtype), torch.empty(heads * group) if host else None
+    token_workspace.can_scan = lambda *_: scans
+    token_decode.starts_early = lambda _: {"FOLLOWS": True, "launch_pdl": True}
+    done = token_decode.decode_tokens(Step(query=query, kv=kv, seq_lens=lengths, config=config, sinks=sinks))
+    assert done is not None
+
+
 def main() -> None:
     """Compile what differs in kind: dtypes, heads, caches, forms of metadata, lengths on host and device, sections."""
     driver.set_active(NoGpu())
     # As vLLM sets one: whoever does has Triton write the constants of a kernel as JSON, which holds no function.
     triton.knobs.runtime.jit_post_compile_hook = lambda **_: None
-    for module in (attention, counts, decode, masks, metadata, scores, choice, received, sketch):
+    for module in (attention, counts, decode, masks, metadata, scores, choice, received, sketch, token_decode):
         module.launch = compile_only  # type: ignore[attr-defined]
     run_all(torch.bfloat16, 1, narrow=False, host=False, pages=256, budget=512)
     run_all(torch.bfloat16, 4, narrow=True, host=True, pages=256, budget=512)
@@ -135,6 +167,9 @@ def main() -> None:
     run_all(torch.bfloat16, 4, narrow=False, host=False, pages=256, budget=512, moments=True)
     run_sketches(torch.bfloat16, 4, 128)
     run_sketches(torch.float16, 1, 80, is_quantised=True)
+    run_tokens(torch.bfloat16, 4, 128, scans=True, host=False)
+    run_tokens(torch.bfloat16, 7, 64, scans=True, host=True)
+    run_tokens(torch.float16, 1, 80, scans=False, host=False, is_quantised=True)
     for dim in (64, 256):
         query, key = (torch.empty(2, heads, 96, dim, dtype=torch.bfloat16) for heads in (4, 2))
         received.received_attention(query, key, 0.1)
