@@ -9,7 +9,7 @@ import torch
 
 from quest_attention import QuestConfig, quest_decode, update_page_metadata
 from quest_attention.config import SelectionUnit
-from quest_attention.forms import Sketch
+from quest_attention.forms import Sketch, SketchLayout
 from quest_attention.ops import Step, append_slots, append_token, resolve_backend
 from quest_attention.pages import PagedKV, num_pages
 
@@ -45,12 +45,18 @@ def scores_of(step: Step) -> torch.Tensor:
 def test_kernels_sketch_and_estimate_as_pytorch_does(dim: int, group: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     kv, seq_lens = make_cache([20_000, 4_321, 15], heads=4, dim=dim, dtype=dtype)
-    by_torch = replace(kv, metadata=torch.zeros_like(kv.metadata))
+    by_torch, at = replace(kv, metadata=torch.zeros_like(kv.metadata)), SketchLayout.of(PAGE_SIZE, dim)
     update_page_metadata(by_torch, seq_lens, seq_lens, backend="torch")
     for b, length in enumerate(seq_lens.tolist()):
         whole = kv.page_table[b, : length // PAGE_SIZE].long()
-        differ = (kv.metadata[whole] != by_torch.metadata[whole]).float().mean()
-        assert differ < 2e-3 or not len(whole), "the sign of a number near zero may fall either way"
+        ours, expected = kv.metadata[whole, :, 0], by_torch.metadata[whole, :, 0]
+        bits = ours[..., : at.scales] != expected[..., : at.scales]
+        assert bits.float().mean() < 2e-3 or not len(whole), "the sign of a number near zero may fall either way"
+        # A mean's code next to a boundary may fall either way too, and then all of the page is less another mean.
+        is_alike = ~bits[..., at.mean :].any(-1)
+        assert is_alike.float().mean() > 0.99 or not len(whole)
+        scales = (one[..., at.scales : at.scales + 8].contiguous().view(torch.float32) for one in (ours, expected))
+        torch.testing.assert_close(*(one[is_alike] for one in scales), rtol=1e-4, atol=0)
     query = torch.randn(3, 4 * group, dim, dtype=dtype, device=CUDA)
     for factor in (0, 4):
         config = QuestConfig(512, metadata="sketch", selection_unit="token", candidate_factor=factor, backend="triton")
