@@ -244,11 +244,8 @@ def test_ways_to_choose_are_of_both_tables_and_of_the_picture(tmp_path: Path, mo
             cells += [SimpleNamespace(method=way, token_budget=budget, n=n, **more) for budget in budgets]
         return SimpleNamespace(continuation=cells, accuracy=[])
 
-    runs = {
-        "choice_qwen_31k_text": run_of(16, (1024,)),
-        "choice_qwen_31k_budgets": run_of(10, (256, 512, 2048)),
-    }
-    budgets = ("256", "512", "1024", "2048")
+    runs = {"choice_qwen_31k_text": run_of(12, (512, 1024, 2048))}
+    budgets = ("512", "1024", "2048")
     times = {form: {budget: {"p50": 10.0} for budget in budgets} for form in ("bounds", "moments", "sketch")}
     row = {
         "choices_us": times,
@@ -261,14 +258,14 @@ def test_ways_to_choose_are_of_both_tables_and_of_the_picture(tmp_path: Path, mo
         monkeypatch.setattr(module, "sketch_run", lambda: "attention_gpu.json")
     assert choosing.points({}) == {}
     found = choosing.points(runs)
-    assert [[point.token_budget for point in some] for some in found.values()] == [[256, 512, 1024, 2048]] * 4
+    assert [[point.token_budget for point in some] for some in found.values()] == [[512, 1024, 2048]] * 4
     assert {point.time for point in found[ask.EXACT_TOKENS]} == {20.0}  # half of the bytes of 40 us
-    assert "| sketches, tokens | 10.0 | 10.0 | 10.0 | 10.0 |" in choosing.time_table(runs)["times"]
+    assert "| sketches, tokens | 10.0 | 10.0 | 10.0 |" in choosing.time_table(runs)["times"]
     text = choosing.text_tables(runs)["text"].splitlines()
-    heads = " | ".join(f"Qwen 31K, {budget}" for budget in ("256", "512", "1,024", "2,048"))
+    heads = " | ".join(f"Qwen 31K, {budget}" for budget in ("512", "1,024", "2,048"))
     assert text[0] == f"| perplexity above full attention's [%] | {heads} |"
-    assert text[2] == f"| bounds, pages: the paper's Quest{' | +10.0 (+9.0 to +11.0)' * 4} |"
-    assert text[-1] == "| n | 10 | 10 | 16 | 10 |"
+    assert text[2] == f"| bounds, pages: the paper's Quest{' | +10.0 (+9.0 to +11.0)' * 3} |"
+    assert text[-1] == "| n | 12 | 12 | 12 |"
     monkeypatch.setattr(plot, "kept_runs", lambda: runs)
     plot.main(tmp_path / "choosing.png")
     assert (tmp_path / "choosing.png").read_bytes().startswith(b"\x89PNG")
