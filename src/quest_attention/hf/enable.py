@@ -73,7 +73,8 @@ def enable_quest(
         config = QuestConfig()
     if not isinstance(config, QuestConfig):
         raise QuestValueError("config", config, "a QuestConfig")
-    config = config.resolved(model.device.type)
+    device = getattr(model, "device", None)  # what is no model has none, and is refused below
+    config = config.resolved(getattr(device, "type", "cpu"))
     check_on_select(on_select)
     if cuda_graphs is not None and not isinstance(cuda_graphs, bool):
         raise QuestValueError("cuda_graphs", cuda_graphs, "True, False or None")
