@@ -54,6 +54,7 @@ def test_forced_pages_and_lists_longer_than_what_is_held_at_once() -> None:
     query = query_for(cache, 2)
     assert_chosen(cache, query, config_of(112, num_sink_pages=2, num_recent_pages=3))
     assert_chosen(cache, query, config_of(64, num_sink_pages=0))
+    assert_chosen(cache, query, config_of(64, candidate_factor=1))
     cache.kv.keys.copy_(cache.kv.keys.nan_to_num()[:, :1].expand_as(cache.kv.keys))  # all keys of a page are one
     cache.kv.keys.copy_(cache.kv.keys[:1].expand_as(cache.kv.keys))  # and all pages
     update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens, backend="torch")

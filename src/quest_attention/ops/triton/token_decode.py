@@ -55,6 +55,8 @@ __all__ = ["decode_tokens"]
 
 _FEWEST = 8
 """Sampled ranks that pass the threshold at least: of fewer none says much about a row."""
+_LEAST_TIMES = 2
+"""Times the budget that are to pass at least: a threshold from a sample lets through now more, now fewer."""
 _WEIGHED = 16384
 """Channels of keys by which a program ranks candidates at a time."""
 _HELD = 512
@@ -105,9 +107,10 @@ def decode_tokens(step: Step) -> tuple[Tensor, Selection] | None:
         scale, heads, budget, SHAPE=multiplied, PACKING=packing, SAMPLE=_SAMPLE, PARTS=norms, HAS_BITS=plan.scans,
         FOLLOWS=follows["FOLLOWS"], num_warps=8,
     )  # fmt: skip
+    wanted = max(config.candidate_budget, _LEAST_TIMES * budget)
     for is_sample in (True, False):
         programs = plan.sample_parts if is_sample else plan.rank_parts
-        choice = (heads, programs, plan.words, budget, sink_pages, recent_pages, config.candidate_budget)
+        choice = (heads, programs, plan.words, budget, sink_pages, recent_pages, wanted)
         options = {"IS_SAMPLE": is_sample, "SAMPLED": SAMPLED_RANKS, "FEWEST": _FEWEST, "NORMS": norms, **follows}
         if plan.scans:
             launch(
