@@ -64,14 +64,37 @@ def test_forced_pages_and_lists_longer_than_what_is_held_at_once() -> None:
     assert done[1].units[0, 0].tolist() == [*range(64 - 1500 % 16), *range(1500 - 1500 % 16, 1500)], "ties: the first"
 
 
-def test_a_key_that_is_not_finite_is_read() -> None:
-    cache = make_cache([600], heads=1, dim=16, page_size=16, form=Sketch(16))
-    physical = int(cache.kv.page_table[0, 20])
-    cache.kv.keys[physical, 5] = float("inf")
+@pytest.mark.parametrize(("length", "options"), [(600, {}), (1500, {"candidate_factor": 1})])
+def test_a_key_that_is_not_finite_is_read(length: int, options: dict[str, int]) -> None:
+    """Late in a sequence, and where one in the sample must not decide what passes."""
+    cache = make_cache([length], heads=1, dim=16, page_size=16, form=Sketch(16))
+    token = length - 135
+    cache.kv.keys[int(cache.kv.page_table[0, token // 16]), token % 16] = float("inf")
     update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens, backend="torch")
-    step = quest_decode(query_for(cache, 2), cache.kv, cache.seq_lens, config_of())
-    assert 325 in step.selected.units[0, 0].tolist()
+    step = quest_decode(query_for(cache, 2), cache.kv, cache.seq_lens, config_of(48, **options))
+    assert token in step.selected.units[0, 0].tolist()
     assert not step.output.isfinite().all()
+
+
+@pytest.mark.parametrize("page_size", [128, 512])
+def test_large_pages(page_size: int) -> None:
+    """Whose first and last one would fill the sample that gives heads their normalisers."""
+    cache = make_cache([3000], heads=1, dim=16, page_size=page_size, form=Sketch(page_size))
+    update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens, backend="torch")
+    assert_chosen(cache, query_for(cache, 2), config_of(2 * page_size + 64, page_size))
+
+
+def test_a_length_past_the_table_is_the_tables() -> None:
+    cache = make_cache([600, 600], heads=1, dim=16, page_size=16, form=Sketch(16))
+    update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens, backend="torch")
+    lengths = torch.tensor([cache.kv.max_pages * 16, 600], dtype=torch.int32)
+    step = Step(query=query_for(cache, 2), kv=cache.kv, seq_lens=lengths, config=config_of())
+    one = token_decode.decode_tokens(step)
+    lengths[0] *= 5  # on a GPU nobody looks at them
+    other = token_decode.decode_tokens(step)
+    assert one is not None and other is not None
+    assert torch.equal(one[0][1], other[0][1])
+    assert torch.equal(one[1].units, other[1].units)
 
 
 def test_sinks_and_a_length_of_the_host() -> None:

@@ -28,11 +28,11 @@ def _count_passing(words):
 
 @triton.jit(do_not_specialize=[
     "lengths", "num_kv_heads", "table_stride", "token_budget", "num_sink_pages", "num_recent_pages", "parts", "listed",
-    "capacity",
+    "capacity", "most",
 ])  # fmt: skip
 def pick_kernel(
     query, keys, page_table, table_stride, lengths, space, scale, num_kv_heads, token_budget, num_sink_pages,
-    num_recent_pages, parts, listed, capacity,
+    num_recent_pages, parts, listed, capacity, most,
     SHAPE: tl.constexpr, PARTS: tl.constexpr, NORMS: tl.constexpr, PICKED: tl.constexpr, RANKED: tl.constexpr,
     FOLLOWS: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +41,7 @@ def pick_kernel(
     part = tl.program_id(0) % parts
     b = (row // num_kv_heads).to(tl.int64)
     h = (row % num_kv_heads).to(tl.int64)
-    end = length_of(lengths, b)
+    end = tl.minimum(length_of(lengths, b), most)
     PAGE: tl.constexpr = SHAPE.page_size
     WORDS: tl.constexpr = (PAGE + 15) // 16
     q = load_query(query, b, h, SHAPE)
@@ -109,17 +109,17 @@ def _found_before(found, part, PARTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=[
     "lengths", "num_kv_heads", "table_stride", "token_budget", "num_sink_pages", "num_recent_pages", "parts", "slots",
-    "listed",
+    "listed", "most",
 ])  # fmt: skip
 def choose_kernel(
     page_table, table_stride, lengths, space, units, counts, num_kv_heads, token_budget, num_sink_pages,
-    num_recent_pages, parts, slots, listed,
+    num_recent_pages, parts, slots, listed, most,
     PAGE: tl.constexpr, PARTS: tl.constexpr, HELD: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     """The tokens of a row to attend to, in the order of the sequence, and where they lie."""
     row = tl.program_id(0)
     b = row // num_kv_heads
-    end = length_of(lengths, b)
+    end = tl.minimum(length_of(lengths, b), most)
     table = page_table + b.to(tl.int64) * table_stride
     units += row.to(tl.int64) * slots
     places = space.places + row.to(tl.int64) * slots

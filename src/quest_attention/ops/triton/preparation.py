@@ -50,9 +50,9 @@ def _store_planes(column, code, inside, BYTES: tl.constexpr):
         tl.store(column + (bit // 2 * 128 + bit % 2 * 16), (planes >> (8 * bit)).to(tl.uint8), mask=inside)
 
 
-@triton.jit(do_not_specialize=["lengths", "num_kv_heads", "table_stride", "token_budget"])
+@triton.jit(do_not_specialize=["lengths", "num_kv_heads", "table_stride", "token_budget", "most"])
 def prepare_kernel(
-    query, keys, page_table, table_stride, lengths, sinks, space, scale, num_kv_heads, token_budget,
+    query, keys, page_table, table_stride, lengths, sinks, space, scale, num_kv_heads, token_budget, most,
     SHAPE: tl.constexpr, PACKING: tl.constexpr, SAMPLE: tl.constexpr, PARTS: tl.constexpr, HAS_BITS: tl.constexpr,
     FOLLOWS: tl.constexpr,
 ):  # fmt: skip
@@ -67,7 +67,7 @@ def prepare_kernel(
     part = tl.program_id(0) % PROGRAMS
     b = (row // num_kv_heads).to(tl.int64)
     h = (row % num_kv_heads).to(tl.int64)
-    end = length_of(lengths, b)
+    end = tl.minimum(length_of(lengths, b), most)
     factor = scale * LOG2_E
     if keys.scale is not None:
         factor = factor * tl.load(keys.scale + h * keys.scale_head)
@@ -77,8 +77,9 @@ def prepare_kernel(
             turned = turn(q, SHAPE.head_dim, SHAPE.block_d, PACKING) * factor
             _store_bits(turned, space.bits, space.factors, row, SHAPE, PACKING)
     if (part < PARTS) & (end > token_budget):
-        EDGE: tl.constexpr = SHAPE.page_size
-        DRAWN: tl.constexpr = SAMPLE * PARTS - 2 * SHAPE.page_size
+        PAGE: tl.constexpr = SHAPE.page_size
+        EDGE: tl.constexpr = min(SHAPE.page_size, SAMPLE * PARTS // 4)
+        DRAWN: tl.constexpr = SAMPLE * PARTS - 2 * EDGE
         head = tl.arange(0, SHAPE.block_g)
         channel = tl.arange(0, SHAPE.block_d)
         at = part * SAMPLE + tl.arange(0, SAMPLE)
@@ -89,8 +90,8 @@ def prepare_kernel(
         drawn = EDGE + tl.minimum(((nth.to(tl.float32) + draw) * each).to(tl.int32), between - 1)
         position = tl.where(at < EDGE, at, tl.where(at < 2 * EDGE, end - 2 * EDGE + at, drawn))
         is_live = (position >= 0) & (position < end)
-        physical = tl.load(page_table + b * table_stride + position // EDGE, mask=is_live, other=0).to(tl.int64)
-        key_at = keys.base + h * keys.head + physical * keys.page + (position % EDGE).to(tl.int64) * keys.token
+        physical = tl.load(page_table + b * table_stride + position // PAGE, mask=is_live, other=0).to(tl.int64)
+        key_at = keys.base + h * keys.head + physical * keys.page + (position % PAGE).to(tl.int64) * keys.token
         inside = is_live[:, None] & (channel < SHAPE.head_dim)[None, :]
         k = tl.load(key_at[:, None] + channel[None, :], mask=inside, other=0.0)
         HEADS: tl.constexpr = SHAPE.block_g

@@ -43,11 +43,11 @@ def choice_of(end, num_sink_pages, num_recent_pages, PAGE: tl.constexpr):
 
 @triton.jit(do_not_specialize=[
     "lengths", "num_kv_heads", "table_stride", "token_budget", "num_sink_pages", "num_recent_pages", "candidate_budget",
-    "parts", "capacity",
+    "parts", "capacity", "most",
 ])  # fmt: skip
 def rank_kernel(
     query, key_scale, scale_head, metadata, page_table, table_stride, lengths, space, scale, num_kv_heads, parts,
-    capacity, token_budget, num_sink_pages, num_recent_pages, candidate_budget,
+    capacity, token_budget, num_sink_pages, num_recent_pages, candidate_budget, most,
     IS_SAMPLE: tl.constexpr, SHAPE: tl.constexpr, PACKING: tl.constexpr, PAGES: tl.constexpr, SAMPLED: tl.constexpr,
     FEWEST: tl.constexpr, NORMS: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
@@ -55,7 +55,7 @@ def rank_kernel(
     row = tl.program_id(0) // parts
     b = (row // num_kv_heads).to(tl.int64)
     h = (row % num_kv_heads).to(tl.int64)
-    end = length_of(lengths, b)
+    end = tl.minimum(length_of(lengths, b), most)
     PAGE: tl.constexpr = SHAPE.page_size
     BLOCK: tl.constexpr = SHAPE.block_page
     whole = tl.where(end > token_budget, (end - 1) // PAGE, 0)
@@ -107,12 +107,15 @@ def _threshold(
     page = _drawn_page(at // PAGE, rare)
     inside = (at // PAGE < drawn) & (page >= first_page) & (page < last_page)
     rank = tl.load(sample + at, mask=inside, other=0.0).to(tl.float32)
-    rank = tl.where(inside, tl.where(rank == rank, tl.maximum(rank, -65504.0), 65504.0), float("-inf"))
+    # What is not finite, of a page whose keys are not, reaches every limit and sets none.
+    is_finite = inside & (tl.abs(rank) < float("inf"))
+    lowest = tl.min(tl.where(is_finite, rank, 65504.0))
+    highest = tl.max(tl.where(is_finite, rank, -65504.0))
+    rank = tl.where(inside, tl.where(is_finite, rank, 65504.0), float("-inf"))
     known = tl.sum(inside.to(tl.int32))
-    share = wanted.to(tl.float32) / ((last_page - first_page) * PAGE).to(tl.float32)
+    share = wanted.to(tl.float32) / tl.maximum((last_page - first_page) * PAGE, 1).to(tl.float32)
     most = tl.maximum((share * known.to(tl.float32)).to(tl.int32), FEWEST)
-    high = tl.max(rank)
-    low = tl.min(tl.where(inside, rank, 65504.0))
+    low, high = lowest, highest
     for _ in range(6):
         third = (high - low) * 0.33333334
         lower, upper = low + third, high - third

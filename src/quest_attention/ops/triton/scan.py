@@ -108,7 +108,7 @@ def _largest_of_heads(weights):
 
 @gluon.jit
 def _passing(weights, low):
-    """Which tokens of a page have a rank that is not below `low`, in all places alike: see `pack_passing`."""
+    """Which tokens of a page have a rank that is not below `low`, in all places alike: two bits of four for two."""
     return gl.inline_asm_elementwise(
         """
         { .reg .b32 p, q, l; .reg .pred e, o;
@@ -197,7 +197,7 @@ def _wait_for_launch(FOLLOWS: gl.constexpr):
 @gluon.jit
 def _threshold(sample, drawn, rare, first_page, last_page, wanted, FEWEST: gl.constexpr, SAMPLED: gl.constexpr,
                WARPS: gl.constexpr):  # fmt: skip
-    """See `token_decode`, where the same is in Triton."""
+    """See `ranks`, where the same is in Triton."""
     EACH: gl.constexpr = SAMPLED // (32 * WARPS)
     LAYOUT: gl.constexpr = gl.BlockedLayout([EACH], [32], [WARPS], [0])
     at = gl.arange(0, SAMPLED, layout=LAYOUT)
@@ -205,13 +205,13 @@ def _threshold(sample, drawn, rare, first_page, last_page, wanted, FEWEST: gl.co
     page = _drawn_page(nth, rare)
     inside = (nth < drawn) & (page >= first_page) & (page < last_page)
     rank = gl.load(sample + at, mask=inside, other=0.0).to(gl.float32)
-    rank = gl.where(rank == rank, gl.maximum(rank, -65504.0), 65504.0)
-    rank = gl.where(inside, rank, float("-inf"))
+    is_finite = inside & (rank > float("-inf")) & (rank < float("inf"))
+    low = gl.min(gl.where(is_finite, rank, 65504.0), 0)
+    high = gl.max(gl.where(is_finite, rank, -65504.0), 0)
+    rank = gl.where(inside, gl.where(is_finite, rank, 65504.0), float("-inf"))
     known = gl.sum(inside.to(gl.int32), 0)
-    share = wanted.to(gl.float32) / ((last_page - first_page) * 16).to(gl.float32)
+    share = wanted.to(gl.float32) / gl.maximum((last_page - first_page) * 16, 1).to(gl.float32)
     most = gl.maximum((share * known.to(gl.float32)).to(gl.int32), FEWEST)
-    high = gl.max(rank, 0)
-    low = gl.min(gl.where(inside, rank, 65504.0), 0)
     for _ in gl.static_range(6):
         third = (high - low) * 0.33333334
         lower = low + third
@@ -232,11 +232,11 @@ def _drawn_page(nth, rare):
 
 @gluon.jit(do_not_specialize=[
     "lengths", "num_kv_heads", "table_stride", "parts", "token_budget", "num_sink_pages", "num_recent_pages",
-    "candidate_budget",
+    "candidate_budget", "capacity", "most",
 ])  # fmt: skip
 def scan_kernel(
     metadata, page_stride, head_stride, page_table, table_stride, lengths, planes, factors, norms, sample, passing,
-    num_kv_heads, parts, capacity, token_budget, num_sink_pages, num_recent_pages, candidate_budget,
+    num_kv_heads, parts, capacity, token_budget, num_sink_pages, num_recent_pages, candidate_budget, most,
     IS_SAMPLE: gl.constexpr, GROUP: gl.constexpr, WORDS: gl.constexpr, SAMPLED: gl.constexpr, FEWEST: gl.constexpr,
     NORMS: gl.constexpr, WARPS: gl.constexpr, FOLLOWS: gl.constexpr,
 ):  # fmt: skip
@@ -279,6 +279,7 @@ def scan_kernel(
         end = gl.load(lengths + b).to(gl.int32)
     else:
         end = lengths
+    end = gl.minimum(end, most)
     whole = gl.where(end > token_budget, (end - 1) // PAGE, 0)  # pages to rank: the one being written is read anyway
     rare = 0
     for turn in gl.static_range(16):  # noqa: B007 - `_` is used below
@@ -387,3 +388,6 @@ def scan_kernel(
                 gl.store(to, found, mask=is_first & (token == 0)[None, :, None] & (here < last)[:, None, None])
     else:
         _wait_for_launch(FOLLOWS)
+
+
+# Longer than 250 lines: the layouts of one loop and its instructions, which only make sense together.

@@ -55,7 +55,7 @@ __all__ = ["decode_tokens"]
 
 _FEWEST = 8
 """Sampled ranks that pass the threshold at least: of fewer none says much about a row."""
-_LEAST_TIMES = 2
+_LEAST_TIMES = 3
 """Times the budget that are to pass at least: a threshold from a sample lets through now more, now fewer."""
 _WEIGHED = 16384
 """Channels of keys by which a program ranks candidates at a time."""
@@ -104,13 +104,14 @@ def decode_tokens(step: Step) -> tuple[Tensor, Selection] | None:
     norms = 1 if group == 1 else SAMPLE_PARTS  # ranks of a single head need no normaliser, but not too large numbers
     launch(
         prepare_kernel, (rows * (norms + plan.scans),), by_heads, keys, table, stride, lengths, sinks, workspace,
-        scale, heads, budget, SHAPE=multiplied, PACKING=packing, SAMPLE=_SAMPLE, PARTS=norms, HAS_BITS=plan.scans,
+        scale, heads, budget, plan.most,
+        SHAPE=multiplied, PACKING=packing, SAMPLE=_SAMPLE, PARTS=norms, HAS_BITS=plan.scans,
         FOLLOWS=follows["FOLLOWS"], num_warps=8,
     )  # fmt: skip
     wanted = max(config.candidate_budget, _LEAST_TIMES * budget)
     for is_sample in (True, False):
         programs = plan.sample_parts if is_sample else plan.rank_parts
-        choice = (heads, programs, plan.words, budget, sink_pages, recent_pages, wanted)
+        choice = (heads, programs, plan.words, budget, sink_pages, recent_pages, wanted, plan.most)
         options = {"IS_SAMPLE": is_sample, "SAMPLED": SAMPLED_RANKS, "FEWEST": _FEWEST, "NORMS": norms, **follows}
         if plan.scans:
             launch(
@@ -128,21 +129,21 @@ def decode_tokens(step: Step) -> tuple[Tensor, Selection] | None:
     parts = triton.next_power_of_2(plan.pick_parts)
     launch(
         pick_kernel, (rows * plan.pick_parts,), by_heads, keys, table, stride, lengths, workspace, scale, heads,
-        budget, sink_pages, recent_pages, plan.pick_parts, plan.listed, plan.words,
+        budget, sink_pages, recent_pages, plan.pick_parts, plan.listed, plan.words, plan.most,
         SHAPE=multiplied, PARTS=parts, NORMS=norms, PICKED=PICKED_WORDS,
         RANKED=max(16, _WEIGHED // multiplied.block_d), num_warps=4, **follows,
     )  # fmt: skip
     launch(
         choose_kernel, (rows,), table, stride, lengths, workspace, units, counts, heads, budget, sink_pages,
-        recent_pages, plan.pick_parts, plan.slots, plan.listed,
+        recent_pages, plan.pick_parts, plan.slots, plan.listed, plan.most,
         PAGE=kv.page_size, PARTS=parts, HELD=plan.held, num_warps=min(32, max(4, plan.held // _HELD)), **follows,
     )  # fmt: skip
     shape = shape_of(kv.page_size, group, kv.head_dim, width, unit=1)
     launch(
         _attend_kernel, (rows * plan.splits,), by_heads, keys, values_argument(kv), workspace, counts, sinks, output,
         scale, heads, plan.splits, plan.slots,
-        SHAPE=shape, BLOCK_T=max(16, _ATTENDED // shape.block_d), STAGES=1 if group == 1 else _STAGES,
-        BLOCK_S=max(2, triton.next_power_of_2(plan.splits)), num_warps=4, **follows,
+        SHAPE=shape, BLOCK_T=max(16, _ATTENDED // max(shape.block_d, shape.block_dv)),
+        STAGES=1 if group == 1 else _STAGES, BLOCK_S=max(2, triton.next_power_of_2(plan.splits)), num_warps=4, **follows,
     )  # fmt: skip
     return output, Selection(units, counts, 1)
 

@@ -41,6 +41,8 @@ PICKED_WORDS = 128
 """Words of 16 tokens in which a program looks for candidates at a time."""
 _LEAST_WORDS = 64
 """Fewest of these worth a program."""
+_LEAST_SHARE = 64
+"""One in so many tokens may be a candidate at least: four times what passes where the fewest sampled ranks do."""
 _MOST_HELD = 32768
 """Candidates among which a program chooses: 32 a thread."""
 _LEAST_TOKENS = 64
@@ -111,6 +113,7 @@ class Plan(NamedTuple):
         slots: Tokens of a selection at most.
         listed: Candidates of a row that there is room for.
         words: Of a row, in which it is said which tokens pass.
+        most: Tokens that the page table has room for.
         shapes: Of a workspace.
     """
 
@@ -123,6 +126,7 @@ class Plan(NamedTuple):
     slots: int
     listed: int
     words: int
+    most: int
     shapes: tuple[tuple[int, ...], ...]
 
 
@@ -146,7 +150,7 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
     tiles = triton.cdiv(kv.max_pages, pages)
     most, words = kv.max_pages * kv.page_size, kv.max_pages * triton.cdiv(kv.page_size, 16)
     slots = min(most, config.token_budget)
-    listed = min(most, 8 * config.candidate_budget)
+    listed = min(most, max(8 * config.candidate_budget, most // _LEAST_SHARE))
     pick_parts = max(1, min(64, triton.cdiv(words, _LEAST_WORDS), triton.cdiv(2 * programs, rows)))
     held = max(16, min(triton.next_power_of_2(2 * config.candidate_budget), triton.next_power_of_2(listed)))
     splits = max(1, min(slots // _LEAST_TOKENS, max(_LEAST_SPLITS, triton.cdiv(programs // 2, rows))))
@@ -166,6 +170,7 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
         slots,
         listed,
         words,
+        most,
         shapes,
     )
 
