@@ -28,7 +28,7 @@ _FLOAT32_SUM = 1e-4
 _LOG_MASS = 5e-3
 """How far log masses of two backends lie apart, as tests/gpu/test_sketches.py has it."""
 _WITHOUT_SCORE = 1 / 64
-"""Of the units read, how many at most the other backend has no full estimate of."""
+"""Of the units read, how many at most were no candidates of the other backend."""
 _EVERY = 7
 """One call in so many is checked: a number that shares nothing with layers, so that each layer gets its turn."""
 
@@ -100,7 +100,7 @@ class GPUOracleExtension(QuestWorkerExtension):
 def _wrongly(scores: Tensor, read: list[int], wanted: list[int], length: int, config: QuestConfig) -> list[int]:
     """Units that were read or left out and are not at the threshold, where float32 sums in another order may swap two.
 
-    A token that passes the rough estimate of one and not of the other has no score; of such there may be few.
+    A token that is a candidate of one and not of the other has no score; of such there may be few.
     """
     swapped = sorted(set(read) ^ set(wanted))
     if not swapped:

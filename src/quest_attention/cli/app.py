@@ -39,7 +39,7 @@ RecentPages = Annotated[int, typer.Option("--recent-pages", help="Last pages alw
 GroupReduction = Annotated[
     str | None,
     typer.Option(
-        help="Over the query heads of a KV head: max (the default), mean, or, with sketch in its place, mass.",
+        help="Over the query heads of a KV head: max (the default), mean, or, where tokens are ranked, mass.",
         show_default=False,
     ),
 ]
@@ -56,7 +56,8 @@ SelectionUnit = Annotated[
 CandidateFactor = Annotated[
     int | None,
     typer.Option(
-        help="Times the budget that is ranked once more, by keys; 4, with sketch 0 for none.", show_default=False
+        help="Times the budget that is ranked once more, by keys; 4 where tokens are ranked, else 0.",
+        show_default=False,
     ),
 ]
 Coefficient = Annotated[

@@ -48,13 +48,14 @@ class QuestOptions:
         number: object = self.log_interval
         if not isinstance(number, int | float) or isinstance(number, bool) or not 0 <= number < float("inf"):
             raise QuestValueError(f"{KEY}.log_interval", number, "seconds, 0 for no such lines")
-        config = self.least_config()  # checks everything but whether the budget holds pages of the real size
-        if config.metadata == "auto":
+        metadata, unit = self.reading.get("metadata"), self.reading.get("selection_unit")
+        if metadata == "auto":
             expected = "bounds, moments or sketch: a server's cache is laid out before a device is asked"
-            raise QuestValueError(f"{KEY}.metadata", config.metadata, expected)
-        if config.selection_unit != "page" and not config.scores_tokens:
-            expected = f"page for {config.metadata}, which scores pages: in a server tokens are chosen by sketch"
-            raise QuestValueError(f"{KEY}.selection_unit", config.selection_unit, expected)
+            raise QuestValueError(f"{KEY}.metadata", metadata, expected)
+        if metadata in (None, "bounds", "moments") and unit in ("token", 4):
+            expected = f"page for {metadata or 'bounds'}, which scores pages: in a server tokens are chosen by sketch"
+            raise QuestValueError(f"{KEY}.selection_unit", unit, expected)
+        self.least_config()  # checks everything but whether the budget holds pages of the real size
 
     @property
     def num_dense_layers(self) -> int:

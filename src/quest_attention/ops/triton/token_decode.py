@@ -143,7 +143,8 @@ def decode_tokens(step: Step) -> tuple[Tensor, Selection] | None:
         _attend_kernel, (rows * plan.splits,), by_heads, keys, values_argument(kv), workspace, counts, sinks, output,
         scale, heads, plan.splits, plan.slots,
         SHAPE=shape, BLOCK_T=max(16, _ATTENDED // max(shape.block_d, shape.block_dv)),
-        STAGES=1 if group == 1 else _STAGES, BLOCK_S=max(2, triton.next_power_of_2(plan.splits)), num_warps=4, **follows,
+        STAGES=1 if group == 1 else _STAGES, BLOCK_S=max(2, triton.next_power_of_2(plan.splits)),
+        num_warps=4, **follows,
     )  # fmt: skip
     return output, Selection(units, counts, 1)
 
