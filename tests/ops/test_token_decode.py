@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +22,9 @@ from quest_attention.ops.triton import token_decode  # noqa: E402 - after what s
 from token_choice import assert_chosen  # noqa: E402
 
 
-def config_of(budget: int = 64, page_size: int = 16, **options: object) -> QuestConfig:
+def config_of(budget: int = 64, page_size: int = 16, **options: Any) -> QuestConfig:
     return QuestConfig(
-        budget, page_size, metadata="sketch", selection_unit="token", backend="triton", **options,  # type: ignore[arg-type]
+        budget, page_size, metadata="sketch", selection_unit="token", backend="triton", **options,
     )  # fmt: skip
 
 
@@ -111,9 +112,9 @@ def test_sinks_and_a_length_of_the_host() -> None:
 @pytest.mark.parametrize(
     "options", [{"group_reduction": "mass"}, {"candidate_factor": 0}, {"selection_unit": 4}], ids=str
 )
-def test_what_it_leaves_to_the_verbs(options: dict[str, object]) -> None:
+def test_what_it_leaves_to_the_verbs(options: dict[str, Any]) -> None:
     cache = make_cache([300], dim=16, page_size=16, form=Sketch(16))
-    config = replace(config_of(), **options)  # type: ignore[arg-type]
+    config = replace(config_of(), **options)
     assert make_workspace(cache.kv, 4, config) is None
     step = Step(query=query_for(cache, 2), kv=cache.kv, seq_lens=cache.seq_lens, config=config)
     assert token_decode.decode_tokens(step) is None

@@ -50,7 +50,9 @@ def assert_chosen(cache: Cache, query: Tensor, config: QuestConfig, rounding: fl
     workspace = token_workspace.make_token_workspace(kv, query.shape[1], config)
     assert workspace is not None
     step = Step(query=query, kv=kv, seq_lens=cache.seq_lens, config=config, workspace=workspace)
-    (output, selected), (again, same) = (token_decode.decode_tokens(step) for _ in range(2))  # type: ignore[misc]
+    done, once_more = (token_decode.decode_tokens(step) for _ in range(2))
+    assert done is not None and once_more is not None
+    (output, selected), (again, same) = done, once_more
     assert torch.equal(output, again), "the same twice"
     assert torch.equal(selected.units, same.units)
     assert not workspace.counters.any() and not workspace.found.any(), "counters are as they were"

@@ -7,15 +7,12 @@ import triton.language as tl
 
 from quest_attention.ops.triton.arguments import length_of, load_query
 from quest_attention.ops.triton.arithmetic import LOG2_E, dot, widen
-from quest_attention.ops.triton.choice import DEAD, choose_pages
+from quest_attention.ops.triton.choice import DEAD, LARGEST, choose_pages
 from quest_attention.ops.triton.launch import wait_for_launch
 from quest_attention.ops.triton.preparation import norms_of
 from quest_attention.ops.triton.ranks import choice_of
 
 __all__ = ["choose_kernel", "pick_kernel"]
-
-_LARGEST = tl.constexpr(3.4028234663852886e38)
-"""Rank of a candidate whose logit is not finite: it is read, so that it shows as in dense attention."""
 
 
 @triton.jit
@@ -174,7 +171,7 @@ def _rank_by_keys(q, keys, physical, token, is_live, h, norm, factor, SHAPE: tl.
     is_head = (tl.arange(0, HEADS) < SHAPE.group)[:, None]
     is_unknown = tl.sum((is_head & ~(tl.abs(logit) < float("inf"))).to(tl.int32), 0) > 0
     rank = tl.max(tl.where(is_head, logit - norm[:, None], float("-inf")), 0)
-    return tl.where(is_unknown, _LARGEST, rank)
+    return tl.where(is_unknown, LARGEST, rank)
 
 
 @triton.jit

@@ -22,7 +22,17 @@ from quest_attention.ops.triton.arguments import by_head, length_of, lengths_arg
 from quest_attention.ops.triton.launch import launch
 from quest_attention.ops.triton.masks import count_live_tokens
 
-__all__ = ["DEAD", "FORCED", "choose_pages", "load_best", "rank_scores", "select_pages", "store_best", "store_chosen"]
+__all__ = [
+    "DEAD",
+    "FORCED",
+    "LARGEST",
+    "choose_pages",
+    "load_best",
+    "rank_scores",
+    "select_pages",
+    "store_best",
+    "store_chosen",
+]
 
 _SECTION_UNITS = 8192
 """Units a program holds in registers: 32 to 64 a thread."""
@@ -33,7 +43,7 @@ DEAD = tl.constexpr(float("-inf"))
 """Rank of what is not a page."""
 FORCED = tl.constexpr(float("inf"))
 """Rank of a page that is read whatever its score."""
-_LARGEST = tl.constexpr(3.4028234663852886e38)
+LARGEST = tl.constexpr(3.4028234663852886e38)
 """Rank of a page that scores +inf: above all others, below the forced ones."""
 
 
@@ -118,7 +128,7 @@ def _warps(elements: int) -> int:
 @triton.jit
 def rank_scores(score, is_live, is_forced):
     """Numbers that rank pages: finite for scores, plus and minus infinity for the forced and the dead."""
-    rank = tl.minimum(score, _LARGEST)
+    rank = tl.minimum(score, LARGEST)
     return tl.where(is_live, tl.where(is_forced, FORCED, rank), DEAD)
 
 
@@ -254,7 +264,7 @@ def _select_kernel(
     count = tl.minimum(tl.where(tokens <= token_budget, total, tl.minimum(total, token_budget // unit_size)), slots)
     is_forced = (rank <= num_sink_pages) | (rank > last_rank - num_recent_pages)
     # Scores of the caller's own may be -inf, which here is the rank of what is no unit.
-    ranks = rank_scores(tl.where(score < -_LARGEST, -_LARGEST, score), is_live, is_forced)
+    ranks = rank_scores(tl.where(score < -LARGEST, -LARGEST, score), is_live, is_forced)
     if best is not None:
         count_here = tl.minimum(count, num_live)
         chosen, slot = choose_pages(ranks, num_live, count_here)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ __all__ = [
     "FUSED_ARITHMETIC",
     "KERNEL_DTYPES",
     "check_kernel_dtype",
+    "compute_major",
     "is_interpreted",
     "launch",
     "let_next_start",
@@ -24,6 +26,8 @@ __all__ = [
 
 FUSED_ARITHMETIC = {"enable_fp_fusion": True}
 """Multiply and add in one rounding: said here, because Triton's default changes after 3.9, which warns of it."""
+_EARLY_LAUNCHES = 9
+"""First number of the compute capability from which a launch may start before the one ahead of it is done: Hopper."""
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
 """Dtypes of keys that the kernels take: those they compute in, and one that they widen to the query's."""
@@ -60,13 +64,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         kernel[grid](*arguments, **options)
 
 
+@cache  # a step asks several times
+def compute_major(device: torch.device) -> int:
+    """The first number of a GPU's compute capability; 0 of what is no NVIDIA GPU."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
 def starts_early(tensor: Tensor) -> dict[str, bool]:
     """Options of a launch that follows another of the same step, whose kernel calls `wait_for_launch`.
 
     A GPU since Hopper then starts it before the other is done. The first launch of a step has none of these options:
     it waits for whatever was before.
     """
-    early = tensor.device.type == "cuda" and torch.cuda.get_device_capability(tensor.device)[0] >= 9
+    early = compute_major(tensor.device) >= _EARLY_LAUNCHES
     return {"FOLLOWS": early, **({"launch_pdl": True} if early else {})}
 
 

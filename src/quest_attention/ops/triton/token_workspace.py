@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from quest_attention.config import QuestConfig
-from quest_attention.ops.triton.launch import is_interpreted
+from quest_attention.ops.triton.launch import compute_major, is_interpreted
 from quest_attention.ops.triton.scan import SCAN_PAGE_SIZE, SCANNED_PAGES
 from quest_attention.ops.triton.tuning import filling_programs
 from quest_attention.pages import PagedKV
@@ -186,9 +186,7 @@ def can_scan(kv: PagedKV, group: int) -> bool:
     """Whether the binary products of `scan` fit a cache, and the GPU has them."""
     if is_interpreted() or group > 8 or kv.page_size != SCAN_PAGE_SIZE or kv.head_dim not in (64, 128, 256):
         return False
-    if kv.keys.device.type != "cuda":
-        return False
-    return torch.cuda.get_device_capability(kv.keys.device)[0] in (8, 9)
+    return compute_major(kv.keys.device) in (8, 9)
 
 
 def make_token_workspace(
