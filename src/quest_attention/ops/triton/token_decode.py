@@ -42,7 +42,6 @@ from quest_attention.ops.triton.ranks import rank_kernel
 from quest_attention.ops.triton.scan import SCAN_WARPS, scan_kernel
 from quest_attention.ops.triton.sketch import packing_of
 from quest_attention.ops.triton.token_workspace import (
-    PICKED_WORDS,
     RANKED_PAGES,
     SAMPLE_PARTS,
     SAMPLED_RANKS,
@@ -130,7 +129,7 @@ def decode_tokens(step: Step) -> tuple[Tensor, Selection] | None:
     launch(
         pick_kernel, (rows * plan.pick_parts,), by_heads, keys, table, stride, lengths, workspace, scale, heads,
         budget, sink_pages, recent_pages, plan.pick_parts, plan.listed, plan.words, plan.most,
-        SHAPE=multiplied, PARTS=parts, NORMS=norms, PICKED=PICKED_WORDS,
+        SHAPE=multiplied, PARTS=parts, NORMS=norms, PICKED=plan.picked,
         RANKED=max(16, _WEIGHED // multiplied.block_d), num_warps=4, **follows,
     )  # fmt: skip
     launch(

@@ -18,7 +18,6 @@ from quest_attention.ops.triton.tuning import filling_programs
 from quest_attention.pages import PagedKV
 
 __all__ = [
-    "PICKED_WORDS",
     "RANKED_PAGES",
     "SAMPLED_RANKS",
     "SAMPLE_PARTS",
@@ -37,9 +36,9 @@ SAMPLED_RANKS = 2048
 """Most ranks in which a row's threshold is looked for."""
 RANKED_PAGES = 16
 """Pages that a program of `rank_kernel` ranks at a time."""
-PICKED_WORDS = 128
+_MOST_WORDS = 512
 """Words of 16 tokens in which a program looks for candidates at a time."""
-_LEAST_WORDS = 64
+_LEAST_WORDS = 32
 """Fewest of these worth a program."""
 _LEAST_SHARE = 64
 """One in so many tokens may be a candidate at least: four times what passes where the fewest sampled ranks do."""
@@ -108,6 +107,7 @@ class Plan(NamedTuple):
         sample_parts: Programs that rank the sample of a row.
         rank_parts: Programs that rank a row.
         pick_parts: Programs that pick from a row.
+        picked: Words of those that one of them looks at at a time.
         held: Candidates among which is chosen at a time.
         splits: Programs that attend to a row.
         slots: Tokens of a selection at most.
@@ -121,6 +121,7 @@ class Plan(NamedTuple):
     sample_parts: int
     rank_parts: int
     pick_parts: int
+    picked: int
     held: int
     splits: int
     slots: int
@@ -165,6 +166,7 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
         max(1, min(tiles, triton.cdiv(SAMPLED_RANKS, pages * kv.page_size), programs // rows)),
         max(1, min(tiles, programs // rows)),
         pick_parts,
+        max(16, min(_MOST_WORDS, triton.next_power_of_2(triton.cdiv(words, pick_parts)))),
         held,
         splits,
         slots,
