@@ -116,14 +116,20 @@ _ALL = choosing(*CHOICES)
 _FOUR = choosing(BOUNDS, MOMENTS, SKETCH, EXACT_TOKENS)
 _FIVE = choosing(BOUNDS, MOMENTS, SKETCH, SKETCH_8, EXACT_TOKENS)
 CHOICE_RUNS = (
-    Run("choice_qwen_31k_needles", "qwen", 31 * 1024, (Ask(_NEEDLES, _FOUR, (1024,), 32),)),
+    Run("choice_qwen_31k_needles", "qwen", 31 * 1024, (Ask(_NEEDLES, _FOUR, (1024,), 96),), workers=6),
     Run("choice_qwen_31k_text", "qwen", 31 * 1024, (Ask(_TEXT, _FOUR, (512, 1024, 2048), 12),)),
-    Run("choice_qwen_8k_needles", "qwen", 8 * 1024, (Ask((*_NEEDLES, "niah_multikey_3"), _FIVE, (128,), 24),)),
+    Run(
+        "choice_qwen_8k_needles",
+        "qwen",
+        8 * 1024,
+        (Ask((*_NEEDLES, "niah_multikey_3"), _FIVE, (128,), 96),),
+        workers=6,
+    ),
     Run("choice_gemma_31k_text", "gemma", 31 * 1024, (Ask(_TEXT, _FOUR, (256, 1024), 12),), dense_layers=0),
     Run("choice_smollm2_4k_text", "smollm2", 4 * 1024, (Ask(_TEXT, _FOUR, (512,), 12),)),
     Run("choice_bundled_4k_needles", None, 4 * 1024, (Ask(("niah_multikey_2",), _ALL, (128,), 40),)),
 )
-"""Of docs/choosing.md. The last is made for a CPU; the others fit four side by side on an H100, the longest first."""
+"""Of docs/choosing.md. The last is made for a CPU; the others fit side by side on an H100, the longest first."""
 
 
 def evaluate(run: Run, number: int, models: Path, books: Path, output: Path) -> None:
