@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import pickle
@@ -80,15 +81,78 @@ def test_auto_is_a_form_once_the_device_is_known() -> None:
     by_token = QuestConfig(256, metadata="auto", selection_unit="token", num_sink_pages=2)
     assert by_token.resolved("cpu") == QuestConfig(256, metadata="moments", selection_unit="token", num_sink_pages=2)
     assert QuestConfig().resolved("cuda") == QuestConfig()
-    wide = QuestConfig(metadata="auto", candidate_factor=8)  # sketch has such a choice, pages by moments have not
-    assert wide.resolved("cuda").candidate_factor == 8
-    with pytest.raises(QuestValueError, match=r"candidate_factor: got 8, expected 0 for whole pages by moments"):
-        wide.resolved("cpu")
-    with pytest.raises(QuestValueError, match=r"metadata_dtype: got 'fp8', expected kv"):
-        QuestConfig(metadata="auto", metadata_dtype="fp8")
     for unknown in (lambda: auto.unit_size, lambda: auto.num_forced_pages, lambda: form_of(auto)):
         with pytest.raises(QuestValueError, match="metadata: got 'auto', expected a form by name"):
             unknown()
+
+
+FP8, MEAN, MASS = {"metadata_dtype": "fp8"}, {"group_reduction": "mean"}, {"group_reduction": "mass"}
+
+
+@pytest.mark.parametrize(
+    ("given", "cpu", "cuda"),
+    [
+        (FP8, ("bounds", "page"), ("bounds", "page")),
+        (MEAN, ("moments", "page"), ("bounds", "page")),
+        (MASS, ("sketch", "token"), ("sketch", "token")),
+        ({"moments_coefficient": 1.0}, ("moments", "page"), ("moments", "page")),
+        ({"candidate_factor": 8}, ("sketch", "token"), ("sketch", "token")),
+        ({"candidate_factor": 0}, ("moments", "page"), ("sketch", "token")),
+        ({"selection_unit": "page"}, ("moments", "page"), ("sketch", "page")),
+        ({"selection_unit": 4, **FP8}, ("bounds", 4), ("bounds", 4)),
+        ({"selection_unit": "token", **MASS}, ("moments", "token"), ("sketch", "token")),
+    ],
+)
+def test_auto_is_the_first_form_that_takes_what_was_given(
+    given: dict[str, Any], cpu: tuple[str, SelectionUnit], cuda: tuple[str, SelectionUnit]
+) -> None:
+    config = QuestConfig(metadata="auto", **given)
+    for device, (metadata, unit) in (("cpu", cpu), ("cuda", cuda)):
+        expected = QuestConfig.from_dict({**given, "metadata": metadata, "selection_unit": unit})
+        assert config.resolved(device) == QuestConfig.from_dict({"metadata": "auto", **given}, device) == expected
+        assert config.resolved(device).auto_device == device and expected.auto_device is None
+    assert config.auto_device is None and config == QuestConfig.from_dict({"metadata": "auto", **given})
+
+
+def test_a_config_of_auto_is_chosen_anew_where_it_is_replaced() -> None:
+    chosen = QuestConfig(metadata="auto").resolved("cuda")
+    for config in (chosen, copy.deepcopy(chosen), pickle.loads(pickle.dumps(chosen))):
+        smaller = dataclasses.replace(config, token_budget=512)
+        assert smaller == QuestConfig(512, metadata="sketch", selection_unit="token")
+        assert smaller.auto_device == "cuda"
+        assert dataclasses.replace(smaller, metadata_dtype="fp8") == QuestConfig(512, **FP8)
+        assert dataclasses.replace(config, metadata="bounds") == QuestConfig()  # nobody gave the unit
+        assert dataclasses.replace(config, metadata="sketch").selection_unit == "page"
+        assert dataclasses.replace(config, metadata="auto").resolved("cpu").metadata == "moments"
+    with pytest.raises(QuestValueError, match=r'pages of 16 tokens; metadata "auto" is sketch on cuda$'):
+        dataclasses.replace(chosen, token_budget=16)
+    numbers = json.loads(json.dumps(dataclasses.asdict(chosen)))
+    assert QuestConfig.from_dict(numbers) == chosen and QuestConfig.from_dict(numbers).auto_device is None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"token_budget": 31}, 'at least 32: 2 forced pages .*; metadata "auto" is moments on cpu, sketch on cuda$'),
+        ({"token_budget": 15, **FP8}, '1 forced page of 16 tokens; metadata "auto" is bounds on cpu, bounds on cuda'),
+        ({"token_budget": 31, "num_sink_pages": 1}, "at least 32: 2 forced pages of 16 tokens$"),
+        ({**MASS, **FP8}, 'max or mean for pages by moments; metadata "auto" is moments on cpu$'),
+        ({"num_sink_pages": -1}, "num_sink_pages: got -1, expected a non-negative integer$"),
+        ({"moments_coefficient": -1}, "moments_coefficient: got -1, expected a number from 0 to 100$"),
+        ({"group_reduction": "sum"}, "group_reduction: got 'sum', expected one of max, mean, mass$"),
+        ({"selection_unit": 4, "page_size": 6}, "selection_unit: got 4, expected page or token: 4 does not divide 6$"),
+    ],
+)
+def test_a_mistake_of_a_form_that_nobody_gave_says_whose_it_is(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(QuestValueError, match=message):
+        QuestConfig(metadata="auto", **given)
+
+
+def test_a_mistake_on_one_device_waits_for_it() -> None:
+    config = QuestConfig(16, metadata="auto", **MEAN)  # by bounds, which the list of a GPU comes to, one page is enough
+    assert config.resolved("cuda").page_budget == 1
+    with pytest.raises(QuestValueError, match=r'2 forced pages of 16 tokens; metadata "auto" is moments on cpu$'):
+        config.resolved("cpu")
 
 
 def test_the_papers_setting() -> None:

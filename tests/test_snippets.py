@@ -223,7 +223,7 @@ def check_server(words: tuple[str, ...]) -> None:
     if "--additional-config" in words:
         assert words[words.index("--attention-backend") + 1] == "CUSTOM"
         additional = json.loads(words[words.index("--additional-config") + 1])
-        assert read_options(SimpleNamespace(additional_config=additional)), words
+        assert read_options(SimpleNamespace(additional_config=additional), "cuda"), words
 
 
 def check_bash(words: tuple[str, ...]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias, cast, get_args
 
 from quest_attention.errors import QuestValueError
@@ -48,6 +49,19 @@ class _WantedName(str):
 _Wanted: TypeAlias = _WantedInteger | _WantedNumber | _WantedName
 
 
+class _ChosenName(str):
+    """A form that "auto" became, likewise: it is chosen anew, for the same device, from what a replacement gives."""
+
+    __slots__ = ("device",)
+    device: str
+
+    @classmethod
+    def on(cls, device: str, name: str) -> _ChosenName:
+        chosen = cls(name)
+        chosen.device = device
+        return chosen
+
+
 class _Wants(NamedTuple):
     """What a form of metadata wants and does.
 
@@ -76,12 +90,13 @@ _OF_PAGES: tuple[GroupReduction, ...] = ("max", "mean")
 _OF_TOKENS: tuple[GroupReduction, ...] = ("max", "mass")
 """The same where tokens are ranked: heads agree on weights and not on logits, and the mean of weights is mass."""
 _NOT_GIVEN = cast("Any", None)
-_AUTO: dict[str, dict[str, Any]] = {
+_AUTO: dict[str, tuple[tuple[Metadata, SelectionUnit], ...]] = {
     # In plain PyTorch ranking tokens by exact keys takes what reading fewer values spares.
-    "cpu": {"metadata": "moments", "selection_unit": "page"},
-    "cuda": {"metadata": "sketch", "selection_unit": "token"},
+    "cpu": (("moments", "page"), ("bounds", "page"), ("sketch", "token")),
+    "cuda": (("sketch", "token"), ("bounds", "page"), ("moments", "page")),
 }
-"""What metadata "auto" is by the type of the device; all else is what that metadata wants."""
+"""What metadata "auto" may be by the type of the device, what loses least first; all else is what that form wants."""
+_BUDGET = "token_budget"
 
 
 @dataclass(frozen=True)
@@ -154,27 +169,66 @@ class QuestConfig:
         for name in _LEFT_TO_METADATA:
             if isinstance(getattr(self, name), _Wanted):
                 object.__setattr__(self, name, None)
-        for name in ("token_budget", "page_size"):
+        self._check_values()
+        device = self.auto_device
+        if device is not None:
+            object.__setattr__(self, "metadata", "auto")
+            self._take_over(_resolve(self, device))
+        elif self.metadata == "auto":
+            self._check_auto()
+        else:
+            self._take_form()
+
+    def _check_values(self) -> None:
+        """What is right or wrong whatever the metadata is."""
+        for name in (_BUDGET, "page_size"):
             check_integer(name, getattr(self, name), minimum=1)
         for name in ("num_dense_layers", "num_recent_pages"):
             check_integer(name, getattr(self, name), minimum=0)
-        _check_choice("metadata_dtype", self.metadata_dtype, get_args(MetadataDtype))
-        _check_choice("backend", self.backend, get_args(Backend))
-        if self.metadata == "auto":
-            self._check_auto()
+        for name in ("num_sink_pages", "candidate_factor"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), minimum=0)
+        for name, choices in (("metadata_dtype", MetadataDtype), ("backend", Backend)):
+            _check_choice(name, getattr(self, name), get_args(choices))
+        if self.group_reduction is not None:
+            _check_choice("group_reduction", self.group_reduction, get_args(GroupReduction))
+        if self.moments_coefficient is not None:
+            check_coefficient("moments_coefficient", self.moments_coefficient)
+        self._check_unit()
+        if self.num_sink_pages is not None:
+            self._check_budget()
+
+    def _check_unit(self) -> None:
+        """Whether there is such a unit, and a page is made of it."""
+        unit, units = cast("object", self.selection_unit), get_args(SelectionUnit)
+        if unit is None:
             return
+        if not isinstance(unit, str | int) or unit not in units:
+            raise QuestValueError("selection_unit", unit, f"one of {', '.join(map(str, units))}")
+        if isinstance(unit, int) and self.page_size % unit:
+            raise QuestValueError("selection_unit", unit, f"page or token: {unit} does not divide {self.page_size}")
+
+    def _take_form(self) -> None:
+        """Put what the metadata wants in place of what was not given, and see whether it takes what was."""
         self._want("num_sink_pages", _WantedInteger(_WANTS[self.metadata].sink_pages))
-        check_integer("num_sink_pages", self.num_sink_pages, minimum=0)
         self._check_coefficient()
         self._check_selection()
         if self.metadata != "bounds" and self.metadata_dtype != "kv":
             raise QuestValueError("metadata_dtype", self.metadata_dtype, f"kv for {self.metadata}: fp8 is for bounds")
-        if self.page_budget < self.num_forced_pages:
-            needed = self.num_forced_pages * self.page_size
-            pages = "1 forced page" if self.num_forced_pages == 1 else f"{self.num_forced_pages} forced pages"
-            raise QuestValueError(
-                "token_budget", self.token_budget, f"at least {needed}: {pages} of {self.page_size} tokens"
-            )
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        """Whether it holds the pages that are read always, whose number is known."""
+        forced = self.num_sink_pages + max(1, self.num_recent_pages)
+        if self.page_budget < forced:
+            pages = "1 forced page" if forced == 1 else f"{forced} forced pages"
+            expected = f"at least {forced * self.page_size}: {pages} of {self.page_size} tokens"
+            raise QuestValueError(_BUDGET, self.token_budget, expected)
+
+    def _take_over(self, other: QuestConfig) -> None:
+        """Become another config."""
+        for field in fields(self):
+            object.__setattr__(self, field.name, getattr(other, field.name))
 
     def _want(self, name: str, wanted: _Wanted) -> None:
         """Take what is wanted where nothing was given."""
@@ -183,22 +237,16 @@ class QuestConfig:
 
     def _check_auto(self) -> None:
         """Refuse options with which no device has a form."""
-        mistakes = [mistake for device in _AUTO if (mistake := self._mistake_on(device)) is not None]
-        if len(mistakes) == len(_AUTO):
-            raise mistakes[0]
-
-    def _mistake_on(self, device: str) -> QuestValueError | None:
-        """What is wrong with the form of a device, if anything."""
-        try:
-            self.resolved(device)
-        except QuestValueError as mistake:
-            return mistake
-        return None
+        refusals = []
+        for device in _AUTO:
+            chosen = _choose(self, device)
+            if isinstance(chosen, QuestConfig):
+                return
+            refusals.append(chosen)
+        raise _mistake_of(refusals)
 
     def _check_coefficient(self) -> None:
         """Whether there is one only where it has an effect."""
-        if self.moments_coefficient is not None:
-            check_coefficient("moments_coefficient", self.moments_coefficient)
         if self.metadata == "moments":
             self._want("moments_coefficient", _WantedNumber(_COEFFICIENT))
         elif self.moments_coefficient is not None:  # what was not given has been forgotten
@@ -209,51 +257,57 @@ class QuestConfig:
         """What is selected and how heads agree on it, as far as the metadata allows it."""
         wants, metadata = _WANTS[self.metadata], self.metadata
         self._want("selection_unit", _WantedName("page"))
-        unit, units = self.selection_unit, get_args(SelectionUnit)
-        if not isinstance(cast("object", unit), str | int) or unit not in units:
-            raise QuestValueError("selection_unit", unit, f"one of {', '.join(map(str, units))}")
-        if self.page_size % self.unit_size:
-            raise QuestValueError("selection_unit", unit, f"page or token: {unit} does not divide {self.page_size}")
-
         ranks_tokens = wants.scores_tokens or self.unit_size < self.page_size
         reductions = _OF_TOKENS if ranks_tokens else _OF_PAGES
         self._want("group_reduction", _WantedName(reductions[0]))
         reduction = self.group_reduction
-        _check_choice("group_reduction", reduction, get_args(GroupReduction))
         if reduction not in reductions:
             what = metadata if wants.scores_tokens else f"{'tokens' if ranks_tokens else 'pages'} by {metadata}"
             raise QuestValueError("group_reduction", reduction, f"{' or '.join(reductions)} for {what}")
 
         self._want("candidate_factor", _WantedInteger(_CANDIDATES if ranks_tokens else 0))
         factor = self.candidate_factor
-        check_integer("candidate_factor", factor, minimum=0)
         if factor and not ranks_tokens:
             raise QuestValueError("candidate_factor", factor, f"0 for whole pages by {metadata}: they are ranked once")
         if not factor and ranks_tokens and not wants.scores_tokens:
             expected = f"at least 1 for {metadata}, which scores pages: some are to be chosen, whose keys rank tokens"
             raise QuestValueError("candidate_factor", factor, expected)
 
-    def resolved(self, device: str) -> QuestConfig:
+    def resolved(self, device: str, form: str | None = None) -> QuestConfig:
         """The config with a form where `metadata` is `"auto"`, else itself: what loses least at equal milliseconds.
 
-        What was given is kept. `enable_quest` and `quest_decode` do this for the device they run on.
+        Auto takes the first form of its device's list that takes what else was given: on an NVIDIA GPU sketches of
+        single tokens, then bounds, then moments of pages; elsewhere moments, then bounds of pages, then sketches of
+        single tokens. So bounds in 8 bits are bounds, and `moments_coefficient` leads to moments, on every device. A
+        budget that is too small for the pages which that form reads always is an error and leads to no other.
+
+        What was given is kept. `enable_quest` and `quest_decode` do this for the device they run on. What
+        `dataclasses.replace` then gives beside the metadata has auto choose anew, for the same device.
 
         Args:
             device: Type of the device that keys are on, such as `"cpu"`.
+            form: Name of the form that a cache has already, where there is a cache: auto is then that one.
 
         Raises:
-            QuestValueError: What was given does not go with the form of that device.
+            QuestValueError: No form takes all that was given, or the budget is too small for the one that does.
 
         >>> config = QuestConfig(metadata="auto").resolved("cpu")
         >>> config.metadata, config.selection_unit, config.candidate_factor
         ('moments', 'page', 0)
+        >>> QuestConfig(metadata="auto", metadata_dtype="fp8").resolved("cuda").metadata
+        'bounds'
         """
-        if self.metadata != "auto":
-            return self
-        # A device of which nothing is known runs plain PyTorch, as a CPU does.
-        chosen = _AUTO.get(device, _AUTO["cpu"])
-        open_ones = {name: value for name, value in chosen.items() if getattr(self, name) in (None, "auto")}
-        return replace(self, **open_ones)
+        return self if self.metadata != "auto" else _resolve_once(self, device, form)
+
+    @property
+    def auto_device(self) -> str | None:
+        """Type of the device for which metadata `"auto"` became this form; None where a form was given, or none yet.
+
+        >>> QuestConfig(metadata="auto").resolved("cpu").auto_device, QuestConfig(metadata="moments").auto_device
+        ('cpu', None)
+        """
+        metadata = cast("object", self.metadata)
+        return metadata.device if isinstance(metadata, _ChosenName) else None
 
     @property
     def unit_size(self) -> int:
@@ -346,8 +400,13 @@ class QuestConfig:
         return cls.from_dict({"token_budget": token_budget, **paper, **others})
 
     @classmethod
-    def from_dict(cls, options: Mapping[str, Any]) -> QuestConfig:
+    def from_dict(cls, options: Mapping[str, Any], device: str | None = None) -> QuestConfig:
         """Make a config from a mapping, as read from JSON.
+
+        Args:
+            options: Values by the names of arguments.
+            device: Type of the device for which metadata `"auto"` is resolved at once, where it is known: see
+                `resolved`.
 
         Raises:
             QuestValueError: It is no mapping, an option is unknown or its value is wrong.
@@ -364,7 +423,59 @@ class QuestConfig:
                 close = difflib.get_close_matches(str(name), known, n=1)
                 hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(known)}"
                 raise QuestValueError(str(name), value, f"a known option: {hint}")
+        if device is not None and options.get("metadata", cls.metadata) == "auto":
+            return cls(**{**options, "metadata": cast("Metadata", _ChosenName.on(device, "auto"))})
         return cls(**options)
+
+
+class _Refusal(NamedTuple):
+    """Why auto has no form for a config on a device, and which form that is said of."""
+
+    mistake: QuestValueError
+    form: str
+
+
+def _choose(config: QuestConfig, device: str, form: str | None = None) -> QuestConfig | _Refusal:
+    """The first form of a device's list that takes what a config with metadata "auto" gives.
+
+    Where a cache has a form it is the only one; one of the user's own is none of the list and changes nothing.
+    """
+    given: SelectionUnit | None = config.selection_unit
+    first: _Refusal | None = None
+    every = _AUTO.get(device, _AUTO["cpu"])  # a device unknown here runs plain PyTorch too
+    for metadata, unit in [one for one in every if one[0] == form] or every:
+        try:
+            found = replace(config, metadata=metadata, selection_unit=unit if given is None else given)
+        except QuestValueError as error:
+            refusal = _Refusal(error, f"{metadata} on {device}")
+            if error.argument == _BUDGET:  # looked at last: the form takes all else
+                return refusal
+            first = refusal if first is None else first
+            continue
+        object.__setattr__(found, "metadata", _ChosenName.on(device, metadata))
+        if given is None:
+            object.__setattr__(found, "selection_unit", _WantedName(unit))
+        return found
+    assert first is not None, "there are forms"
+    return first
+
+
+def _mistake_of(refusals: list[_Refusal]) -> QuestValueError:
+    """The first mistake, and what "auto" is where it is one: nobody gave that form."""
+    mistake = refusals[0].mistake
+    forms = ", ".join(form for other, form in refusals if str(other) == str(mistake))
+    return QuestValueError(mistake.argument, mistake.got, f'{mistake.expected}; metadata "auto" is {forms}')
+
+
+def _resolve(config: QuestConfig, device: str, form: str | None = None) -> QuestConfig:
+    chosen = _choose(config, device, form)
+    if isinstance(chosen, _Refusal):
+        raise _mistake_of([chosen])
+    return chosen
+
+
+_resolve_once = lru_cache(maxsize=None)(_resolve)
+"""For who leaves it to `quest_decode`, which asks at every step."""
 
 
 def check_integer(name: str, value: object, minimum: int) -> None:

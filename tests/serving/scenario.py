@@ -157,6 +157,14 @@ def moments() -> dict[str, Any]:
     return checked(make_llm(quest, max_num_batched_tokens=192, **pool, **ORACLE), [texts, texts[2:]], tokens=40)
 
 
+def auto() -> dict[str, Any]:
+    """What auto is on a CPU, in blocks laid out for it; rows out of the prefix cache."""
+    llm = make_llm({"token_budget": BUDGET, "metadata": "auto"}, **ORACLE)
+    texts = prompts(2, 400) + prompts(1, 40)
+    found = checked(llm, [texts, texts])
+    return {**found, "form": llm.collective_rpc("quest_form")}
+
+
 SKETCH = {"metadata": "sketch", "selection_unit": "token"}
 
 
@@ -355,6 +363,7 @@ SCENARIOS = [
     one_token_more_than_blocks,
     preemption,
     moments,
+    auto,
     speculation,
     sketch_budget_of_the_context,
     sketch_prefix_and_chunks,

@@ -96,6 +96,15 @@ def test_moments_in_chunks_after_preemption_and_out_of_the_prefix_cache() -> Non
     assert seen["pages"] > 0 and "pages with exact bounds" not in seen  # the oracle took them for moments
 
 
+def test_auto_is_moments_of_pages_on_a_cpu() -> None:
+    found = scenario("auto")
+    assert_checked(found)
+    assert found["form"] == ["Moments(coefficient=1.0)"]
+    assert found["answers"][0] == found["answers"][1]
+    (counters,) = found["counters"]
+    assert counters["tokens_read"] == 32 * counters["pages_read"]
+
+
 def test_speculated_tokens_that_are_taken_back_leave_bounds_that_bound() -> None:
     found = scenario("speculation")
     assert_checked(found)

@@ -33,7 +33,7 @@ class Attends(QuestCPUImpl):
 
     def __init__(self, num_dense_layers: int = 0, layers: tuple[str, ...] = ("model.layers.0.attn",)) -> None:
         self.num_kv_heads, self.head_size = HEADS, DIM
-        self._options = QuestOptions({"num_dense_layers": num_dense_layers})
+        self._options = QuestOptions({"num_dense_layers": num_dense_layers}, device="cpu")
         self._layers = {name: a_layer(name) for name in layers}
         self._is_dense = None
         self.ran: list[str] = []

@@ -55,7 +55,7 @@ class ChunkedLocalAttentionSpec(FullAttentionSpec):
 
 @pytest.mark.parametrize("sinks", [0, 2])
 def test_a_budget_that_cannot_hold_what_is_always_read_names_the_block(sinks: int) -> None:
-    options = VLLMOptions.from_mapping({"token_budget": 64, "num_sink_pages": sinks})
+    options = VLLMOptions.from_mapping({"token_budget": 64, "num_sink_pages": sinks}, "cpu")
     with pytest.raises(
         QuestValueError, match=rf"at least {128 * (sinks + 1)}: .* \(a page is a block of vLLM: --block"
     ):
@@ -63,27 +63,28 @@ def test_a_budget_that_cannot_hold_what_is_always_read_names_the_block(sinks: in
     with pytest.raises(
         QuestValueError, match=r"quest\.token_budget: got 2, .* \(a page is a block of vLLM: --block-size\)$"
     ):
-        VLLMOptions.from_mapping({"token_budget": 2, "num_sink_pages": 2})  # whatever the size of a block
+        VLLMOptions.from_mapping({"token_budget": 2, "num_sink_pages": 2}, "cpu")  # whatever the size of a block
 
 
 @pytest.mark.parametrize("unit", ["page", "token", 4])
 def test_what_is_selected_by_sketches_is_an_option(unit: SelectionUnit) -> None:
-    options = read_options(SimpleNamespace(additional_config={"quest": {"metadata": "sketch", "selection_unit": unit}}))
+    sketches = {"quest": {"metadata": "sketch", "selection_unit": unit}}
+    options = read_options(SimpleNamespace(additional_config=sketches), "cpu")
     assert options is not None
     assert options.config(32) == QuestConfig(page_size=32, metadata="sketch", selection_unit=unit)
     with pytest.raises(QuestValueError, match=r"additional_config\.selection_unit"):
-        read_options(SimpleNamespace(additional_config={"quest": {}, "selection_unit": unit}))
+        read_options(SimpleNamespace(additional_config={"quest": {}, "selection_unit": unit}), "cpu")
 
 
 def test_a_page_size_is_vllms_to_set() -> None:
     message = r"^quest\.page_size: got 16, expected nothing: a page is vLLM's block, set by --block-size$"
     with pytest.raises(QuestValueError, match=message):
-        read_options(SimpleNamespace(additional_config={"quest": {"page_size": 16}}))
+        read_options(SimpleNamespace(additional_config={"quest": {"page_size": 16}}), "cpu")
 
 
 def test_a_server_that_asks_for_nothing_and_one_that_asks_for_the_defaults() -> None:
-    assert read_options(SimpleNamespace(additional_config={})) is None
-    assert read_options(SimpleNamespace(additional_config={"quest": {}})) == VLLMOptions()
+    assert read_options(SimpleNamespace(additional_config={}), "cpu") is None
+    assert read_options(SimpleNamespace(additional_config={"quest": {}}), "cpu") == VLLMOptions(device="cpu")
 
 
 def test_a_release_has_its_layout() -> None:
@@ -97,7 +98,7 @@ FORMS: list[dict[str, Any]] = [
 
 
 def room_of(options: dict[str, Any], dim: int = DIM, dtype: torch.dtype = torch.bfloat16, tokens: int = TOKENS) -> Room:
-    return Room.of(QuestOptions(options).config(tokens), dim, dtype)
+    return Room.of(QuestOptions(options, device="cpu").config(tokens), dim, dtype)
 
 
 def make_blocks(kind: str, room: Room) -> tuple[BlockLayout, torch.Tensor, torch.Tensor]:
@@ -142,7 +143,7 @@ def test_a_block_holds_keys_values_and_what_its_form_keeps(kind: str, options: d
 @pytest.mark.parametrize("kind", ["gpu", "cpu", "rows", "heads"])
 def test_the_verbs_write_to_a_block_what_its_form_keeps(kind: str, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    config, room = QuestOptions(options).config(TOKENS), room_of(options)
+    config, room = QuestOptions(options, device="cpu").config(TOKENS), room_of(options)
     layout, cache, storage = make_blocks(kind, room)
     storage.zero_()
     parts = layout.split(cache, HEADS, DIM, room)
@@ -231,9 +232,9 @@ def test_layers_ask_for_the_room_where_the_backend_is_ours(
 ) -> None:
     stock, layout = FullAttentionSpec(), layout_of(version)
     attention, ours = a_layer(stock)
-    ask_for_room(layout, attention, ours)
+    ask_for_room(layout, attention, ours, "cpu")
     once = attention.get_kv_cache_spec
-    ask_for_room(layout, attention, ours)
+    ask_for_room(layout, attention, ours, "cpu")
     assert attention.get_kv_cache_spec is once
     server = SimpleNamespace(additional_config={"quest": {"metadata": form}})
     spec = attention().get_kv_cache_spec(server)
@@ -258,7 +259,7 @@ def test_layers_ask_for_the_room_where_the_backend_is_ours(
 )
 def test_other_caches_are_refused(spec: FullAttentionSpec) -> None:
     attention, ours = a_layer(spec)
-    ask_for_room(RowedBlocks(), attention, ours)
+    ask_for_room(RowedBlocks(), attention, ours, "cpu")
     with pytest.raises(UnsupportedModelError, match="KV cache: got"):
         attention().get_kv_cache_spec(SimpleNamespace(additional_config={"quest": {}}))
 
@@ -360,6 +361,7 @@ def test_a_vllm_that_nobody_knows_is_left_alone(version: str, is_tested: bool, m
 
 CPU = SimpleNamespace(device_type="cpu")
 MOMENTS = {"quest": {"metadata": "moments"}}
+AUTO = {"quest": {"metadata": "auto"}}
 
 
 @pytest.mark.parametrize(
@@ -372,8 +374,9 @@ MOMENTS = {"quest": {"metadata": "moments"}}
 )
 def test_options_beside_their_place_are_refused(additional: dict[str, Any], message: str) -> None:
     with pytest.raises(QuestValueError, match=message):
-        read_options(SimpleNamespace(additional_config=additional))
-    assert read_options(SimpleNamespace(additional_config={"quest": {}, "another": 1})) == VLLMOptions()
+        read_options(SimpleNamespace(additional_config=additional), "cpu")
+    two = SimpleNamespace(additional_config={"quest": {}, "another": 1})
+    assert read_options(two, "cpu") == VLLMOptions(device="cpu")
 
 
 def test_a_worker_says_its_replica() -> None:
@@ -391,6 +394,7 @@ def test_a_plain_server_is_taken() -> None:
     check_vllm_config(a_server(additional_config={}, model_config={"use_mla": True}), CPU)  # nobody asks
     check_vllm_config(a_server(speculative_config=SimpleNamespace(method="ngram")), CPU)
     check_vllm_config(a_server(additional_config=MOMENTS), CPU)
+    check_vllm_config(a_server(additional_config=AUTO), CPU)
 
 
 def test_moments_do_not_go_with_tokens_that_are_taken_back() -> None:
@@ -398,6 +402,8 @@ def test_moments_do_not_go_with_tokens_that_are_taken_back() -> None:
     message = r"speculative_config\.method: got 'ngram', expected none with quest\.metadata moments"
     with pytest.raises(QuestValueError, match=message):
         check_vllm_config(a_server(additional_config=MOMENTS, speculative_config=SimpleNamespace(method="ngram")), CPU)
+    with pytest.raises(QuestValueError, match=r"none with quest\.metadata auto, moments on cpu: .*; bounds and"):
+        check_vllm_config(a_server(additional_config=AUTO, speculative_config=SimpleNamespace(method="ngram")), CPU)
 
 
 @pytest.mark.parametrize("unit", ["page", "token", 4])
@@ -441,8 +447,12 @@ def test_a_backend_that_cannot_be_captured_is_refused_on_a_gpu() -> None:
         ({"parallel_config": {"pipeline_parallel_size": 2}}, "pipeline_parallel_size: got 2"),
         ({"additional_config": {"Quest": {}}}, "additional_config: got 'Quest', expected 'quest', in small letters"),
         (
-            {"additional_config": {"quest": {"metadata": "auto"}}},
-            r"^quest\.metadata: got 'auto', expected bounds, moments or sketch",
+            {"additional_config": {"quest": {"metadata": "auto", "token_budget": 31}}},
+            r'^quest\.token_budget: got 31, .*; metadata "auto" is moments on cpu \(a page is a block of vLLM: --block',
+        ),
+        (
+            {"additional_config": {"quest": {"metadata": "auto", "selection_unit": 4}}},
+            r"^quest\.selection_unit: got 4, expected page for moments, which scores pages",
         ),
         (
             {"additional_config": {"quest": {"metadata": "moments", "selection_unit": "token"}}},

@@ -23,17 +23,58 @@ def test_an_operator_is_told_of_a_budget_that_is_small_for_the_longest_sequence(
 
 
 def test_options_of_reading_and_of_serving() -> None:
-    options = QuestOptions.from_mapping({"token_budget": 1024, "num_dense_layers": 1, "log_interval": 0})
+    options = QuestOptions.from_mapping({"token_budget": 1024, "num_dense_layers": 1, "log_interval": 0}, "cpu")
     assert options.config(32) == QuestConfig(1024, 32, num_dense_layers=1)
     assert (options.log_interval, options.backend, options.fp8_metadata) == (0, "auto", False)
-    assert QuestOptions.from_mapping({}).config(16) == QuestConfig()
-    moments = QuestOptions.from_mapping({"metadata": "moments", "moments_coefficient": 0.5})
+    assert QuestOptions.from_mapping({}, "cpu").config(16) == QuestConfig()
+    moments = QuestOptions.from_mapping({"metadata": "moments", "moments_coefficient": 0.5}, "cpu")
     assert moments.config(32) == QuestConfig(page_size=32, metadata="moments", moments_coefficient=0.5)
     assert moments.config(32).num_sink_pages == 1
     assert not moments.fp8_metadata
-    units = QuestOptions.from_mapping({"metadata": "sketch", "selection_unit": 4, "candidate_factor": 2})
+    units = QuestOptions.from_mapping({"metadata": "sketch", "selection_unit": 4, "candidate_factor": 2}, "cpu")
     assert units.config(16) == QuestConfig(metadata="sketch", selection_unit=4, candidate_factor=2)
     assert units.least_config().page_size == 4  # no smaller page can be cut into units
+
+
+def test_what_auto_is_in_a_server_depends_on_its_device() -> None:
+    def config_of(device: str, **options: Any) -> QuestConfig:
+        return QuestOptions.from_mapping({"metadata": "auto", **options}, device).config(16)
+
+    assert config_of("cpu") == QuestConfig(metadata="moments")
+    assert config_of("cuda") == QuestConfig(metadata="sketch", selection_unit="token")
+    assert config_of("cuda", metadata_dtype="fp8") == QuestConfig(metadata_dtype="fp8")
+    assert config_of("cuda", selection_unit=4).selection_unit == 4
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "message"),
+    [
+        (
+            "cuda",
+            {"token_budget": 16},
+            r'^quest\.token_budget: got 16, expected at least 32: 2 forced .*; metadata "auto" is sketch on cuda$',
+        ),
+        (
+            "cpu",
+            {"token_budget": 8, "metadata_dtype": "fp8"},
+            r'^quest\.token_budget: got 8, expected at least 16: .*; metadata "auto" is bounds on cpu$',
+        ),
+        (
+            "cuda",
+            {"metadata_dtype": "fp8", "group_reduction": "mass"},
+            r'^quest\.metadata_dtype: got .*, expected kv for sketch: .*; metadata "auto" is sketch on cuda$',
+        ),
+        (
+            "cpu",
+            {"selection_unit": "token"},
+            r'^quest\.selection_unit: got .*, expected page for moments, .*; metadata "auto" is moments on cpu$',
+        ),
+        ("cpu", {"candidate_factor": -1}, r"^quest\.candidate_factor: got -1, expected a non-negative integer$"),
+    ],
+)
+def test_a_mistake_with_auto_says_what_auto_is(device: str, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(QuestValueError, match=message):
+        QuestOptions.from_mapping({"metadata": "auto", **given}, device).config(16)
 
 
 @pytest.mark.parametrize(
@@ -66,11 +107,11 @@ def test_options_of_reading_and_of_serving() -> None:
 )
 def test_options_that_are_refused(given: Any, message: str) -> None:
     with pytest.raises(QuestValueError, match=message):
-        QuestOptions.from_mapping(given)
+        QuestOptions.from_mapping(given, "cpu")
 
 
 def test_a_budget_is_held_to_the_size_of_a_page() -> None:
-    options = QuestOptions.from_mapping({"token_budget": 64})
+    options = QuestOptions.from_mapping({"token_budget": 64}, "cpu")
     assert options.config(32).page_budget == 2
     with pytest.raises(QuestValueError, match="token_budget: got 64, expected at least 128: "):
         options.config(128)
@@ -163,10 +204,11 @@ def test_a_line_at_an_interval_where_something_was_counted(monkeypatch: pytest.M
 
 
 def make_planner(
-    budget: int = 32, sparse_layers: tuple[str, ...] = ("b", "c"), max_length: int = 1024, **options: Any
-) -> RowPlanner:
+    budget: int = 32, sparse_layers: tuple[str, ...] = ("b", "c"), max_length: int = 1024, device: str = "cpu",
+    **options: Any,
+) -> RowPlanner:  # fmt: skip
     return RowPlanner(
-        QuestConfig(budget, **options),
+        QuestConfig.from_dict({"token_budget": budget, **options}, device),
         torch.device("cpu"),
         label="worker 0",
         sparse_layers=sparse_layers,
@@ -212,6 +254,22 @@ def test_a_worker_says_by_what_it_chooses_where_that_is_not_the_default(caplog: 
     caplog.set_level(logging.INFO)
     make_planner(metadata="moments", moments_coefficient=0.5)
     assert " in 2 of 4 layers, chosen by Moments(coefficient=0.5); backend torch, " in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "chosen"),
+    [
+        ("cpu", {}, 'of 16 tokens in 2 of 4 layers, chosen by Moments(coefficient=1.0), which metadata "auto" is on'),
+        ("cuda", {}, 'tokens in 2 of 4 layers, chosen by Sketch(page_size=16), which metadata "auto" is on cuda; '),
+        ("cuda", {"metadata_dtype": "fp8"}, 'layers, chosen by Bounds(), which metadata "auto" is on cuda; '),
+    ],
+)  # fmt: skip
+def test_a_worker_says_what_auto_became(
+    device: str, options: dict[str, Any], chosen: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    make_planner(device=device, metadata="auto", **options)
+    assert chosen in caplog.messages[0]
 
 
 def test_a_worker_that_reads_tokens_says_how_many(caplog: pytest.LogCaptureFixture) -> None:

@@ -209,6 +209,11 @@ class OracleExtension(QuestWorkerExtension):
 
         kind.write, kind.attend = checked_write, checked_attend
 
+    def quest_form(self) -> str:
+        """What this worker's steps are planned with."""
+        builder = self.model_runner.attn_groups[0][0].get_metadata_builder()  # type: ignore[attr-defined]
+        return str(form_of(builder.config))
+
     def oracle_report(self) -> dict[str, Any]:
         """What the oracle of this worker saw."""
         oracle: Oracle = self._oracle  # type: ignore[attr-defined]

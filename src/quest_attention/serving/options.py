@@ -31,6 +31,7 @@ class QuestOptions:
 
     Args:
         reading: Options of `QuestConfig`, all but the page size, which is the engine's.
+        device: Type of the device that the server runs on, which says what metadata "auto" is.
         log_interval: Seconds between lines of counters in a worker's log; 0 for none [s].
 
     Raises:
@@ -42,19 +43,13 @@ class QuestOptions:
     page_size_rule: ClassVar[str] = "a page is the engine's"
     page_size_hint: ClassVar[str] = ""
     reading: Mapping[str, Any] = field(default_factory=dict)
+    device: str = field(kw_only=True)
     log_interval: float = _LOG_INTERVAL
 
     def __post_init__(self) -> None:
         number: object = self.log_interval
         if not isinstance(number, int | float) or isinstance(number, bool) or not 0 <= number < float("inf"):
             raise QuestValueError(f"{KEY}.log_interval", number, "seconds, 0 for no such lines")
-        metadata, unit = self.reading.get("metadata"), self.reading.get("selection_unit")
-        if metadata == "auto":
-            expected = "bounds, moments or sketch: a server's cache is laid out before a device is asked"
-            raise QuestValueError(f"{KEY}.metadata", metadata, expected)
-        if metadata in (None, "bounds", "moments") and unit in ("token", 4):
-            expected = f"page for {metadata or 'bounds'}, which scores pages: in a server tokens are chosen by sketch"
-            raise QuestValueError(f"{KEY}.selection_unit", unit, expected)
         self.least_config()  # checks everything but whether the budget holds pages of the real size
 
     @property
@@ -78,27 +73,37 @@ class QuestOptions:
         return bool(self.reading.get("metadata_dtype", "kv") != "kv")
 
     def config(self, page_size: int) -> QuestConfig:
-        """The config for pages of the engine's size [tokens].
+        """The config for pages of the engine's size [tokens], with a form of metadata.
 
         Raises:
             QuestValueError: The budget cannot hold the forced pages, or a value is wrong.
         """
         try:
-            return QuestConfig.from_dict({**self.reading, _PAGE_SIZE: page_size})
+            config = QuestConfig.from_dict({**self.reading, _PAGE_SIZE: page_size}, self.device)
         except QuestValueError as error:
             hint = self.page_size_hint if "forced page" in error.expected else ""
             raise QuestValueError(f"{KEY}.{error.argument}", error.got, error.expected + hint) from None
+        if not config.scores_tokens and config.selection_unit != "page":
+            expected = f"page for {config.metadata}, which scores pages: in a server tokens are chosen by sketch"
+            if config.auto_device is not None:
+                expected += f'; metadata "auto" is {config.metadata} on {config.auto_device}'
+            raise QuestValueError(f"{KEY}.selection_unit", config.selection_unit, expected)
+        return config
 
     @classmethod
-    def from_mapping(cls, given: object) -> QuestOptions:
+    def from_mapping(cls, given: object, device: str) -> QuestOptions:
         """Read options as they come from JSON.
+
+        Args:
+            given: The options by name.
+            device: Type of the device that the server runs on.
 
         Raises:
             QuestValueError: Something is unknown or wrong.
 
-        >>> QuestOptions.from_mapping({"token_budget": 1024}).config(16).page_budget
+        >>> QuestOptions.from_mapping({"token_budget": 1024}, "cuda").config(16).page_budget
         64
-        >>> QuestOptions.from_mapping({"token_buget": 1024})
+        >>> QuestOptions.from_mapping({"token_buget": 1024}, "cuda")
         Traceback (most recent call last):
         quest_attention.errors.QuestValueError: quest.token_buget: got 1024, expected a known option: did you mean token_budget?
         """  # noqa: E501 (a message)
@@ -113,7 +118,7 @@ class QuestOptions:
                 hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(known)}"
                 raise QuestValueError(f"{KEY}.{name}", value, f"a known option: {hint}")
         reading = {name: value for name, value in given.items() if name not in _OF_SERVING}
-        return cls(reading, **{name: given[name] for name in _OF_SERVING if name in given})
+        return cls(reading, device=device, **{name: given[name] for name in _OF_SERVING if name in given})
 
 
 def advice_on_budget(token_budget: int, max_model_len: int) -> str | None:

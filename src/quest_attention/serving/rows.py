@@ -64,7 +64,10 @@ class RowPlanner:
             most = num_pages(max_length, config.page_size)
             read = f"{config.page_budget} of up to {most} pages of {config.page_size} tokens"
         read += f" in {len(sparse_layers)} of {num_layers} layers"
-        read += "" if config.metadata == "bounds" else f", chosen by {form_of(config)}"
+        if config.auto_device is not None:
+            read += f', chosen by {form_of(config)}, which metadata "auto" is on {config.auto_device}'
+        elif config.metadata != "bounds":
+            read += f", chosen by {form_of(config)}"
         chosen = resolve_backend(config.backend, device)
         backend = f"backend {chosen.name}, {chosen.reason}"
         logger.info("Quest, %s: decode rows past %d tokens read %s; %s.", label, budget, read, backend)

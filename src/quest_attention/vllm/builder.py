@@ -35,7 +35,7 @@ class QuestMetadataBuilder:
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
-        options = read_options(vllm_config)
+        options = read_options(vllm_config, device.type)
         assert options is not None, "a layer of the model was made with these options"
         self.config = options.config(kv_cache_spec.block_size)
         check_full(kv_cache_spec)

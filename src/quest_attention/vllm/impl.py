@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 
 from quest_attention.errors import QuestValueError
 from quest_attention.forms import form_of
@@ -61,7 +62,7 @@ class QuestAttentionImpl:
         )  # fmt: skip
         vllm_config = get_current_vllm_config()
         check_transfer(vllm_config.kv_transfer_config)  # vLLM may have made one since the configuration was looked at
-        options = read_options(vllm_config)
+        options = read_options(vllm_config, current_platform.device_type)
         if options is None:
             raise QuestValueError("additional_config", "nothing", f'{{"{KEY}": {{"token_budget": 2048}}}} or the like')
         super().__init__(  # type: ignore[call-arg]
@@ -75,7 +76,7 @@ class QuestAttentionImpl:
         self._layout = layout_of(vllm_version())
         from vllm.model_executor.layers.attention import Attention
 
-        ask_for_room(self._layout, Attention, self.backend_class)
+        ask_for_room(self._layout, Attention, self.backend_class, options.device)
         self._cache_config = vllm_config.cache_config  # its block size is final when there is a cache
         self._opened: OpenCache | None = None
         self._is_dense: bool | None = None

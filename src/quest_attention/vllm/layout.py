@@ -175,7 +175,7 @@ class PaddedBlocks:
         return BlockParts(kv_cache, keys, values, _as_metadata(run, room))
 
 
-def ask_for_room(layout: BlockLayout, attention: Any, backend: type) -> None:
+def ask_for_room(layout: BlockLayout, attention: Any, backend: type, device: str) -> None:
     """Have layers say that they store page metadata too, before a model's are asked; more than once is once.
 
     The method that says it is told the server's configuration. What 0.32 asks a backend, `customize_spec`, is not, and
@@ -185,6 +185,7 @@ def ask_for_room(layout: BlockLayout, attention: Any, backend: type) -> None:
         layout: Of the release.
         attention: vLLM's class `Attention`, whose `get_kv_cache_spec` is changed.
         backend: Quest's backend: layers with others are left alone.
+        device: Type of the device that it is for.
     """
     original = attention.get_kv_cache_spec
     if getattr(original, _INSTALLED, False):
@@ -196,7 +197,7 @@ def ask_for_room(layout: BlockLayout, attention: Any, backend: type) -> None:
         if spec is None or not issubclass(layer.attn_backend, backend):
             return spec
         check_full(spec)
-        options = read_options(vllm_config)
+        options = read_options(vllm_config, device)
         assert options is not None, "a layer of the model was made with these options"
         return layout.with_room(spec, Room.of(options.config(spec.block_size), spec.head_size, spec.dtype))
 

@@ -21,11 +21,12 @@ class VLLMOptions(QuestOptions):
     page_size_hint = " (a page is a block of vLLM: --block-size)"
 
 
-def read_options(vllm_config: Any) -> QuestOptions | None:
+def read_options(vllm_config: Any, device: str) -> QuestOptions | None:
     """The options of a server, or None where it does not ask for Quest.
 
     Args:
         vllm_config: A `VllmConfig`.
+        device: vLLM's type of the device, which is known in every process before a block is laid out.
 
     Raises:
         QuestValueError: Something under "quest" is unknown or wrong, "quest" is spelt otherwise, or an option of Quest
@@ -42,4 +43,4 @@ def read_options(vllm_config: Any) -> QuestOptions | None:
     for name in _OURS_ALONE:
         if name in additional:
             raise QuestValueError(f"additional_config.{name}", additional[name], f"it under {KEY!r}: {KEY}.{name}")
-    return VLLMOptions.from_mapping(additional[KEY])
+    return VLLMOptions.from_mapping(additional[KEY], device)

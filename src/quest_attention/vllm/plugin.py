@@ -83,7 +83,7 @@ def _wrap_check(platform: Any) -> None:
     @wraps(original.__func__)
     def check_and_update_config(cls: Any, vllm_config: Any) -> None:
         original.__func__(cls, vllm_config)
-        if read_options(vllm_config) is not None:
+        if read_options(vllm_config, cls.device_type) is not None:
             _check_installation(cls)
             check_vllm_config(vllm_config, cls)
         elif _is_ours(cls, vllm_config.attention_config.backend):

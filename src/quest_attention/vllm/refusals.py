@@ -36,7 +36,7 @@ def check_vllm_config(vllm_config: Any, platform: Any) -> None:
         UnsupportedModelError: The model has an attention that Quest cannot serve.
     """
     backend = getattr(vllm_config.attention_config.backend, "name", None)
-    options = read_options(vllm_config)
+    options = read_options(vllm_config, platform.device_type)
     if options is None:
         return
     if backend != BACKEND_NAME:
@@ -144,10 +144,15 @@ def _check_settings(options: QuestOptions, vllm_config: Any) -> None:
             raise QuestValueError(name, True, "False: two batches at once would share scratch memory")
     check_transfer(vllm_config.kv_transfer_config)
     speculation = vllm_config.speculative_config
-    form = form_of(options.least_config())
+    config = options.least_config()
+    form = form_of(config)
     # Bounds still bound what is left, and whole pages are taken anew from the cache when they are complete again.
     if speculation is not None and not (form.is_bound or form.takes_whole_pages):
-        reason = f"none with {KEY}.metadata moments: tokens taken back would stay in those of their page"
+        found = form.name if config.auto_device is None else f"auto, {form.name} on {config.auto_device}"
+        reason = (
+            f"none with {KEY}.metadata {found}: tokens taken back would stay in those of their page; bounds and sketch "
+            "go with it"
+        )
         raise QuestValueError("speculative_config.method", speculation.method, reason)
     if speculation is not None and speculation.method not in _DRAFT_FREE:
         names = ", ".join(_DRAFT_FREE)
