@@ -225,17 +225,29 @@ def test_a_demonstration_by_tokens(quest: Cli, model_folder: str) -> None:
     assert 16 * sum(shares) == pytest.approx(64 * layers), "64 tokens a step and head"
     assert all(shares[layer * pages] == 1 for layer in range(layers)), "the first page is read always"
     shown = quest(*given, *options).out
-    assert "(2 pages always, the others chosen one by one)" in " ".join(shown.split())
+    assert "(2 pages always, the others chosen one by one by sketch)" in " ".join(shown.split())
     assert "Tokens of each page read" in shown and "the sketches of" in shown
     assert "the fact: read in" in shown and "seldom" not in shown
     assert "the bounds" not in shown
+
+
+def test_a_demonstration_and_a_text_with_auto_say_what_it_is(quest: Cli, model_folder: str, tmp_path: Path) -> None:
+    shown = quest("demo", "-m", model_folder, "--length", "1024", "--token-budget", "64", "--metadata", "auto").out
+    assert "(4 pages of 16, by moments (auto on cpu))" in " ".join(shown.split())
+    assert "the moments of all" in " ".join(shown.split())
+    file = tmp_path / "prompt.txt"
+    file.write_text(SOUTH.text()[:2000], encoding="utf-8")
+    given = ("generate", "-m", model_folder, "-f", str(file), "-b", "64", "-n", "5", "--metadata", "auto")
+    assert "64 tokens a step)\nchosen   by moments (auto on cpu)\n" in quest(*given).err
+    report = json.loads(quest(*given, "--json").out)
+    assert report["quest"]["metadata"] == report["counters"]["metadata"] == "moments"
 
 
 def test_the_summary_tells_the_share_of_the_layers_with_quest(quest: Cli, model_folder: str, tmp_path: Path) -> None:
     file = tmp_path / "prompt.txt"
     file.write_text(SOUTH.text()[:2000], encoding="utf-8")
     result = quest("generate", "-m", model_folder, "-f", str(file), "-b", "64", "-n", "5")
-    assert "in the 1 of 3 layers with Quest, 64 tokens a step" in result.err
+    assert "in the 1 of 3 layers with Quest, 64 tokens a step)\nchosen   by bounds\n" in result.err
 
 
 def test_a_quiet_run_writes_the_text_alone(quest: Cli, model_folder: str) -> None:
@@ -437,6 +449,14 @@ def test_wrong_options(quest: Cli, model_folder: str, arguments: list[str], line
         (
             ["--method", "quest:metadata=moments,metadata_dtype=fp8"],
             "--method: got 'quest:metadata=moments,metadata_dtype=fp8', expected another metadata_dtype: kv for",
+        ),
+        (
+            ["--method", "quest:metadata=auto,moments_coefficient=1.0,metadata_dtype=fp8", "--device", "cpu"],
+            "--method: got 'quest:metadata=auto,moments_coefficient=1.0,metadata_dtype=fp8', expected another metadata",
+        ),
+        (
+            ["--method", "quest:metadata=auto,quest:metadata=moments", "--device", "cpu"],
+            "--method: got 'quest:metadata=moments', expected methods that differ: it is quest:metadata=moments,sel",
         ),
         (["--method", "quest:"], "--method: got 'quest:', expected option=value behind the colon"),
         (["--method", ""], "--method: got 'nothing', expected at least one"),

@@ -15,7 +15,7 @@ from families import FAMILIES, build
 from quest_attention import QuestConfig, QuestStateError, QuestValueError
 from quest_attention.eval.context import read_context
 from quest_attention.eval.decode import decode_answer
-from quest_attention.eval.methods import METHODS, Full, Method, PageCeiling, Quest, Session, make_method
+from quest_attention.eval.methods import METHODS, Full, Method, PageCeiling, Quest, Session, make_method, spell_out
 from quest_attention.eval.methods.evicting import Policy
 from quest_attention.eval.methods.h2o import H2O
 from quest_attention.eval.methods.page_ceiling import true_scores
@@ -332,6 +332,34 @@ def test_tokens_ranked_by_keys_as_an_option_of_quest(model: LlamaForCausalLM, me
         assert reads.is_sparse and reads.tokens_read == 16 * reads.steps
     with pytest.raises(QuestValueError, match="metadata: got 'auto', expected a form by name"):
         method("quest:metadata=auto", 16)  # a table says what was read, before any device is known
+
+
+@pytest.mark.parametrize(
+    ("spec", "device", "spelt"),
+    [
+        ("full", "cpu", "full"),
+        ("quest", "cuda", "quest"),
+        ("quest:metadata=moments", "cuda", "quest:metadata=moments"),
+        ("quest:metadata=auto", "cpu", "quest:metadata=moments,selection_unit=page"),
+        ("quest:metadata=auto", "cuda", "quest:metadata=sketch,selection_unit=token"),
+        ("quest:num_sink_pages=2,metadata=auto", "cuda", "quest:num_sink_pages=2,metadata=sketch,selection_unit=token"),
+        ("quest:metadata=auto,selection_unit=4", "cpu", "quest:metadata=moments,selection_unit=4"),
+        (
+            "quest:metadata=auto,metadata_dtype=fp8",
+            "cuda",
+            "quest:metadata=bounds,metadata_dtype=fp8,selection_unit=page",
+        ),
+    ],
+)
+def test_a_table_names_the_form_that_auto_is(spec: str, device: str, spelt: str) -> None:
+    assert spell_out(spec, device) == spelt
+    assert spell_out(spelt, "mps") == spelt
+    assert method(spelt, 64).name == spec.partition(":")[0], "it can be made"
+
+
+def test_a_form_that_auto_is_and_that_takes_no_such_option() -> None:
+    with pytest.raises(QuestValueError, match=r'another group_reduction: max or mean for .*; metadata "auto"'):
+        spell_out("quest:metadata=auto,group_reduction=mass,metadata_dtype=fp8", "cpu")
 
 
 def test_the_token_oracle_against_loops(model: LlamaForCausalLM) -> None:

@@ -10,7 +10,7 @@ import torch
 from families import FAMILIES, Family, build
 from quest_attention import QuestCache, QuestConfig, QuestValueError, enable_quest
 from quest_attention.config import Metadata
-from quest_attention.hf import layer_kinds
+from quest_attention.hf import cache_argument, layer_kinds
 from tiny import LARGE, PAGE_SIZE, SMALL, generate, logits_of_steps, make_llama, prompt
 from ways import WAYS, tokens_of
 
@@ -83,8 +83,20 @@ def test_auto_is_a_form_when_quest_is_enabled() -> None:
         assert quest.counters.layers[-1].unit_size == PAGE_SIZE and quest.counters.sparse_steps > 0
     with enable_quest(model, auto.resolved("cpu")):
         assert torch.equal(generate(model, prompt()), made)
-    with pytest.raises(QuestValueError, match="metadata: got 'auto', expected a form by name"):
-        QuestCache(model.config, auto)
-    with pytest.raises(QuestValueError, match="candidate_factor: got 8, expected 0 for whole pages by moments"):
-        enable_quest(model, dataclasses.replace(auto, candidate_factor=8))
+    with pytest.raises(QuestValueError, match=r'2 forced pages of 4 tokens; metadata "auto" is moments on cpu$'):
+        # By bounds, which a GPU's list comes to, one page is enough.
+        enable_quest(model, QuestConfig(4, PAGE_SIZE, 1, metadata="auto", group_reduction="mean"))
     assert not hasattr(model, "_quest_handle")
+
+
+def test_a_cache_of_ones_own_with_auto_has_a_form_once_there_are_tokens() -> None:
+    model, auto = make_llama(), QuestConfig(24, PAGE_SIZE, 1, metadata="auto", selection_unit="token")
+    cache = QuestCache(model.config, auto)
+    assert cache.quest == auto and cache.counters.metadata == "auto"
+    with enable_quest(model, auto) as quest:
+        made = generate(model, prompt(), **cache_argument(cache))
+        assert cache.quest == quest.config == auto.resolved("cpu")
+        assert cache.counters.metadata == "moments" and cache.counters.pages_read is None
+        assert torch.equal(generate(model, prompt()), made)
+        assert cache.counters.to_dict() == quest.counters.to_dict()
+    assert "sparse steps chose by moments" in quest.counters.summary()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ from backends import available
 from caches import LAYOUTS, Cache, make_cache
 from likeness import as_lists, query_for
 from quest_attention import QuestConfig, QuestValueError, quest_decode, update_page_metadata
-from quest_attention.config import GroupReduction, SelectionUnit
-from quest_attention.forms import Bounds, MetadataForm, Moments
+from quest_attention.config import GroupReduction, Metadata, SelectionUnit
+from quest_attention.forms import Bounds, MetadataForm, Moments, Sketch
 from quest_attention.ops import Step, candidates, make_workspace, resolve_backend, run_step
 from quest_attention.ops.masses import NO_CANDIDATE
 from quest_attention.ops.ranking import ranking, ranking_of_weights
@@ -189,16 +189,15 @@ def test_memory_and_output_of_the_callers_are_used() -> None:
     assert done.output is out and torch.equal(out, expected.output)
 
 
-def test_auto_is_resolved_for_the_cache() -> None:
-    cache = filled([99, 99], Moments(1.0), layout="contiguous")
+@pytest.mark.parametrize("form", [*FORMS, Sketch(PAGE_SIZE)])
+def test_auto_is_the_form_that_the_cache_has(form: MetadataForm) -> None:
+    cache = filled([99, 99], form, layout="contiguous")
     query = query_for(cache, 2)
-    auto = config_of(Moments(1.0), metadata="auto")
+    auto = QuestConfig(BUDGET, PAGE_SIZE, metadata="auto", selection_unit="token")
+    named = replace(auto, metadata=cast("Metadata", form.name))
     step = quest_decode(query, cache.kv, 99, auto, workspace=make_workspace(cache.kv, query.shape[1], auto))
     assert step.selected.unit_size == 1
-    assert torch.equal(step.output, quest_decode(query, cache.kv, 99, config_of(Moments(1.0))).output)
-    bounds = filled([99, 99], Bounds())
-    with pytest.raises(QuestValueError, match=r"config\.metadata: got 'moments', expected bounds, as the cache"):
-        quest_decode(query_for(bounds, 2), bounds.kv, 99, auto)
+    assert torch.equal(step.output, quest_decode(query, cache.kv, 99, named).output)
 
 
 def test_the_kernels_refuse_it() -> None:

@@ -285,12 +285,14 @@ def evaluate(
     check_workers(workers)
     folder = path_of("output", output)
     from quest_attention.cli.eval import evaluate as run_evaluation
+    from quest_attention.cli.loading import resolve_device
     from quest_attention.eval.frame import Chat
+    from quest_attention.eval.methods import spell_out
     from quest_attention.eval.plan import Plan, Question
 
     plan = Plan(
         tasks=tuple(dict.fromkeys(tasks)),
-        methods=split_list(methods),
+        methods=tuple(spell_out(method, resolve_device(device).type, page_size) for method in split_list(methods)),
         token_budgets=split_list(token_budgets),
         lengths=tuple(integers("length", lengths)),
         num_samples=num_samples,

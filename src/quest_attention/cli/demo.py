@@ -18,7 +18,7 @@ from quest_attention.cli.page_picture import page_picture
 from quest_attention.cli.table import print_table
 from quest_attention.config import QuestConfig
 from quest_attention.eval.demo import Demo, MethodResult, check_case, check_fits, make_case, run_demo
-from quest_attention.eval.wording import counted
+from quest_attention.eval.wording import chosen_by, counted
 
 __all__ = ["show_demo"]
 
@@ -105,11 +105,11 @@ def _show(console: Console, demo: Demo, loaded: LoadedModel, seconds: float) -> 
 
 
 def _units(config: QuestConfig) -> str:
-    """What fills the budget."""
+    """What fills the budget, and by what it is chosen."""
     if config.units_per_page == 1:
-        return f"{counted(config.page_budget, 'page')} of {config.page_size}"
+        return f"{counted(config.page_budget, 'page')} of {config.page_size}, by {chosen_by(config)}"
     how = "one by one" if config.unit_size == 1 else f"in runs of {config.unit_size}"
-    return f"{counted(config.num_forced_pages, 'page')} always, the others chosen {how}"
+    return f"{counted(config.num_forced_pages, 'page')} always, the others chosen {how} by {chosen_by(config)}"
 
 
 def _pages(pages: range) -> str:

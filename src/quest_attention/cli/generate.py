@@ -21,7 +21,7 @@ from quest_attention.cli.loading import LoadedModel, load_model, resolve_device,
 from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestValueError
 from quest_attention.eval.frame import turn_end
-from quest_attention.eval.wording import counted
+from quest_attention.eval.wording import chosen_by, counted
 from quest_attention.hf import QuestCounters, enable_quest
 from quest_attention.ops.dispatch import resolve_backend
 
@@ -107,7 +107,10 @@ def stream_text(
     ids = _encode(loaded.tokenizer, prompt, is_chat)
     _check_fits(loaded.model, ids.shape[1], sampling)
     with contextlib.ExitStack() as stack:
-        counters = None if config is None else stack.enter_context(enable_quest(loaded.model, config)).counters
+        counters = None
+        if config is not None:
+            handle = stack.enter_context(enable_quest(loaded.model, config))
+            config, counters = handle.config, handle.counters  # with the form of its metadata
         written = _generate(loaded, ids, sampling, is_chat=is_chat, is_silent=as_json, is_quiet=is_quiet)
     if as_json:
         sys.stdout.write(json.dumps(_report(written, config, counters, loaded), indent=2) + "\n")
@@ -245,6 +248,8 @@ def _summary(written: Written, config: QuestConfig | None, counters: QuestCounte
             f"{1e3 / written.decode_speed:.2f} ms a token"
         )
     lines.append(f"cache    {_reads(config, counters)}")
+    if config is not None and counters is not None and counters.sparse_steps:
+        lines.append(f"chosen   by {chosen_by(config)}")
     return "\n".join(lines)
 
 

@@ -176,7 +176,8 @@ def run_demo(
         model: Loaded with `attn_implementation="sdpa"`.
         tokenizer: Its tokenizer.
         case: From `make_case`.
-        config: What Quest reads; the sliding window reads as many tokens, with as many dense layers.
+        config: What Quest reads; the sliding window reads as many tokens, with as many dense layers. Metadata "auto"
+            is resolved for the model's device, and the result's `config` says what it is.
         on_progress: Called with what is being done, how much is done and how much there is.
 
     Raises:
@@ -184,6 +185,7 @@ def run_demo(
         UnsupportedModelError: Quest cannot serve the model.
     """
     check_fits(model, case.length, config)
+    config = config.resolved(model.device.type)
     pages = PageReads(config.page_size)
     methods: list[Method] = [
         Full(),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["counted"]
+from quest_attention.config import QuestConfig
+
+__all__ = ["chosen_by", "counted"]
 
 
 def counted(number: int, noun: str) -> str:
@@ -12,3 +14,13 @@ def counted(number: int, noun: str) -> str:
     ('1 page', '8,192 tokens')
     """
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def chosen_by(config: QuestConfig) -> str:
+    """What a config with a form chooses by, and that nobody named it, where nobody did.
+
+    >>> chosen_by(QuestConfig.paper()), chosen_by(QuestConfig(metadata="auto").resolved("cpu"))
+    ('bounds', 'moments (auto on cpu)')
+    """
+    device = config.auto_device
+    return config.metadata if device is None else f"{config.metadata} (auto on {device})"

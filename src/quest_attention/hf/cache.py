@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
-from quest_attention.config import QuestConfig, check_integer, refuse_auto
+from quest_attention.config import QuestConfig, check_integer
 from quest_attention.errors import QuestValueError
 from quest_attention.hf.compiler import kept_from_compilers
 from quest_attention.hf.counters import LayerCounter, QuestCounters
@@ -69,30 +69,27 @@ class QuestCache(DynamicCache):
 
     Args:
         config: Configuration of the model.
-        quest: What to read.
+        quest: What to read; metadata "auto" becomes a form with the first tokens, for the device that they are on.
         max_length: Tokens to make room for at once, where known [tokens].
         counters: Counters to go on counting in, of a cache of the same model and config; new ones by default.
         on_select: Called after each sparse decode step of a layer with its index, the selection and its pages.
         is_estimate: Whether fewer tokens than `max_length` may come: then there is room for twice the first at most.
 
     Raises:
-        QuestValueError: An argument is wrong, or leaves the metadata to a device that is not known: `make_cache` of a
-            handle knows it.
+        QuestValueError: An argument is wrong.
     """
 
     def __init__(
         self, config: PretrainedConfig, quest: QuestConfig | None = None, *, max_length: int | None = None,
         counters: QuestCounters | None = None, on_select: OnSelect | None = None, is_estimate: bool = False,
     ) -> None:  # fmt: skip
-        self.quest = QuestConfig() if quest is None else quest
-        kinds = layer_kinds(config, self.quest)
-        if self.quest.metadata == "auto":
-            refuse_auto()  # a cache made by a handle, or by generate(), has the handle's form
+        self._given = QuestConfig() if quest is None else quest
+        kinds = layer_kinds(config, self._given)
         if max_length is not None:
             check_integer("max_length", max_length, minimum=1)
         check_on_select(on_select)
         if counters is None:
-            counters = QuestCounters([LayerCounter(index, kind, self.quest) for index, kind in kinds.items()])
+            counters = QuestCounters([LayerCounter(index, kind, self._given) for index, kind in kinds.items()])
         elif not isinstance(counters, QuestCounters):
             raise QuestValueError("counters", counters, "QuestCounters")
         counted = {counter.layer: counter.kind for counter in counters.layers}
@@ -104,9 +101,14 @@ class QuestCache(DynamicCache):
         for counter in self.counters.layers:
             if counter.kind in ("quest", "dense"):
                 self.layers[counter.layer] = QuestLayer(
-                    self.quest, counter, is_dense=counter.kind == "dense", workspaces=workspaces, max_length=max_length,
-                    is_estimate=is_estimate, on_select=on_select,
+                    self._given, counter, is_dense=counter.kind == "dense", workspaces=workspaces,
+                    max_length=max_length, is_estimate=is_estimate, on_select=on_select,
                 )  # fmt: skip
+
+    @property
+    def quest(self) -> QuestConfig:
+        """What to read, with a form of metadata once there are tokens."""
+        return next((layer.config for layer in self.layers if isinstance(layer, QuestLayer)), self._given)
 
     @kept_from_compilers
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:

@@ -24,6 +24,7 @@ class LayerCounter:
         dense_steps: Steps that read everything [steps], by reason: `"dense layer"`, `"within budget"`.
         bypassed_steps: Steps whose keys the model never handed to Quest's attention [steps].
         prefill_tokens: Tokens per sequence that came in passes of several tokens (prefill, verification) [tokens].
+        metadata: By what the sparse steps chose; "auto" until the device is known, by the first tokens.
         page_size: Of the cache [tokens].
         unit_size: Of what steps select [tokens].
         tokens_held: Tokens a dense layer would have read in the counted steps, per KV head, over all sequences, in
@@ -35,10 +36,17 @@ class LayerCounter:
     def __init__(self, layer: int, kind: str, config: QuestConfig) -> None:
         self.layer = layer
         self.kind = kind
-        self.page_size, self.unit_size = config.page_size, config.unit_size
-        self._ranks_by_keys = config.candidate_budget > 0
+        self.count_by(config)
         self._lock = threading.Lock()
         self.reset()
+
+    def count_by(self, config: QuestConfig) -> None:
+        """Count what this config reads: said again when its metadata "auto" has become a form, before a step is."""
+        is_open = config.metadata == "auto"
+        self.metadata = config.metadata
+        self.page_size = config.page_size
+        self.unit_size = config.page_size if is_open else config.unit_size
+        self._ranks_by_keys = not is_open and config.candidate_budget > 0
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the lock, so that a cache can be copied with its counters."""
@@ -186,6 +194,11 @@ class QuestCounters:
         return _sum(layer.pages_held for layer in self.layers)
 
     @property
+    def metadata(self) -> str | None:
+        """By what the layers with Quest choose: `"moments"`, say. None where there is none such."""
+        return next((layer.metadata for layer in self.layers if layer.kind == "quest"), None)
+
+    @property
     def share_read(self) -> float:
         """Share of the KV cache that the counted decode steps read, 0 to 1; 1 when nothing was counted."""
         return self.tokens_read / self.tokens_held if self.tokens_held else 1.0
@@ -201,6 +214,7 @@ class QuestCounters:
             "sparse_steps": self.sparse_steps,
             "dense_steps": self.dense_steps,
             "bypassed_steps": self.bypassed_steps,
+            "metadata": self.metadata,
             **_reads(self),
             "share_read": self.share_read,
             "layers": [layer.to_dict() for layer in self.layers],
@@ -218,6 +232,8 @@ class QuestCounters:
             shown = (read, held) if of_tokens else (each.pages_read, each.pages_held)
             rows.append((*name, *steps, *shown, f"{read / held:.1%}" if held else "-"))
         lines = ["{:>5}  {:<12} {:>8} {:>8} {:>12} {:>12} {:>7}".format(*row) for row in rows]
+        if self.sparse_steps:
+            lines.append(f"sparse steps chose by {self.metadata}")
         if self.bypassed_steps:
             lines.append(f"{self.bypassed_steps} layer steps never reached Quest's attention and read everything")
         return "\n".join(lines)

@@ -42,7 +42,7 @@ class QuestLayer(StepReporter, StoredLayer):
     `update` writes in place and returns views: no token is copied again at each step, as `torch.cat` does.
 
     Args:
-        config: What to read.
+        config: What to read; metadata "auto" becomes a form with the first tokens.
         counter: Where steps are counted.
         is_dense: Whether the layer always reads everything; it then keeps no metadata.
         workspaces: Scratch memory shared with the other layers of the cache.
@@ -89,6 +89,9 @@ class QuestLayer(StepReporter, StoredLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the first tokens `[B, HKV, T, D]`."""
+        if self.config.metadata == "auto":
+            self.config = self.config.resolved(key_states.device.type)
+            self.counter.count_by(self.config)
         new = key_states.shape[2]
         storage = KVStorage(
             key_states, value_states, batch=key_states.shape[0], length=max(new, self._first_room(new)),

@@ -416,7 +416,7 @@ def quest_decode(
         kv: The cache, its metadata up to date.
         seq_lens: Tokens per sequence, the query's own included [tokens].
         config: Budget, forced pages, what is selected, group reduction and backend. Page size and metadata must be the
-            cache's; metadata "auto" is what it is for the cache's device.
+            cache's; metadata "auto" is the cache's, with what else is not given as it is for its device.
         sm_scale: Factor on the logits; None is `D ** -0.5`.
         softcap: See `sparse_decode_attention`.
         sinks: See `sparse_decode_attention`.
@@ -440,8 +440,8 @@ def quest_decode(
     (torch.Size([1, 8, 32]), torch.Size([1, 4, 2]))
     """
     step = Step(
-        query=query, kv=kv, seq_lens=seq_lens, config=config.resolved(kv.keys.device.type),
-        sm_scale=sm_scale, softcap=softcap, sinks=sinks, token_mask=token_mask, workspace=workspace, out=out,
+        query=query, kv=kv, seq_lens=seq_lens, config=config, sm_scale=sm_scale, softcap=softcap, sinks=sinks,
+        token_mask=token_mask, workspace=workspace, out=out,
     )  # fmt: skip
     return run_step(step)
 
@@ -539,7 +539,7 @@ def make_workspace(
     Args:
         kv: The cache.
         num_query_heads: Query heads, HQ.
-        config: What to read; metadata "auto" is what it is for the device of the cache.
+        config: What to read; metadata "auto" is as for `quest_decode`.
         batch_sizes: Of steps over the same pages that may use the memory, whatever the page table; None is the batch of
             the cache [sequences]. The PyTorch backend serves that one only.
 
@@ -550,7 +550,7 @@ def make_workspace(
     Raises:
         BackendError: The backend cannot run here, or not with these units or this metadata.
     """
-    config = config.resolved(kv.keys.device.type)
+    config = config.resolved(kv.keys.device.type, kv.form.name)
     backend = resolve_backend(config.backend, kv.keys.device, kv.keys.dtype)
     check_backend(backend, config)
     return backend.make_workspace(kv, num_query_heads, config, batch_sizes)

@@ -22,7 +22,7 @@ class Rows:
 
     Attributes:
         seq_lens: `[B]` int32/int64 on the device of the cache, or the length of every sequence [tokens].
-        config: Budget, forced pages, what is selected, group reduction and backend.
+        config: Budget, forced pages, what is selected, group reduction and backend, with a form of metadata.
         token_mask: `[B, T]` bool, True where a token may be attended to; False past T.
         workspace: Memory to reuse, from `make_workspace`.
     """
@@ -46,7 +46,8 @@ class Rows:
 class Step(Rows):
     """One decode step of one layer, whole or in parts: `ops.quest_decode` says what each part means.
 
-    What holds a `Step` need check nothing again: backends take one as it is.
+    What holds a `Step` need check nothing again: backends take one as it is. Metadata "auto" of a config becomes the
+    form that the cache has.
 
     Attributes:
         query: `[B, HQ, D]`, dtype of the cache, or a wider one where that is quantised, HQ a multiple of HKV.
@@ -89,6 +90,9 @@ class Step(Rows):
             raise QuestValueError("softcap", self.softcap, "a positive number or None")
         if self.sinks is not None:
             check_like("sinks", self.sinks, shape[1:2], query, "the query", check_dtype=False)
+        if config.metadata == "auto":
+            config = config.resolved(device.type, kv.form.name)
+            object.__setattr__(self, "config", config)
         if config.page_size != page_size:
             raise QuestValueError("config.page_size", config.page_size, f"{page_size}, as the cache")
         if self.out is not None:

@@ -42,12 +42,15 @@ __all__ = [
     "StreamingLLM",
     "TokenCeiling",
     "make_method",
+    "spell_out",
 ]
 
 METHODS: dict[str, type[Method]] = {
     method.name: method for method in (Full, Quest, PageCeiling, TokenCeiling, StreamingLLM, H2O, TOVA, SnapKV)
 }
 """Every method of a table by name."""
+_ENOUGH = 1 << 40
+"""A budget that holds whatever pages are read always [tokens]: the real one is checked with the method."""
 
 
 def make_method(
@@ -86,10 +89,34 @@ def make_method(
     return kind(token_budget, num_dense_layers) if issubclass(kind, Evicting | TokenCeiling) else kind()
 
 
-def _config(spec: str, options: dict[str, Any], own: dict[str, Any]) -> QuestConfig:
+def spell_out(spec: str, device: str, page_size: int = 16) -> str:
+    """A method whose options say what metadata "auto" is on a device, so that a table says what was read.
+
+    Args:
+        spec: See `make_method`.
+        device: Type of the device that the model runs on.
+        page_size: Tokens per page, where the spec says nothing else [tokens].
+
+    Raises:
+        QuestValueError: The options are wrong, also for the form of that device.
+
+    >>> spell_out("quest:metadata=auto,num_recent_pages=2", "cpu")
+    'quest:metadata=moments,num_recent_pages=2,selection_unit=page'
+    """
+    name, _, given = spec.partition(":")
+    own = _parse(spec, given) if given else {}
+    if own.get("metadata") != "auto" or not issubclass(METHODS.get(name, Full), Quest):
+        return spec
+    config = _config(spec, {"page_size": page_size, "token_budget": _ENOUGH}, own, device)
+    parts = [f"metadata={config.metadata}" if part == "metadata=auto" else part for part in given.split(",")]
+    unit = [] if "selection_unit" in own else [f"selection_unit={config.selection_unit}"]
+    return f"{name}:{','.join(parts + unit)}"
+
+
+def _config(spec: str, options: dict[str, Any], own: dict[str, Any], device: str | None = None) -> QuestConfig:
     """The config of a method: the options of all, and on top of them its own."""
     try:
-        return QuestConfig.from_dict({**options, **own})
+        return QuestConfig.from_dict({**options, **own}, device)
     except QuestValueError as error:
         if own:
             QuestConfig.from_dict(options)  # where they are wrong without its own too, they are to blame
