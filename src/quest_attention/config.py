@@ -96,6 +96,7 @@ _AUTO: dict[str, tuple[tuple[Metadata, SelectionUnit], ...]] = {
     "cuda": (("sketch", "token"), ("bounds", "page"), ("moments", "page")),
 }
 """What metadata "auto" may be by the type of the device, what loses least first; all else is what that form wants."""
+_AUTO_IS = '; metadata "auto" is'
 _BUDGET = "token_budget"
 
 
@@ -309,6 +310,11 @@ class QuestConfig:
         metadata = cast("object", self.metadata)
         return metadata.device if isinstance(metadata, _ChosenName) else None
 
+    def mistake(self, argument: str, got: object, expected: str) -> QuestValueError:
+        """An error that is due to the form, which says what auto is where nobody gave it."""
+        device = self.auto_device
+        return QuestValueError(argument, got, expected + ("" if device is None else _auto_is(self.metadata, device)))
+
     @property
     def unit_size(self) -> int:
         """Tokens of what is selected: of a page, 1 or 4 [tokens].
@@ -433,6 +439,7 @@ class _Refusal(NamedTuple):
 
     mistake: QuestValueError
     form: str
+    device: str
 
 
 def _choose(config: QuestConfig, device: str, form: str | None = None) -> QuestConfig | _Refusal:
@@ -447,7 +454,7 @@ def _choose(config: QuestConfig, device: str, form: str | None = None) -> QuestC
         try:
             found = replace(config, metadata=metadata, selection_unit=unit if given is None else given)
         except QuestValueError as error:
-            refusal = _Refusal(error, f"{metadata} on {device}")
+            refusal = _Refusal(error, metadata, device)
             if error.argument == _BUDGET:  # looked at last: the form takes all else
                 return refusal
             first = refusal if first is None else first
@@ -463,8 +470,14 @@ def _choose(config: QuestConfig, device: str, form: str | None = None) -> QuestC
 def _mistake_of(refusals: list[_Refusal]) -> QuestValueError:
     """The first mistake, and what "auto" is where it is one: nobody gave that form."""
     mistake = refusals[0].mistake
-    forms = ", ".join(form for other, form in refusals if str(other) == str(mistake))
-    return QuestValueError(mistake.argument, mistake.got, f'{mistake.expected}; metadata "auto" is {forms}')
+    alike = [_auto_is(*refusal[1:]) for refusal in refusals if str(refusal.mistake) == str(mistake)]
+    forms = ",".join([alike[0], *(one.removeprefix(_AUTO_IS) for one in alike[1:])])
+    return QuestValueError(mistake.argument, mistake.got, mistake.expected + forms)
+
+
+def _auto_is(form: str, device: str) -> str:
+    """What follows on what was expected where nobody gave the form."""
+    return f"{_AUTO_IS} {form} on {device}"
 
 
 def _resolve(config: QuestConfig, device: str, form: str | None = None) -> QuestConfig:

@@ -101,6 +101,14 @@ def room_of(options: dict[str, Any], dim: int = DIM, dtype: torch.dtype = torch.
     return Room.of(QuestOptions(options, device="cpu").config(tokens), dim, dtype)
 
 
+def test_heads_that_a_form_cannot_be_of_are_refused_with_what_auto_is() -> None:
+    with pytest.raises(QuestValueError, match=r"head_dim: got 20, expected a multiple of 8 for a sketch, .* bytes$"):
+        room_of({"metadata": "sketch"}, dim=20)
+    auto = QuestConfig(metadata="auto").resolved("cuda")
+    with pytest.raises(QuestValueError, match=r'head_dim: got 20, .* bytes; metadata "auto" is sketch on cuda$'):
+        Room.of(auto, 20, torch.bfloat16)
+
+
 def make_blocks(kind: str, room: Room) -> tuple[BlockLayout, torch.Tensor, torch.Tensor]:
     """A layout, a layer's cache as vLLM makes it for what the layout asked for, and the memory behind it, of ones."""
     heads_last, padded = kind in ("gpu", "rows"), kind in ("gpu", "cpu")

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from quest_attention.config import QuestConfig
-from quest_attention.errors import QuestStateError, QuestWarning, UnsupportedModelError
+from quest_attention.errors import QuestStateError, QuestValueError, QuestWarning, UnsupportedModelError
 from quest_attention.forms import form_of
 from quest_attention.hf.cache import layer_kinds
 
@@ -69,7 +69,10 @@ def _check_head_dim(model: PreTrainedModel, quest: QuestConfig) -> None:
     if dim is None and hasattr(text, "num_attention_heads"):
         dim = text.hidden_size // text.num_attention_heads
     if isinstance(dim, int):
-        form_of(quest).shape(quest.page_size, dim)
+        try:
+            form_of(quest).shape(quest.page_size, dim)
+        except QuestValueError as error:
+            raise quest.mistake(error.argument, error.got, error.expected) from None
 
 
 def _inside(wrapper: object) -> str:

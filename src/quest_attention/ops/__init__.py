@@ -564,7 +564,7 @@ def check_backend(backend: ResolvedBackend, config: QuestConfig) -> None:
     """
     if config.candidate_pages and backend.name == "triton":
         expected = f"page for {config.metadata} with the Triton kernels, which rank no tokens by their keys: or sketch"
-        raise QuestValueError("selection_unit", config.selection_unit, expected)
+        raise config.mistake("selection_unit", config.selection_unit, expected)
 
 
 _LIKE: dict[Scored, Metadata] = {"page": "bounds", "token": "sketch"}

@@ -85,9 +85,7 @@ class QuestOptions:
             raise QuestValueError(f"{KEY}.{error.argument}", error.got, error.expected + hint) from None
         if not config.scores_tokens and config.selection_unit != "page":
             expected = f"page for {config.metadata}, which scores pages: in a server tokens are chosen by sketch"
-            if config.auto_device is not None:
-                expected += f'; metadata "auto" is {config.metadata} on {config.auto_device}'
-            raise QuestValueError(f"{KEY}.selection_unit", config.selection_unit, expected)
+            raise config.mistake(f"{KEY}.selection_unit", config.selection_unit, expected)
         return config
 
     @classmethod

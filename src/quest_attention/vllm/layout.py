@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from quest_attention.config import QuestConfig
-from quest_attention.errors import UnsupportedModelError
+from quest_attention.errors import QuestValueError, UnsupportedModelError
 from quest_attention.forms import form_of, metadata_dtype
 from quest_attention.vllm.options import read_options
 
@@ -81,7 +81,10 @@ class Room:
         Raises:
             QuestValueError: The form cannot keep such keys.
         """
-        shape, dtype = form_of(config).shape(config.page_size, head_dim), metadata_dtype(config, keys)
+        try:
+            shape, dtype = form_of(config).shape(config.page_size, head_dim), metadata_dtype(config, keys)
+        except QuestValueError as error:
+            raise config.mistake(error.argument, error.got, error.expected) from None
         return cls(config.page_size, 2 * head_dim * keys.itemsize, shape, dtype)
 
     @property
