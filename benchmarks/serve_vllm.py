@@ -3,13 +3,14 @@
     python benchmarks/serve_vllm.py --output benchmarks/results/serve_vllm.json
     python benchmarks/serve_vllm.py --bounds kv --sketch 512 --batches 1,4,16,most  # and single tokens by sketches
 
-An engine for each arm, in a process of its own. Each case is a number of sequences with contexts of their own, which a
-first pass puts into the prefix cache; in the timed ones, several a case, the engine waits until it has all of them, so
-that they begin and decode together. Latency is the time between two tokens of a sequence, throughput that of all. The
-run fails where Quest did not read pages, where its decode steps were not replayed from graphs, or where sequences were
-preempted. "most" is as many sequences as the cache of Quest, which is the smaller one, holds of a context and ROOM
-tokens each; with sketches, which take more of it than bounds, the cache of theirs. A case of more than that is left
-out, which the table and the record say.
+An engine for each arm, in a process of its own. Its random weights are spread as those of a model are when training
+begins: with vLLM's own, which are all nearly zero, every token weighs the same, and no choice among them is one. Each
+case is a number of sequences with contexts of their own, which a first pass puts into the prefix cache; in the timed
+ones, several a case, the engine waits until it has all of them, so that they begin and decode together. Latency is the
+time between two tokens of a sequence, throughput that of all. The run fails where Quest did not read pages, where its
+decode steps were not replayed from graphs, or where sequences were preempted. "most" is as many sequences as the cache
+of Quest, which is the smaller one, holds of a context and ROOM tokens each; with sketches, which take more of it than
+bounds, the cache of theirs. A case of more than that is left out, which the table and the record say.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from quest_attention import QuestConfig
 from quest_attention.bench.record import write_record
 from quest_attention.bench.shapes import SHAPES, check_shape
 from quest_attention.bench.timing import percentiles
+from quest_attention.bench.weights import spread_weights
 from quest_attention.cli.app import integers, split_list
 from quest_attention.errors import QuestValueError
 
@@ -88,6 +90,7 @@ def measure_arm(options: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         write_config(Path(folder), options["model"], longest)
         llm = LLM(model=folder, **settings)
+        llm.apply_model(spread_weights)
         cache = llm.llm_engine.vllm_config.cache_config
         pool = cache.num_gpu_blocks * cache.block_size
         rows, left_out = [], []
@@ -188,7 +191,7 @@ def check_arguments(
     arms = [{"name": f"{SKETCH}-{tokens}", "budget": tokens, "quest": by_token} for tokens in budgets]
     for kind in kinds:
         name = f"{QUEST}-{budget}" + ("" if kind == "kv" else f"-{kind}")
-        arms.append({"name": name, "budget": budget, "quest": {"metadata_dtype": kind}})
+        arms.append({"name": name, "budget": budget, "quest": {"metadata": "bounds", "metadata_dtype": kind}})
     for arm in arms:
         QuestConfig.from_dict({"token_budget": arm["budget"], **arm["quest"]})
     return numbers, names, arms
@@ -197,6 +200,7 @@ def check_arguments(
 def run_arm(options: dict[str, Any]) -> dict[str, Any]:
     """Measure an arm in a process of its own."""
     environment = {**os.environ, ARM: json.dumps(options), "HF_HUB_OFFLINE": "1"}
+    environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # of a function to the workers, which are ours
     done = subprocess.run([sys.executable, __file__], env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"arm {options['name']}: exit code {done.returncode}")
