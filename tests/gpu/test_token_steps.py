@@ -51,6 +51,16 @@ def test_whom_it_chooses(dim: int, group: int, dtype: torch.dtype, page_size: in
     assert min(shares) > 0.7, "most of the best tokens"
 
 
+@pytest.mark.parametrize(("dim", "group"), [(128, 4), (64, 1), (256, 8), (80, 4)])
+def test_softcaps(dim: int, group: int) -> None:
+    """A cap that most logits feel: `scan` caps estimates by an instruction of its own."""
+    cache = make_cache([20_000, 300, 4_321], 2, dim, torch.bfloat16)
+    query = torch.randn(3, 2 * group, dim, device="cuda").to(torch.bfloat16)
+    config = QuestConfig(512, metadata="sketch", selection_unit="token")
+    sinks = torch.linspace(-1, 2, 2 * group, device="cuda")
+    assert min(assert_chosen(cache, query, config, _SIGNS_IN_4_BITS, softcap=2.0, sinks=sinks)) > 0.7
+
+
 def test_a_captured_step_follows_lengths_and_queries() -> None:
     cache = make_cache([30_000, 9_000], 4, 128, torch.bfloat16)
     config = QuestConfig(512, metadata="sketch", selection_unit="token")

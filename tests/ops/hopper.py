@@ -132,7 +132,14 @@ def run_sketches(dtype: torch.dtype, group: int, dim: int, *, is_quantised: bool
 
 
 def run_tokens(
-    dtype: torch.dtype, group: int, dim: int, *, scans: bool, host: bool, is_quantised: bool = False
+    dtype: torch.dtype,
+    group: int,
+    dim: int,
+    *,
+    scans: bool,
+    host: bool,
+    is_quantised: bool = False,
+    softcap: float | None = None,
 ) -> None:
     """The step over single tokens, which starts launches early and ranks by binary products where it can."""
     heads, page_size, pages = 2, 16, 9000
@@ -147,8 +154,8 @@ def run_tokens(
     query, sinks = torch.empty(1, heads * group, dim, dtype=dtype), torch.empty(heads * group) if host else None
     token_workspace.can_scan = lambda *_: scans
     token_decode.starts_early = lambda _: {"FOLLOWS": True, "launch_pdl": True}
-    done = token_decode.decode_tokens(Step(query=query, kv=kv, seq_lens=lengths, config=config, sinks=sinks))
-    assert done is not None
+    step = Step(query=query, kv=kv, seq_lens=lengths, config=config, sinks=sinks, softcap=softcap)
+    assert token_decode.decode_tokens(step) is not None
 
 
 def main() -> None:
@@ -168,7 +175,9 @@ def main() -> None:
     run_sketches(torch.bfloat16, 4, 128)
     run_sketches(torch.float16, 1, 80, is_quantised=True)
     run_tokens(torch.bfloat16, 7, 64, scans=True, host=True)
+    run_tokens(torch.bfloat16, 4, 128, scans=True, host=False, softcap=50.0)
     run_tokens(torch.float16, 1, 80, scans=False, host=False, is_quantised=True)
+    run_tokens(torch.bfloat16, 2, 64, scans=False, host=False, softcap=50.0)
     for dim in (64, 256):
         query, key = (torch.empty(2, heads, 96, dim, dtype=torch.bfloat16) for heads in (4, 2))
         received.received_attention(query, key, 0.1)

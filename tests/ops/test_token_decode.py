@@ -109,6 +109,28 @@ def test_sinks_and_a_length_of_the_host() -> None:
     assert here.output.abs().sum() < plain.output.abs().sum(), "a sink takes weight and gives no value"
 
 
+@pytest.mark.parametrize(("group", "softcap", "with_sinks"), [(1, 1.0, True), (4, 0.5, False), (4, 30.0, True)])
+def test_softcaps(group: int, softcap: float, with_sinks: bool) -> None:
+    """One that most logits feel, and one that few do."""
+    cache = make_cache([700, 60, 433], dim=16, page_size=16, form=Sketch(16))
+    update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens, backend="torch")
+    sinks = torch.linspace(-1, 2, 2 * group) if with_sinks else None
+    query = query_for(cache, group)
+    assert min(assert_chosen(cache, query, config_of(), softcap=softcap, sinks=sinks)) > 0.7
+    capped, plain = (
+        quest_decode(query, cache.kv, cache.seq_lens, config_of(), softcap=cap, sinks=sinks) for cap in (softcap, None)
+    )
+    assert not torch.allclose(capped.output, plain.output, rtol=1e-4, atol=1e-5)
+
+
+def test_a_softcap_hides_no_key_that_is_not_finite() -> None:
+    cache = make_cache([600], heads=1, dim=16, page_size=16, form=Sketch(16))
+    cache.kv.keys[int(cache.kv.page_table[0, 20]), 3] = float("inf")
+    update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens, backend="torch")
+    step = quest_decode(query_for(cache, 2), cache.kv, cache.seq_lens, config_of(48), softcap=5.0)
+    assert 20 * 16 + 3 in step.selected.units[0, 0].tolist(), "its logit would be no more than the cap"
+
+
 @pytest.mark.parametrize(
     "options", [{"group_reduction": "mass"}, {"candidate_factor": 0}, {"selection_unit": 4}], ids=str
 )

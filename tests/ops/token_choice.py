@@ -34,7 +34,19 @@ def _rows(cache: Cache, query: Tensor, b: int, h: int) -> tuple[Tensor, Tensor, 
     return keys, values, heads.double(), kv.form.score(kv.form.see(heads.float()[None]), kept)[0] * scale
 
 
-def assert_chosen(cache: Cache, query: Tensor, config: QuestConfig, rounding: float = _ROUNDING) -> list[float]:
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def assert_chosen(
+    cache: Cache,
+    query: Tensor,
+    config: QuestConfig,
+    rounding: float = _ROUNDING,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> list[float]:
     """Run a step twice, and hold it to what is kept, to the keys, and to the oracle's attention over its choice.
 
     Args:
@@ -42,6 +54,8 @@ def assert_chosen(cache: Cache, query: Tensor, config: QuestConfig, rounding: fl
         query: `[B, HQ, D]`.
         config: Of single tokens by sketches.
         rounding: Of a rank in base 2, as far as a sign's worth may be rounded.
+        softcap: As of a `Step`.
+        sinks: Likewise.
 
     Returns:
         Of each row that is longer than the budget, the share of the tokens of the largest weights that were chosen.
@@ -49,7 +63,9 @@ def assert_chosen(cache: Cache, query: Tensor, config: QuestConfig, rounding: fl
     kv = cache.kv
     workspace = token_workspace.make_token_workspace(kv, query.shape[1], config)
     assert workspace is not None
-    step = Step(query=query, kv=kv, seq_lens=cache.seq_lens, config=config, workspace=workspace)
+    step = Step(
+        query=query, kv=kv, seq_lens=cache.seq_lens, config=config, workspace=workspace, softcap=softcap, sinks=sinks
+    )  # fmt: skip
     done, once_more = (token_decode.decode_tokens(step) for _ in range(2))
     assert done is not None and once_more is not None
     (output, selected), (again, same) = done, once_more
@@ -74,10 +90,10 @@ def assert_chosen(cache: Cache, query: Tensor, config: QuestConfig, rounding: fl
             last = (num_pages(end, kv.page_size) - max(1, config.num_recent_pages)) * kv.page_size
             among = torch.arange(forced, last, device=query.device)
             keys, _, heads, estimates = _rows(cache, query, b, h)
-            in_base_2 = kv.head_dim**-0.5 * math.log2(math.e)
+            scale, in_base_2 = kv.head_dim**-0.5, math.log2(math.e)
             norm = torch.logsumexp(norms[b * kv.num_kv_heads + h, :, :group] * math.log(2), 0) / math.log(2)
-            exact = (keys @ heads.T * in_base_2 - norm).amax(1)
-            rough = (estimates.double() * in_base_2 - norm).amax(1)
+            exact = (_capped(keys @ heads.T * scale, softcap) * in_base_2 - norm).amax(1)
+            rough = (_capped(estimates.double() * scale, softcap) * in_base_2 - norm).amax(1)
             passes = _passing(workspace.passing, b * kv.num_kv_heads + h, kv.max_pages, kv.page_size)[:last]
             passes[:forced] = False
             assert passes.sum() >= len(chosen) - forced - (end - last), "candidates for all that is read"
@@ -94,7 +110,9 @@ def assert_chosen(cache: Cache, query: Tensor, config: QuestConfig, rounding: fl
             best = among[exact[among].topk(len(free)).indices]
             shares.append(float(mine[best].double().mean()))
     as_lists = [[[unit for unit in head if unit >= 0] for head in row] for row in selected.units.tolist()]
-    expected, _ = reference.sparse_decode_attention(query, kv, cache.lengths, as_lists, kv.head_dim**-0.5, unit_size=1)
+    expected, _ = reference.sparse_decode_attention(
+        query, kv, cache.lengths, as_lists, kv.head_dim**-0.5, softcap, sinks, unit_size=1
+    )  # fmt: skip
     precision = torch.finfo(query.dtype).eps
     torch.testing.assert_close(output.double().cpu(), expected.double().cpu(), rtol=4 * precision, atol=8 * precision)
     return shares

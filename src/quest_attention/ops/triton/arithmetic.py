@@ -7,7 +7,7 @@ import triton.language as tl
 
 from quest_attention.ops.triton.launch import is_interpreted
 
-__all__ = ["LOG2_E", "dot", "round_to", "tanh", "widen"]
+__all__ = ["LOG2_E", "cap", "dot", "round_to", "tanh", "widen"]
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 """Kernels work with powers of two, which the hardware has."""
@@ -55,6 +55,14 @@ def _e4m3_bits(x):
     small = ((size * 512.0 + 8388608.0) - 8388608.0).to(tl.int32)  # below 2 ** -6 numbers are multiples of 2 ** -9
     code = tl.minimum(tl.where(size < 0.015625, small, normal), 0x7E)
     return (tl.where(x != x, 0x7F, code) | tl.where(x.to(tl.int32, bitcast=True) < 0, 0x80, 0)).to(tl.uint8)
+
+
+@triton.jit
+def cap(logit, softcap):
+    """Scaled logits, capped if asked: both in base 2, or both in base e."""
+    if softcap is not None:
+        logit = softcap * tanh(logit / softcap)
+    return logit
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from quest_attention.ops.triton.arguments import (
     side_by_side,
     values_argument,
 )
-from quest_attention.ops.triton.arithmetic import LOG2_E, dot, round_to, tanh, widen
+from quest_attention.ops.triton.arithmetic import LOG2_E, cap, dot, round_to, widen
 from quest_attention.ops.triton.launch import check_kernel_dtype, launch
 from quest_attention.ops.triton.merge import LOWEST, Partial, merge_kernel, store_partial
 from quest_attention.ops.triton.tuning import ATTEND_STAGES, attended_block, attending_programs
@@ -118,7 +118,7 @@ def attend_slots(
         value_at = value_at + value_channel[None, :]
         v = tl.load(value_at, mask=is_live[:, None] & (value_channel < SHAPE.value_dim)[None, :], other=0.0)
         if BLOCK_G == 1:
-            logit = _cap(tl.sum(q.to(tl.float32) * widen(k, tl.float32), 1) * scale, softcap)
+            logit = cap(tl.sum(q.to(tl.float32) * widen(k, tl.float32), 1) * scale, softcap) * LOG2_E
             new_largest = tl.where(is_live, tl.maximum(largest, logit), largest)
             weight = tl.where(is_live, tl.exp2(logit - new_largest), 0.0)
             shrink = tl.exp2(largest - new_largest)
@@ -126,7 +126,7 @@ def attend_slots(
             gathered = gathered * shrink[:, None] + weight[:, None] * widen(v, tl.float32)
         else:
             logit = dot(q, tl.trans(widen(k, q.dtype)), tl.zeros([BLOCK_G, BLOCK_T], tl.float32))
-            logit = tl.where(is_live[None, :], _cap(logit * scale, softcap), LOWEST)
+            logit = tl.where(is_live[None, :], cap(logit * scale, softcap) * LOG2_E, LOWEST)
             new_largest = tl.maximum(largest, tl.max(logit, 1))
             weight = tl.where(is_live[None, :], tl.exp2(logit - new_largest[:, None]), 0.0)
             shrink = tl.exp2(largest - new_largest)
@@ -200,14 +200,6 @@ def _look_up(
             tl.store(logical + first_slot + kept, (newest >> 32).to(tl.int32))
     past = tl.maximum(0, ((newest >> 32).to(tl.int32) + 1) * SHAPE.unit - end)
     return tl.where(count > 0, count.to(tl.int32) * SHAPE.unit - past, 0)
-
-
-@triton.jit
-def _cap(logit, softcap):
-    """Scaled logits in base 2, capped if asked."""
-    if softcap is not None:
-        logit = softcap * tanh(logit / softcap)
-    return logit * LOG2_E
 
 
 @triton.jit(do_not_specialize=["lengths", "mask_width", "slots", "splits", "units_per_split"])

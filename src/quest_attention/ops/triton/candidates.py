@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from quest_attention.ops.triton.arguments import length_of, load_query
-from quest_attention.ops.triton.arithmetic import LOG2_E, dot, widen
+from quest_attention.ops.triton.arithmetic import LOG2_E, cap, dot, widen
 from quest_attention.ops.triton.choice import DEAD, LARGEST, choose_pages
 from quest_attention.ops.triton.launch import wait_for_launch
 from quest_attention.ops.triton.preparation import norms_of
@@ -28,8 +28,8 @@ def _count_passing(words):
     "capacity", "most",
 ])  # fmt: skip
 def pick_kernel(
-    query, keys, page_table, table_stride, lengths, space, scale, num_kv_heads, token_budget, num_sink_pages,
-    num_recent_pages, parts, listed, capacity, most,
+    query, keys, page_table, table_stride, lengths, space, scale, softcap, num_kv_heads, token_budget,
+    num_sink_pages, num_recent_pages, parts, listed, capacity, most,
     SHAPE: tl.constexpr, PARTS: tl.constexpr, NORMS: tl.constexpr, PICKED: tl.constexpr, RANKED: tl.constexpr,
     FOLLOWS: tl.constexpr,
 ):  # fmt: skip
@@ -74,7 +74,7 @@ def pick_kernel(
             is_live = here < kept
             candidate = tl.load(candidates + here, mask=is_live, other=0)
             physical = tl.load(table + candidate // PAGE, mask=is_live, other=0)
-            rank = _rank_by_keys(q, keys, physical, candidate, is_live, h, norm, factor, SHAPE)
+            rank = _rank_by_keys(q, keys, physical, candidate, is_live, h, norm, factor, softcap, SHAPE)
             tl.store(space.exact + row.to(tl.int64) * listed + here, rank, mask=is_live)
             place = physical * PAGE + candidate % PAGE
             tl.store(space.located + row.to(tl.int64) * listed + here, place, mask=is_live)
@@ -158,7 +158,7 @@ def choose_kernel(
 
 
 @triton.jit
-def _rank_by_keys(q, keys, physical, token, is_live, h, norm, factor, SHAPE: tl.constexpr):
+def _rank_by_keys(q, keys, physical, token, is_live, h, norm, factor, softcap, SHAPE: tl.constexpr):
     """The largest log weight of a head that each token has by its key, or past all where one is not finite: `[N]`."""
     HEADS: tl.constexpr = SHAPE.block_g
     N: tl.constexpr = token.shape[0]
@@ -170,6 +170,8 @@ def _rank_by_keys(q, keys, physical, token, is_live, h, norm, factor, SHAPE: tl.
     logit = dot(q, tl.trans(k), tl.zeros([HEADS, N], tl.float32)) * factor
     is_head = (tl.arange(0, HEADS) < SHAPE.group)[:, None]
     is_unknown = tl.sum((is_head & ~(tl.abs(logit) < float("inf"))).to(tl.int32), 0) > 0
+    if softcap is not None:
+        logit = cap(logit, softcap * LOG2_E)
     rank = tl.max(tl.where(is_head, logit - norm[:, None], float("-inf")), 0)
     return tl.where(is_unknown, LARGEST, rank)
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from quest_attention.ops.triton.arguments import length_of, load_query
-from quest_attention.ops.triton.arithmetic import LOG2_E, dot, widen
+from quest_attention.ops.triton.arithmetic import LOG2_E, cap, dot, widen
 from quest_attention.ops.triton.launch import let_next_start
 from quest_attention.ops.triton.sketch import turn
 
@@ -52,7 +52,7 @@ def _store_planes(column, code, inside, BYTES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["lengths", "num_kv_heads", "table_stride", "token_budget", "most"])
 def prepare_kernel(
-    query, keys, page_table, table_stride, lengths, sinks, space, scale, num_kv_heads, token_budget, most,
+    query, keys, page_table, table_stride, lengths, sinks, space, scale, softcap, num_kv_heads, token_budget, most,
     SHAPE: tl.constexpr, PACKING: tl.constexpr, SAMPLE: tl.constexpr, PARTS: tl.constexpr, HAS_BITS: tl.constexpr,
     FOLLOWS: tl.constexpr,
 ):  # fmt: skip
@@ -96,8 +96,10 @@ def prepare_kernel(
         k = tl.load(key_at[:, None] + channel[None, :], mask=inside, other=0.0)
         HEADS: tl.constexpr = SHAPE.block_g
         logit = dot(q, tl.trans(widen(k, q.dtype)), tl.zeros([HEADS, SAMPLE], tl.float32)) * factor
-        logit += tl.where(at < 2 * EDGE, 0.0, tl.log2(each))[None, :]
         is_known = is_live[None, :] & (tl.abs(logit) < float("inf"))
+        if softcap is not None:
+            logit = cap(logit, softcap * LOG2_E)
+        logit += tl.where(at < 2 * EDGE, 0.0, tl.log2(each))[None, :]
         logit = tl.where(is_known, logit, float("-inf"))
         largest = tl.maximum(tl.max(logit, 1), -1e30)
         total = tl.sum(tl.exp2(logit - largest[:, None]), 1)

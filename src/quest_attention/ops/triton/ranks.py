@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from quest_attention.ops.triton.arguments import length_of
-from quest_attention.ops.triton.arithmetic import LOG2_E
+from quest_attention.ops.triton.arithmetic import LOG2_E, cap
 from quest_attention.ops.triton.launch import wait_for_launch
 from quest_attention.ops.triton.preparation import norms_of
 from quest_attention.ops.triton.sketch import estimates, turned_queries
@@ -46,8 +46,8 @@ def choice_of(end, num_sink_pages, num_recent_pages, PAGE: tl.constexpr):
     "parts", "capacity", "most",
 ])  # fmt: skip
 def rank_kernel(
-    query, key_scale, scale_head, metadata, page_table, table_stride, lengths, space, scale, num_kv_heads, parts,
-    capacity, token_budget, num_sink_pages, num_recent_pages, candidate_budget, most,
+    query, key_scale, scale_head, metadata, page_table, table_stride, lengths, space, scale, softcap, num_kv_heads,
+    parts, capacity, token_budget, num_sink_pages, num_recent_pages, candidate_budget, most,
     IS_SAMPLE: tl.constexpr, SHAPE: tl.constexpr, PACKING: tl.constexpr, PAGES: tl.constexpr, SAMPLED: tl.constexpr,
     FEWEST: tl.constexpr, NORMS: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
@@ -79,7 +79,10 @@ def rank_kernel(
         page = _drawn_page(nth, rare) if IS_SAMPLE else nth
         physical = tl.load(page_table + b * table_stride + page, mask=nth < last, other=0).to(tl.int64)
         sketch = metadata.base + h * metadata.head + physical * metadata.page
-        weight = estimates(sketch, q_top, q_rest, SHAPE, PACKING) * factor - norm[None, None, :]
+        logit = estimates(sketch, q_top, q_rest, SHAPE, PACKING) * factor
+        if softcap is not None:
+            logit = cap(logit, softcap * LOG2_E)
+        weight = logit - norm[None, None, :]
         is_unknown = weight != weight
         rank = tl.max(tl.where(is_unknown, float("-inf"), weight), 2)
         rank = tl.where(tl.sum(is_unknown.to(tl.int32), 2) > 0, float("nan"), rank).to(tl.float16)

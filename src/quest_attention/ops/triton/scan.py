@@ -155,9 +155,15 @@ def _planes(at, like, FIRST: gl.constexpr):
 
 
 @gluon.jit
+def _tanh(x):
+    """The hardware's own, off by 2 ** -11: of a cap of 50 about as much as a rank in float16 is rounded by."""
+    return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def _weights_of(
     signs, more_signs, mean, more_mean, planes, more_planes, low, high, more_low, more_high, worth, scale, mean_scale,
-    per_mean, per_sign, less, norm, PAGES: gl.constexpr, HALVES: gl.constexpr, TWICE: gl.constexpr,
+    per_mean, per_sign, less, norm, softcap, PAGES: gl.constexpr, HALVES: gl.constexpr, TWICE: gl.constexpr,
     TOKENS: gl.constexpr,
 ):  # fmt: skip
     """Log weights of the tokens of some pages for four heads, `[PAGES, 16, 4]`."""
@@ -166,9 +172,16 @@ def _weights_of(
     if HALVES == 2:
         center += _means_of(more_mean, more_low[0], more_low[1], more_high[0], more_high[1], worth)
         rest += _signs_of(more_signs, more_planes[0], more_planes[1])
-    add = center.to(gl.float32) * mean_scale * per_mean - (scale * less + norm)
-    add = _for_tokens(add, PAGES, TWICE, TOKENS)
-    return rest.to(gl.float32) * _for_tokens(scale * per_sign, PAGES, TWICE, TOKENS) + add
+    by_sign = _for_tokens(scale * per_sign, PAGES, TWICE, TOKENS)
+    if softcap is None:
+        add = center.to(gl.float32) * mean_scale * per_mean - (scale * less + norm)
+        weight = rest.to(gl.float32) * by_sign + _for_tokens(add, PAGES, TWICE, TOKENS)
+    else:
+        cap = softcap * 1.4426950408889634  # logits are in base 2
+        add = center.to(gl.float32) * mean_scale * per_mean - scale * less
+        logit = rest.to(gl.float32) * by_sign + _for_tokens(add, PAGES, TWICE, TOKENS)
+        weight = cap * _tanh(logit * (1.0 / cap)) - _for_tokens(norm + gl.zeros_like(add), PAGES, TWICE, TOKENS)
+    return weight
 
 
 @gluon.jit
@@ -236,7 +249,7 @@ def _drawn_page(nth, rare):
 ])  # fmt: skip
 def scan_kernel(
     metadata, page_stride, head_stride, page_table, table_stride, lengths, planes, factors, norms, sample, passing,
-    num_kv_heads, parts, capacity, token_budget, num_sink_pages, num_recent_pages, candidate_budget, most,
+    softcap, num_kv_heads, parts, capacity, token_budget, num_sink_pages, num_recent_pages, candidate_budget, most,
     IS_SAMPLE: gl.constexpr, GROUP: gl.constexpr, WORDS: gl.constexpr, SAMPLED: gl.constexpr, FEWEST: gl.constexpr,
     NORMS: gl.constexpr, WARPS: gl.constexpr, FOLLOWS: gl.constexpr,
 ):  # fmt: skip
@@ -359,13 +372,13 @@ def scan_kernel(
             mean_scale, scale = _scales_of(mean)
             weight = _weights_of(
                 signs, more_signs, mean, more_mean, bits, more_bits, low, high, more_low, more_high, worth, scale,
-                mean_scale, per_mean, per_sign, less, norm, PAGES, HALVES, TWICE, TOKENS,
+                mean_scale, per_mean, per_sign, less, norm, softcap, PAGES, HALVES, TWICE, TOKENS,
             )  # fmt: skip
             if SETS == 2:
                 other = _weights_of(
                     signs, more_signs, mean, more_mean, next_bits, next_more_bits, next_low, next_high, next_more_low,
                     next_more_high, worth, scale, mean_scale, next_per_mean, next_per_sign, next_less, next_norm,
-                    PAGES, HALVES, TWICE, TOKENS,
+                    softcap, PAGES, HALVES, TWICE, TOKENS,
                 )  # fmt: skip
                 weight = gl.maximum(weight, other)  # NaN of a page whose keys are not finite is in both
             found = _largest_of_heads(weight) if IS_SAMPLE else _passing(weight, least + gl.zeros_like(weight))

@@ -72,7 +72,7 @@ def decode_tokens(step: Step) -> tuple[Tensor, Selection] | None:
     """See `ops.quest_decode`. None where these kernels cannot hold the problem; the single verbs can."""
     query, kv, config, workspace = step.query, step.kv, step.config, step.workspace
     check_kernel_dtype(kv.keys)
-    if step.token_mask is not None or step.softcap is not None:
+    if step.token_mask is not None:
         return None
     plan = plan_of(kv, query.shape[1], config)
     if plan is None:
@@ -96,6 +96,7 @@ def decode_tokens(step: Step) -> tuple[Tensor, Selection] | None:
     keys, metadata, sinks = keys_argument(kv), metadata_argument(kv.metadata), step.sinks
     sinks = None if sinks is None else side_by_side(sinks)
     stride, scale = table.stride(0), float(step.scale)
+    softcap = None if step.softcap is None else float(step.softcap)
     multiplied = shape_of(kv.page_size, group, kv.head_dim, width, unit=1, multiplies=True)
     packing = packing_of(kv.form, kv.page_size, kv.head_dim)
     budget, sink_pages, recent_pages = config.token_budget, config.num_sink_pages, max(1, config.num_recent_pages)
@@ -103,14 +104,14 @@ def decode_tokens(step: Step) -> tuple[Tensor, Selection] | None:
     norms = 1 if group == 1 else SAMPLE_PARTS  # ranks of a single head need no normaliser, but not too large numbers
     launch(
         prepare_kernel, (rows * (norms + plan.scans),), by_heads, keys, table, stride, lengths, sinks, workspace,
-        scale, heads, budget, plan.most,
+        scale, softcap, heads, budget, plan.most,
         SHAPE=multiplied, PACKING=packing, SAMPLE=_SAMPLE, PARTS=norms, HAS_BITS=plan.scans,
         FOLLOWS=follows["FOLLOWS"], num_warps=8,
     )  # fmt: skip
     wanted = max(config.candidate_budget, _LEAST_TIMES * budget)
     for is_sample in (True, False):
         programs = plan.sample_parts if is_sample else plan.rank_parts
-        choice = (heads, programs, plan.words, budget, sink_pages, recent_pages, wanted, plan.most)
+        choice = (softcap, heads, programs, plan.words, budget, sink_pages, recent_pages, wanted, plan.most)
         options = {"IS_SAMPLE": is_sample, "SAMPLED": SAMPLED_RANKS, "FEWEST": _FEWEST, "NORMS": norms, **follows}
         if plan.scans:
             launch(
@@ -127,8 +128,8 @@ def decode_tokens(step: Step) -> tuple[Tensor, Selection] | None:
             )  # fmt: skip
     parts = triton.next_power_of_2(plan.pick_parts)
     launch(
-        pick_kernel, (rows * plan.pick_parts,), by_heads, keys, table, stride, lengths, workspace, scale, heads,
-        budget, sink_pages, recent_pages, plan.pick_parts, plan.listed, plan.words, plan.most,
+        pick_kernel, (rows * plan.pick_parts,), by_heads, keys, table, stride, lengths, workspace, scale, softcap,
+        heads, budget, sink_pages, recent_pages, plan.pick_parts, plan.listed, plan.words, plan.most,
         SHAPE=multiplied, PARTS=parts, NORMS=norms, PICKED=plan.picked,
         RANKED=max(16, _WEIGHED // multiplied.block_d), num_warps=4, **follows,
     )  # fmt: skip
@@ -140,7 +141,7 @@ def decode_tokens(step: Step) -> tuple[Tensor, Selection] | None:
     shape = shape_of(kv.page_size, group, kv.head_dim, width, unit=1)
     launch(
         _attend_kernel, (rows * plan.splits,), by_heads, keys, values_argument(kv), workspace, counts, sinks, output,
-        scale, heads, plan.splits, plan.slots,
+        scale, softcap, heads, plan.splits, plan.slots,
         SHAPE=shape, BLOCK_T=max(16, _ATTENDED // max(shape.block_d, shape.block_dv)),
         STAGES=1 if group == 1 else _STAGES, BLOCK_S=max(2, triton.next_power_of_2(plan.splits)),
         num_warps=4, **follows,
@@ -150,7 +151,8 @@ def decode_tokens(step: Step) -> tuple[Tensor, Selection] | None:
 
 @triton.jit(do_not_specialize=["num_kv_heads", "splits", "slots"])
 def _attend_kernel(
-    query, keys, values, space, counts, sinks, output, scale, num_kv_heads, splits, slots,
+    query, keys, values, space, counts, sinks, output, scale, softcap, num_kv_heads, splits,
+    slots,
     SHAPE: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr, BLOCK_S: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     """Attention over a share of a row's tokens; whoever is last merges the shares."""
@@ -165,7 +167,7 @@ def _attend_kernel(
     first = tl.minimum(split * share, count)
     places = space.places + row.to(tl.int64) * slots
     largest, weight, gathered = attend_slots(
-        q, keys, values, h, places, None, first, tl.minimum(first + share, count), None, 0, scale, None,
+        q, keys, values, h, places, None, first, tl.minimum(first + share, count), None, 0, scale, softcap,
         SHAPE, BLOCK_T, STAGES,
     )  # fmt: skip
     store_partial(space, row, split, splits, largest, weight, gathered, SHAPE)
