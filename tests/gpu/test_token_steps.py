@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from caches import Cache
 from quest_attention import QuestConfig, update_page_metadata
@@ -59,6 +60,119 @@ def test_softcaps(dim: int, group: int) -> None:
     config = QuestConfig(512, metadata="sketch", selection_unit="token")
     sinks = torch.linspace(-1, 2, 2 * group, device="cuda")
     assert min(assert_chosen(cache, query, config, _SIGNS_IN_4_BITS, softcap=2.0, sinks=sinks)) > 0.7
+
+
+def masks(width: int) -> Tensor:
+    """Left padding by odd numbers, holes of tokens and of pages, few tokens: `[6, width]` on the device."""
+    token = torch.arange(width)
+    generator = torch.Generator().manual_seed(0)
+    few = torch.zeros(width, dtype=torch.bool)
+    few[torch.randperm(width, generator=generator)[:400]] = True
+    rows = [
+        token >= 777,
+        token >= width - 3001,
+        torch.rand(width, generator=generator) < 0.5,
+        token // 80 % 3 > 0,
+        few,
+        (token >= 1021) & (token < width - 1234),
+    ]
+    return torch.stack(rows).cuda()
+
+
+def mask_out(cache: Cache, mask: Tensor) -> None:
+    """Make keys and values of the dead NaN: whoever reads one, it shows."""
+    kv = cache.kv
+    for b in range(kv.batch_size):
+        dead = torch.ones(kv.max_pages * kv.page_size, dtype=torch.bool, device=mask.device)
+        dead[: mask.shape[1]] = ~mask[b]
+        token = dead.nonzero().flatten()
+        place = kv.page_table[b, token // kv.page_size].long(), token % kv.page_size
+        kv.keys[place] = float("nan")
+        kv.values[place] = float("nan")
+
+
+@pytest.mark.parametrize(("dim", "group", "dtype", "page_size"), [
+    (128, 4, torch.bfloat16, 16), (64, 1, torch.bfloat16, 16), (256, 8, torch.bfloat16, 16),
+    (80, 4, torch.bfloat16, 16), (128, 4, torch.bfloat16, 32), (128, 12, torch.float16, 16),
+])  # fmt: skip
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_masks(dim: int, group: int, dtype: torch.dtype, page_size: int, softcap: float | None) -> None:
+    """Of less width than the cache has room for, and of more than the last row is long."""
+    cache, mask = make_cache([9_001] * 5 + [7_654], 2, dim, dtype, page_size), masks(8_990)
+    mask_out(cache, mask)
+    query = torch.randn(6, 2 * group, dim, device="cuda").to(dtype)
+    config = QuestConfig(
+        512, page_size, metadata="sketch", selection_unit="token", num_sink_pages=2, num_recent_pages=3
+    )
+    rounding = _SIGNS_IN_4_BITS if token_workspace.can_scan(cache.kv, group) else 0.05
+    shares = assert_chosen(cache, query, config, rounding, token_mask=mask, softcap=softcap)
+    assert len(shares) == 2 * 5, "one sequence has fewer live tokens than the budget"
+    assert min(shares) > 0.7
+
+
+def test_a_dead_key_that_is_not_finite_takes_the_sketch_of_its_page() -> None:
+    """The live tokens of such a page are candidates, and ranked by their keys."""
+    cache, mask = make_cache([20_000, 9_000], 2, 128, torch.bfloat16), masks(20_000)[[0, 2]]
+    mask_out(cache, mask)
+    update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens)
+    query = torch.randn(2, 8, 128, device="cuda").to(torch.bfloat16)
+    config = QuestConfig(512, metadata="sketch", selection_unit="token")
+    step = Step(query=query, kv=cache.kv, seq_lens=cache.seq_lens, config=config, token_mask=mask)
+    done = token_decode.decode_tokens(step)
+    assert done is not None
+    assert done[0].isfinite().all()
+    assert (done[1].counts == 512).all()
+    for b in range(2):
+        assert mask[b, done[1].units[b].long()].all()
+
+
+def test_a_mask_of_everything_is_none() -> None:
+    cache = make_cache([20_000, 300], 2, 128, torch.bfloat16)
+    query = torch.randn(2, 8, 128, device="cuda").to(torch.bfloat16)
+    config = QuestConfig(512, metadata="sketch", selection_unit="token")
+    everything = torch.ones(2, 20_000, dtype=torch.bool, device="cuda")
+    masked, plain = (
+        token_decode.decode_tokens(
+            Step(query=query, kv=cache.kv, seq_lens=cache.seq_lens, config=config, token_mask=mask)
+        )
+        for mask in (everything, None)
+    )
+    assert masked is not None and plain is not None
+    assert torch.equal(masked[1].units, plain[1].units)
+    assert torch.equal(masked[0], plain[0])
+
+
+def test_a_captured_step_follows_its_mask() -> None:
+    cache = make_cache([30_000, 29_999], 4, 128, torch.bfloat16)
+    config = QuestConfig(512, metadata="sketch", selection_unit="token")
+    query = torch.randn(2, 16, 128, dtype=torch.bfloat16, device="cuda")
+    mask = torch.ones(2, 30_000, dtype=torch.bool, device="cuda")
+    workspace = make_workspace(cache.kv, 16, config)
+    assert isinstance(workspace, token_workspace.TokenWorkspace)
+    step = Step(
+        query=query, kv=cache.kv, seq_lens=cache.seq_lens, config=config, token_mask=mask, workspace=workspace,
+        out=torch.empty_like(query), softcap=20.0,
+    )  # fmt: skip
+    token_decode.decode_tokens(step)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = token_decode.decode_tokens(step)
+    assert captured is not None
+    every = masks(30_000)
+    for pair in ([0, 1], [2, 3], [4, 5], [1, 4]):
+        mask.copy_(every[pair])
+        query.normal_()
+        graph.replay()
+        output, units = captured[0].clone(), captured[1].units.clone()
+        again = token_decode.decode_tokens(step)
+        assert again is not None
+        assert torch.equal(output, again[0]) and torch.equal(units, again[1].units)
+        assert not workspace.counters.any() and not workspace.found.any()
+        for b in range(2):
+            chosen = units[b][units[b] >= 0].long()
+            assert mask[b, chosen].all()
+            assert len(chosen) == 4 * min(512, int(mask[b, : cache.lengths[b]].sum()))
 
 
 def test_a_captured_step_follows_lengths_and_queries() -> None:

@@ -140,6 +140,7 @@ def run_tokens(
     host: bool,
     is_quantised: bool = False,
     softcap: float | None = None,
+    masked: bool = False,
 ) -> None:
     """The step over single tokens, which starts launches early and ranks by binary products where it can."""
     heads, page_size, pages = 2, 16, 9000
@@ -154,7 +155,8 @@ def run_tokens(
     query, sinks = torch.empty(1, heads * group, dim, dtype=dtype), torch.empty(heads * group) if host else None
     token_workspace.can_scan = lambda *_: scans
     token_decode.starts_early = lambda _: {"FOLLOWS": True, "launch_pdl": True}
-    step = Step(query=query, kv=kv, seq_lens=lengths, config=config, sinks=sinks, softcap=softcap)
+    mask = torch.ones(1, 5000, dtype=torch.bool) if masked else None
+    step = Step(query=query, kv=kv, seq_lens=lengths, config=config, sinks=sinks, softcap=softcap, token_mask=mask)
     assert token_decode.decode_tokens(step) is not None
 
 
@@ -176,8 +178,9 @@ def main() -> None:
     run_sketches(torch.float16, 1, 80, is_quantised=True)
     run_tokens(torch.bfloat16, 7, 64, scans=True, host=True)
     run_tokens(torch.bfloat16, 4, 128, scans=True, host=False, softcap=50.0)
+    run_tokens(torch.bfloat16, 8, 256, scans=True, host=False, masked=True)
     run_tokens(torch.float16, 1, 80, scans=False, host=False, is_quantised=True)
-    run_tokens(torch.bfloat16, 2, 64, scans=False, host=False, softcap=50.0)
+    run_tokens(torch.bfloat16, 2, 64, scans=False, host=True, softcap=50.0, masked=True)
     for dim in (64, 256):
         query, key = (torch.empty(2, heads, 96, dim, dtype=torch.bfloat16) for heads in (4, 2))
         received.received_attention(query, key, 0.1)

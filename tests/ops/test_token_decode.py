@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from backends import available, interpreted
-from caches import make_cache
-from likeness import query_for
+from caches import Cache, make_cache
+from likeness import as_lists, query_for
 from quest_attention import QuestConfig, QuestValueError, quest_decode, update_page_metadata
 from quest_attention.forms import Sketch
 from quest_attention.ops import Step, make_workspace
@@ -18,7 +19,7 @@ from quest_attention.ops import Step, make_workspace
 pytestmark = interpreted
 
 available("triton")
-from quest_attention.ops.triton import token_decode  # noqa: E402 - after what skips the file
+from quest_attention.ops.triton import token_decode, token_workspace  # noqa: E402 - after what skips the file
 from token_choice import assert_chosen  # noqa: E402
 
 
@@ -121,6 +122,127 @@ def test_softcaps(group: int, softcap: float, with_sinks: bool) -> None:
         quest_decode(query, cache.kv, cache.seq_lens, config_of(), softcap=cap, sinks=sinks) for cap in (softcap, None)
     )
     assert not torch.allclose(capped.output, plain.output, rtol=1e-4, atol=1e-5)
+
+
+def masks_of(width: int) -> dict[str, Tensor]:
+    """For three sequences, of kinds that differ in where the live tokens are and in how many there are."""
+    token = torch.arange(width)
+    holes = torch.rand(3, width, generator=torch.Generator().manual_seed(1)) < 0.6
+    return {
+        "left padding": token >= torch.tensor([[37], [5], [201]]),
+        "holes": holes,
+        "holes of pages": token // 48 % 2 == torch.tensor([[0], [1], [1]]),
+        "padding on both sides": (token >= torch.tensor([[131], [0], [16]]))
+        & (token < torch.tensor([[390], [3], [280]])),
+        "few": (token % 61 == 7) | (token == torch.tensor([[0], [1], [2]])),
+        "hardly any": token == torch.tensor([[0], [59], [width]]),
+        "all": holes | True,
+    }
+
+
+@pytest.mark.parametrize(("group", "sinks", "recent"), [(1, 0, 1), (4, 2, 2)])
+@pytest.mark.parametrize("name", masks_of(430))
+def test_masks(name: str, group: int, sinks: int, recent: int) -> None:
+    """What a mask leaves out may be anything: it is NaN here, in one of its pages too, whose sketch then is."""
+    cache = masked_cache([413, 60, 301], mask := masks_of(430)[name])
+    config = config_of(80, num_sink_pages=sinks, num_recent_pages=recent)
+    shares = assert_chosen(cache, query_for(cache, group), config, token_mask=mask)
+    assert min(shares, default=1) > 0.7
+    lengths = [int(mask[b, :end].sum()) for b, end in enumerate(cache.lengths)]
+    assert len(shares) == 2 * sum(n > 80 for n in lengths), "rows past the budget, and no others"
+
+
+def masked_cache(lengths: list[int], mask: Tensor, page_size: int = 16, dim: int = 16, **options: Any) -> Cache:
+    """Sketched; keys and values of the dead are NaN, those of every fourth page before it is sketched."""
+    cache = make_cache(lengths, dim=dim, page_size=page_size, form=Sketch(page_size), **options)
+    kv = cache.kv
+    for is_sketched in (False, True):
+        for b, end in enumerate(cache.lengths):
+            for token in range(end):
+                page, offset = divmod(token, page_size)
+                if (token >= mask.shape[1] or not mask[b, token]) and (is_sketched or page % 4 == 1):
+                    for stored in (kv.keys, kv.values):
+                        stored[int(kv.page_table[b, page]), offset] = float("nan")
+        if not is_sketched:
+            update_page_metadata(kv, cache.seq_lens, cache.seq_lens, backend="torch")
+    return cache
+
+
+@pytest.mark.parametrize("page_size", [8, 32, 48])
+@pytest.mark.parametrize("width", [77, 500])
+def test_masks_of_other_pages_and_widths(page_size: int, width: int) -> None:
+    """Narrower than the sequences too: what it does not name is dead."""
+    mask = torch.rand(2, width, generator=torch.Generator().manual_seed(2)) < 0.8
+    mask[0, :21] = False
+    cache = masked_cache([600, 333], mask, page_size)
+    assert_chosen(cache, query_for(cache, 2), config_of(2 * page_size + 16, page_size), token_mask=mask)
+
+
+def test_a_masked_step_with_a_softcap_and_sinks() -> None:
+    mask = torch.arange(700) >= torch.tensor([[135], [0]])
+    cache = masked_cache([700, 433], mask, dtype=torch.bfloat16)
+    sinks = torch.linspace(-1, 2, 8)
+    assert_chosen(cache, query_for(cache, 4), config_of(), token_mask=mask, softcap=0.5, sinks=sinks)
+
+
+@pytest.mark.parametrize("host", [False, True], ids=["", "host"])
+def test_what_fits_the_budget_is_the_oracles(host: bool) -> None:
+    """The choice cannot differ there: all live tokens, of sequences that are longer than the budget."""
+    mask = (torch.arange(500) % 9 == 4) | (torch.arange(500) >= torch.tensor([[480], [500], [495]]))
+    mask[1] = torch.arange(500) >= 437
+    mask[2] = False
+    cache = masked_cache([500, 500, 500], mask)
+    query = query_for(cache, 2)
+    lengths = 500 if host else cache.seq_lens
+    mine, oracles = (
+        quest_decode(query, cache.kv, lengths, replace(config_of(80), backend=name), token_mask=mask)
+        for name in ("triton", "reference")
+    )
+    torch.testing.assert_close(mine.output, oracles.output, rtol=1e-5, atol=2e-6)
+    assert as_lists(mine.selected.units) == as_lists(oracles.selected.units)
+    assert torch.equal(mine.selected.counts, oracles.selected.counts)
+    assert not mine.output[2].any(), "nothing to attend to"
+
+
+def test_the_dead_set_no_threshold() -> None:
+    """Where they would rank first: of every second page of a sample, as the row is longer than one."""
+    cache = make_cache([4500], heads=1, dim=16, page_size=16, form=Sketch(16))
+    mask = (torch.arange(4500) >= 1301)[None] & (torch.arange(4500) // 160 % 3 > 0)
+    dead = (~mask[0]).nonzero().flatten()
+    cache.kv.keys[cache.kv.page_table[0, dead // 16].long(), dead % 16] *= 20
+    update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens, backend="torch")
+    assert min(assert_chosen(cache, query_for(cache, 2), config_of(), token_mask=mask)) > 0.7
+
+
+def test_recent_tokens_are_read_however_many_pass() -> None:
+    """All keys are one, so that all tokens pass: more than there is room for."""
+    cache = make_cache([1500], heads=1, dim=16, page_size=16, form=Sketch(16))
+    cache.kv.keys.copy_(cache.kv.keys[:1, :1].expand_as(cache.kv.keys))
+    update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens, backend="torch")
+    mask = torch.arange(1500)[None] % 3 > 0
+    config = config_of(48, num_sink_pages=1, candidate_factor=1, num_recent_pages=2)
+    step = Step(query=query_for(cache, 2), kv=cache.kv, seq_lens=cache.seq_lens, config=config, token_mask=mask)
+    plan = token_workspace.plan_of(cache.kv, 2, config)
+    assert plan is not None and plan.listed < int(mask.sum())
+    done = token_decode.decode_tokens(step)
+    assert done is not None
+    live = mask[0].nonzero().flatten()
+    recent = live[live >= 1472]
+    assert done[1].units[0, 0].tolist() == [*live[: 48 - len(recent)].tolist(), *recent.tolist()]
+
+
+def test_a_mask_of_everything_is_none() -> None:
+    cache = make_cache([700, 433], dim=16, page_size=16, form=Sketch(16))
+    update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens, backend="torch")
+    workspace = make_workspace(cache.kv, 4, config_of())
+    query, everything = query_for(cache, 2), torch.ones(2, 900, dtype=torch.bool)
+    masked, plain, masked_again = (
+        quest_decode(query, cache.kv, cache.seq_lens, config_of(), token_mask=mask, workspace=workspace)
+        for mask in (everything, None, everything)
+    )
+    assert torch.equal(masked.selected.units, plain.selected.units)
+    assert torch.equal(masked.output, plain.output)
+    assert torch.equal(masked_again.output, plain.output)
 
 
 def test_a_softcap_hides_no_key_that_is_not_finite() -> None:

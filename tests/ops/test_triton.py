@@ -410,6 +410,7 @@ def test_every_kernel_compiles_for_a_hopper_gpu() -> None:
         "_slot_kernel",
         "_update_kernel",
         "choose_kernel",
+        "mark_kernel",
         "merge_kernel",
         "pick_kernel",
         "prepare_kernel",

@@ -44,6 +44,7 @@ def assert_chosen(
     config: QuestConfig,
     rounding: float = _ROUNDING,
     *,
+    token_mask: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> list[float]:
@@ -54,17 +55,19 @@ def assert_chosen(
         query: `[B, HQ, D]`.
         config: Of single tokens by sketches.
         rounding: Of a rank in base 2, as far as a sign's worth may be rounded.
-        softcap: As of a `Step`.
+        token_mask: As of a `Step`.
+        softcap: Likewise.
         sinks: Likewise.
 
     Returns:
-        Of each row that is longer than the budget, the share of the tokens of the largest weights that were chosen.
+        Of each row of more live tokens than the budget, the share of those of the largest weights that were chosen.
     """
     kv = cache.kv
     workspace = token_workspace.make_token_workspace(kv, query.shape[1], config)
     assert workspace is not None
     step = Step(
-        query=query, kv=kv, seq_lens=cache.seq_lens, config=config, workspace=workspace, softcap=softcap, sinks=sinks
+        query=query, kv=kv, seq_lens=cache.seq_lens, config=config, workspace=workspace, token_mask=token_mask,
+        softcap=softcap, sinks=sinks,
     )  # fmt: skip
     done, once_more = (token_decode.decode_tokens(step) for _ in range(2))
     assert done is not None and once_more is not None
@@ -82,26 +85,32 @@ def assert_chosen(
             chosen = selected.units[b, h, : int(selected.counts[b, h])].long()
             assert (chosen[1:] > chosen[:-1]).all(), "in the order of the sequence"
             assert (selected.units[b, h, len(chosen) :] == -1).all()
-            if end <= config.token_budget:
-                assert chosen.tolist() == list(range(end)), "read whole"
+            live = torch.arange(end, device=query.device)
+            if token_mask is not None:
+                live = live[: token_mask.shape[1]][token_mask[b, :end]]
+            if len(live) <= config.token_budget:
+                assert chosen.tolist() == live.tolist(), "read whole"
                 continue
             assert len(chosen) == config.token_budget
-            forced = config.num_sink_pages * kv.page_size
-            last = (num_pages(end, kv.page_size) - max(1, config.num_recent_pages)) * kv.page_size
-            among = torch.arange(forced, last, device=query.device)
+            pages = (live // kv.page_size).unique()
+            forced = int(pages[config.num_sink_pages]) * kv.page_size
+            last = int(pages[-max(1, config.num_recent_pages)]) * kv.page_size
+            among = live[(live >= forced) & (live < last)]
+            always = live[(live < forced) | (live >= last)]
             keys, _, heads, estimates = _rows(cache, query, b, h)
             scale, in_base_2 = kv.head_dim**-0.5, math.log2(math.e)
             norm = torch.logsumexp(norms[b * kv.num_kv_heads + h, :, :group] * math.log(2), 0) / math.log(2)
             exact = (_capped(keys @ heads.T * scale, softcap) * in_base_2 - norm).amax(1)
             rough = (_capped(estimates.double() * scale, softcap) * in_base_2 - norm).amax(1)
             passes = _passing(workspace.passing, b * kv.num_kv_heads + h, kv.max_pages, kv.page_size)[:last]
-            passes[:forced] = False
-            assert passes.sum() >= len(chosen) - forced - (end - last), "candidates for all that is read"
-            lowest = rough[:last][passes].min()
+            assert passes[among].sum() >= len(chosen) - len(always), "candidates for all that is read"
+            ranks = rough[among[passes[among]]]
+            lowest = ranks[~ranks.isnan()].min()  # of a page whose sketch is not finite all pass
             assert not (rough[among] > lowest + rounding)[~passes[among]].any(), "who passes ranks above who does not"
             mine = torch.zeros(end, dtype=torch.bool, device=query.device)
             mine[chosen] = True
-            assert mine[:forced].all() and mine[last:].all(), "forced pages are read"
+            assert mine[always].all(), "forced pages are read"
+            assert mine[live].sum() == len(chosen), "none of the dead is"
             free = among[mine[among]]
             assert passes[free].all()
             left = among[passes[among] & ~mine[among]]
@@ -111,7 +120,7 @@ def assert_chosen(
             shares.append(float(mine[best].double().mean()))
     as_lists = [[[unit for unit in head if unit >= 0] for head in row] for row in selected.units.tolist()]
     expected, _ = reference.sparse_decode_attention(
-        query, kv, cache.lengths, as_lists, kv.head_dim**-0.5, softcap, sinks, unit_size=1
+        query, kv, cache.lengths, as_lists, kv.head_dim**-0.5, softcap, sinks, token_mask, unit_size=1
     )  # fmt: skip
     precision = torch.finfo(query.dtype).eps
     torch.testing.assert_close(output.double().cpu(), expected.double().cpu(), rtol=4 * precision, atol=8 * precision)

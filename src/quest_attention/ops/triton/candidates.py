@@ -7,20 +7,13 @@ import triton.language as tl
 
 from quest_attention.ops.triton.arguments import length_of, load_query
 from quest_attention.ops.triton.arithmetic import LOG2_E, cap, dot, widen
-from quest_attention.ops.triton.choice import DEAD, LARGEST, choose_pages
+from quest_attention.ops.triton.choice import DEAD, FORCED, LARGEST, choose_pages
 from quest_attention.ops.triton.launch import wait_for_launch
+from quest_attention.ops.triton.masks import END, FIRST, RECENT, RECENT_START, SINKS_END, SPAN, count_tokens
 from quest_attention.ops.triton.preparation import norms_of
 from quest_attention.ops.triton.ranks import choice_of
 
 __all__ = ["choose_kernel", "pick_kernel"]
-
-
-@triton.jit
-def _count_passing(words):
-    """How many tokens pass in each word."""
-    pairs = (words & 0x11111111) + ((words >> 1) & 0x11111111)
-    fours = (pairs & 0x0F0F0F0F) + ((pairs >> 4) & 0x0F0F0F0F)
-    return (fours * 0x01010101) >> 24
 
 
 @triton.jit(do_not_specialize=[
@@ -28,12 +21,16 @@ def _count_passing(words):
     "capacity", "most",
 ])  # fmt: skip
 def pick_kernel(
-    query, keys, page_table, table_stride, lengths, space, scale, softcap, num_kv_heads, token_budget,
+    query, keys, page_table, table_stride, lengths, live, space, scale, softcap, num_kv_heads, token_budget,
     num_sink_pages, num_recent_pages, parts, listed, capacity, most,
     SHAPE: tl.constexpr, PARTS: tl.constexpr, NORMS: tl.constexpr, PICKED: tl.constexpr, RANKED: tl.constexpr,
     FOLLOWS: tl.constexpr,
 ):  # fmt: skip
-    """The candidates of a part of a row, behind those of the parts before it, with their ranks by their keys."""
+    """The candidates of a part of a row, behind those of the parts before it, with their ranks by their keys.
+
+    With a mask forced tokens are no runs of a known length. So those of sink pages are candidates whose rank nothing
+    reaches, and those of recent pages are listed as well, where the room for candidates ends.
+    """
     row = tl.program_id(0) // parts
     part = tl.program_id(0) % parts
     b = (row // num_kv_heads).to(tl.int64)
@@ -43,27 +40,44 @@ def pick_kernel(
     WORDS: tl.constexpr = (PAGE + 15) // 16
     q = load_query(query, b, h, SHAPE)
     wait_for_launch(FOLLOWS)
-    if end > token_budget:
-        first_page, last_page = choice_of(end, num_sink_pages, num_recent_pages, PAGE)
+    first_page, last_page = choice_of(end, num_sink_pages, num_recent_pages, PAGE)
+    is_listed = end > token_budget
+    row_live = live
+    sinks_end = 0
+    recent_start = 0
+    room = listed
+    if live is not None:
+        is_listed = True  # within the budget too: only here it is known which tokens those are
+        row_live = live.words + b * capacity
+        span = live.spans + b * SPAN
+        first_page = tl.load(span + FIRST) // PAGE
+        last_page = tl.cdiv(tl.load(span + END), PAGE)
+        sinks_end = tl.load(span + SINKS_END)
+        recent_start = tl.load(span + RECENT_START)
+        room = listed - tl.load(span + RECENT)
+    if is_listed:
         words = space.passing + row.to(tl.int64) * capacity
         candidates = space.candidates + row.to(tl.int64) * listed
         share = tl.cdiv((last_page - first_page) * WORDS, parts)
         first = first_page * WORDS + part * share
         last = tl.minimum(first + share, last_page * WORDS)
         at = first + tl.arange(0, PICKED)
-        passing = tl.load(words + at, mask=at < last, other=0)
-        mine = tl.sum(_count_passing(passing))
+        passing = _words(words, row_live, at, last, sinks_end, recent_start, PAGE)
+        mine = tl.sum(count_tokens(passing))
         for start in range(first + PICKED, last, PICKED):
             more = start + tl.arange(0, PICKED)
-            mine += tl.sum(_count_passing(tl.load(words + more, mask=more < last, other=0)))
+            mine += tl.sum(count_tokens(_words(words, row_live, more, last, sinks_end, recent_start, PAGE)))
         tl.atomic_xchg(space.found + row * parts + part, mine + 1, sem="relaxed", scope="gpu")
         norm = norms_of(space.norms, row, SHAPE, NORMS)
         before = _found_before(space.found + row * parts, part, PARTS)
-        kept = _list(candidates, at, passing, before, listed, PAGE)
+        kept = _list(candidates, at, passing, before, room, PAGE)
         for start in range(first + PICKED, last, PICKED):
             more = start + tl.arange(0, PICKED)
-            kept = _list(candidates, more, tl.load(words + more, mask=more < last, other=0), kept, listed, PAGE)
-        kept = tl.minimum(kept, listed)
+            passing = _words(words, row_live, more, last, sinks_end, recent_start, PAGE)
+            kept = _list(candidates, more, passing, kept, room, PAGE)
+        kept = tl.minimum(kept, room)
+        if live is not None:
+            _list_recent(candidates, row_live, first, last, recent_start // PAGE * WORDS, room, listed, PAGE, PICKED)
         factor = scale * LOG2_E
         if keys.scale is not None:
             factor = factor * tl.load(keys.scale + h * keys.scale_head)
@@ -75,16 +89,44 @@ def pick_kernel(
             candidate = tl.load(candidates + here, mask=is_live, other=0)
             physical = tl.load(table + candidate // PAGE, mask=is_live, other=0)
             rank = _rank_by_keys(q, keys, physical, candidate, is_live, h, norm, factor, softcap, SHAPE)
+            if live is not None:
+                rank = tl.where(candidate < sinks_end, FORCED, rank)
             tl.store(space.exact + row.to(tl.int64) * listed + here, rank, mask=is_live)
             place = physical * PAGE + candidate % PAGE
             tl.store(space.located + row.to(tl.int64) * listed + here, place, mask=is_live)
 
 
 @triton.jit
+def _words(passing, live, at, last, sinks_end, recent_start, PAGE: tl.constexpr):
+    """Words of the tokens that are candidates: with a mask live ones that passed, and all live ones of sink pages."""
+    words = tl.load(passing + at, mask=at < last, other=0)
+    if live is not None:
+        WORDS: tl.constexpr = (PAGE + 15) // 16
+        start = at // WORDS * PAGE
+        lives = tl.load(live + at, mask=at < last, other=0)
+        words = tl.where(start < recent_start, tl.where(start < sinks_end, lives, words & lives), 0)
+    return words
+
+
+@triton.jit
+def _list_recent(
+    candidates, live, first, last, recent, room, listed, PAGE: tl.constexpr, PICKED: tl.constexpr
+):  # fmt: skip
+    """Write the live tokens of words `first` to `last` from word `recent` on behind the `room` of the candidates."""
+    kept = room
+    for start in range(recent, first, PICKED):
+        at = start + tl.arange(0, PICKED)
+        kept += tl.sum(count_tokens(tl.load(live + at, mask=at < first, other=0)))
+    for start in range(tl.maximum(first, recent), last, PICKED):
+        at = start + tl.arange(0, PICKED)
+        kept = _list(candidates, at, tl.load(live + at, mask=at < last, other=0), kept, listed, PAGE)
+
+
+@triton.jit
 def _list(candidates, at, passing, kept, listed, PAGE: tl.constexpr):
     """Write the tokens that pass behind the `kept` ones before them; gives how many there are then."""
     WORDS: tl.constexpr = (PAGE + 15) // 16
-    each = _count_passing(passing)
+    each = count_tokens(passing)
     slot = kept + tl.cumsum(each) - each
     token = at // WORDS * PAGE + at % WORDS * 16
     for offset in tl.static_range(16):
@@ -109,7 +151,7 @@ def _found_before(found, part, PARTS: tl.constexpr):
     "listed", "most",
 ])  # fmt: skip
 def choose_kernel(
-    page_table, table_stride, lengths, space, units, counts, num_kv_heads, token_budget, num_sink_pages,
+    page_table, table_stride, lengths, live, space, units, counts, num_kv_heads, token_budget, num_sink_pages,
     num_recent_pages, parts, slots, listed, most,
     PAGE: tl.constexpr, PARTS: tl.constexpr, HELD: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
@@ -120,7 +162,28 @@ def choose_kernel(
     table = page_table + b.to(tl.int64) * table_stride
     units += row.to(tl.int64) * slots
     places = space.places + row.to(tl.int64) * slots
-    if end <= token_budget:
+    if live is not None:
+        wait_for_launch(FOLLOWS)
+        recent = tl.load(live.spans + b * SPAN + RECENT)
+        each = tl.arange(0, PARTS)
+        found = tl.load(space.found + row * parts + each, mask=each < parts, other=1)
+        start = row.to(tl.int64) * listed
+        here = tl.arange(0, HELD)
+        rank = tl.load(space.exact + start + here, mask=here < listed, other=DEAD, cache_modifier=".cg")
+        room = listed - recent
+        total = tl.minimum(tl.sum(found - 1), room)
+        want = tl.minimum(token_budget - recent, total)
+        tl.store(counts + row, want + recent)
+        for first in range(0, recent, 128):
+            nth = first + tl.arange(0, 128)
+            token = tl.load(space.candidates + start + room + nth, mask=nth < recent, other=0)
+            place = tl.load(table + token // PAGE, mask=nth < recent, other=0) * PAGE + token % PAGE
+            tl.store(units + want + nth, token, mask=nth < recent)
+            tl.store(places + want + nth, place, mask=nth < recent)
+        _store_unused(units, want + recent, slots)
+        tl.store(space.found + row * parts + each, 0, mask=each < parts)
+        _choose(space, start, rank, units, places, total, want, HELD)
+    elif end <= token_budget:
         wait_for_launch(FOLLOWS)
         _store_run(table, units, places, 0, 0, end, PAGE)
         _store_unused(units, end, slots)

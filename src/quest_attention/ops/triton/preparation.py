@@ -7,7 +7,8 @@ import triton.language as tl
 
 from quest_attention.ops.triton.arguments import length_of, load_query
 from quest_attention.ops.triton.arithmetic import LOG2_E, cap, dot, widen
-from quest_attention.ops.triton.launch import let_next_start
+from quest_attention.ops.triton.launch import let_next_start, wait_for_launch
+from quest_attention.ops.triton.masks import END, FIRST, LIVE, SPAN, is_live_token
 from quest_attention.ops.triton.sketch import turn
 
 __all__ = ["norms_of", "prepare_kernel"]
@@ -52,16 +53,19 @@ def _store_planes(column, code, inside, BYTES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["lengths", "num_kv_heads", "table_stride", "token_budget", "most"])
 def prepare_kernel(
-    query, keys, page_table, table_stride, lengths, sinks, space, scale, softcap, num_kv_heads, token_budget, most,
+    query, keys, page_table, table_stride, lengths, live, sinks, space, scale, softcap, num_kv_heads, token_budget,
+    most,
     SHAPE: tl.constexpr, PACKING: tl.constexpr, SAMPLE: tl.constexpr, PARTS: tl.constexpr, HAS_BITS: tl.constexpr,
     FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     """The log-sum-exp of a row's heads over a part of a sample of its tokens; and the bits of its queries.
 
     The sample is the first and the last tokens of the sequence, a page's worth each, and as many of those between as
-    there is room for, evenly apart but for a draw in each step; these weigh as what they stand for.
+    there is room for, evenly apart but for a draw in each step; these weigh as what they stand for. With a mask they
+    lie between the first and the last live token, and dead ones among them weigh nothing.
     """
-    let_next_start(FOLLOWS)
+    if live is None:
+        let_next_start(FOLLOWS)
     PROGRAMS: tl.constexpr = PARTS + HAS_BITS
     row = tl.program_id(0) // PROGRAMS
     part = tl.program_id(0) % PROGRAMS
@@ -76,30 +80,41 @@ def prepare_kernel(
         if part == PARTS:
             turned = turn(q, SHAPE.head_dim, SHAPE.block_d, PACKING) * factor
             _store_bits(turned, space.bits, space.factors, row, SHAPE, PACKING)
-    if (part < PARTS) & (end > token_budget):
-        PAGE: tl.constexpr = SHAPE.page_size
+    PAGE: tl.constexpr = SHAPE.page_size
+    start = 0
+    is_sparse = end > token_budget
+    if live is not None:
+        wait_for_launch(FOLLOWS)
+        span = live.spans + b * SPAN
+        is_sparse = tl.load(span + LIVE) > token_budget
+        start = tl.load(span + FIRST)
+        end = tl.load(span + END)
+    if (part < PARTS) & is_sparse:
         EDGE: tl.constexpr = min(SHAPE.page_size, SAMPLE * PARTS // 4)
         DRAWN: tl.constexpr = SAMPLE * PARTS - 2 * EDGE
         head = tl.arange(0, SHAPE.block_g)
         channel = tl.arange(0, SHAPE.block_d)
         at = part * SAMPLE + tl.arange(0, SAMPLE)
-        between = tl.maximum(end - 2 * EDGE, 1)
+        between = tl.maximum(end - start - 2 * EDGE, 1)
         nth = at - 2 * EDGE
         draw = ((nth * 40503) & 0xFFFF).to(tl.float32) / 65536.0
         each = between.to(tl.float32) / DRAWN
-        drawn = EDGE + tl.minimum(((nth.to(tl.float32) + draw) * each).to(tl.int32), between - 1)
-        position = tl.where(at < EDGE, at, tl.where(at < 2 * EDGE, end - 2 * EDGE + at, drawn))
-        is_live = (position >= 0) & (position < end)
+        drawn = start + EDGE + tl.minimum(((nth.to(tl.float32) + draw) * each).to(tl.int32), between - 1)
+        position = tl.where(at < EDGE, start + at, tl.where(at < 2 * EDGE, end - 2 * EDGE + at, drawn))
+        is_live = (position >= start) & (position < end)
+        if live is not None:
+            WORDS: tl.constexpr = (PAGE + 15) // 16
+            is_live &= is_live_token(live.words + b * (most // PAGE * WORDS), position, is_live, PAGE)
         physical = tl.load(page_table + b * table_stride + position // PAGE, mask=is_live, other=0).to(tl.int64)
         key_at = keys.base + h * keys.head + physical * keys.page + (position % PAGE).to(tl.int64) * keys.token
         inside = is_live[:, None] & (channel < SHAPE.head_dim)[None, :]
         k = tl.load(key_at[:, None] + channel[None, :], mask=inside, other=0.0)
         HEADS: tl.constexpr = SHAPE.block_g
         logit = dot(q, tl.trans(widen(k, q.dtype)), tl.zeros([HEADS, SAMPLE], tl.float32)) * factor
-        is_known = is_live[None, :] & (tl.abs(logit) < float("inf"))
-        if softcap is not None:
-            logit = cap(logit, softcap * LOG2_E)
+        if softcap is not None:  # of which a logit that is not finite is no finite one
+            logit = tl.where(tl.abs(logit) < float("inf"), cap(logit, softcap * LOG2_E), float("inf"))
         logit += tl.where(at < 2 * EDGE, 0.0, tl.log2(each))[None, :]
+        is_known = is_live[None, :] & (tl.abs(logit) < float("inf"))
         logit = tl.where(is_known, logit, float("-inf"))
         largest = tl.maximum(tl.max(logit, 1), -1e30)
         total = tl.sum(tl.exp2(logit - largest[:, None]), 1)

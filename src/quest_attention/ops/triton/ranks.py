@@ -12,6 +12,16 @@ import triton.language as tl
 from quest_attention.ops.triton.arguments import length_of
 from quest_attention.ops.triton.arithmetic import LOG2_E, cap
 from quest_attention.ops.triton.launch import wait_for_launch
+from quest_attention.ops.triton.masks import (
+    END,
+    FIRST,
+    FREE,
+    LIVE,
+    RECENT_START,
+    SINKS_END,
+    SPAN,
+    is_live_token,
+)
 from quest_attention.ops.triton.preparation import norms_of
 from quest_attention.ops.triton.sketch import estimates, turned_queries
 
@@ -46,12 +56,15 @@ def choice_of(end, num_sink_pages, num_recent_pages, PAGE: tl.constexpr):
     "parts", "capacity", "most",
 ])  # fmt: skip
 def rank_kernel(
-    query, key_scale, scale_head, metadata, page_table, table_stride, lengths, space, scale, softcap, num_kv_heads,
-    parts, capacity, token_budget, num_sink_pages, num_recent_pages, candidate_budget, most,
+    query, key_scale, scale_head, metadata, page_table, table_stride, lengths, live, space, scale, softcap,
+    num_kv_heads, parts, capacity, token_budget, num_sink_pages, num_recent_pages, candidate_budget, most,
     IS_SAMPLE: tl.constexpr, SHAPE: tl.constexpr, PACKING: tl.constexpr, PAGES: tl.constexpr, SAMPLED: tl.constexpr,
     FEWEST: tl.constexpr, NORMS: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
-    """What `scan` does, for any shape and in the interpreter, with queries that are not rounded."""
+    """What `scan` does, for any shape and in the interpreter, with queries that are not rounded.
+
+    Pages count from the one of the first live token, and end before the one of the last, which is read anyway.
+    """
     row = tl.program_id(0) // parts
     b = (row // num_kv_heads).to(tl.int64)
     h = (row % num_kv_heads).to(tl.int64)
@@ -59,24 +72,39 @@ def rank_kernel(
     PAGE: tl.constexpr = SHAPE.page_size
     BLOCK: tl.constexpr = SHAPE.block_page
     whole = tl.where(end > token_budget, (end - 1) // PAGE, 0)
-    drawn, rare = _drawn_of(whole, PAGE, SAMPLED)
     factor = scale * LOG2_E
     if key_scale is not None:
         factor = factor * tl.load(key_scale + h * scale_head)
     q_top, q_rest = turned_queries(query, b, h, SHAPE, PACKING)
     wait_for_launch(FOLLOWS)
+    begin = 0
+    row_live = live
+    span = live
+    if live is not None:
+        span = live.spans + b * SPAN
+        row_live = live.words + b * capacity
+        begin = tl.load(span + FIRST) // PAGE
+        whole = tl.where(tl.load(span + LIVE) > token_budget, (tl.load(span + END) - 1) // PAGE - begin, 0)
+    drawn, rare = _drawn_of(whole, PAGE, SAMPLED)
     norm = norms_of(space.norms, row, SHAPE, NORMS)
     token = tl.arange(0, BLOCK)
     last = drawn if IS_SAMPLE else whole
     low = 0.0
     if not IS_SAMPLE:
-        first_page, last_page = choice_of(end, num_sink_pages, num_recent_pages, PAGE)
+        if live is None:
+            first_page, last_page = choice_of(end, num_sink_pages, num_recent_pages, PAGE)
+            free = (last_page - first_page) * PAGE
+        else:
+            first_page = tl.load(span + SINKS_END) // PAGE
+            last_page = tl.load(span + RECENT_START) // PAGE
+            free = tl.load(span + FREE)
         low = _threshold(
-            space.sample + row * SAMPLED, drawn, rare, first_page, last_page, candidate_budget, PAGE, SAMPLED, FEWEST
-        )
+            space.sample + row * SAMPLED, row_live, drawn, rare, begin, first_page, last_page, free, candidate_budget,
+            PAGE, SAMPLED, FEWEST,
+        )  # fmt: skip
     for start in range(tl.program_id(0) % parts * PAGES, last, parts * PAGES):
         nth = start + tl.arange(0, PAGES)
-        page = _drawn_page(nth, rare) if IS_SAMPLE else nth
+        page = begin + (_drawn_page(nth, rare) if IS_SAMPLE else nth)
         physical = tl.load(page_table + b * table_stride + page, mask=nth < last, other=0).to(tl.int64)
         sketch = metadata.base + h * metadata.head + physical * metadata.page
         logit = estimates(sketch, q_top, q_rest, SHAPE, PACKING) * factor
@@ -97,18 +125,24 @@ def rank_kernel(
             bit = tl.arange(0, EACH)
             passes = tl.reshape(passes, [PAGES, ROOM, EACH]) << (bit // 2 * 4 + bit % 2)[None, None, :]
             word = tl.arange(0, ROOM)
-            to = space.passing + row.to(tl.int64) * capacity + nth[:, None] * WORDS + word[None, :]
+            to = space.passing + row.to(tl.int64) * capacity + page[:, None] * WORDS + word[None, :]
             tl.store(to, tl.sum(passes, 2), mask=(nth < last)[:, None] & (word < WORDS)[None, :])
 
 
 @triton.jit
 def _threshold(
-    sample, drawn, rare, first_page, last_page, wanted, PAGE: tl.constexpr, SAMPLED: tl.constexpr, FEWEST: tl.constexpr
-):
-    """A rank that about `wanted` of the tokens of some pages of a row reach, by what a sample of the ranks says."""
+    sample, live, drawn, rare, begin, first_page, last_page, free, wanted,
+    PAGE: tl.constexpr, SAMPLED: tl.constexpr, FEWEST: tl.constexpr,
+):  # fmt: skip
+    """A rank that about `wanted` of the `free` tokens of some pages of a row reach, by what a sample of the ranks says.
+
+    `live` are the words of the row, None without a mask.
+    """
     at = tl.arange(0, SAMPLED)
-    page = _drawn_page(at // PAGE, rare)
+    page = begin + _drawn_page(at // PAGE, rare)
     inside = (at // PAGE < drawn) & (page >= first_page) & (page < last_page)
+    if live is not None:
+        inside &= is_live_token(live, page * PAGE + at % PAGE, inside, PAGE)
     rank = tl.load(sample + at, mask=inside, other=0.0).to(tl.float32)
     # What is not finite, of a page whose keys are not, reaches every limit and sets none.
     is_finite = inside & (tl.abs(rank) < float("inf"))
@@ -116,7 +150,7 @@ def _threshold(
     highest = tl.max(tl.where(is_finite, rank, -65504.0))
     rank = tl.where(inside, tl.where(is_finite, rank, 65504.0), float("-inf"))
     known = tl.sum(inside.to(tl.int32))
-    share = wanted.to(tl.float32) / tl.maximum((last_page - first_page) * PAGE, 1).to(tl.float32)
+    share = wanted.to(tl.float32) / tl.maximum(free, 1).to(tl.float32)
     most = tl.maximum((share * known.to(tl.float32)).to(tl.int32), FEWEST)
     low, high = lowest, highest
     for _ in range(6):

@@ -13,6 +13,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from quest_attention.ops.triton.masks import END, FIRST, FREE, LIVE, RECENT_START, SINKS_END, SPAN
+
 __all__ = ["SCANNED_PAGES", "SCAN_PAGE_SIZE", "SCAN_WARPS", "scan_kernel"]
 
 SCAN_WARPS = 4
@@ -172,15 +174,16 @@ def _weights_of(
     if HALVES == 2:
         center += _means_of(more_mean, more_low[0], more_low[1], more_high[0], more_high[1], worth)
         rest += _signs_of(more_signs, more_planes[0], more_planes[1])
-    by_sign = _for_tokens(scale * per_sign, PAGES, TWICE, TOKENS)
+    add = center.to(gl.float32) * mean_scale * per_mean
     if softcap is None:
-        add = center.to(gl.float32) * mean_scale * per_mean - (scale * less + norm)
-        weight = rest.to(gl.float32) * by_sign + _for_tokens(add, PAGES, TWICE, TOKENS)
+        add = add - (scale * less + norm)
     else:
+        add = add - scale * less
+    add = _for_tokens(add, PAGES, TWICE, TOKENS)
+    weight = rest.to(gl.float32) * _for_tokens(scale * per_sign, PAGES, TWICE, TOKENS) + add
+    if softcap is not None:
         cap = softcap * 1.4426950408889634  # logits are in base 2
-        add = center.to(gl.float32) * mean_scale * per_mean - scale * less
-        logit = rest.to(gl.float32) * by_sign + _for_tokens(add, PAGES, TWICE, TOKENS)
-        weight = cap * _tanh(logit * (1.0 / cap)) - _for_tokens(norm + gl.zeros_like(add), PAGES, TWICE, TOKENS)
+        weight = cap * _tanh(weight * (1.0 / cap)) - _for_tokens(norm + gl.zeros_like(scale), PAGES, TWICE, TOKENS)
     return weight
 
 
@@ -208,22 +211,28 @@ def _wait_for_launch(FOLLOWS: gl.constexpr):
 
 
 @gluon.jit
-def _threshold(sample, drawn, rare, first_page, last_page, wanted, FEWEST: gl.constexpr, SAMPLED: gl.constexpr,
-               WARPS: gl.constexpr):  # fmt: skip
+def _threshold(
+    sample, live, drawn, rare, begin, first_page, last_page, free, wanted,
+    FEWEST: gl.constexpr, SAMPLED: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
     """See `ranks`, where the same is in Triton."""
     EACH: gl.constexpr = SAMPLED // (32 * WARPS)
     LAYOUT: gl.constexpr = gl.BlockedLayout([EACH], [32], [WARPS], [0])
     at = gl.arange(0, SAMPLED, layout=LAYOUT)
     nth = at // 16
-    page = _drawn_page(nth, rare)
+    page = begin + _drawn_page(nth, rare)
     inside = (nth < drawn) & (page >= first_page) & (page < last_page)
+    if live is not None:
+        bit = at % 16
+        lives = gl.load(live + page, mask=inside, other=0)
+        inside &= ((lives >> (bit // 2 * 4 + bit % 2)) & 1) != 0
     rank = gl.load(sample + at, mask=inside, other=0.0).to(gl.float32)
     is_finite = inside & (rank > float("-inf")) & (rank < float("inf"))
     low = gl.min(gl.where(is_finite, rank, 65504.0), 0)
     high = gl.max(gl.where(is_finite, rank, -65504.0), 0)
     rank = gl.where(inside, gl.where(is_finite, rank, 65504.0), float("-inf"))
     known = gl.sum(inside.to(gl.int32), 0)
-    share = wanted.to(gl.float32) / gl.maximum((last_page - first_page) * 16, 1).to(gl.float32)
+    share = wanted.to(gl.float32) / gl.maximum(free, 1).to(gl.float32)
     most = gl.maximum((share * known.to(gl.float32)).to(gl.int32), FEWEST)
     for _ in gl.static_range(6):
         third = (high - low) * 0.33333334
@@ -248,12 +257,15 @@ def _drawn_page(nth, rare):
     "candidate_budget", "capacity", "most",
 ])  # fmt: skip
 def scan_kernel(
-    metadata, page_stride, head_stride, page_table, table_stride, lengths, planes, factors, norms, sample, passing,
-    softcap, num_kv_heads, parts, capacity, token_budget, num_sink_pages, num_recent_pages, candidate_budget, most,
+    metadata, page_stride, head_stride, page_table, table_stride, lengths, live_words, live_spans, planes, factors,
+    norms, sample, passing, softcap, num_kv_heads, parts, capacity, token_budget, num_sink_pages, num_recent_pages,
+    candidate_budget, most,
     IS_SAMPLE: gl.constexpr, GROUP: gl.constexpr, WORDS: gl.constexpr, SAMPLED: gl.constexpr, FEWEST: gl.constexpr,
     NORMS: gl.constexpr, WARPS: gl.constexpr, FOLLOWS: gl.constexpr,
 ):  # fmt: skip
     """Ranks of the tokens of a sample of a row's pages; or which tokens of all pages pass the threshold it gives.
+
+    With a mask, of those pages from that of the first live token on, up to that of the last.
 
     `planes` has for each set of four heads, and each 128 channels, two tiles for signs and four for means; `factors`
     three rows of 16 heads: of a mean's product, of a sign's, and what to take from a level's.
@@ -294,6 +306,13 @@ def scan_kernel(
         end = lengths
     end = gl.minimum(end, most)
     whole = gl.where(end > token_budget, (end - 1) // PAGE, 0)  # pages to rank: the one being written is read anyway
+    begin = 0
+    span = live_spans
+    if live_spans is not None:
+        _wait_for_launch(FOLLOWS)
+        span = live_spans + b * SPAN
+        begin = gl.load(span + FIRST) // PAGE
+        whole = gl.where(gl.load(span + LIVE) > token_budget, (gl.load(span + END) - 1) // PAGE - begin, 0)
     rare = 0
     for turn in gl.static_range(16):  # noqa: B007 - `_` is used below
         rare += gl.where((whole >> rare) * PAGE > SAMPLED, 1, 0)
@@ -303,7 +322,7 @@ def scan_kernel(
     first = part * tiles * PAGES
     last = gl.minimum(first + tiles * PAGES, ranked)
     if first < last:
-        table = page_table + b.to(gl.int64) * table_stride
+        table = page_table + b.to(gl.int64) * table_stride + begin
         base = metadata + (row % num_kv_heads).to(gl.int64) * head_stride
         page_of = gl.arange(0, PAGES, layout=OF_PAGES)
         token = gl.arange(0, PAGE, layout=OF_TOKENS)
@@ -325,7 +344,8 @@ def scan_kernel(
             more_mean = gl.load(mean_page[:, None, None] + (mean_within + 4))
         at = first + PAGES + page_of
         physical = gl.load(table + (_drawn_page(at, rare) if IS_SAMPLE else at), mask=at < last, other=0)
-        _wait_for_launch(FOLLOWS)
+        if live_spans is None:
+            _wait_for_launch(FOLLOWS)
         factor = factors + row * 48
         norm_at = norms + row * (16 * NORMS)
         per_mean = gl.load(factor + head)[None, None, :]
@@ -361,12 +381,21 @@ def scan_kernel(
         worth, _ = gl.broadcast(worth, means)
         least = 0.0
         if not IS_SAMPLE:
-            total = gl.cdiv(end, PAGE)
-            first_page = gl.minimum(num_sink_pages, total)
-            last_page = gl.maximum(total - num_recent_pages, first_page)
+            row_live = live_words
+            if live_spans is None:
+                total = gl.cdiv(end, PAGE)
+                first_page = gl.minimum(num_sink_pages, total)
+                last_page = gl.maximum(total - num_recent_pages, first_page)
+                free = (last_page - first_page) * PAGE
+            else:
+                row_live = live_words + b.to(gl.int64) * capacity
+                first_page = gl.load(span + SINKS_END) // PAGE
+                last_page = gl.load(span + RECENT_START) // PAGE
+                free = gl.load(span + FREE)
             least = _threshold(
-                sample + row * SAMPLED, drawn, rare, first_page, last_page, candidate_budget, FEWEST, SAMPLED, WARPS
-            )
+                sample + row * SAMPLED, row_live, drawn, rare, begin, first_page, last_page, free, candidate_budget,
+                FEWEST, SAMPLED, WARPS,
+            )  # fmt: skip
         is_first = (word == 0)[None, None, :]
         for start in range(first, last, PAGES):
             mean_scale, scale = _scales_of(mean)
@@ -397,9 +426,9 @@ def scan_kernel(
                 to = sample + row * SAMPLED + (here[:, None, None] * PAGE + token[None, :, None]) + 0 * within
                 gl.store(to, found, mask=is_first & (here < last)[:, None, None])
             else:
-                to = passing + row.to(gl.int64) * capacity + here[:, None, None] + 0 * within
+                to = passing + (row.to(gl.int64) * capacity + begin) + here[:, None, None] + 0 * within
                 gl.store(to, found, mask=is_first & (token == 0)[None, :, None] & (here < last)[:, None, None])
-    else:
+    elif live_spans is None:
         _wait_for_launch(FOLLOWS)
 
 

@@ -7,6 +7,8 @@
     choose      among the candidates of a row
     attend      to the chosen, as `attention` does; the last program of a row merges
 
+With a mask a seventh comes before these (`masks`): which tokens are live, and where the forced pages end.
+
 A launch waits for all programs of the one before: a threshold needs the ranks of a whole row, and so on. It is started
 before those are done, and loads meanwhile what it does not have from them. Within `pick` a program waits for how many
 candidates those before it in the row have found, as a single-pass scan does: only ever for programs with a lower index,
@@ -36,6 +38,7 @@ from quest_attention.ops.triton.arguments import (
 from quest_attention.ops.triton.attention import attend_slots
 from quest_attention.ops.triton.candidates import choose_kernel, pick_kernel
 from quest_attention.ops.triton.launch import check_kernel_dtype, launch, starts_early, wait_for_launch
+from quest_attention.ops.triton.masks import mark_live_tokens
 from quest_attention.ops.triton.merge import merge_splits, store_partial
 from quest_attention.ops.triton.preparation import prepare_kernel
 from quest_attention.ops.triton.ranks import rank_kernel
@@ -72,8 +75,6 @@ def decode_tokens(step: Step) -> tuple[Tensor, Selection] | None:
     """See `ops.quest_decode`. None where these kernels cannot hold the problem; the single verbs can."""
     query, kv, config, workspace = step.query, step.kv, step.config, step.workspace
     check_kernel_dtype(kv.keys)
-    if step.token_mask is not None:
-        return None
     plan = plan_of(kv, query.shape[1], config)
     if plan is None:
         return None
@@ -102,11 +103,13 @@ def decode_tokens(step: Step) -> tuple[Tensor, Selection] | None:
     budget, sink_pages, recent_pages = config.token_budget, config.num_sink_pages, max(1, config.num_recent_pages)
     follows = starts_early(query)
     norms = 1 if group == 1 else SAMPLE_PARTS  # ranks of a single head need no normaliser, but not too large numbers
+    live = mark_live_tokens(step, workspace.counters, FOLLOWS=follows["FOLLOWS"])
+    live_words, live_spans = (None, None) if live is None else live
     launch(
-        prepare_kernel, (rows * (norms + plan.scans),), by_heads, keys, table, stride, lengths, sinks, workspace,
+        prepare_kernel, (rows * (norms + plan.scans),), by_heads, keys, table, stride, lengths, live, sinks, workspace,
         scale, softcap, heads, budget, plan.most,
         SHAPE=multiplied, PACKING=packing, SAMPLE=_SAMPLE, PARTS=norms, HAS_BITS=plan.scans,
-        FOLLOWS=follows["FOLLOWS"], num_warps=8,
+        num_warps=8, **({"FOLLOWS": follows["FOLLOWS"]} if live is None else follows),
     )  # fmt: skip
     wanted = max(config.candidate_budget, _LEAST_TIMES * budget)
     for is_sample in (True, False):
@@ -116,25 +119,25 @@ def decode_tokens(step: Step) -> tuple[Tensor, Selection] | None:
         if plan.scans:
             launch(
                 scan_kernel, (rows * programs,),
-                metadata.base, metadata.page, metadata.head, table, stride, lengths, workspace.bits, workspace.factors,
-                workspace.norms, workspace.sample, workspace.passing, *choice,
+                metadata.base, metadata.page, metadata.head, table, stride, lengths, live_words, live_spans,
+                workspace.bits, workspace.factors, workspace.norms, workspace.sample, workspace.passing, *choice,
                 GROUP=group, WORDS=kv.head_dim // 32, WARPS=SCAN_WARPS, num_warps=SCAN_WARPS, maxnreg=128, **options,
             )  # fmt: skip
         else:
             launch(
                 rank_kernel, (rows * programs,), by_heads, keys.scale, keys.scale_head, metadata, table, stride,
-                lengths, workspace, scale, *choice,
+                lengths, live, workspace, scale, *choice,
                 SHAPE=multiplied, PACKING=packing, PAGES=RANKED_PAGES, num_warps=4, **options,
             )  # fmt: skip
     parts = triton.next_power_of_2(plan.pick_parts)
     launch(
-        pick_kernel, (rows * plan.pick_parts,), by_heads, keys, table, stride, lengths, workspace, scale, softcap,
+        pick_kernel, (rows * plan.pick_parts,), by_heads, keys, table, stride, lengths, live, workspace, scale, softcap,
         heads, budget, sink_pages, recent_pages, plan.pick_parts, plan.listed, plan.words, plan.most,
         SHAPE=multiplied, PARTS=parts, NORMS=norms, PICKED=plan.picked,
         RANKED=max(16, _WEIGHED // multiplied.block_d), num_warps=4, **follows,
     )  # fmt: skip
     launch(
-        choose_kernel, (rows,), table, stride, lengths, workspace, units, counts, heads, budget, sink_pages,
+        choose_kernel, (rows,), table, stride, lengths, live, workspace, units, counts, heads, budget, sink_pages,
         recent_pages, plan.pick_parts, plan.slots, plan.listed, plan.most,
         PAGE=kv.page_size, PARTS=parts, HELD=plan.held, num_warps=min(32, max(4, plan.held // _HELD)), **follows,
     )  # fmt: skip
