@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -204,14 +205,27 @@ def test_what_fits_the_budget_is_the_oracles(host: bool) -> None:
     assert not mine.output[2].any(), "nothing to attend to"
 
 
-def test_the_dead_set_no_threshold() -> None:
+def test_the_dead_set_no_threshold_and_have_no_weight() -> None:
     """Where they would rank first: of every second page of a sample, as the row is longer than one."""
     cache = make_cache([4500], heads=1, dim=16, page_size=16, form=Sketch(16))
     mask = (torch.arange(4500) >= 1301)[None] & (torch.arange(4500) // 160 % 3 > 0)
-    dead = (~mask[0]).nonzero().flatten()
+    dead, live = (one.nonzero().flatten() for one in (~mask[0], mask[0]))
+    query, config = query_for(cache, 2), config_of()
     cache.kv.keys[cache.kv.page_table[0, dead // 16].long(), dead % 16] *= 20
+    sink = int(live[0])  # which has most of the weight, and must be in the sample for it to be known
+    cache.kv.keys[int(cache.kv.page_table[0, sink // 16]), sink % 16, 0] = 4 * query[0].sum(0)
     update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens, backend="torch")
-    assert min(assert_chosen(cache, query_for(cache, 2), config_of(), token_mask=mask)) > 0.7
+    assert min(assert_chosen(cache, query, config, token_mask=mask)) > 0.7
+
+    workspace = token_workspace.make_token_workspace(cache.kv, 2, config)
+    step = Step(
+        query=query, kv=cache.kv, seq_lens=cache.seq_lens, config=config, token_mask=mask, workspace=workspace
+    )  # fmt: skip
+    assert workspace is not None and token_decode.decode_tokens(step) is not None
+    keys = cache.kv.keys[cache.kv.page_table[0, live // 16].long(), live % 16, 0]
+    exact = torch.logsumexp(query[0] @ keys.T * 0.25, 1)
+    sampled = torch.logsumexp(workspace.norms[0, :, :2] * math.log(2), 0)
+    torch.testing.assert_close(sampled, exact, rtol=0, atol=0.5)
 
 
 def test_recent_tokens_are_read_however_many_pass() -> None:
