@@ -99,7 +99,7 @@ def mark_live_tokens(step: Step, counters: Tensor, **follows: bool) -> LiveToken
     pages = max(1, _COUNTED_TOKENS // block)
     parts = triton.cdiv(max_pages, pages)
     launch(
-        mark_kernel, (batch * parts,),
+        _mark_kernel, (batch * parts,),
         mask, mask.stride(0), mask.shape[1], lengths_argument(step.seq_lens), live,
         torch.empty(batch, parts, 4, dtype=torch.int32, device=device), counters, config.token_budget,
         config.num_sink_pages, max(1, config.num_recent_pages), parts, max_pages * page_size,
@@ -149,7 +149,7 @@ def _live_kernel(
 @triton.jit(do_not_specialize=[
     "mask_stride", "mask_width", "lengths", "token_budget", "num_sink_pages", "num_recent_pages", "parts", "most",
 ])  # fmt: skip
-def mark_kernel(
+def _mark_kernel(
     token_mask, mask_stride, mask_width, lengths, live, found, counters, token_budget, num_sink_pages,
     num_recent_pages, parts, most,
     PAGE: tl.constexpr, ROOM: tl.constexpr, PAGES: tl.constexpr, PARTS: tl.constexpr, FOLLOWS: tl.constexpr,
