@@ -158,7 +158,7 @@ def _planes(at, like, FIRST: gl.constexpr):
 
 @gluon.jit
 def _tanh(x):
-    """The hardware's own, off by 2 ** -11: of a cap of 50 about as much as a rank in float16 is rounded by."""
+    """The hardware's own, off by up to 2 ** -11 of it: by 0.035 in base 2 at a cap of 50. It only nominates."""
     return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
