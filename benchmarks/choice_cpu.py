@@ -100,7 +100,9 @@ def times(
 ) -> dict[str, dict[str, float]]:
     """Milliseconds of a decode step of each arm, of "dense", our storage read whole, and of "nothing"."""
     layers = model.config.num_hidden_layers
-    configs = {"nothing": QuestConfig(16, num_dense_layers=0), "dense": QuestConfig(16, num_dense_layers=layers)}
+    configs = {
+        arm: QuestConfig.paper(16, num_dense_layers=dense) for arm, dense in {"nothing": 0, "dense": layers}.items()
+    }
     configs |= {arm: config_of(arm) for arm in arms}
     token = torch.zeros(batch, 1, dtype=torch.long)
     taken: dict[str, list[float]] = {arm: [] for arm in configs}

@@ -72,7 +72,7 @@ def time_arm(model: LlamaForCausalLM, arm: str, length: int, repeats: int, seed:
             cache: Cache = DynamicCache(config=model.config)
             fill(cache, length, model.dtype, seed)
             return {"ms": percentiles(time_calls(lambda: step(cache), repeats, WARMUP)), "share_read": 1.0}
-        config = QuestConfig(TOKEN_BUDGET, PAGE_SIZE, num_dense_layers)
+        config = QuestConfig.paper(TOKEN_BUDGET, page_size=PAGE_SIZE, num_dense_layers=num_dense_layers)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", QuestWarning)  # every layer dense is what one arm is for
             handle = enable_quest(model, config)

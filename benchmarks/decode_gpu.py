@@ -176,7 +176,8 @@ def time_arm(model: LlamaForCausalLM, case: Case, arm: str, tokens: int, seed: i
     is_dense = arm == "dense"
     budget = 512 if is_dense else int(arm.split("-")[1])
     num_dense = layers if is_dense else NUM_DENSE_LAYERS
-    config = QuestConfig(budget, PAGE_SIZE, num_dense, metadata_dtype="fp8" if arm.endswith("fp8") else "kv")
+    bounds = "fp8" if arm.endswith("fp8") else "kv"
+    config = QuestConfig.paper(budget, page_size=PAGE_SIZE, num_dense_layers=num_dense, metadata_dtype=bounds)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", QuestWarning)  # every layer dense is what one arm is for
         handle = enable_quest(model, config)

@@ -21,7 +21,7 @@ for place, (key, number) in enumerate(facts.items(), 1):
     text = text[:cut] + f"\nOne of the special magic numbers for {key} is: {number}.\n" + text[cut:]
 context = tokenizer(text[:12_000], return_tensors="pt").input_ids
 
-with enable_quest(model, QuestConfig(token_budget=128)) as quest, torch.inference_mode():
+with enable_quest(model, QuestConfig(token_budget=256)) as quest, torch.inference_mode():
     cache = quest.make_cache(max_length=context.shape[1] + 200)
     model(context, **cache_argument(cache), logits_to_keep=1)  # the prefill is dense
     for key, number in facts.items():

@@ -247,7 +247,7 @@ def test_the_summary_tells_the_share_of_the_layers_with_quest(quest: Cli, model_
     file = tmp_path / "prompt.txt"
     file.write_text(SOUTH.text()[:2000], encoding="utf-8")
     result = quest("generate", "-m", model_folder, "-f", str(file), "-b", "64", "-n", "5")
-    assert "in the 1 of 3 layers with Quest, 64 tokens a step)\nchosen   by bounds\n" in result.err
+    assert "in the 1 of 3 layers with Quest, 64 tokens a step)\nchosen   by moments (auto on cpu)\n" in result.err
 
 
 def test_a_quiet_run_writes_the_text_alone(quest: Cli, model_folder: str) -> None:
@@ -259,12 +259,14 @@ def test_a_quiet_run_writes_the_text_alone(quest: Cli, model_folder: str) -> Non
 def test_one_of_a_thing_is_one(quest: Cli, model_folder: str) -> None:
     said = quest("generate", "-m", model_folder, "-p", "i", "-n", "1", "--threads", "1").err
     assert "prefill  1 token in" in said and "2,048 tokens" in said
-    assert refused(quest("generate", "-b", "8")).endswith("at least 16: 1 forced page of 16 tokens")
+    assert refused(quest("generate", "-b", "8", "--metadata", "bounds")).endswith(
+        "at least 16: 1 forced page of 16 tokens"
+    )
 
 
 def test_the_default_budget_is_that_of_the_config(quest: Cli, model_folder: str) -> None:
     report = json.loads(quest("generate", "-m", model_folder, "-p", "ice", "-n", "2", "--json").out)
-    assert report["quest"] == dataclasses.asdict(QuestConfig())
+    assert report["quest"] == dataclasses.asdict(QuestConfig().resolved("cpu"))
 
 
 def test_dense_runs_without_quest(quest: Cli, model_folder: str) -> None:
@@ -371,12 +373,18 @@ def test_a_prompt_longer_than_the_positions_of_the_model(quest: Cli, model_folde
         ),
         (["--metadata", "moments", "-b", "16"], "--token-budget: got 16, expected at least 32: 2 forced pages of 16"),
         (
-            ["--selection-unit", "token", "--candidate-factor", "0"],
+            ["--metadata", "bounds", "--selection-unit", "token", "--candidate-factor", "0"],
             "--candidate-factor: got 0, expected at least 1 for bounds, which scores pages",
         ),
-        (["--moments-coefficient", "1"], "--moments-coefficient: got 1.0, expected none for bounds: it is for moments"),
+        (
+            ["--metadata", "bounds", "--moments-coefficient", "1"],
+            "--moments-coefficient: got 1.0, expected none for bounds: it is for moments",
+        ),
         (["--metadata", "sketch", "--selection-unit", "3"], "--selection-unit: got 3, expected one of page, token, 4"),
-        (["--candidate-factor", "2"], "--candidate-factor: got 2, expected 0 for whole pages by bounds"),
+        (
+            ["--metadata", "bounds", "--candidate-factor", "2"],
+            "--candidate-factor: got 2, expected 0 for whole pages by bounds",
+        ),
         (
             ["--metadata", "sketch", "--candidate-factor=-1"],
             "--candidate-factor: got -1, expected a non-negative integer",
@@ -652,7 +660,7 @@ def test_the_bundled_model_shows_the_point(quest: Cli) -> None:
     report = json.loads(quest("demo", "--json").out)
     full, sparse, window = report["results"]
     assert full["is_right"] and sparse["is_right"] and not window["is_right"]
-    assert report["length"] == 8192 and report["config"] == dataclasses.asdict(QuestConfig())
+    assert report["length"] == 8192 and report["config"] == dataclasses.asdict(QuestConfig().resolved("cpu"))
 
 
 def test_the_picture_is_ascii_where_it_must_be(demo_arguments: list[str]) -> None:
@@ -682,11 +690,14 @@ def test_the_demo_fails_where_the_sparse_path_was_not_taken(
         (["--depth", "nan"], "--depth: got nan, expected a percentage from 0 to 100"),
         (["--seed=-1"], "--seed: got -1, expected an integer from 0"),
         (["--length", "64000"], "--length: got 64000, expected at most 2048, the model's positions"),
-        (["--length", "20", "--token-budget", "16"], "--length: got 20, expected"),
+        (["--length", "20", "--token-budget", "16", "--metadata", "bounds"], "--length: got 20, expected"),
         (["--depth", "101"], "--depth: got 101.0, expected a percentage from 0 to 100"),
         (["--token-budget", "4096"], "--token-budget: got 4096, expected less than the length, 1024"),
         (["--dense-layers", "3"], "--dense-layers: got 3, expected less than the model's 3 layers"),
-        (["--token-budget", "8"], "--token-budget: got 8, expected at least 16"),
+        (
+            ["--token-budget", "8"],
+            '--token-budget: got 8, expected at least 32: 2 forced pages of 16 tokens; metadata "auto" is',
+        ),
     ],
 )
 def test_wrong_demos(quest: Cli, demo_arguments: list[str], arguments: list[str], words: str) -> None:

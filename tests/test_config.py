@@ -14,11 +14,14 @@ from quest_attention import QuestConfig, QuestError, QuestValueError
 from quest_attention.config import Metadata, SelectionUnit
 from quest_attention.forms import form_of
 
+BOUNDS = QuestConfig(metadata="bounds")
+
 
 def test_derived_numbers() -> None:
-    config = QuestConfig(token_budget=100, page_size=16, num_sink_pages=2, num_recent_pages=0)
+    config = dataclasses.replace(BOUNDS, token_budget=100, num_sink_pages=2, num_recent_pages=0)
     assert (config.page_budget, config.page_slots, config.num_forced_pages) == (6, 7, 3)
-    assert QuestConfig() == QuestConfig(2048, 16, 2, 0, 1, "max", "auto")
+    assert QuestConfig(2048, 16, 2, 0, 1, "max", "auto", metadata="bounds") == BOUNDS
+    assert QuestConfig() == QuestConfig(2048, 16, 2, num_recent_pages=1, backend="auto", metadata="auto")
 
 
 @pytest.mark.parametrize(
@@ -42,18 +45,18 @@ def test_what_metadata_wants_is_replaced_when_a_config_is_made(metadata: Metadat
 
 
 def test_what_was_not_given_follows_the_metadata_when_it_is_replaced() -> None:
-    replaced = dataclasses.replace(QuestConfig(), metadata="sketch")
+    replaced = dataclasses.replace(BOUNDS, metadata="sketch")
     assert replaced == QuestConfig(metadata="sketch")
     assert (replaced.num_sink_pages, replaced.candidate_factor) == (1, 4)
-    assert dataclasses.replace(replaced, metadata="bounds") == QuestConfig()
+    assert dataclasses.replace(replaced, metadata="bounds") == BOUNDS
     moments = QuestConfig(metadata="moments", num_sink_pages=1, moments_coefficient=0.5)
     assert dataclasses.replace(moments, moments_coefficient=None, metadata="bounds").num_sink_pages == 1, "as given"
     assert dataclasses.replace(QuestConfig(metadata="moments"), metadata="bounds").num_sink_pages == 0
     with pytest.raises(QuestValueError, match=r"moments_coefficient: got 0\.5, expected none for bounds"):
         dataclasses.replace(moments, metadata="bounds")
-    by_token = dataclasses.replace(QuestConfig(), selection_unit="token")
+    by_token = dataclasses.replace(BOUNDS, selection_unit="token")
     assert (by_token.candidate_factor, dataclasses.replace(by_token, selection_unit="page").candidate_factor) == (4, 0)
-    again = pickle.loads(pickle.dumps(QuestConfig()))
+    again = pickle.loads(pickle.dumps(BOUNDS))
     assert dataclasses.replace(again, metadata="moments").num_sink_pages == 1
 
 
@@ -80,7 +83,7 @@ def test_auto_is_a_form_once_the_device_is_known() -> None:
     assert auto.resolved("mps") == auto.resolved("cpu")
     by_token = QuestConfig(256, metadata="auto", selection_unit="token", num_sink_pages=2)
     assert by_token.resolved("cpu") == QuestConfig(256, metadata="moments", selection_unit="token", num_sink_pages=2)
-    assert QuestConfig().resolved("cuda") == QuestConfig()
+    assert BOUNDS.resolved("cuda") is BOUNDS
     for unknown in (lambda: auto.unit_size, lambda: auto.num_forced_pages, lambda: form_of(auto)):
         with pytest.raises(QuestValueError, match="metadata: got 'auto', expected a form by name"):
             unknown()
@@ -120,8 +123,8 @@ def test_a_config_of_auto_is_chosen_anew_where_it_is_replaced() -> None:
         smaller = dataclasses.replace(config, token_budget=512)
         assert smaller == QuestConfig(512, metadata="sketch", selection_unit="token")
         assert smaller.auto_device == "cuda"
-        assert dataclasses.replace(smaller, metadata_dtype="fp8") == QuestConfig(512, **FP8)
-        assert dataclasses.replace(config, metadata="bounds") == QuestConfig()  # nobody gave the unit
+        assert dataclasses.replace(smaller, metadata_dtype="fp8") == QuestConfig(512, metadata="bounds", **FP8)
+        assert dataclasses.replace(config, metadata="bounds") == BOUNDS  # nobody gave the unit
         assert dataclasses.replace(config, metadata="sketch").selection_unit == "page"
         assert dataclasses.replace(config, metadata="auto").resolved("cpu").metadata == "moments"
     with pytest.raises(QuestValueError, match=r'pages of 16 tokens; metadata "auto" is sketch on cuda$'):
@@ -217,7 +220,7 @@ def test_it_is_frozen() -> None:
 )
 def test_mistakes(options: dict[str, Any], argument: str, expected: str) -> None:
     with pytest.raises(QuestValueError) as caught:
-        QuestConfig.from_dict(options)
+        QuestConfig.from_dict({"metadata": "bounds", **options})
     assert caught.value.argument == argument
     assert caught.value.got == options[argument]
     assert caught.value.expected.startswith(expected)

@@ -390,12 +390,12 @@ def test_the_figure_of_the_gpu_page(tmp_path: Path) -> None:
 def test_steps_of_benchmarks_are_the_fused_step_past_the_budget() -> None:
     caches, lengths = make_caches(2, 2, 64, 1, head_dim=16, dtype=torch.float32, device="cpu")
     queries = [torch.randn(2, 2, 16) for _ in caches]
-    config = QuestConfig(32, backend="triton")
+    config = QuestConfig.paper(32, backend="triton")
     for step, query, kv in zip(quest_steps(queries, caches, lengths, config), queries, caches, strict=True):
         expected = quest_decode(query, kv, lengths, QuestConfig(32, backend="reference")).output
         torch.testing.assert_close(step().output, expected)
     with pytest.raises(RuntimeError, match=r"read \[\[4\], \[4\]\] pages, expected 16"):
-        quest_steps(queries, caches, lengths, QuestConfig(256, backend="triton"))
+        quest_steps(queries, caches, lengths, QuestConfig.paper(256, backend="triton"))
 
 
 def test_steps_of_benchmarks_choose_tokens_by_sketches_of_their_keys() -> None:
@@ -431,7 +431,7 @@ def test_caches_of_benchmarks_hold_bounds_of_their_keys() -> None:
             for page, part in zip(table[:3], keys.split(16), strict=True):
                 torch.testing.assert_close(kv.metadata[page][:, KEY_MIN], part.amin(0))
                 torch.testing.assert_close(kv.metadata[page][:, KEY_MAX], part.amax(0))
-        narrow = with_metadata(kv, lengths, QuestConfig(metadata_dtype="fp8")).metadata.float()
+        narrow = with_metadata(kv, lengths, QuestConfig.paper(metadata_dtype="fp8")).metadata.float()
         assert (narrow[:, :, KEY_MIN] <= kv.metadata[:, :, KEY_MIN]).all()
         assert (narrow[:, :, KEY_MAX] >= kv.metadata[:, :, KEY_MAX]).all()
 

@@ -125,8 +125,8 @@ class QuestConfig:
         backend: `"auto"` picks by device; a backend named here works or raises.
         metadata: What is kept of a page's keys and how a query scores it: `"bounds"`, the paper's, `"moments"`, mean
             and standard deviation, or `"sketch"`, one bit of every channel of every key and the mean of its page, by
-            which tokens are scored; see `quest_attention.forms`. `"auto"` leaves it to the device, with what else is
-            not given: see `resolved`.
+            which tokens are scored; see `quest_attention.forms`. `"auto"`, the default, leaves it to the device, with
+            what else is not given: see `resolved`.
         metadata_dtype: How page metadata is stored: `"kv"` in the dtype of the keys, `"fp8"`, for bounds alone, in 8
             bits (e4m3), each rounded outward, so that it still bounds: half the bytes to score, a looser ranking.
         moments_coefficient: Of moments, how many standard deviations above its mean a page's best key is taken to lie;
@@ -160,7 +160,7 @@ class QuestConfig:
     group_reduction: GroupReduction = _NOT_GIVEN
     backend: Backend = "auto"
     metadata_dtype: MetadataDtype = "kv"
-    metadata: Metadata = "bounds"
+    metadata: Metadata = "auto"
     moments_coefficient: float | None = None
     selection_unit: SelectionUnit = _NOT_GIVEN
     candidate_factor: int = _NOT_GIVEN
@@ -382,7 +382,7 @@ class QuestConfig:
         return self.num_sink_pages + max(1, self.num_recent_pages)
 
     @classmethod
-    def paper(cls, token_budget: int = 2048, **others: Any) -> QuestConfig:
+    def paper(cls, /, token_budget: int = 2048, **others: Any) -> QuestConfig:
         """The setting of the paper, whatever the defaults become.
 
         Bounds in the dtype of the keys, pages of 16 tokens, the largest score of a group's heads, two dense layers, and

@@ -210,7 +210,7 @@ def test_a_long_prompt_without_a_sparse_step_is_an_error(model: Any, tokenizer: 
         ({"token_budgt": 64}, "token_budgt", "did you mean token_budget"),
         ({"token_budget": 64, "backend": "seq2seq"}, "backend", "one of auto"),
         ({"max_batch_size": 8}, "max_batch_size", "a known option"),
-        ({"token_budget": 8}, "token_budget", "at least 16"),
+        ({"token_budget": 8}, "token_budget", "at least 32"),
         ({"page_size": 16}, "page_size", "token_budget beside it"),
         ({"config": {"token_budget": 64}}, "config", "a QuestConfig"),
         ({"config": QuestConfig(), "token_budget": 64}, "token_budget", "nothing beside config"),
@@ -237,7 +237,8 @@ def test_by_name_it_takes_what_the_command_line_gives() -> None:
     arguments = f"pretrained={bundled_model_path()},token_budget=128,page_size=8,num_dense_layers=1,tail_tokens=32"
     lm = get_model("quest").create_from_arg_string(arguments, given)
     assert isinstance(lm, QuestLM)
-    assert lm.quest_config == QuestConfig(token_budget=128, page_size=8, num_dense_layers=1)
+    assert lm.quest_config == QuestConfig(token_budget=128, page_size=8, num_dense_layers=1).resolved("cpu")
+    assert lm.get_model_info()["quest"]["config"]["metadata"] == "moments", "the record says what auto was"
     assert lm.tail_tokens == 32
     assert QuestLM.create_from_arg_obj({"pretrained": str(bundled_model_path()), "dense": True}).quest_config is None
 

@@ -200,7 +200,7 @@ def test_budgets_that_are_not_kept_are_noticed() -> None:
         name = "greedy"
 
     used = runner()
-    method = Greedy(QuestConfig(64, num_dense_layers=2))
+    method = Greedy(QuestConfig.paper(64, num_dense_layers=2))
     context = read_context(used.model, list(range(200)))
     with torch.inference_mode(), method.session(used.model) as session:
         session.load(context)
@@ -211,7 +211,7 @@ def test_budgets_that_are_not_kept_are_noticed() -> None:
     with pytest.raises(QuestStateError, match="more than its budget of 48 a step"):
         used._check(reads, method)
     with pytest.raises(QuestStateError, match="took no sparse step in layer 1"):
-        used._check(reads[:2] * 2, Quest(QuestConfig(64, num_dense_layers=1)))
+        used._check(reads[:2] * 2, Quest(QuestConfig.paper(64, num_dense_layers=1)))
 
 
 def model_loss(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
@@ -228,7 +228,7 @@ def test_perplexity_by_position() -> None:
     assert full.count == [BUCKET - 1, 300]
     expected = torch.tensor([[truth[: BUCKET - 1].sum(), truth[BUCKET - 1 :].sum()]], dtype=torch.float64)
     torch.testing.assert_close(full.nll, expected, rtol=1e-4, atol=0)
-    wide = predict_tokens(used.model, Quest(QuestConfig(BUCKET + 240, num_dense_layers=0)), tokens)
+    wide = predict_tokens(used.model, Quest(QuestConfig.paper(BUCKET + 240, num_dense_layers=0)), tokens)
     torch.testing.assert_close(wide.nll[0, 0], full.nll[0, 0], rtol=1e-4, atol=0)
     assert 0 < abs(float(wide.nll[0, 1] - full.nll[0, 1])) < 0.05 * float(full.nll[0, 1])
     assert all(layer.steps == 60 and layer.is_sparse for layer in wide.reads)
@@ -293,7 +293,9 @@ def test_recall_against_loops() -> None:
     tokens = used.texts.tokens[0][:400]
     context, following = read_context(used.model, tokens[:-1]), torch.tensor([tokens[-1:]])
     seen: dict[int, torch.Tensor] = {}
-    method = Quest(QuestConfig(64, num_dense_layers=2), lambda layer, selected, _: seen.update({layer: selected.units}))
+    method = Quest(
+        QuestConfig.paper(64, num_dense_layers=2), lambda layer, selected, _: seen.update({layer: selected.units})
+    )
     (found,) = measure_recall(used.model, method, context, following)
     eager = AutoModelForCausalLM.from_pretrained(bundled_model_path(), dtype=torch.float32, attn_implementation="eager")
     with torch.inference_mode():
@@ -313,7 +315,7 @@ def test_recall_against_loops() -> None:
     with pytest.raises(QuestValueError, match="quest or an oracle"):
         measure_recall(used.model, Full(), context, following)
     with pytest.raises(QuestStateError, match="within the budget"):
-        measure_recall(used.model, Quest(QuestConfig(512)), context, following)
+        measure_recall(used.model, Quest(QuestConfig.paper(512)), context, following)
 
 
 def test_the_oracle_recalls_more_than_quest() -> None:

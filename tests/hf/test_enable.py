@@ -65,7 +65,7 @@ def test_without_a_with_statement() -> None:
     model = make_llama()
     before = snapshot(model)
     quest = enable_quest(model)
-    assert quest.config == QuestConfig()
+    assert quest.config == QuestConfig().resolved("cpu") and quest.config.metadata == "moments"
     quest.disable()
     quest.disable()
     assert snapshot(model) == before

@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from quest_attention.hf.naming import CACHE
 from quest_attention.hf.reading import Reading
 from tiny import make_llama, prompt
 
-SMALL = QuestConfig(token_budget=32, page_size=8, num_dense_layers=1)
+SMALL = QuestConfig(token_budget=32, page_size=8, num_dense_layers=1, metadata="bounds")
 
 
 def run_again(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
@@ -77,7 +78,7 @@ def generate(model: Any, ids: Tensor, **options: Any) -> list[list[int]]:
 @pytest.mark.parametrize("metadata", [{}, {"metadata_dtype": "fp8"}, {"metadata": "moments"}], ids=str)
 def test_the_tokens_of_eager_steps(device: str, batch: int, metadata: dict[str, Any]) -> None:
     """Across page boundaries, from below the budget to above it, and over storage that grows."""
-    config = QuestConfig(token_budget=32, page_size=8, num_dense_layers=1, **metadata)
+    config = replace(SMALL, **metadata)
     model: Any = make_llama().to(device)
     ids = prompt(batch, 21).to(device)
     with enable_quest(model, config, cuda_graphs=False) as quest:
@@ -107,7 +108,7 @@ def test_a_token_that_is_written_before_a_capture_is_in_no_mean_twice(
 
     model: Any = make_llama().to(device)
     ids = prompt(1, 50).to(device)
-    config = QuestConfig(token_budget=32, page_size=8, num_dense_layers=1, metadata="moments")
+    config = replace(SMALL, metadata="moments")
     with torch.inference_mode(), enabled(model, device, config) as quest:
         cache, plain = quest.make_cache(200), quest.make_cache(200)
         for one in (cache, plain):
@@ -199,7 +200,7 @@ def test_a_reset_cache_at_the_same_addresses_is_captured_again(
     device: str, dense: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its page tables and workspaces are others, though keys, values and bounds lie where those before lay."""
-    config = QuestConfig(token_budget=32, page_size=8, num_dense_layers=dense)
+    config = replace(SMALL, num_dense_layers=dense)
     model: Any = make_llama().to(device)
     first, second = prompt(1, 50).to(device), prompt(1, 50, seed=7).to(device)
     with torch.inference_mode(), enable_quest(model, config, cuda_graphs=False) as quest:

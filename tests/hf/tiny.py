@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from quest_attention.pages import PagedKV
 
 PAGE_SIZE = 4
 VOCABULARY = 97
-SMALL = QuestConfig(token_budget=24, page_size=PAGE_SIZE, num_dense_layers=1)
-LARGE = QuestConfig(token_budget=4096, page_size=PAGE_SIZE, num_dense_layers=1)
+SMALL = QuestConfig(token_budget=24, page_size=PAGE_SIZE, num_dense_layers=1, metadata="bounds")
+LARGE = dataclasses.replace(SMALL, token_budget=4096)
 
 
 def make_llama(

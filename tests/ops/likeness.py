@@ -90,6 +90,7 @@ def assert_like_oracle(
 ) -> None:
     """`quest_decode` reads the oracle's pages and is at most twice as far from it as plain PyTorch."""
     kv = cache.kv
+    config = config.resolved(kv.keys.device.type, kv.form.name)
     query = query_for(cache, group, dtype=dtype)
     seq_lens = cache.seq_lens if host_length is None else host_length
     update_page_metadata(kv, seq_lens, seq_lens, backend=config.backend)

@@ -48,7 +48,7 @@ def test_page_sizes_and_head_dims(layout: str, page_size: int, dim: int) -> None
 @pytest.mark.parametrize("budget", [8, 24, 30, 64, 65, 1000])
 def test_lengths_and_budgets(layout: str, lengths: list[int], budget: int) -> None:
     cache = make_cache(lengths, layout=layout)
-    assert_like_oracle(cache, 2, QuestConfig(token_budget=budget, page_size=8))
+    assert_like_oracle(cache, 2, QuestConfig.paper(budget, page_size=8))
 
 
 @pytest.mark.parametrize("reduction", ["max", "mean"])
@@ -303,7 +303,7 @@ def test_a_budget_of_at_least_the_length_is_dense(layout: str, lengths: list[int
     kv = cache.kv
     update_page_metadata(kv, cache.seq_lens, cache.seq_lens)
     query = query_for(cache, group)
-    config = QuestConfig(token_budget=max(8, *lengths, 0) + more, page_size=8)
+    config = QuestConfig.paper(max(8, *lengths, 0) + more, page_size=8)
     step = quest_decode(query, kv, cache.seq_lens, config)
     for b, length in enumerate(lengths):
         if length == 0:

@@ -192,7 +192,7 @@ def test_a_configs_form_is_the_caches() -> None:
     cache = make_cache([70], form=Moments(0.5))
     query = query_for(cache, 1)
     with pytest.raises(QuestValueError, match=r"config\.metadata: got 'bounds', expected moments, as the cache"):
-        quest_decode(query, cache.kv, cache.seq_lens, QuestConfig(32, 8))
+        quest_decode(query, cache.kv, cache.seq_lens, QuestConfig.paper(32, page_size=8))
     with pytest.raises(QuestValueError, match=r"config\.metadata: got Moments\(coefficient=1"):
         quest_decode(query, cache.kv, cache.seq_lens, QuestConfig(32, 8, metadata="moments"))
     assert form_of(QuestConfig(metadata="moments", moments_coefficient=0.5)) == cache.kv.form
@@ -213,7 +213,7 @@ def test_metadata_of_a_form_has_its_dtype() -> None:
 def test_what_a_config_asks_of_a_form() -> None:
     assert QuestConfig(metadata="moments").num_sink_pages == 1
     assert QuestConfig(metadata="moments", num_sink_pages=0).num_sink_pages == 0
-    assert QuestConfig().num_sink_pages == 0
+    assert QuestConfig(metadata="bounds").num_sink_pages == 0
     with pytest.raises(QuestValueError, match="metadata_dtype: got 'fp8', expected kv for moments"):
         QuestConfig(metadata="moments", metadata_dtype="fp8")
     with pytest.raises(QuestValueError, match="metadata: got 'moment', expected one of bounds, moments"):

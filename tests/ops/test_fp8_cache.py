@@ -143,7 +143,7 @@ def test_what_is_refused() -> None:
         QuestValueError, match=r"value_scale: got .*, expected None: a cache in torch\.float32 has no scales"
     ):
         replace(plain, value_scale=torch.ones(1))
-    config, lengths = QuestConfig(8, 8), torch.tensor([10])
+    config, lengths = QuestConfig.paper(8, page_size=8), torch.tensor([10])
     for dtype in (FP8, torch.float64):
         query = torch.zeros(1, 2, 16).to(dtype)
         with pytest.raises(QuestValueError, match=r"query\.dtype"):

@@ -211,7 +211,8 @@ def test_no_sequences_no_pages_and_no_tokens(
 def test_a_workspace_serves_a_masked_step(narrower: int, sizes: list[int] | None, backend: Backend) -> None:
     """Where the kernel of one launch has no mask, the verbs take its memory."""
     cache = make_cache([44, 29])
-    kv, config, query = cache.kv, QuestConfig(24, 8, backend=available(backend)), query_for(cache, 2)
+    kv, query = cache.kv, query_for(cache, 2)
+    config = QuestConfig.paper(24, page_size=8, backend=available(backend))
     update_page_metadata(kv, cache.seq_lens, cache.seq_lens)
     memory = make_workspace(kv, 4, config, batch_sizes=sizes)
     assert memory is not None

@@ -61,12 +61,12 @@ MEASURED = [
 @pytest.mark.parametrize(("problem", "shape"), MEASURED)
 def test_shapes_are_those_that_were_measured(problem: tuple[int, int, int], shape: tuple[int, int, int]) -> None:
     batch, tokens, heads = problem
-    found = tuning.tune(cache_of(batch, tokens), heads, QuestConfig(2048))
+    found = tuning.tune(cache_of(batch, tokens), heads, QuestConfig.paper())
     assert (found.section_pages, found.score_splits, found.splits) == shape
 
 
 def test_programs_follow_the_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
-    kv, config = cache_of(8, 131072), QuestConfig(4096)
+    kv, config = cache_of(8, 131072), QuestConfig.paper(4096)
     wide = tuning.tune(kv, 32, config)
     assert tuning.attending_programs(512, 16, 8, CPU) == 66
     assert tuning.scoring_programs(8192, 64, 32, CPU) == 33

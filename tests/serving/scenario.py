@@ -38,7 +38,7 @@ def prompts(count: int, words: int) -> list[str]:
 
 
 def make_llm(quest: dict[str, Any] | None, **options: Any) -> Any:
-    """An engine with the bundled model; stock without options of Quest."""
+    """An engine with the bundled model; stock without options of Quest, which are those of bounds unless they say."""
     from vllm import LLM
 
     settings = {
@@ -52,7 +52,7 @@ def make_llm(quest: dict[str, Any] | None, **options: Any) -> Any:
         "seed": 0,
     }
     if quest is not None:
-        settings |= {"attention_backend": "CUSTOM", "additional_config": {"quest": quest}}
+        settings |= {"attention_backend": "CUSTOM", "additional_config": {"quest": {"metadata": "bounds"} | quest}}
     return LLM(**(settings | options))
 
 

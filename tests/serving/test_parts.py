@@ -368,6 +368,7 @@ def test_a_vllm_that_nobody_knows_is_left_alone(version: str, is_tested: bool, m
 
 
 CPU = SimpleNamespace(device_type="cpu")
+BOUNDS = {"quest": {"metadata": "bounds"}}
 MOMENTS = {"quest": {"metadata": "moments"}}
 AUTO = {"quest": {"metadata": "auto"}}
 
@@ -400,7 +401,10 @@ def test_a_worker_says_its_replica() -> None:
 def test_a_plain_server_is_taken() -> None:
     check_vllm_config(a_server(), CPU)
     check_vllm_config(a_server(additional_config={}, model_config={"use_mla": True}), CPU)  # nobody asks
-    check_vllm_config(a_server(speculative_config=SimpleNamespace(method="ngram")), CPU)
+    ngram = SimpleNamespace(method="ngram")
+    check_vllm_config(a_server(additional_config=BOUNDS, speculative_config=ngram), CPU)
+    eager = {"enforce_eager": True}  # for PyTorch's verbs, in want of a GPU
+    check_vllm_config(a_server(speculative_config=ngram, model_config=eager), SimpleNamespace(device_type="cuda"))
     check_vllm_config(a_server(additional_config=MOMENTS), CPU)
     check_vllm_config(a_server(additional_config=AUTO), CPU)
 
@@ -446,7 +450,7 @@ def test_a_backend_that_cannot_be_captured_is_refused_on_a_gpu() -> None:
         ({"attention_config": {"backend": None}}, 'attention_backend: got "vLLM\'s own choice", expected CUSTOM'),
         ({"attention_config": {"backend": SimpleNamespace(name="FLASHINFER")}}, "attention_backend: got 'FLASHINFER'"),
         ({"cache_config": {"cache_dtype": "fp8_e4m3"}}, "kv_cache_dtype: got 'fp8_e4m3'"),
-        ({"cache_config": {"block_size": 4096}}, "token_budget: got 2048, expected at least 4096"),
+        ({"cache_config": {"block_size": 4096}}, "token_budget: got 2048, expected at least 8192: 2 forced"),
         ({"parallel_config": {"decode_context_parallel_size": 2}}, "decode_context_parallel_size: got 2"),
         ({"parallel_config": {"prefill_context_parallel_size": 2}}, "prefill_context_parallel_size: got 2"),
         ({"parallel_config": {"enable_dbo": True}}, "enable_dbo: got True"),

@@ -51,7 +51,7 @@ def test_what_is_right_is_taken() -> None:
         ({"additional_config": {"quest": {"page_size": 16}}}, "quest.page_size: .*--block-size"),
         (
             {"additional_config": {"quest": {"token_budget": 16}}},
-            "quest.token_budget: got 16, expected at least 128: .*--block-size",
+            "quest.token_budget: got 16, expected at least 256: 2 forced pages .*--block-size",
         ),
         (
             {"additional_config": {"quest": {"token_budget": "2048"}}},

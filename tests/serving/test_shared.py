@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from typing import Any
@@ -18,15 +19,19 @@ from quest_attention.serving.rows import RowPlanner, read_lengths
 
 
 def test_an_operator_is_told_of_a_budget_that_is_small_for_the_longest_sequence() -> None:
-    assert advice_on_budget(512, 8192) is None
-    assert str(advice_on_budget(511, 8192)).startswith("token_budget 511 is less than 1/16 of 8192 positions")
+    pages, tokens = (QuestConfig(512, metadata="auto").resolved(device) for device in ("cpu", "cuda"))
+    for config, most in ((pages, 16), (tokens, 64)):
+        assert advice_on_budget(config, 512 * most) is None
+        advice = f"token_budget 512 is less than 1/{most} of {512 * most + 1} positions"
+        assert str(advice_on_budget(config, 512 * most + 1)).startswith(advice)
+    assert "1/16" in str(advice_on_budget(dataclasses.replace(tokens, selection_unit=4), 32768))
 
 
 def test_options_of_reading_and_of_serving() -> None:
     options = QuestOptions.from_mapping({"token_budget": 1024, "num_dense_layers": 1, "log_interval": 0}, "cpu")
-    assert options.config(32) == QuestConfig(1024, 32, num_dense_layers=1)
+    assert options.config(32) == QuestConfig(1024, 32, num_dense_layers=1).resolved("cpu")
     assert (options.log_interval, options.backend, options.fp8_metadata) == (0, "auto", False)
-    assert QuestOptions.from_mapping({}, "cpu").config(16) == QuestConfig()
+    assert QuestOptions.from_mapping({}, "cpu").config(16) == QuestConfig().resolved("cpu")
     moments = QuestOptions.from_mapping({"metadata": "moments", "moments_coefficient": 0.5}, "cpu")
     assert moments.config(32) == QuestConfig(page_size=32, metadata="moments", moments_coefficient=0.5)
     assert moments.config(32).num_sink_pages == 1
@@ -38,11 +43,13 @@ def test_options_of_reading_and_of_serving() -> None:
 
 def test_what_auto_is_in_a_server_depends_on_its_device() -> None:
     def config_of(device: str, **options: Any) -> QuestConfig:
-        return QuestOptions.from_mapping({"metadata": "auto", **options}, device).config(16)
+        named = QuestOptions.from_mapping({"metadata": "auto", **options}, device).config(16)
+        assert named == QuestOptions.from_mapping(options, device).config(16), "auto is what nobody names"
+        return named
 
     assert config_of("cpu") == QuestConfig(metadata="moments")
     assert config_of("cuda") == QuestConfig(metadata="sketch", selection_unit="token")
-    assert config_of("cuda", metadata_dtype="fp8") == QuestConfig(metadata_dtype="fp8")
+    assert config_of("cuda", metadata_dtype="fp8") == QuestConfig(metadata="bounds", metadata_dtype="fp8")
     assert config_of("cuda", selection_unit=4).selection_unit == 4
 
 
@@ -94,7 +101,10 @@ def test_a_mistake_with_auto_says_what_auto_is(device: str, given: dict[str, Any
         ),
         ({"moments_coefficient": -0.5}, r"^quest\.moments_coefficient: got -0\.5, expected a number from 0 to 100"),
         ({"moments_coeficient": 1}, "did you mean moments_coefficient"),
-        ({"selection_unit": "token"}, r"^quest\.selection_unit: got 'token', expected page for bounds"),
+        (
+            {"metadata": "bounds", "selection_unit": "token"},
+            r"^quest\.selection_unit: got 'token', expected page for bounds, which scores pages: .* by sketch$",
+        ),
         ({"metadata": "sketch", "selection_unit": 8}, r"^quest\.selection_unit: got 8, expected one of page, token, 4"),
         ({"metadata": "sketch", "selection_unit": True}, r"^quest\.selection_unit: got True, expected one of"),
         ({"metadata": "sketch", "metadata_dtype": "fp8"}, r"^quest\.metadata_dtype: got 'fp8', expected kv for sketch"),
@@ -113,7 +123,7 @@ def test_options_that_are_refused(given: Any, message: str) -> None:
 def test_a_budget_is_held_to_the_size_of_a_page() -> None:
     options = QuestOptions.from_mapping({"token_budget": 64}, "cpu")
     assert options.config(32).page_budget == 2
-    with pytest.raises(QuestValueError, match="token_budget: got 64, expected at least 128: "):
+    with pytest.raises(QuestValueError, match="token_budget: got 64, expected at least 256: 2 forced pages"):
         options.config(128)
 
 
@@ -126,7 +136,8 @@ def test_lengths_that_are_read_are_those_of_the_chosen_pages() -> None:
 
 
 def make_counters(lines: list[str], interval: float = 10, **options: Any) -> StepCounters:
-    return StepCounters(QuestConfig(32, **options), torch.device("cpu"), "worker 0", interval, lines.append)
+    config = QuestConfig.from_dict({"token_budget": 32, "metadata": "bounds", **options})
+    return StepCounters(config, torch.device("cpu"), "worker 0", interval, lines.append)
 
 
 def test_counters_of_rows_on_host_and_device() -> None:
@@ -208,7 +219,7 @@ def make_planner(
     **options: Any,
 ) -> RowPlanner:  # fmt: skip
     return RowPlanner(
-        QuestConfig.from_dict({"token_budget": budget, **options}, device),
+        QuestConfig.from_dict({"token_budget": budget, "metadata": "bounds", **options}, device),
         torch.device("cpu"),
         label="worker 0",
         sparse_layers=sparse_layers,
@@ -244,13 +255,14 @@ def test_a_captured_step_runs_quest_and_is_not_counted() -> None:
 def test_a_worker_says_what_it_will_read(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     make_planner()
-    expected = "decode rows past 32 tokens read 2 of up to 64 pages of 16 tokens in 2 of 4 layers; backend torch, "
+    read = "decode rows past 32 tokens read 2 of up to 64 pages of 16 tokens in 2 of 4 layers"
+    expected = f"{read}, chosen by Bounds(); backend torch, "
     assert caplog.messages[0].startswith(f"Quest, worker 0: {expected}")
     assert caplog.messages[1].startswith("Quest: token_budget 32 is less than 1/16 of 1024 positions")
     assert {name for name, *_ in caplog.record_tuples} == {"an engine"}
 
 
-def test_a_worker_says_by_what_it_chooses_where_that_is_not_the_default(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_worker_says_by_what_it_chooses(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     make_planner(metadata="moments", moments_coefficient=0.5)
     assert " in 2 of 4 layers, chosen by Moments(coefficient=0.5); backend torch, " in caplog.messages[0]

@@ -33,7 +33,7 @@ app = typer.Typer(
 Model = Annotated[str | None, typer.Option("--model", "-m", help=MODEL_HELP, show_default=False)]
 TokenBudget = Annotated[int, typer.Option("--token-budget", "-b", help="Most tokens a step may read.")]
 SinkPages = Annotated[
-    int | None, typer.Option("--sink-pages", help="First pages always read; by default 0, with moments and sketch 1.")
+    int | None, typer.Option("--sink-pages", help="First pages always read; by default 1, with bounds 0.")
 ]
 RecentPages = Annotated[int, typer.Option("--recent-pages", help="Last pages always read.")]
 GroupReduction = Annotated[
@@ -46,12 +46,16 @@ GroupReduction = Annotated[
 Metadata = Annotated[
     str,
     typer.Option(
-        help="Of a page's keys: bounds (the paper's), moments (mean, deviation), sketch (a bit a channel), or auto, "
-        "by the device."
+        help="Of a page's keys: bounds (the paper's), moments (mean, deviation), sketch (a bit a channel); auto is "
+        "sketch on a GPU, moments on a CPU."
     ),
 ]
 SelectionUnit = Annotated[
-    str | None, typer.Option(help="What is chosen: page, token or 4 (tokens); page by default.", show_default=False)
+    str | None,
+    typer.Option(
+        help="What is chosen: page, token or 4 (tokens); by default page, with auto on a GPU token.",
+        show_default=False,
+    ),
 ]
 CandidateFactor = Annotated[
     int | None,

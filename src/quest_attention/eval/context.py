@@ -63,7 +63,7 @@ def read_context(
     if not observe:
         prefill(model, tokens, cache, chunk_size=chunk_size, on_progress=on_progress)
         return Context(cache)
-    quest = QuestConfig(num_dense_layers=num_dense_layers)
+    quest = QuestConfig.paper(num_dense_layers=num_dense_layers)  # no layer of it keeps metadata
     observations = {}
     for index, kind in layer_kinds(model.config, quest).items():
         if kind == "quest":

@@ -151,7 +151,7 @@ class QuestLM(HFLM):
         if isinstance(pretrained, str):
             options.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
         super().__init__(pretrained=pretrained, tokenizer=tokenizer, backend="causal", batch_size=1, **options)
-        self.quest_config = config
+        self.quest_config = None if config is None else config.resolved(self.device.type)
         self.tail_tokens = tail_tokens
         self.counters = ReadTotals()
         self._handle: QuestHandle | None = None

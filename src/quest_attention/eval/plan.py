@@ -148,7 +148,7 @@ class Plan:
                 raise QuestValueError("longbench", None, f"the folder with LongBench's files, for {task}")
         self._check_each_once()
         # Also where no method is Quest: what all methods share is wrong for all of them.
-        QuestConfig(max(1, self.page_size), self.page_size, self.num_dense_layers)
+        QuestConfig.paper(max(1, self.page_size), page_size=self.page_size, num_dense_layers=self.num_dense_layers)
         if self.num_samples < 1:
             raise QuestValueError("num_samples", self.num_samples, "a positive integer")
         self._check_options()

@@ -19,6 +19,8 @@ _LOG_INTERVAL = 10.0
 _MOST_TIMES = 16
 """Budgets into which the longest sequence may go before the log warns: with fewer tokens the small public models that
 docs/results.md measures lost facts."""
+_WORTH_OF_TOKENS = 4
+"""Of single tokens by sketches in pages by bounds, with which these were measured: docs/choosing.md."""
 _PAGE_SIZE = "page_size"
 _OF_SERVING = ("log_interval",)
 READING = tuple(one.name for one in fields(QuestConfig) if one.name != _PAGE_SIZE)
@@ -119,19 +121,21 @@ class QuestOptions:
         return cls(reading, device=device, **{name: given[name] for name in _OF_SERVING if name in given})
 
 
-def advice_on_budget(token_budget: int, max_model_len: int) -> str | None:
+def advice_on_budget(config: QuestConfig, max_model_len: int) -> str | None:
     """What an operator should know of a budget that is small for the longest sequence, or None.
 
     Args:
-        token_budget: Most tokens that a decode row reads [tokens].
+        config: Of the server.
         max_model_len: Of the longest sequence [tokens].
 
-    >>> advice_on_budget(2048, 32768) is None
+    >>> advice_on_budget(QuestConfig.paper(2048), 32768) is None
     True
     """
-    if token_budget * _MOST_TIMES >= max_model_len:
+    by_tokens = config.scores_tokens and config.unit_size == 1
+    most = _MOST_TIMES * (_WORTH_OF_TOKENS if by_tokens else 1)
+    if config.token_budget * most >= max_model_len:
         return None
     return (
-        f"token_budget {token_budget} is less than 1/{_MOST_TIMES} of {max_model_len} positions: over sequences that "
+        f"token_budget {config.token_budget} is less than 1/{most} of {max_model_len} positions: over sequences that "
         "long, small models lost facts with such a budget (docs/vllm.md, Which budget for which context). Measure yours"
     )

@@ -64,14 +64,12 @@ class RowPlanner:
             most = num_pages(max_length, config.page_size)
             read = f"{config.page_budget} of up to {most} pages of {config.page_size} tokens"
         read += f" in {len(sparse_layers)} of {num_layers} layers"
-        if config.auto_device is not None:
-            read += f', chosen by {form_of(config)}, which metadata "auto" is on {config.auto_device}'
-        elif config.metadata != "bounds":
-            read += f", chosen by {form_of(config)}"
+        read += f", chosen by {form_of(config)}"
+        read += "" if config.auto_device is None else f', which metadata "auto" is on {config.auto_device}'
         chosen = resolve_backend(config.backend, device)
         backend = f"backend {chosen.name}, {chosen.reason}"
         logger.info("Quest, %s: decode rows past %d tokens read %s; %s.", label, budget, read, backend)
-        if advice := advice_on_budget(budget, max_length):
+        if advice := advice_on_budget(config, max_length):
             logger.warning("Quest: %s.", advice)
 
     @contextmanager

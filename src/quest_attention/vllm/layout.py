@@ -65,8 +65,10 @@ class Room:
         shape: Of what is kept: so many rows of so many numbers.
         dtype: Of these numbers.
 
-    >>> Room.of(QuestConfig(), 128, torch.bfloat16).tokens, Room.of(QuestConfig(metadata="sketch"), 128, torch.bfloat16)
-    (1, Room(page_size=16, token_bytes=512, shape=(1, 384), dtype=torch.uint8))
+    >>> Room.of(QuestConfig.paper(), 128, torch.bfloat16).tokens
+    1
+    >>> Room.of(QuestConfig(metadata="sketch"), 128, torch.bfloat16)
+    Room(page_size=16, token_bytes=512, shape=(1, 384), dtype=torch.uint8)
     """
 
     page_size: int

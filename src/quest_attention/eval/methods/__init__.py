@@ -58,6 +58,8 @@ def make_method(
 ) -> Method:
     """A method from its name, with options of `QuestConfig` behind a colon for those that take pages.
 
+    `"quest"` is the paper's method, whatever the defaults of `QuestConfig` become.
+
     Args:
         spec: `"quest"`, `"h2o"`, ..., `"quest:page_size=32,num_sink_pages=1"`.
         token_budget: Most tokens a step reads in a layer that may choose [tokens].
@@ -116,10 +118,12 @@ def spell_out(spec: str, device: str, page_size: int = 16) -> str:
 def _config(spec: str, options: dict[str, Any], own: dict[str, Any], device: str | None = None) -> QuestConfig:
     """The config of a method: the options of all, and on top of them its own."""
     try:
+        if "metadata" not in own:  # the paper's method, whatever the defaults become
+            return QuestConfig.paper(**{**options, **own})
         return QuestConfig.from_dict({**options, **own}, device)
     except QuestValueError as error:
         if own:
-            QuestConfig.from_dict(options)  # where they are wrong without its own too, they are to blame
+            QuestConfig.paper(**options)  # where they are wrong without its own too, they are to blame
             expected = f"another {error.argument}: {error.expected}, not {error.got!r}"
             raise QuestValueError("method", spec, expected) from None
         raise

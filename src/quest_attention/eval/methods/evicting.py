@@ -92,7 +92,7 @@ class Evicting(Method):
     def session(self, model: PreTrainedModel, max_length: int | None = None) -> Iterator[Session]:
         """See `Method.session`. Raises what `enable_quest` raises, whose place in the model this takes."""
         del max_length  # transformers' storage has no room ahead
-        config = QuestConfig(token_budget=self.token_budget, page_size=1, num_dense_layers=self.num_dense_layers)
+        config = QuestConfig.paper(self.token_budget, page_size=1, num_dense_layers=self.num_dense_layers)
         with enable_quest(model, config, cuda_graphs=False) as handle:
             yield _EvictingSession(handle, self)
 
