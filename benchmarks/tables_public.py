@@ -127,7 +127,7 @@ def _of_the_default(results: Results) -> str:
     """The intervals of Quest with the default budget."""
 
     def is_it(cell: Any) -> bool:
-        return bool((cell.method, cell.token_budget) == ("quest", QuestConfig().token_budget))
+        return bool((cell.method, cell.token_budget) == ("quest", QuestConfig.paper().token_budget))
 
     parts = [f"`{c.task}` {c.low:.1f} to {c.high:.1f}" for c in results.accuracy if is_it(c)]
     parts += [f"perplexity {c.more_low:+.1f} to {c.more_high:+.1f}" for c in results.continuation if is_it(c)]

@@ -208,7 +208,7 @@ def test_sketches_are_asked_for_by_name(quest: Cli, model_folder: str) -> None:
     assert counters["sparse_steps"] == 4 and "pages_read" not in counters
     assert counters["share_read"] == counters["tokens_read"] / counters["tokens_held"] < 1
     runs = json.loads(quest(*given, *options[:2], "--selection-unit", "4", "--json", stdin=text).out)
-    assert runs["quest"]["selection_unit"] == 4 and runs["quest"]["candidate_factor"] == 4
+    assert runs["quest"]["selection_unit"] == 4 and runs["quest"]["candidate_factor"] == 32
 
 
 def test_a_demonstration_by_tokens(quest: Cli, model_folder: str) -> None:

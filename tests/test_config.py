@@ -21,7 +21,7 @@ def test_derived_numbers() -> None:
     config = dataclasses.replace(BOUNDS, token_budget=100, num_sink_pages=2, num_recent_pages=0)
     assert (config.page_budget, config.page_slots, config.num_forced_pages) == (6, 7, 3)
     assert QuestConfig(2048, 16, 2, 0, 1, "max", "auto", metadata="bounds") == BOUNDS
-    assert QuestConfig() == QuestConfig(2048, 16, 2, num_recent_pages=1, backend="auto", metadata="auto")
+    assert QuestConfig() == QuestConfig(page_size=16, num_dense_layers=2, num_recent_pages=1, backend="auto")
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,25 @@ def test_what_metadata_wants_is_replaced_when_a_config_is_made(metadata: Metadat
     assert (config.group_reduction, config.num_sink_pages, config.selection_unit) == (reduction, sinks, "page")
     assert dataclasses.replace(config, token_budget=1024).group_reduction == reduction
     assert QuestConfig(metadata=metadata, group_reduction="max", num_sink_pages=2).num_sink_pages == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "budget", "factor"),
+    [
+        ({"metadata": "bounds"}, 2048, 0),
+        ({"metadata": "bounds", "selection_unit": "token"}, 2048, 4),
+        ({"metadata": "sketch"}, 2048, 4),
+        ({"metadata": "sketch", "selection_unit": "token"}, 512, 4),
+        ({"metadata": "sketch", "selection_unit": 4}, 512, 4),
+        ({"metadata": "sketch", "selection_unit": "token", "token_budget": 100}, 100, 21),
+        ({"metadata": "sketch", "selection_unit": "token", "token_budget": 100, "candidate_factor": 3}, 100, 3),
+    ],
+)
+def test_how_much_is_read_where_nobody_says(options: dict[str, Any], budget: int, factor: int) -> None:
+    config = QuestConfig(**options)
+    assert (config.token_budget, config.candidate_factor) == (budget, factor)
+    assert QuestConfig().resolved("cuda").token_budget == 512
+    assert QuestConfig().resolved("cpu").token_budget == 2048
 
 
 def test_what_was_not_given_follows_the_metadata_when_it_is_replaced() -> None:

@@ -69,20 +69,27 @@ class _Wants(NamedTuple):
         scores_tokens: Whether tokens have scores of it. Otherwise pages have, and exact keys rank the tokens of the
             best of them where less than a page is selected.
         sink_pages: First pages that it wants read always.
+        budget: Tokens that a step may read, where units are pages and where they are less [tokens].
+        candidates: Tokens whose exact keys it wants to rank at least, however small the budget is [tokens].
     """
 
     scores_tokens: bool
     sink_pages: int
+    budget: tuple[int, int] = (2048, 2048)
+    candidates: int = 0
 
 
 _WANTS: dict[Metadata, _Wants] = {
     "bounds": _Wants(scores_tokens=False, sink_pages=0),
     # They rank the page with the attention sink too low.
     "moments": _Wants(scores_tokens=False, sink_pages=1),
-    "sketch": _Wants(scores_tokens=True, sink_pages=1),
+    # Single tokens of a quarter of the budget lose less, and take as long. Among fewer candidates small budgets miss
+    # what they are for, and that many are ranked in the time of a launch.
+    "sketch": _Wants(scores_tokens=True, sink_pages=1, budget=(2048, 512), candidates=2048),
 }
+_BUDGET = "token_budget"
 _LEFT_TO_METADATA = (
-    "num_sink_pages", "group_reduction", "moments_coefficient", "selection_unit", "candidate_factor",
+    _BUDGET, "num_sink_pages", "group_reduction", "moments_coefficient", "selection_unit", "candidate_factor",
 )  # fmt: skip
 """Options of which None is what the metadata wants."""
 _OF_PAGES: tuple[GroupReduction, ...] = ("max", "mean")
@@ -97,7 +104,6 @@ _AUTO: dict[str, tuple[tuple[Metadata, SelectionUnit], ...]] = {
 }
 """What metadata "auto" may be by the type of the device, what loses least first; all else is what that form wants."""
 _AUTO_IS = '; metadata "auto" is'
-_BUDGET = "token_budget"
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,8 @@ class QuestConfig:
 
     Args:
         token_budget: Most tokens one decode step may read per sequence and KV head, forced pages included [tokens].
-            A sequence of at most this many tokens is read whole.
+            A sequence of at most this many tokens is read whole. None is what the metadata wants, 512 for single tokens
+            and groups by sketch and else 2,048, and is replaced as for `num_sink_pages`.
         page_size: Tokens per page [tokens].
         num_dense_layers: Leading full-attention layers that always read the whole cache, counted by their rank among
             such layers: those with a window or a state are not counted [layers].
@@ -137,8 +144,9 @@ class QuestConfig:
             those of the budget, are ranked once more, by their exact keys, which are read beside the tokens of the
             budget. Sketch estimates the logit of every token, and its candidates are units; 0 ranks by the estimates
             alone. Bounds and moments score pages, and where less than a page is selected, as many pages are the
-            candidates. None is what the metadata wants, 4, or 0, the only one allowed, for whole pages by bounds or
-            moments; it is replaced as for `num_sink_pages`.
+            candidates. None is what the metadata wants: 4, by sketch as much as makes 2,048 candidates where the budget
+            is less than 512, and 0, the only one allowed, for whole pages by bounds or moments; it is replaced as for
+            `num_sink_pages`.
 
     Raises:
         QuestValueError: A value is out of range, or the budget cannot hold the pages that are always read.
@@ -151,7 +159,7 @@ class QuestConfig:
     quest_attention.errors.QuestValueError: token_budget: got 32, expected at least 48: 3 forced pages of 16 tokens
     """
 
-    token_budget: int = 2048
+    token_budget: int = _NOT_GIVEN
     page_size: int = 16
     num_dense_layers: int = 2
     # Those that are None here never are of a config that is made, but for one whose metadata is "auto".
@@ -182,8 +190,9 @@ class QuestConfig:
 
     def _check_values(self) -> None:
         """What is right or wrong whatever the metadata is."""
-        for name in (_BUDGET, "page_size"):
-            check_integer(name, getattr(self, name), minimum=1)
+        if self.token_budget is not None:
+            check_integer(_BUDGET, self.token_budget, minimum=1)
+        check_integer("page_size", self.page_size, minimum=1)
         for name in ("num_dense_layers", "num_recent_pages"):
             check_integer(name, getattr(self, name), minimum=0)
         for name in ("num_sink_pages", "candidate_factor"):
@@ -196,7 +205,7 @@ class QuestConfig:
         if self.moments_coefficient is not None:
             check_coefficient("moments_coefficient", self.moments_coefficient)
         self._check_unit()
-        if self.num_sink_pages is not None:
+        if None not in (self.num_sink_pages, self.token_budget):
             self._check_budget()
 
     def _check_unit(self) -> None:
@@ -258,7 +267,9 @@ class QuestConfig:
         """What is selected and how heads agree on it, as far as the metadata allows it."""
         wants, metadata = _WANTS[self.metadata], self.metadata
         self._want("selection_unit", _WantedName("page"))
-        ranks_tokens = wants.scores_tokens or self.unit_size < self.page_size
+        is_part = self.unit_size < self.page_size
+        self._want(_BUDGET, _WantedInteger(wants.budget[is_part]))
+        ranks_tokens = wants.scores_tokens or is_part
         reductions = _OF_TOKENS if ranks_tokens else _OF_PAGES
         self._want("group_reduction", _WantedName(reductions[0]))
         reduction = self.group_reduction
@@ -266,7 +277,8 @@ class QuestConfig:
             what = metadata if wants.scores_tokens else f"{'tokens' if ranks_tokens else 'pages'} by {metadata}"
             raise QuestValueError("group_reduction", reduction, f"{' or '.join(reductions)} for {what}")
 
-        self._want("candidate_factor", _WantedInteger(_CANDIDATES if ranks_tokens else 0))
+        enough = max(_CANDIDATES, -(-wants.candidates // self.token_budget))
+        self._want("candidate_factor", _WantedInteger(enough if ranks_tokens else 0))
         factor = self.candidate_factor
         if factor and not ranks_tokens:
             raise QuestValueError("candidate_factor", factor, f"0 for whole pages by {metadata}: they are ranked once")

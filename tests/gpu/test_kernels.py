@@ -107,6 +107,7 @@ def assert_exact(query: Tensor, kv: PagedKV, seq_lens: Tensor, selected: Selecti
 
 def assert_step(kv: PagedKV, seq_lens: Tensor, query_heads: int, config: QuestConfig, *, fused: bool = True) -> None:
     """Bounds, scores, selection and attention, verb by verb and in one launch, over poisoned memory."""
+    config = config.resolved("cuda", kv.form.name)
     assert resolve_backend("auto", "cuda").name == "triton"
     dtype = torch.bfloat16 if kv.is_quantised else kv.keys.dtype
     query = torch.randn(kv.batch_size, query_heads, kv.head_dim, dtype=dtype, device="cuda")
@@ -245,7 +246,7 @@ def test_one_graph_while_sequences_grow(group: int, narrow: bool) -> None:
     """A captured step (append a token, score, select, attend) gives the eager result across a page boundary."""
     kv, seq_lens = make_cache([3000, 2040, 500], heads=4, layout="contiguous", narrow=narrow, room=64)
     query = torch.randn(3, 4 * group, 128, dtype=torch.bfloat16, device="cuda")
-    config = QuestConfig(2048)
+    config = QuestConfig.paper(2048)
     workspace = make_workspace(kv, 4 * group, config)
     fresh = torch.randn(2, 3, 4, 128, dtype=torch.bfloat16, device="cuda")
 

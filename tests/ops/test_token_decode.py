@@ -26,7 +26,8 @@ from token_choice import assert_chosen  # noqa: E402
 
 def config_of(budget: int = 64, page_size: int = 16, **options: Any) -> QuestConfig:
     return QuestConfig(
-        budget, page_size, metadata="sketch", selection_unit="token", backend="triton", **options,
+        budget, page_size, metadata="sketch", selection_unit="token", backend="triton",
+        **{"candidate_factor": 4, **options},
     )  # fmt: skip
 
 

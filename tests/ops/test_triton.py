@@ -53,7 +53,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def config(token_budget: int, page_size: int = 8, **options: object) -> QuestConfig:
-    return QuestConfig.from_dict({"token_budget": token_budget, "page_size": page_size, "backend": "triton", **options})
+    own = {"token_budget": token_budget, "page_size": page_size, "backend": "triton", "metadata": "bounds"}
+    return QuestConfig.from_dict({**own, **options})
 
 
 def step_of(cache: Cache, group: int, settings: QuestConfig, **options: object) -> Step:

@@ -31,7 +31,15 @@ app = typer.Typer(
 )
 
 Model = Annotated[str | None, typer.Option("--model", "-m", help=MODEL_HELP, show_default=False)]
-TokenBudget = Annotated[int, typer.Option("--token-budget", "-b", help="Most tokens a step may read.")]
+TokenBudget = Annotated[
+    int | None,
+    typer.Option(
+        "--token-budget",
+        "-b",
+        help="Most tokens a step may read; by default 512 for tokens by sketch, else 2,048.",
+        show_default=False,
+    ),
+]
 SinkPages = Annotated[
     int | None, typer.Option("--sink-pages", help="First pages always read; by default 1, with bounds 0.")
 ]

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from quest_attention.cli.console import can_draw, progress_bar, say, stdout_console
 from quest_attention.cli.failures import CHECK_FAILED
-from quest_attention.cli.loading import LoadedModel, load_model, set_threads
+from quest_attention.cli.loading import LoadedModel, load_model, resolve_device, set_threads
 from quest_attention.cli.page_picture import page_picture
 from quest_attention.cli.table import print_table
 from quest_attention.config import QuestConfig
@@ -41,6 +41,7 @@ def show_demo(
     """
     started = time.perf_counter()
     set_threads(threads)
+    config = config.resolved(resolve_device(device).type)
     check_case(length, depth, config)
     with progress_bar(is_quiet=is_quiet) as on_progress:
         on_progress("loading the model", 0, 0)

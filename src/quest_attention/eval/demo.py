@@ -184,8 +184,8 @@ def run_demo(
         QuestValueError: The question is longer than the model's positions, or leaves Quest nothing to leave out.
         UnsupportedModelError: Quest cannot serve the model.
     """
-    check_fits(model, case.length, config)
     config = config.resolved(model.device.type)
+    check_fits(model, case.length, config)
     pages = PageReads(config.page_size)
     methods: list[Method] = [
         Full(),
