@@ -5,13 +5,17 @@ A process of its own, because an engine keeps threads and memory, and warns in w
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import quest_attention
+from families import FAMILIES, save, token_prompts
 from quest_attention.models import bundled_model_path
 
 MAX_MODEL_LEN = 2048
@@ -62,6 +66,18 @@ def answers(llm: Any, texts: list[str], tokens: int = ANSWER, temperature: float
 
     params = SamplingParams(temperature=temperature, max_tokens=tokens, ignore_eos=True, seed=1)
     return [list(one.outputs[0].token_ids) for one in llm.generate(texts, params, use_tqdm=False)]
+
+
+def greedy(llm: Any, prompts: list[Any]) -> dict[str, list[Any]]:
+    """Answers to prompts of tokens, with the log-probability of each token."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True, logprobs=0, detokenize=False)
+    found = [done.outputs[0] for done in llm.generate(prompts, params, use_tqdm=False)]
+    return {
+        "tokens": [list(one.token_ids) for one in found],
+        "logprobs": [[next(iter(step.values())).logprob for step in one.logprobs] for one in found],
+    }
 
 
 def metrics(llm: Any) -> dict[str, float]:
@@ -204,6 +220,52 @@ def sketch_speculation() -> dict[str, Any]:
     """Sketches of pages that were written again after tokens were taken back."""
     llm = make_llm({"token_budget": BUDGET, **SKETCH}, speculative_config=FROM_PROMPT, **ORACLE)
     return checked(llm, [prompts(2, 400)], tokens=40, temperature=0.7)
+
+
+FEW_BLOCKS = {"num_gpu_blocks_override": 256, "max_num_seqs": 4}
+"""Enough for these rows in every group, and quickly made."""
+FAMILY_LENGTHS = (400, 330, 50)
+"""Two rows past the budget and one within it, together [tokens]."""
+
+
+def family(name: str) -> dict[str, Any]:
+    """A model of several kinds of layers: stock, with a budget of the context, and sparse with the oracle."""
+    from vllm import ModelRegistry
+
+    one, prompts = FAMILIES[name], token_prompts(FAMILY_LENGTHS)
+    with tempfile.TemporaryDirectory() as folder:
+        architecture = save(one, Path(folder))
+        # In this process: vLLM would look at the class in another, which takes long.
+        ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
+        options = {"model": folder, "skip_tokenizer_init": True, "max_model_len": 1024, **FEW_BLOCKS, **one.engine}
+        found = {"stock": greedy(make_llm(None, **options), prompts)}
+        llm = make_llm({"token_budget": 1024 - BLOCK, "num_dense_layers": 1, **one.quest}, **options, **ORACLE)
+        found["whole"] = greedy(llm, prompts) | {"counters": llm.collective_rpc("quest_counters")}
+        del llm
+        llm = make_llm(
+            {"token_budget": BUDGET, "num_dense_layers": 1, **one.quest},
+            max_num_batched_tokens=192,
+            **options,
+            **ORACLE,
+        )
+        llm.collective_rpc("install_oracle")
+        llm.collective_rpc("quest_reset")
+        found["sparse"] = greedy(llm, prompts)
+        found["again"] = greedy(llm, prompts)
+        return {
+            **found,
+            "oracle": llm.collective_rpc("oracle_report"),
+            "counters": llm.collective_rpc("quest_counters"),
+            "groups": llm.collective_rpc("quest_groups"),
+            "form": llm.collective_rpc("quest_form"),
+            "metrics": metrics(llm),
+        }
+
+
+def windowed() -> dict[str, Any]:
+    """Families with windows and chunks."""
+    with mock.patch.object(gc, "collect", return_value=0):  # half of the time of engines so small, and none is large
+        return {name: family(name) for name in FAMILIES}
 
 
 def small_pool(blocks: int) -> dict[str, Any]:
@@ -370,6 +432,7 @@ SCENARIOS = [
     sketch_preemption,
     sketch_pages,
     sketch_speculation,
+    windowed,
     adapter_of_a_gpu,
     adapter_of_a_gpu_with_sketches,
     tensor_parallel,

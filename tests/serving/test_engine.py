@@ -16,6 +16,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="runs with make test-vllm, which installs vLLM")
 
+from families import FAMILIES
+
 HERE = Path(__file__).parent
 NUM_SPARSE_LAYERS = 4  # of the bundled model's six
 MINUTES = 15
@@ -157,6 +159,31 @@ def test_speculated_tokens_that_are_taken_back_are_in_no_sketch() -> None:
     assert_checked(found)
     drafted, accepted = (found["metrics"][f"spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted"))
     assert accepted < drafted
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layers_with_full_attention_among_others(name: str) -> None:
+    """What is full runs Quest and is held to the oracle, all else is vLLM's: with a budget of the context all is."""
+    family, found = FAMILIES[name], scenario("windowed")[name]
+    stock, whole, sparse = (found[way] for way in ("stock", "whole", "sparse"))
+    assert whole["tokens"] == stock["tokens"]
+    for ours, theirs in zip(whole["logprobs"], stock["logprobs"], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    (counters,) = whole["counters"]
+    assert counters["sparse_rows"] == 0 < counters["dense_rows"]
+    assert sparse["logprobs"] != stock["logprobs"]
+    assert found["again"]["tokens"] == sparse["tokens"]  # out of the prefix cache
+    assert found["metrics"]["prefix_cache_hits"] > 500
+    assert_checked(found, layers=len(family.sparse))
+    (groups,) = found["groups"]
+    assert sorted(int(layer.split(".")[2]) for group in groups for layer in group["layers"]) == list(family.sparse)
+    for group in groups:  # a row reads as much in each
+        assert {name: number for name, number in group.items() if name != "layers"} == found["counters"][0]
+
+
+def test_full_attention_in_several_groups_of_layers() -> None:
+    (groups,) = scenario("windowed")["gemma3_full"]["groups"]
+    assert len(groups) == 3
 
 
 def test_bfloat16_forced_pages_and_bounds_in_8_bits() -> None:

@@ -477,10 +477,13 @@ def test_a_backend_that_cannot_be_captured_is_refused_on_a_gpu() -> None:
         ({"model_config": {"is_encoder_decoder": True}}, "an encoder and decoder"),
         ({"model_config": {"is_hybrid": True}}, "with states"),
         ({"model_config": {"runner_type": "pooling"}}, "to run as pooling"),
-        ({"model_config": {"get_sliding_window": lambda: 512}}, "a sliding window of 512"),
         (
-            {"model_config": {"hf_text_config": SimpleNamespace(layer_types=["full_attention", "chunked_attention"])}},
-            "layers of chunked_attention",
+            {"model_config": {"get_sliding_window": lambda: 512, "hf_text_config": SimpleNamespace()}},
+            "a sliding window of 512 alone, expected layers with full attention among them",
+        ),
+        (
+            {"model_config": {"hf_text_config": SimpleNamespace(layer_types=["chunked_attention"] * 2)}},
+            "layers of chunked_attention alone",
         ),
     ],
 )
@@ -488,6 +491,19 @@ def test_servers_that_are_refused(changes: dict[str, Any], message: str) -> None
     server = a_server(**changes)
     with pytest.raises((QuestValueError, UnsupportedModelError), match=message):
         check_vllm_config(server, CPU)
+
+
+def test_a_model_of_several_kinds_is_taken_where_groups_were_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = {"hf_text_config": SimpleNamespace(layer_types=["full_attention", "sliding_attention"])}
+    server = a_server(model_config=both)
+    check_vllm_config(server, CPU)
+    monkeypatch.setattr(plugin, "vllm_version", lambda: (0, 32))
+    plugin._check_groups(server.model_config)
+    monkeypatch.setattr(plugin, "vllm_version", lambda: (0, 25))
+    plugin._check_groups(a_server().model_config)
+    message = r"a model with layers of sliding_attention in vLLM 0\.25, expected full .*, or vLLM 0\.32, on which such"
+    with pytest.raises(UnsupportedModelError, match=message):
+        plugin._check_groups(server.model_config)
 
 
 def test_layers_that_choose_are_counted_among_full_attention_layers() -> None:
@@ -499,7 +515,7 @@ def test_layers_that_choose_are_counted_among_full_attention_layers() -> None:
     plain = {"sliding_window": None, "attn_type": "decoder"}
     layers = {
         "model.layers.10.self_attn.attn": of("CUSTOM", **plain),
-        "model.layers.0.self_attn.attn": of("CUSTOM", **(plain | {"sliding_window": 512})),
+        "model.layers.0.self_attn.attn": of("CPU_ATTN", **(plain | {"sliding_window": 512})),
         "model.layers.1.linear_attn": SimpleNamespace(mamba_type="gdn_attention"),
         "model.layers.2.self_attn.attn": of("CUSTOM", **plain),
         "model.layers.2.mlp.experts": SimpleNamespace(),

@@ -121,11 +121,11 @@ LLAMA = {
             {
                 "model_type": "gemma3_text",
                 "architectures": ["Gemma3ForCausalLM"],
-                "layer_types": ["sliding_attention", "full_attention"] * 2,
+                "layer_types": ["sliding_attention"] * 4,
                 "sliding_window": 64,
                 **LLAMA,
             },
-            "sliding",
+            "layers of sliding_attention alone, expected layers with full attention among them",
         ),
         (
             {

@@ -190,7 +190,8 @@ class OracleExtension(QuestWorkerExtension):
     def watch(self, kind: Any, *, has_yardstick: bool) -> None:
         """Check every call of a class of attention; with vLLM's own kernel as a yardstick where it attends."""
         oracle = self._oracle = Oracle()  # type: ignore[attr-defined]
-        write, attend = kind.write, kind.attend
+        # An earlier engine of this process may have been watched.
+        write, attend = (getattr(method, "unwatched", method) for method in (kind.write, kind.attend))
 
         def checked_write(impl: Any, layer: Any, key: Tensor, value: Tensor, opened: Any, slots: Tensor) -> None:
             write(impl, layer, key, value, opened, slots)
@@ -207,12 +208,18 @@ class OracleExtension(QuestWorkerExtension):
             oracle.check(layer.layer_name, metadata, query, step, selected, output, yardstick, impl.scale)
             return selected
 
+        checked_write.unwatched, checked_attend.unwatched = write, attend  # type: ignore[attr-defined]
         kind.write, kind.attend = checked_write, checked_attend
 
     def quest_form(self) -> str:
         """What this worker's steps are planned with."""
-        builder = self.model_runner.attn_groups[0][0].get_metadata_builder()  # type: ignore[attr-defined]
-        return str(form_of(builder.config))
+        builders = [
+            group.get_metadata_builder()
+            for groups in self.model_runner.attn_groups  # type: ignore[attr-defined]
+            for group in groups
+        ]
+        (form,) = {str(form_of(builder.config)) for builder in builders if hasattr(builder, "counters")}
+        return form
 
     def oracle_report(self) -> dict[str, Any]:
         """What the oracle of this worker saw."""

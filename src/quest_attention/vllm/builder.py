@@ -15,7 +15,7 @@ from quest_attention.serving.options import KEY
 from quest_attention.serving.rows import DECODE_TOKENS, RowPlanner
 from quest_attention.vllm.layout import check_full
 from quest_attention.vllm.options import read_options
-from quest_attention.vllm.ranks import sparse_layers
+from quest_attention.vllm.ranks import is_bounded, sparse_layers
 from quest_attention.vllm.refusals import BACKEND_NAME
 from quest_attention.vllm.step import QuestStep
 from quest_attention.vllm.worker import worker_label
@@ -26,8 +26,11 @@ __all__ = ["QuestMetadataBuilder"]
 class QuestMetadataBuilder:
     """Stands before a stock builder among the bases of a class. Names of arguments are vLLM's, which passes them so.
 
+    A worker has one for each group of layers that share a block table.
+
     Attributes:
-        counters: Of this worker, or None where the budget covers the longest sequence and everything is stock.
+        counters: Of this group, or None where the budget covers the longest sequence and everything is stock.
+        sparse_layers: Names of the layers of this group that choose what they read, in the order of the model.
     """
 
     reorder_batch_threshold = DECODE_TOKENS  # decode rows come first
@@ -42,12 +45,18 @@ class QuestMetadataBuilder:
         _check_backends(vllm_config)
         layers = vllm_config.compilation_config.static_forward_context
         sparse = sparse_layers(layers, self.config.num_dense_layers, extract_layer_index)
+        self.sparse_layers = [name for name in sparse if name in layer_names]
+        label = worker_label(vllm_config.parallel_config, get_tensor_model_parallel_rank())
+        elsewhere = len(sparse) - len(self.sparse_layers)
+        if elsewhere:
+            label += f", layers {', '.join(str(extract_layer_index(name)) for name in self.sparse_layers)}"
         self._row_planner = RowPlanner(
             self.config,
             device,
-            label=worker_label(vllm_config.parallel_config, get_tensor_model_parallel_rank()),
-            sparse_layers=[name for name in sparse if name in layer_names],
+            label=label,
+            sparse_layers=self.sparse_layers,
             num_layers=len(layer_names),
+            num_elsewhere=elsewhere,
             max_length=vllm_config.model_config.max_model_len,
             log_interval=options.log_interval,
             logger=logging.getLogger("vllm.quest_attention"),
@@ -102,15 +111,16 @@ def _lengths(batch: Any, rows: int) -> list[int]:
 
 
 def _check_backends(vllm_config: Any) -> None:
-    """Whether every attention layer of the model took the backend that was asked for.
+    """Whether every layer with full attention took the backend that was asked for.
 
     Raises:
-        UnsupportedModelError: A layer brings a backend of its own.
+        UnsupportedModelError: One brings a backend of its own.
     """
     for name, layer in vllm_config.compilation_config.static_forward_context.items():
         backend = getattr(layer, "attn_backend", None)
-        if backend is not None and backend.get_name() != BACKEND_NAME:
-            raise UnsupportedModelError(f"model: got {backend.get_name()} in {name}, expected Quest in every layer")
+        if backend is not None and backend.get_name() != BACKEND_NAME and not is_bounded(layer):
+            expected = "Quest in every layer with full attention"
+            raise UnsupportedModelError(f"model: got {backend.get_name()} in {name}, expected {expected}")
 
 
 def _rows_from(batch: Any, first: int, first_token: int) -> Any:

@@ -45,6 +45,8 @@ __all__ = ["QuestCPUBackend", "QuestCPUImpl", "QuestCPUMetadataBuilder"]
 class QuestCPUBackend(QuestBackend, CPUAttentionBackend):
     """What `--attention-backend CUSTOM` means on a CPU."""
 
+    stock_backend = CPUAttentionBackend
+
     @staticmethod
     def get_impl_cls() -> type[QuestCPUImpl]:
         """Attention of a layer."""

@@ -33,6 +33,8 @@ __all__ = ["QuestGPUBackend", "QuestGPUImpl", "QuestGPUMetadataBuilder"]
 class QuestGPUBackend(QuestBackend, FlashAttentionBackend):
     """What `--attention-backend CUSTOM` means on an NVIDIA GPU."""
 
+    stock_backend = FlashAttentionBackend
+
     @staticmethod
     def get_impl_cls() -> type[QuestGPUImpl]:
         """Attention of a layer."""

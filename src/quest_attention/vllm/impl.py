@@ -29,6 +29,9 @@ __all__ = ["OpenCache", "QuestAttentionImpl", "QuestBackend"]
 class QuestBackend:
     """Stands before a stock backend among the bases of a class."""
 
+    stock_backend: type
+    """The stock backend: of the layers of a model that Quest does not serve, those without full attention."""
+
     @staticmethod
     def get_name() -> str:
         """The name by which vLLM looks it up."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from quest_attention.vllm.refusals import BACKEND_NAME
 
-__all__ = ["sparse_layers"]
+__all__ = ["is_bounded", "sparse_layers"]
 
 
 def sparse_layers(layers: Mapping[str, Any], num_dense_layers: int, index_of: Callable[[str], int]) -> list[str]:
@@ -23,6 +23,15 @@ def sparse_layers(layers: Mapping[str, Any], num_dense_layers: int, index_of: Ca
     """
     full = [name for name, layer in layers.items() if _is_full_attention(layer)]
     return sorted(full, key=index_of)[num_dense_layers:]
+
+
+def is_bounded(layer: Any) -> bool:
+    """Whether a layer reads a bounded part whatever Quest does: through a window, in chunks, or from a state."""
+    return (
+        getattr(layer, "sliding_window", None) is not None
+        or getattr(layer, "attention_chunk_size", None) is not None
+        or hasattr(layer, "get_state_shape")  # vLLM's `MambaBase`
+    )
 
 
 def _is_full_attention(layer: Any) -> bool:

@@ -8,6 +8,7 @@ from quest_attention.errors import BackendError, QuestValueError, UnsupportedMod
 from quest_attention.forms import form_of
 from quest_attention.ops import resolve_backend
 from quest_attention.serving.options import KEY, QuestOptions
+from quest_attention.vllm.kinds import full_layers, other_layers
 from quest_attention.vllm.options import read_options
 
 __all__ = ["BACKEND_NAME", "check_layer", "check_output_scales", "check_transfer", "check_vllm_config"]
@@ -15,8 +16,6 @@ __all__ = ["BACKEND_NAME", "check_layer", "check_output_scales", "check_transfer
 BACKEND_NAME = "CUSTOM"
 """vLLM's name for an attention backend from outside: of `--attention-backend`."""
 _PLAIN_CACHE = "auto"
-_FULL = "full_attention"
-"""transformers' name in `layer_types`."""
 _DRAFT_FREE = ("ngram",)
 """Ways to speculate without a model whose attention would be Quest's too."""
 _FP8_CAPABILITY = 89
@@ -173,13 +172,10 @@ def _check_model(model: Any) -> None:
         raise UnsupportedModelError(f"model: got {name}, expected one whose every layer is causal and reads everything")
     if model.runner_type != "generate":
         raise UnsupportedModelError(f"model: got {name} to run as {model.runner_type}, expected one that generates")
-    window = model.get_sliding_window()
-    kinds = sorted(set(getattr(model.hf_text_config, "layer_types", None) or ()) - {_FULL})
-    if window is not None or kinds:
-        found = f"a sliding window of {window}" if not kinds else f"layers of {', '.join(kinds)}"
+    if full_layers(model) == 0:
         raise UnsupportedModelError(
-            f"model: got {name} with {found}, expected full attention in every layer. "
-            f"Take {KEY!r} out of --additional-config for this model"
+            f"model: got {name} with {other_layers(model)} alone, expected layers with full attention among them: the "
+            f"others read a bounded part already. Take {KEY!r} out of --additional-config for this model"
         )
 
 

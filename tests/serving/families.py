@@ -1,0 +1,120 @@
+"""Tiny random models of families whose layers are not all full attention, for vLLM's CPU engine: no hub is asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+VOCABULARY = 256
+BASE: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "intermediate_size": 64,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.15,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+WINDOW = 64
+"""Shorter than the prompts, of two blocks [tokens]."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models, and how its tiny one is read.
+
+    Attributes:
+        prefix: Of transformers' classes: `{prefix}TextConfig` or `{prefix}Config`, `{prefix}ForCausalLM`.
+        options: Of its configuration, beside `BASE`.
+        sparse: Layers that choose what they read, by index, with `num_dense_layers` 1.
+        quest: Options under "quest"; the form of metadata is left to vLLM's adapter unless it is among them.
+        engine: Options of the engine.
+    """
+
+    prefix: str
+    options: dict[str, Any]
+    sparse: tuple[int, ...] = (3,)
+    quest: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
+
+
+def alternating(first: str, second: str = "full_attention", layers: int = 4) -> dict[str, Any]:
+    """Layers of two kinds in turn."""
+    return {"layer_types": [first, second] * (layers // 2), "num_hidden_layers": layers}
+
+
+WINDOWED = alternating("sliding_attention") | {"sliding_window": WINDOW}
+
+FAMILIES = {
+    "gemma3": Family(
+        "Gemma3",
+        WINDOWED | {"query_pre_attn_scalar": 32},
+        quest={"metadata": "sketch", "selection_unit": "token"},
+    ),
+    # Six windowed layers and two full ones, as many in a group: four groups.
+    "gemma3_deep": Family(
+        "Gemma3",
+        {
+            "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 2,
+            "num_hidden_layers": 8,
+            "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 32,
+        },
+        sparse=(7,),
+    ),
+    # Two windowed layers and six full ones, as many in a group: the full ones are in three groups.
+    "gemma3_full": Family(
+        "Gemma3",
+        {
+            "layer_types": (["sliding_attention"] + ["full_attention"] * 3) * 2,
+            "num_hidden_layers": 8,
+            "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 32,
+        },
+        sparse=(2, 3, 5, 6, 7),
+        quest={"metadata": "bounds"},
+    ),
+    "cohere2": Family("Cohere2", WINDOWED, quest={"metadata": "bounds"}),
+    "llama4": Family(
+        "Llama4",
+        alternating("chunked_attention")
+        | {
+            "attention_chunk_size": WINDOW,
+            "no_rope_layers": [1, 0, 1, 0],
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "intermediate_size_mlp": 64,
+            "moe_layers": [1, 3],
+            "interleave_moe_layer_step": 2,
+        },
+    ),
+}
+"""What vLLM's CPU engine runs."""
+
+
+def save(family: Family, folder: Path) -> str:
+    """Write a model with random weights to a folder, as `from_pretrained` reads it; gives its architecture."""
+    torch.manual_seed(0)
+    name = family.prefix
+    config_class = getattr(transformers, f"{name}TextConfig", None) or getattr(transformers, f"{name}Config")
+    model = getattr(transformers, f"{name}ForCausalLM")(config_class(**(BASE | family.options)))
+    model.save_pretrained(folder)
+    return type(model).__name__
+
+
+def token_prompts(lengths: tuple[int, ...]) -> list[dict[str, list[int]]]:
+    """Prompts of random tokens, of so many each."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        {"prompt_token_ids": torch.randint(1, VOCABULARY, (length,), generator=generator).tolist()}
+        for length in lengths
+    ]
