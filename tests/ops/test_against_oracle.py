@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from caches import LAYOUTS, make_cache
-from likeness import as_lists, assert_like_oracle, assert_scores_like_oracle, query_for
+from likeness import as_lists, assert_like_oracle, assert_scores_like_oracle, plain_attention_error, query_for
 from quest_attention import (
     QuestConfig,
     QuestValueError,
@@ -129,6 +129,18 @@ def test_softcap_sinks_and_lse(layout: str, softcap: float | None, with_sinks: b
     torch.testing.assert_close(step.output.double(), exact, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(output.double(), exact, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_are_as_exact_as_pytorchs_where_logits_are_large() -> None:
+    """A weight is no exponential of the difference of two large numbers, each of them rounded."""
+    cache = make_cache([90] * 8, layout="contiguous")
+    update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens)
+    query = 30 * query_for(cache, 4)
+    step = quest_decode(query, cache.kv, cache.seq_lens, QuestConfig(token_budget=32, page_size=8))
+    output, _ = sparse_decode_attention(query, cache.kv, cache.seq_lens, step.selected, return_lse=True)
+    lists = as_lists(step.selected.units)
+    exact, _ = reference.sparse_decode_attention(query, cache.kv, cache.lengths, lists, cache.kv.head_dim**-0.5)
+    assert float((output.double() - exact).abs().max()) <= 2 * plain_attention_error(query, cache, lists, exact)
 
 
 def masks() -> st.SearchStrategy[list[list[bool]]]:

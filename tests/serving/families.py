@@ -54,6 +54,13 @@ def alternating(first: str, second: str = "full_attention", layers: int = 4) -> 
 
 WINDOWED = alternating("sliding_attention") | {"sliding_window": WINDOW}
 
+GEMMA_4 = {
+    "global_head_dim": 64,
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": VOCABULARY,
+}
+
 FAMILIES = {
     "gemma3": Family(
         "Gemma3",
@@ -82,6 +89,25 @@ FAMILIES = {
         },
         sparse=(2, 3, 5, 6, 7),
         quest={"metadata": "bounds"},
+    ),
+    "gemma2": Family(
+        "Gemma2",
+        WINDOWED | {"query_pre_attn_scalar": 32, "attn_logit_softcapping": 5.0},
+        quest={"metadata": "bounds"},
+    ),
+    # Keys and values of other shapes in layers with full attention.
+    "gemma4": Family("Gemma4", WINDOWED | GEMMA_4),
+    # Of six layers the last two read the keys and values of the third and the fourth.
+    "gemma4_shared": Family(
+        "Gemma4",
+        alternating("sliding_attention", layers=6) | {"sliding_window": WINDOW} | GEMMA_4 | {"num_kv_shared_layers": 2},
+        sparse=(3, 5),
+    ),
+    "gpt_oss": Family("GptOss", WINDOWED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_oss_mass": Family(
+        "GptOss",
+        WINDOWED | {"num_local_experts": 4, "num_experts_per_tok": 2},
+        quest={"metadata": "sketch", "group_reduction": "mass"},
     ),
     "cohere2": Family("Cohere2", WINDOWED, quest={"metadata": "bounds"}),
     "llama4": Family(

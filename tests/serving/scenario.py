@@ -224,11 +224,12 @@ def sketch_speculation() -> dict[str, Any]:
 
 FEW_BLOCKS = {"num_gpu_blocks_override": 256, "max_num_seqs": 4}
 """Enough for these rows in every group, and quickly made."""
+CHUNKS = {"max_num_batched_tokens": 192}
 FAMILY_LENGTHS = (400, 330, 50)
 """Two rows past the budget and one within it, together [tokens]."""
 
 
-def family(name: str) -> dict[str, Any]:
+def family(name: str, **more: Any) -> dict[str, Any]:
     """A model of several kinds of layers: stock, with a budget of the context, and sparse with the oracle."""
     from vllm import ModelRegistry
 
@@ -237,29 +238,34 @@ def family(name: str) -> dict[str, Any]:
         architecture = save(one, Path(folder))
         # In this process: vLLM would look at the class in another, which takes long.
         ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
-        options = {"model": folder, "skip_tokenizer_init": True, "max_model_len": 1024, **FEW_BLOCKS, **one.engine}
-        found = {"stock": greedy(make_llm(None, **options), prompts)}
-        llm = make_llm({"token_budget": 1024 - BLOCK, "num_dense_layers": 1, **one.quest}, **options, **ORACLE)
+        options = {"model": folder, "skip_tokenizer_init": True, "max_model_len": 1024, **FEW_BLOCKS, **ORACLE}
+        options |= one.engine | more
+        llm = make_llm(None, **options)
+        found = {"stock": greedy(llm, prompts)}
+        stop(llm)
+        llm = make_llm({"token_budget": 1024 - BLOCK, "num_dense_layers": 1, **one.quest}, **options)
         found["whole"] = greedy(llm, prompts) | {"counters": llm.collective_rpc("quest_counters")}
-        del llm
-        llm = make_llm(
-            {"token_budget": BUDGET, "num_dense_layers": 1, **one.quest},
-            max_num_batched_tokens=192,
-            **options,
-            **ORACLE,
-        )
+        stop(llm)
+        llm = make_llm({"token_budget": BUDGET, "num_dense_layers": 1, **one.quest}, **options | CHUNKS)
         llm.collective_rpc("install_oracle")
         llm.collective_rpc("quest_reset")
         found["sparse"] = greedy(llm, prompts)
         found["again"] = greedy(llm, prompts)
-        return {
-            **found,
-            "oracle": llm.collective_rpc("oracle_report"),
-            "counters": llm.collective_rpc("quest_counters"),
-            "groups": llm.collective_rpc("quest_groups"),
-            "form": llm.collective_rpc("quest_form"),
-            "metrics": metrics(llm),
+        asked = {
+            "oracle": "oracle_report",
+            "counters": "quest_counters",
+            "groups": "quest_groups",
+            "form": "quest_form",
         }
+        found |= {name: llm.collective_rpc(method) for name, method in asked.items()} | {"metrics": metrics(llm)}
+        llm.collective_rpc("remove_oracle")
+        stop(llm)
+        return found
+
+
+def stop(llm: Any) -> None:
+    """End an engine of this process before another starts, which shares what it takes down."""
+    llm.llm_engine.engine_core.shutdown()
 
 
 def windowed() -> dict[str, Any]:
@@ -300,6 +306,14 @@ def adapter_of_a_gpu_with_sketches() -> dict[str, Any]:
     llm = make_llm(quest, dtype="bfloat16", max_num_batched_tokens=192, block_size=16, **oracle)
     texts = prompts(2, 400) + prompts(1, 40)
     return {**checked(llm, [texts, texts]), "planned": llm.collective_rpc("plan_a_capture")}
+
+
+def adapter_of_a_gpu_with_windows() -> dict[str, Any]:
+    """The same in a model whose other layers are windowed, with sinks in all."""
+    from quest_attention.vllm import plugin
+
+    plugin._BACKENDS["cpu"] = "gpu_on_cpu.SimulatedBackend"
+    return family("gpt_oss", worker_extension_cls="gpu_on_cpu.SimulatedOracle")
 
 
 def tensor_parallel() -> dict[str, Any]:
@@ -435,6 +449,7 @@ SCENARIOS = [
     windowed,
     adapter_of_a_gpu,
     adapter_of_a_gpu_with_sketches,
+    adapter_of_a_gpu_with_windows,
     tensor_parallel,
     one_rank,
     gpu_stock,

@@ -164,7 +164,12 @@ def test_speculated_tokens_that_are_taken_back_are_in_no_sketch() -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_layers_with_full_attention_among_others(name: str) -> None:
     """What is full runs Quest and is held to the oracle, all else is vLLM's: with a budget of the context all is."""
-    family, found = FAMILIES[name], scenario("windowed")[name]
+    check_family(name, scenario("windowed")[name])
+
+
+def check_family(name: str, found: dict[str, Any]) -> None:
+    """See `scenario.family`."""
+    family = FAMILIES[name]
     stock, whole, sparse = (found[way] for way in ("stock", "whole", "sparse"))
     assert whole["tokens"] == stock["tokens"]
     for ours, theirs in zip(whole["logprobs"], stock["logprobs"], strict=True):
@@ -205,6 +210,10 @@ def test_the_adapter_of_a_gpu_with_sketches() -> None:
     assert found["answers"][0] == found["answers"][1]
     (seen,) = (oracle["seen"] for oracle in found["oracle"])
     assert seen["rows within it"] > 0 < seen["selections"]
+
+
+def test_the_adapter_of_a_gpu_with_windows_and_sinks() -> None:
+    check_family("gpt_oss", scenario("adapter_of_a_gpu_with_windows"))
 
 
 @pytest.mark.parametrize("name", ["adapter_of_a_gpu", "adapter_of_a_gpu_with_sketches"])

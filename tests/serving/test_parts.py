@@ -470,7 +470,9 @@ def test_a_backend_that_cannot_be_captured_is_refused_on_a_gpu() -> None:
             {"additional_config": {"quest": {"metadata": "sketch", "token_budget": 31}}},
             r"^quest\.token_budget: got 31, expected at least 32: 2 forced pages of 16 tokens \(a page is a block",
         ),
-        ({"model_config": {"rswa_window": 64}}, "whose every layer is causal and reads everything"),
+        ({"model_config": {"rswa_window": 64}}, "with a window that moves in steps"),
+        ({"model_config": {"is_mm_prefix_lm": True}}, "read in both directions, .* with --language-model-only"),
+        ({"cache_config": {"kv_sharing_fast_prefill": True}}, "kv_sharing_fast_prefill: got True, expected False"),
         ({"speculative_config": SimpleNamespace(method="suffix")}, "speculative_config.method: got 'suffix'"),
         ({"speculative_config": SimpleNamespace(method="eagle3")}, "speculative_config.method: got 'eagle3'"),
         ({"model_config": {"use_mla": True}}, "with MLA"),
@@ -491,6 +493,39 @@ def test_servers_that_are_refused(changes: dict[str, Any], message: str) -> None
     server = a_server(**changes)
     with pytest.raises((QuestValueError, UnsupportedModelError), match=message):
         check_vllm_config(server, CPU)
+
+
+@pytest.mark.parametrize(("device", "form"), [("cpu", "moments"), ("cuda", "sketch")])
+def test_a_model_with_other_layers_has_the_form_of_its_device_unless_one_is_given(device: str, form: str) -> None:
+    kinds = ["sliding_attention", "full_attention"]
+
+    def form_of_server(kinds: list[str], **options: Any) -> str:
+        text = SimpleNamespace(layer_types=kinds)
+        server = a_server(additional_config={"quest": options}, model_config={"hf_text_config": text})
+        options_of_server = read_options(server, device)
+        assert options_of_server is not None
+        return options_of_server.config(16).metadata
+
+    assert form_of_server(kinds) == form
+    assert form_of_server(kinds, metadata="bounds") == "bounds"
+    assert form_of_server(kinds, metadata_dtype="fp8") == "bounds"
+    assert form_of_server(["full_attention"] * 2) == "bounds"
+
+
+def test_layers_that_share_keys_and_values_are_as_dense_as_the_layer_whose_they_are() -> None:
+    def of(**options: Any) -> SimpleNamespace:
+        backend = SimpleNamespace(get_name=lambda: "CUSTOM")
+        return SimpleNamespace(attn_backend=backend, sliding_window=None, attn_type="decoder", **options)
+
+    layers = {
+        "0": of(),
+        "1": of(),
+        "2": of(kv_sharing_target_layer_name="0"),
+        "3": of(kv_sharing_target_layer_name="1"),
+    }
+    assert sparse_layers(layers, 0, int) == ["0", "1", "2", "3"]
+    assert sparse_layers(layers, 1, int) == ["1", "3"]
+    assert sparse_layers(layers, 2, int) == []
 
 
 def test_a_model_of_several_kinds_is_taken_where_groups_were_tested(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,9 +159,7 @@ def test_a_release_that_was_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"alibi_slopes": [0.5]}, "alibi_slopes: got slopes"),
         ({"sliding_window": 128}, "sliding_window: got 128"),
-        ({"sinks": [0.0]}, "sinks: got attention sinks"),
         ({"attn_type": "encoder_only"}, "attn_type: got encoder_only"),
-        ({"kv_sharing_target_layer_name": "layers.3"}, "kv_sharing_target_layer_name: got layers.3"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype: got 'fp8'"),
     ],
 )
@@ -173,8 +171,6 @@ def test_layers(options: dict[str, Any], message: str) -> None:
         "sliding_window": None,
         "kv_cache_dtype": "auto",
         "attn_type": "decoder",
-        "kv_sharing_target_layer_name": None,
-        "sinks": None,
     }
     check_layer(**plain)
     with pytest.raises(Exception, match=message):

@@ -13,6 +13,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from quest_attention.errors import QuestValueError, UnsupportedModelError
 from quest_attention.serving.options import KEY
 from quest_attention.serving.rows import DECODE_TOKENS, RowPlanner
+from quest_attention.vllm.kinds import note_on_others, other_layers
 from quest_attention.vllm.layout import check_full
 from quest_attention.vllm.options import read_options
 from quest_attention.vllm.ranks import is_bounded, sparse_layers
@@ -21,6 +22,8 @@ from quest_attention.vllm.step import QuestStep
 from quest_attention.vllm.worker import worker_label
 
 __all__ = ["QuestMetadataBuilder"]
+
+_logger = logging.getLogger("vllm.quest_attention")
 
 
 class QuestMetadataBuilder:
@@ -59,9 +62,12 @@ class QuestMetadataBuilder:
             num_elsewhere=elsewhere,
             max_length=vllm_config.model_config.max_model_len,
             log_interval=options.log_interval,
-            logger=logging.getLogger("vllm.quest_attention"),
+            logger=_logger,
         )
         self.counters = self._row_planner.counters
+        others = other_layers(vllm_config.model_config)
+        if others is not None and self.counters is not None and self.sparse_layers[0] == sparse[0]:
+            _logger.info("Quest: %s.", note_on_others(others, self.config.metadata))
 
     def use_cascade_attention(self, *_: Any, **__: Any) -> bool:
         """A shared prefix is not read apart: rows choose pages of it."""

@@ -4,7 +4,7 @@ Scores and selection are this library's. Attention over the selected pages is th
 the selected pages with KV heads folded into the batch, because vLLM keeps keys on a CPU in formats of its own. For the
 same reason bounds are taken from keys as they come. What no page at a time gives is read back out of these formats
 (`places.py`): the pages that are sketched, when they are complete, the keys of candidates, and single tokens, to which
-this library attends.
+this library attends. It does so to pages too in a layer with attention sinks, of which each head has its own.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class QuestCPUImpl(QuestAttentionImpl, CPUAttentionBackendImpl):
         """See `QuestAttentionImpl`."""
         asked = Step(
             query=query, kv=opened.with_table(step.block_table), seq_lens=step.seq_lens, config=step.config,
-            sm_scale=self.scale, softcap=self._softcap,
+            sm_scale=self.scale, softcap=self._softcap, sinks=self.sinks,
         )  # fmt: skip
 
         def attend_pages(_: Step, selected: Selection) -> Tensor:
@@ -125,7 +125,9 @@ class QuestCPUImpl(QuestAttentionImpl, CPUAttentionBackendImpl):
 
             return score_masses(asked, asked.scratch, keys_of=keys_of)
 
-        attend = attend_pages if step.config.selection_unit == "page" else attend_tokens
+        # Folded rows are of different heads, for whose sinks the stock kernel has no place.
+        is_stock = step.config.selection_unit == "page" and self.sinks is None
+        attend = attend_pages if is_stock else attend_tokens
         if asked.kv.form.scores == "page" or not step.config.candidate_budget:
             return run_step(asked, attend=attend).selected
         if step.config.backend == "reference":  # which looks keys up in the cache itself
@@ -144,7 +146,7 @@ class QuestCPUImpl(QuestAttentionImpl, CPUAttentionBackendImpl):
         update_slot_metadata(kv.metadata, key, slots, page_size=kv.page_size, form=kv.form, backend=backend)
 
     def _attend_tokens(self, layer: Any, opened: OpenCache, asked: Step, selected: Selection) -> Tensor:
-        """Attention over units of less than a page, copied out of the cache: the output `[R, HQ, D]`."""
+        """Attention over the selected units, copied out of the cache: the output `[R, HQ, D]`."""
         size = selected.unit_size
         units = selected.units.clamp(min=0).long()  # unused slots come last
         keys, values = self._read_units(layer, opened, asked.kv, units, size)
@@ -156,7 +158,7 @@ class QuestCPUImpl(QuestAttentionImpl, CPUAttentionBackendImpl):
         chosen = PagedKV.from_hnd(keys, values, nothing, table)
         whole = Selection(table.new_zeros(rows, heads, 1), table.new_ones(rows, heads), tokens)
         attended, _ = sparse_decode_attention(
-            asked.query, chosen, lengths, whole, sm_scale=asked.scale, softcap=asked.softcap,
+            asked.query, chosen, lengths, whole, sm_scale=asked.scale, softcap=asked.softcap, sinks=asked.sinks,
             backend=self._options.backend,
         )  # fmt: skip
         return attended

@@ -45,7 +45,7 @@ class QuestAttentionImpl:
     rows.
 
     Attributes:
-        num_kv_heads: Of this rank; the stock class sets it, as it does `head_size` and `scale`.
+        num_kv_heads: Of this rank; the stock class sets it, as it does `head_size`, `scale` and `sinks`.
     """
 
     backend_class: type
@@ -53,6 +53,7 @@ class QuestAttentionImpl:
     num_kv_heads: int
     head_size: int
     scale: float
+    sinks: Tensor | None = None
 
     def __init__(
         self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, alibi_slopes: list[float] | None = None,
@@ -61,7 +62,7 @@ class QuestAttentionImpl:
     ) -> None:  # fmt: skip
         check_layer(
             alibi_slopes=alibi_slopes, sliding_window=sliding_window, kv_cache_dtype=kv_cache_dtype,
-            attn_type=attn_type, kv_sharing_target_layer_name=kv_sharing_target_layer_name, sinks=sinks,
+            attn_type=attn_type,
         )  # fmt: skip
         vllm_config = get_current_vllm_config()
         check_transfer(vllm_config.kv_transfer_config)  # vLLM may have made one since the configuration was looked at

@@ -1,10 +1,10 @@
-"""`other_layers`: what a model has beside full attention, by its configuration."""
+"""`other_layers`: what a model has beside full attention, by its configuration, and what follows for its metadata."""
 
 from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["full_layers", "other_layers"]
+__all__ = ["full_layers", "note_on_others", "other_layers"]
 
 _FULL = ("full_attention", "attention")
 """transformers' names in `layer_types`: the second in models with states."""
@@ -28,6 +28,23 @@ def other_layers(model: Any) -> str | None:
         return "layers with states"
     window = model.get_sliding_window()
     return None if window is None else f"a sliding window of {window}"
+
+
+def note_on_others(others: str, metadata: str) -> str:
+    """What a worker's log says of a model that has other layers.
+
+    Args:
+        others: See `other_layers`.
+        metadata: The form of the pages' metadata.
+
+    >>> note_on_others("layers of sliding_attention", "sketch")[:78]
+    'the model also has layers of sliding_attention, which run as without Quest. So'
+    """
+    why = "few layers see what is far away, and there bounds lose far more than in other models"
+    return (
+        f"the model also has {others}, which run as without Quest. So {why} (docs/vllm.md, Models). Metadata is "
+        f'{metadata}; unless given it is "auto" for such a model'
+    )
 
 
 def full_layers(model: Any) -> int | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from quest_attention.errors import QuestValueError
 from quest_attention.serving.options import KEY, READING, QuestOptions
+from quest_attention.vllm.kinds import other_layers
 
 __all__ = ["VLLMOptions", "read_options"]
 
@@ -23,6 +24,9 @@ class VLLMOptions(QuestOptions):
 
 def read_options(vllm_config: Any, device: str) -> QuestOptions | None:
     """The options of a server, or None where it does not ask for Quest.
+
+    Unless metadata is among the options, it is "auto" for a model that has other layers beside those with full
+    attention: few then carry all that is far away, and bounds lose far more there (docs/vllm.md, Models).
 
     Args:
         vllm_config: A `VllmConfig`.
@@ -43,4 +47,7 @@ def read_options(vllm_config: Any, device: str) -> QuestOptions | None:
     for name in _OURS_ALONE:
         if name in additional:
             raise QuestValueError(f"additional_config.{name}", additional[name], f"it under {KEY!r}: {KEY}.{name}")
-    return VLLMOptions.from_mapping(additional[KEY], device)
+    given, model = additional[KEY], getattr(vllm_config, "model_config", None)
+    if isinstance(given, Mapping) and model is not None and other_layers(model) is not None:
+        given = {"metadata": "auto", **given}
+    return VLLMOptions.from_mapping(given, device)

@@ -49,10 +49,7 @@ def check_vllm_config(vllm_config: Any, platform: Any) -> None:
     _check_budget(options, vllm_config.cache_config)
 
 
-def check_layer(
-    *, alibi_slopes: Any, sliding_window: int | None, kv_cache_dtype: str, attn_type: str,
-    kv_sharing_target_layer_name: str | None, sinks: Any,
-) -> None:  # fmt: skip
+def check_layer(*, alibi_slopes: Any, sliding_window: int | None, kv_cache_dtype: str, attn_type: str) -> None:
     """Look at an attention layer as it is made; arguments are vLLM's.
 
     Raises:
@@ -63,18 +60,11 @@ def check_layer(
         raise UnsupportedModelError("alibi_slopes: got slopes, expected none: a bound on keys does not see a position")
     if sliding_window is not None:
         raise UnsupportedModelError(
-            f"sliding_window: got {sliding_window}, expected none: such a layer reads a bounded part already. "
-            f"Take {KEY!r} out of --additional-config for this model"
+            f"sliding_window: got {sliding_window}, expected none: such a layer reads a bounded part already, and vLLM "
+            "gave it to Quest all the same"
         )
-    if sinks is not None:
-        raise UnsupportedModelError("sinks: got attention sinks, expected none: not tested inside vLLM")
     if str(getattr(attn_type, "value", attn_type)) != "decoder":
         raise UnsupportedModelError(f"attn_type: got {attn_type}, expected a decoder: encoders do not decode")
-    if kv_sharing_target_layer_name is not None:
-        raise UnsupportedModelError(
-            f"kv_sharing_target_layer_name: got {kv_sharing_target_layer_name}, expected none: layers that share keys "
-            "and values would share bounds, which is not tested inside vLLM"
-        )
     _check_cache_dtype(kv_cache_dtype)
 
 
@@ -130,6 +120,9 @@ def _check_settings(options: QuestOptions, vllm_config: Any) -> None:
     if cache is not None:
         _check_cache_dtype(cache.cache_dtype)
         offloaded = getattr(cache, "kv_offloading_size", None)
+        if getattr(cache, "kv_sharing_fast_prefill", False):
+            reason = "False: vLLM then derives a backend from Quest's, which is not tested"
+            raise QuestValueError("kv_sharing_fast_prefill", True, reason)
         if offloaded is not None:
             raise QuestValueError("kv_offloading_size", offloaded, "none: bounds may stay behind when a block moves")
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
@@ -168,8 +161,13 @@ def _check_model(model: Any) -> None:
         raise UnsupportedModelError(f"model: got {name}, an encoder and decoder, expected a decoder")
     if model.is_hybrid or model.is_attention_free:
         raise UnsupportedModelError(f"model: got {name} with states, expected full attention in every layer")
-    if getattr(model, "rswa_window", None) is not None or getattr(model, "is_mm_prefix_lm", False):
-        raise UnsupportedModelError(f"model: got {name}, expected one whose every layer is causal and reads everything")
+    if getattr(model, "is_mm_prefix_lm", False):
+        raise UnsupportedModelError(
+            f"model: got {name}, whose images are read in both directions, expected a causal model: serve it for text "
+            "alone, with --language-model-only"
+        )
+    if getattr(model, "rswa_window", None) is not None:
+        raise UnsupportedModelError(f"model: got {name} with a window that moves in steps, expected a causal model")
     if model.runner_type != "generate":
         raise UnsupportedModelError(f"model: got {name} to run as {model.runner_type}, expected one that generates")
     if full_layers(model) == 0:
