@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from caches import LAYOUTS, make_cache
-from likeness import as_lists, assert_like_oracle, assert_scores_like_oracle, plain_attention_error, query_for
+from likeness import as_lists, assert_like_oracle, assert_scores_like_oracle, query_for
 from quest_attention import (
     QuestConfig,
     QuestValueError,
@@ -131,16 +131,17 @@ def test_softcap_sinks_and_lse(layout: str, softcap: float | None, with_sinks: b
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
 
 
-def test_weights_are_as_exact_as_pytorchs_where_logits_are_large() -> None:
+def test_weights_sum_to_one_where_logits_are_large() -> None:
     """A weight is no exponential of the difference of two large numbers, each of them rounded."""
-    cache = make_cache([90] * 8, layout="contiguous")
+    cache = make_cache([256] * 4, layout="contiguous")
+    query = query_for(cache, 4)
+    query[..., 0], cache.kv.keys[..., 0] = 1000, 10  # of every logit, which softmax takes away again
+    cache.kv.values[:] = 1
     update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens)
-    query = 30 * query_for(cache, 4)
-    step = quest_decode(query, cache.kv, cache.seq_lens, QuestConfig(token_budget=32, page_size=8))
+    step = quest_decode(query, cache.kv, cache.seq_lens, QuestConfig(token_budget=128, page_size=8))
     output, _ = sparse_decode_attention(query, cache.kv, cache.seq_lens, step.selected, return_lse=True)
-    lists = as_lists(step.selected.units)
-    exact, _ = reference.sparse_decode_attention(query, cache.kv, cache.lengths, lists, cache.kv.head_dim**-0.5)
-    assert float((output.double() - exact).abs().max()) <= 2 * plain_attention_error(query, cache, lists, exact)
+    rounding = 128 * torch.finfo(torch.float32).eps  # of a sum of so many weights
+    assert float((output - 1).abs().max()) <= rounding
 
 
 def masks() -> st.SearchStrategy[list[list[bool]]]:
