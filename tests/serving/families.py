@@ -97,11 +97,29 @@ FAMILIES = {
     ),
     # Keys and values of other shapes in layers with full attention.
     "gemma4": Family("Gemma4", WINDOWED | GEMMA_4),
+    # The other way round: a block of a layer with full attention holds two pages.
+    "gemma4_pages": Family("Gemma4", WINDOWED | GEMMA_4 | {"head_dim": 64, "global_head_dim": 32}),
     # Of six layers the last two read the keys and values of the third and the fourth.
     "gemma4_shared": Family(
         "Gemma4",
         alternating("sliding_attention", layers=6) | {"sliding_window": WINDOW} | GEMMA_4 | {"num_kv_shared_layers": 2},
         sparse=(3, 5),
+    ),
+    "gemma3n": Family(
+        "Gemma3n",
+        alternating("sliding_attention", layers=6)
+        | {
+            "sliding_window": WINDOW,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "laurel_rank": 4,
+            "altup_num_inputs": 2,
+            "intermediate_size": [64] * 6,
+            "activation_sparsity_pattern": [0.0] * 6,
+        },
+        sparse=(3, 5),
+        quest={"metadata": "bounds"},
     ),
     "gpt_oss": Family("GptOss", WINDOWED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "gpt_oss_mass": Family(
@@ -124,7 +142,71 @@ FAMILIES = {
         },
     ),
 }
-"""What vLLM's CPU engine runs."""
+"""What vLLM's CPU engine runs, with windows or chunks."""
+LINEAR = alternating("linear_attention") | {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+}
+CONVOLUTION = {
+    **dict.fromkeys(("block_dim", "conv_dim", "conv_dim_out"), BASE["hidden_size"]),
+    "block_ff_dim": BASE["intermediate_size"],
+    "block_auto_adjust_ff_dim": False,
+    "block_multiple_of": 64,
+    "block_ffn_dim_multiplier": 1.0,
+}
+"""Names that vLLM reads of LFM2's configuration."""
+# The CPU engine of vLLM 0.32 fails where it is to keep states of state-space layers for its prefix cache.
+NO_PREFIX_CACHE = {"enable_prefix_caching": False}
+WITH_STATES = {
+    "lfm2": Family(
+        "Lfm2",
+        alternating("conv") | CONVOLUTION,
+        quest={"metadata": "bounds"},
+        engine={"max_num_batched_tokens": 1024},  # of a prompt in chunks the engine makes something else
+    ),
+    "qwen3_next": Family(
+        "Qwen3Next",
+        LINEAR
+        | {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        },
+        engine={"dtype": "bfloat16"},  # alone taken by the engine's linear attention
+    ),
+    "granite_hybrid": Family(
+        "GraniteMoeHybrid",
+        alternating("mamba", "attention")
+        | {
+            "mamba_n_heads": 8,
+            "mamba_d_head": 32,
+            "mamba_d_state": 32,
+            "mamba_chunk_size": 64,
+            "shared_intermediate_size": 32,
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+        },
+        quest={"metadata": "sketch", "selection_unit": "token"},
+        engine=NO_PREFIX_CACHE,
+    ),
+    "nemotron_h": Family(
+        "NemotronH",
+        {
+            "layers_block_type": ["mamba", "attention"] * 2,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 32,
+            "ssm_state_size": 32,
+            "n_groups": 2,
+            "chunk_size": 64,
+        },
+        engine=NO_PREFIX_CACHE,
+    ),
+}
+"""Likewise, with layers that keep a state. Their blocks hold several pages, those of LFM2 one."""
+ALL = FAMILIES | WITH_STATES
 
 
 def save(family: Family, folder: Path) -> str:

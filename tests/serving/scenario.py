@@ -10,12 +10,13 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import quest_attention
-from families import FAMILIES, save, token_prompts
+from families import ALL, FAMILIES, WITH_STATES, save, token_prompts
 from quest_attention.models import bundled_model_path
 
 MAX_MODEL_LEN = 2048
@@ -233,7 +234,7 @@ def family(name: str, **more: Any) -> dict[str, Any]:
     """A model of several kinds of layers: stock, with a budget of the context, and sparse with the oracle."""
     from vllm import ModelRegistry
 
-    one, prompts = FAMILIES[name], token_prompts(FAMILY_LENGTHS)
+    one, prompts = ALL[name], token_prompts(FAMILY_LENGTHS)
     with tempfile.TemporaryDirectory() as folder:
         architecture = save(one, Path(folder))
         # In this process: vLLM would look at the class in another, which takes long.
@@ -246,7 +247,7 @@ def family(name: str, **more: Any) -> dict[str, Any]:
         llm = make_llm({"token_budget": 1024 - BLOCK, "num_dense_layers": 1, **one.quest}, **options)
         found["whole"] = greedy(llm, prompts) | {"counters": llm.collective_rpc("quest_counters")}
         stop(llm)
-        llm = make_llm({"token_budget": BUDGET, "num_dense_layers": 1, **one.quest}, **options | CHUNKS)
+        llm = make_llm({"token_budget": BUDGET, "num_dense_layers": 1, **one.quest}, **CHUNKS | options)
         llm.collective_rpc("install_oracle")
         llm.collective_rpc("quest_reset")
         found["sparse"] = greedy(llm, prompts)
@@ -268,10 +269,20 @@ def stop(llm: Any) -> None:
     llm.llm_engine.engine_core.shutdown()
 
 
+def families(names: Iterable[str]) -> dict[str, Any]:
+    """Several, one after another."""
+    with mock.patch.object(gc, "collect", return_value=0):  # half of the time of engines so small, and none is large
+        return {name: family(name) for name in names}
+
+
 def windowed() -> dict[str, Any]:
     """Families with windows and chunks."""
-    with mock.patch.object(gc, "collect", return_value=0):  # half of the time of engines so small, and none is large
-        return {name: family(name) for name in FAMILIES}
+    return families(FAMILIES)
+
+
+def with_states() -> dict[str, Any]:
+    """Families with states."""
+    return families(WITH_STATES)
 
 
 def small_pool(blocks: int) -> dict[str, Any]:
@@ -447,6 +458,7 @@ SCENARIOS = [
     sketch_pages,
     sketch_speculation,
     windowed,
+    with_states,
     adapter_of_a_gpu,
     adapter_of_a_gpu_with_sketches,
     adapter_of_a_gpu_with_windows,

@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="runs with make test-vllm, which installs vLLM")
 
-from families import FAMILIES
+from families import ALL, FAMILIES, WITH_STATES
 
 HERE = Path(__file__).parent
 NUM_SPARSE_LAYERS = 4  # of the bundled model's six
@@ -165,11 +165,17 @@ def test_speculated_tokens_that_are_taken_back_are_in_no_sketch() -> None:
 def test_layers_with_full_attention_among_others(name: str) -> None:
     """What is full runs Quest and is held to the oracle, all else is vLLM's: with a budget of the context all is."""
     check_family(name, scenario("windowed")[name])
+    assert scenario("windowed")[name]["metrics"]["prefix_cache_hits"] > 500
+
+
+@pytest.mark.parametrize("name", WITH_STATES)
+def test_layers_with_full_attention_among_states(name: str) -> None:
+    check_family(name, scenario("with_states")[name])
 
 
 def check_family(name: str, found: dict[str, Any]) -> None:
     """See `scenario.family`."""
-    family = FAMILIES[name]
+    family = ALL[name]
     stock, whole, sparse = (found[way] for way in ("stock", "whole", "sparse"))
     assert whole["tokens"] == stock["tokens"]
     for ours, theirs in zip(whole["logprobs"], stock["logprobs"], strict=True):
@@ -177,8 +183,7 @@ def check_family(name: str, found: dict[str, Any]) -> None:
     (counters,) = whole["counters"]
     assert counters["sparse_rows"] == 0 < counters["dense_rows"]
     assert sparse["logprobs"] != stock["logprobs"]
-    assert found["again"]["tokens"] == sparse["tokens"]  # out of the prefix cache
-    assert found["metrics"]["prefix_cache_hits"] > 500
+    assert found["again"]["tokens"] == sparse["tokens"]  # in blocks used again, or out of the prefix cache
     assert_checked(found, layers=len(family.sparse))
     (groups,) = found["groups"]
     assert sorted(int(layer.split(".")[2]) for group in groups for layer in group["layers"]) == list(family.sparse)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from quest_attention.pages import PagedKV
 from quest_attention.serving.options import QuestOptions
 from quest_attention.vllm import plugin
 from quest_attention.vllm.folding import Fold
-from quest_attention.vllm.layout import BlockLayout, PaddedBlocks, Room, RowedBlocks, ask_for_room, layout_of
+from quest_attention.vllm.layout import BlockLayout, PaddedBlocks, Room, RowedBlocks, ask_for_room, layout_of, page_size
 from quest_attention.vllm.options import VLLMOptions, read_options
 from quest_attention.vllm.places import Places, read_places
 from quest_attention.vllm.ranks import sparse_layers
@@ -47,6 +47,8 @@ class FullAttentionSpec:
     @property
     def real_page_size_bytes(self) -> int:
         return 2 * self.block_size * self.num_kv_heads * self.head_size * self.dtype.itemsize
+
+    page_size_bytes = real_page_size_bytes
 
 
 class ChunkedLocalAttentionSpec(FullAttentionSpec):
@@ -226,11 +228,21 @@ def a_layer(spec: FullAttentionSpec) -> tuple[Any, Any]:
 
     class Attention:
         attn_backend: type = Ours
+        stores = spec
 
         def get_kv_cache_spec(self, _config: Any) -> FullAttentionSpec:
-            return spec
+            return self.stores
 
     return Attention, Ours
+
+
+def a_worker(*layers: Any, **quest: Any) -> SimpleNamespace:
+    """A configuration when its model has been made of some layers."""
+    return SimpleNamespace(
+        additional_config={"quest": quest},
+        model_config=None,
+        compilation_config=SimpleNamespace(static_forward_context=dict(enumerate(layers))),
+    )
 
 
 @pytest.mark.parametrize(("form", "tokens"), [("bounds", 1), ("sketch", 2)])
@@ -244,16 +256,40 @@ def test_layers_ask_for_the_room_where_the_backend_is_ours(
     once = attention.get_kv_cache_spec
     ask_for_room(layout, attention, ours, "cpu")
     assert attention.get_kv_cache_spec is once
-    server = SimpleNamespace(additional_config={"quest": {"metadata": form}})
-    spec = attention().get_kv_cache_spec(server)
+    layer, other = attention(), attention()
+    other.attn_backend = int
+    server = a_worker(layer, other, metadata=form)
+    spec = layer.get_kv_cache_spec(server)
     if version == (0, 32):
         assert spec.tokens_per_state == Fraction(TOKENS, TOKENS + tokens)
     else:
         room = room_of({"metadata": form})
         assert spec.page_size_padded == stock.real_page_size_bytes + HEADS * room.padded_bytes
-    other = attention()
-    other.attn_backend = int
     assert other.get_kv_cache_spec(server) == stock
+
+
+def test_blocks_of_layers_of_several_kinds_have_as_many_bytes_before_there_is_room_in_them() -> None:
+    """A layer with a window whose token takes half the bytes has twice the tokens in a block, as without Quest."""
+    attention, ours = a_layer(FullAttentionSpec())
+    ask_for_room(RowedBlocks(), attention, ours, "cpu")
+    full, narrow, odd, alone = (attention() for _ in range(4))
+    for one, heads in ((narrow, HEADS // 2), (odd, HEADS)):
+        one.attn_backend, one.stores = int, FullAttentionSpec(num_kv_heads=heads, sliding_window=64)
+    odd.stores = replace(odd.stores, block_size=TOKENS - 1)
+    server = a_worker(full, narrow, odd)
+    assert narrow.get_kv_cache_spec(server) == replace(narrow.stores, block_size=2 * TOKENS)
+    assert odd.get_kv_cache_spec(server) == odd.stores  # no number of its blocks has as many
+    assert full.get_kv_cache_spec(server).block_size == TOKENS
+    nobody_asks = a_worker(narrow, odd)
+    assert narrow.get_kv_cache_spec(nobody_asks) == narrow.stores
+    alone.stores = FullAttentionSpec(num_kv_heads=HEADS // 2)
+    assert alone.get_kv_cache_spec(a_worker(full, alone)).block_size == TOKENS  # all are Quest's
+
+
+@pytest.mark.parametrize(("device", "smallest"), [("cpu", 32), ("cuda", 16)])
+def test_a_page_is_a_block_but_in_models_with_states(device: str, smallest: int) -> None:
+    assert page_size(1056, SimpleNamespace(is_hybrid=True), device) == smallest
+    assert page_size(128, SimpleNamespace(is_hybrid=False), device) == page_size(128, None, device) == 128
 
 
 @pytest.mark.parametrize(
@@ -268,8 +304,9 @@ def test_layers_ask_for_the_room_where_the_backend_is_ours(
 def test_other_caches_are_refused(spec: FullAttentionSpec) -> None:
     attention, ours = a_layer(spec)
     ask_for_room(RowedBlocks(), attention, ours, "cpu")
+    layer = attention()
     with pytest.raises(UnsupportedModelError, match="KV cache: got"):
-        attention().get_kv_cache_spec(SimpleNamespace(additional_config={"quest": {}}))
+        layer.get_kv_cache_spec(a_worker(layer))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -477,7 +514,7 @@ def test_a_backend_that_cannot_be_captured_is_refused_on_a_gpu() -> None:
         ({"speculative_config": SimpleNamespace(method="eagle3")}, "speculative_config.method: got 'eagle3'"),
         ({"model_config": {"use_mla": True}}, "with MLA"),
         ({"model_config": {"is_encoder_decoder": True}}, "an encoder and decoder"),
-        ({"model_config": {"is_hybrid": True}}, "with states"),
+        ({"model_config": {"is_attention_free": True}}, "without attention"),
         ({"model_config": {"runner_type": "pooling"}}, "to run as pooling"),
         (
             {"model_config": {"get_sliding_window": lambda: 512, "hf_text_config": SimpleNamespace()}},

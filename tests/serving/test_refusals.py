@@ -127,16 +127,6 @@ LLAMA = {
             },
             "layers of sliding_attention alone, expected layers with full attention among them",
         ),
-        (
-            {
-                "model_type": "qwen3_next",
-                "architectures": ["Qwen3NextForCausalLM"],
-                "layer_types": ["linear_attention", "full_attention"] * 2,
-                "num_experts": 0,
-                **LLAMA,
-            },
-            "expected full attention in every layer",
-        ),
     ],
     ids=lambda value: value.get("model_type") if isinstance(value, dict) else "",
 )

@@ -14,7 +14,7 @@ from quest_attention.errors import QuestValueError, UnsupportedModelError
 from quest_attention.serving.options import KEY
 from quest_attention.serving.rows import DECODE_TOKENS, RowPlanner
 from quest_attention.vllm.kinds import note_on_others, other_layers
-from quest_attention.vllm.layout import check_full
+from quest_attention.vllm.layout import check_full, page_size
 from quest_attention.vllm.options import read_options
 from quest_attention.vllm.ranks import is_bounded, sparse_layers
 from quest_attention.vllm.refusals import BACKEND_NAME
@@ -43,7 +43,11 @@ class QuestMetadataBuilder:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
         options = read_options(vllm_config, device.type)
         assert options is not None, "a layer of the model was made with these options"
-        self.config = options.config(kv_cache_spec.block_size)
+        page = page_size(vllm_config.cache_config.block_size, vllm_config.model_config, device.type)
+        if kv_cache_spec.block_size != page:
+            found = f"blocks of {kv_cache_spec.block_size} tokens, which vLLM does not cut"
+            raise UnsupportedModelError(f"KV cache: got {found}, expected pages of {page} tokens")
+        self.config = options.config(page)
         check_full(kv_cache_spec)
         _check_backends(vllm_config)
         layers = vllm_config.compilation_config.static_forward_context

@@ -20,6 +20,8 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackendImpl,
     CPUAttentionMetadataBuilder,
 )
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from quest_attention.forms import Bounds
 from quest_attention.ops import (
@@ -36,6 +38,7 @@ from quest_attention.serving.rows import read_lengths
 from quest_attention.vllm.builder import QuestMetadataBuilder
 from quest_attention.vllm.folding import Fold
 from quest_attention.vllm.impl import OpenCache, QuestAttentionImpl, QuestBackend
+from quest_attention.vllm.layout import page_in
 from quest_attention.vllm.places import Places, read_places
 from quest_attention.vllm.step import QuestStep
 
@@ -60,6 +63,11 @@ class QuestCPUBackend(QuestBackend, CPUAttentionBackend):
 
 class QuestCPUMetadataBuilder(QuestMetadataBuilder, CPUAttentionMetadataBuilder):
     """Metadata of a batch; that of folded rows is made once for all layers."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        if page_in(kv_cache_spec) is not None:
+            _zero_whole_blocks()
 
     def _plan(self, batch: Any) -> QuestStep | None:
         step = super()._plan(batch)
@@ -92,6 +100,26 @@ class QuestCPUMetadataBuilder(QuestMetadataBuilder, CPUAttentionMetadataBuilder)
             is_prefilling=None,
         )
         return CPUAttentionMetadataBuilder.build(folded, 0, rows_batch)
+
+
+def _zero_whole_blocks() -> None:
+    """Have vLLM's runner on a CPU clear whole blocks where a worker sees them cut into pages.
+
+    It clears blocks that a request is given in models with states. vLLM 0.32 takes a block for what the worker sees,
+    which it never cuts itself on a CPU: of cut blocks it would clear others' pages. On a GPU it knows of cut blocks.
+    """
+
+    def _zero_block_ids(runner: CPUModelRunner, block_ids: list[int]) -> None:
+        config = runner.kv_cache_config
+        layers = runner.compilation_config.static_forward_context
+        for group in config.kv_cache_groups:
+            if isinstance(group.kv_cache_spec, FullAttentionSpec):
+                for name in group.layer_names:
+                    blocks = layers[name].kv_cache.unflatten(0, (config.num_blocks, -1))
+                    for block in block_ids:
+                        blocks[block].zero_()
+
+    CPUModelRunner._zero_block_ids = _zero_block_ids  # noqa: SLF001 - there is no other seam
 
 
 class QuestCPUImpl(QuestAttentionImpl, CPUAttentionBackendImpl):

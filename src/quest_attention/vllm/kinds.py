@@ -40,7 +40,7 @@ def note_on_others(others: str, metadata: str) -> str:
     >>> note_on_others("layers of sliding_attention", "sketch")[:78]
     'the model also has layers of sliding_attention, which run as without Quest. So'
     """
-    why = "few layers see what is far away, and there bounds lose far more than in other models"
+    why = "few layers see what is far away, and with bounds they lose more facts than other models"
     return (
         f"the model also has {others}, which run as without Quest. So {why} (docs/vllm.md, Models). Metadata is "
         f'{metadata}; unless given it is "auto" for such a model'

@@ -26,7 +26,7 @@ def read_options(vllm_config: Any, device: str) -> QuestOptions | None:
     """The options of a server, or None where it does not ask for Quest.
 
     Unless metadata is among the options, it is "auto" for a model that has other layers beside those with full
-    attention: few then carry all that is far away, and bounds lose far more there (docs/vllm.md, Models).
+    attention: few then see what is far away, and with bounds they lose more facts (docs/vllm.md, Models).
 
     Args:
         vllm_config: A `VllmConfig`.

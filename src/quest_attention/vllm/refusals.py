@@ -9,6 +9,7 @@ from quest_attention.forms import form_of
 from quest_attention.ops import resolve_backend
 from quest_attention.serving.options import KEY, QuestOptions
 from quest_attention.vllm.kinds import full_layers, other_layers
+from quest_attention.vllm.layout import page_size
 from quest_attention.vllm.options import read_options
 
 __all__ = ["BACKEND_NAME", "check_layer", "check_output_scales", "check_transfer", "check_vllm_config"]
@@ -46,7 +47,7 @@ def check_vllm_config(vllm_config: Any, platform: Any) -> None:
     model = vllm_config.model_config
     if model is not None:
         _check_model(model)
-    _check_budget(options, vllm_config.cache_config)
+    _check_budget(options, vllm_config.cache_config, model, platform.device_type)
 
 
 def check_layer(*, alibi_slopes: Any, sliding_window: int | None, kv_cache_dtype: str, attn_type: str) -> None:
@@ -159,8 +160,8 @@ def _check_model(model: Any) -> None:
         raise UnsupportedModelError(f"model: got {name} with MLA, expected keys and values in the cache, head by head")
     if model.is_encoder_decoder:
         raise UnsupportedModelError(f"model: got {name}, an encoder and decoder, expected a decoder")
-    if model.is_hybrid or model.is_attention_free:
-        raise UnsupportedModelError(f"model: got {name} with states, expected full attention in every layer")
+    if model.is_attention_free:
+        raise UnsupportedModelError(f"model: got {name} without attention, expected layers with full attention")
     if getattr(model, "is_mm_prefix_lm", False):
         raise UnsupportedModelError(
             f"model: got {name}, whose images are read in both directions, expected a causal model: serve it for text "
@@ -177,8 +178,8 @@ def _check_model(model: Any) -> None:
         )
 
 
-def _check_budget(options: QuestOptions, cache: Any) -> None:
+def _check_budget(options: QuestOptions, cache: Any, model: Any, device: str) -> None:
     """As far as the block size is known already; the worker sees the final one."""
     block_size = getattr(cache, "block_size", None)
     if isinstance(block_size, int) and block_size > 0:
-        options.config(block_size)
+        options.config(page_size(block_size, model, device))
