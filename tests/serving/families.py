@@ -38,6 +38,7 @@ class Family:
         sparse: Layers that choose what they read, by index, with `num_dense_layers` 1.
         quest: Options under "quest"; the form of metadata is left to vLLM's adapter unless it is among them.
         engine: Options of the engine.
+        blocks: Of the pool of the sparse engine: where few, some are used again, by layers of another kind.
     """
 
     prefix: str
@@ -45,6 +46,7 @@ class Family:
     sparse: tuple[int, ...] = (3,)
     quest: dict[str, Any] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
+    blocks: int = 256
 
 
 def alternating(first: str, second: str = "full_attention", layers: int = 4) -> dict[str, Any]:
@@ -77,6 +79,8 @@ FAMILIES = {
             "query_pre_attn_scalar": 32,
         },
         sparse=(7,),
+        quest={"metadata": "bounds"},
+        blocks=64,
     ),
     # Two windowed layers and six full ones, as many in a group: the full ones are in three groups.
     "gemma3_full": Family(

@@ -223,8 +223,6 @@ def sketch_speculation() -> dict[str, Any]:
     return checked(llm, [prompts(2, 400)], tokens=40, temperature=0.7)
 
 
-FEW_BLOCKS = {"num_gpu_blocks_override": 256, "max_num_seqs": 4}
-"""Enough for these rows in every group, and quickly made."""
 CHUNKS = {"max_num_batched_tokens": 192}
 FAMILY_LENGTHS = (400, 330, 50)
 """Two rows past the budget and one within it, together [tokens]."""
@@ -239,15 +237,16 @@ def family(name: str, **more: Any) -> dict[str, Any]:
         architecture = save(one, Path(folder))
         # In this process: vLLM would look at the class in another, which takes long.
         ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
-        options = {"model": folder, "skip_tokenizer_init": True, "max_model_len": 1024, **FEW_BLOCKS, **ORACLE}
-        options |= one.engine | more
+        options = {"model": folder, "skip_tokenizer_init": True, "max_model_len": 1024, "max_num_seqs": 4, **ORACLE}
+        pool = {"num_gpu_blocks_override": one.blocks}
+        options |= {"num_gpu_blocks_override": 256} | one.engine | more
         llm = make_llm(None, **options)
         found = {"stock": greedy(llm, prompts)}
         stop(llm)
         llm = make_llm({"token_budget": 1024 - BLOCK, "num_dense_layers": 1, **one.quest}, **options)
         found["whole"] = greedy(llm, prompts) | {"counters": llm.collective_rpc("quest_counters")}
         stop(llm)
-        llm = make_llm({"token_budget": BUDGET, "num_dense_layers": 1, **one.quest}, **CHUNKS | options)
+        llm = make_llm({"token_budget": BUDGET, "num_dense_layers": 1, **one.quest}, **CHUNKS | options | pool)
         llm.collective_rpc("install_oracle")
         llm.collective_rpc("quest_reset")
         found["sparse"] = greedy(llm, prompts)
@@ -269,10 +268,10 @@ def stop(llm: Any) -> None:
     llm.llm_engine.engine_core.shutdown()
 
 
-def families(names: Iterable[str]) -> dict[str, Any]:
+def families(names: Iterable[str], **options: Any) -> dict[str, Any]:
     """Several, one after another."""
     with mock.patch.object(gc, "collect", return_value=0):  # half of the time of engines so small, and none is large
-        return {name: family(name) for name in names}
+        return {name: family(name, **options) for name in names}
 
 
 def windowed() -> dict[str, Any]:
@@ -320,11 +319,11 @@ def adapter_of_a_gpu_with_sketches() -> dict[str, Any]:
 
 
 def adapter_of_a_gpu_with_windows() -> dict[str, Any]:
-    """The same in a model whose other layers are windowed, with sinks in all."""
+    """The same in models whose other layers are windowed: with sinks, and with several pages in a block."""
     from quest_attention.vllm import plugin
 
     plugin._BACKENDS["cpu"] = "gpu_on_cpu.SimulatedBackend"
-    return family("gpt_oss", worker_extension_cls="gpu_on_cpu.SimulatedOracle")
+    return families(("gpt_oss", "gemma4_pages"), worker_extension_cls="gpu_on_cpu.SimulatedOracle")
 
 
 def tensor_parallel() -> dict[str, Any]:

@@ -217,8 +217,9 @@ def test_the_adapter_of_a_gpu_with_sketches() -> None:
     assert seen["rows within it"] > 0 < seen["selections"]
 
 
-def test_the_adapter_of_a_gpu_with_windows_and_sinks() -> None:
-    check_family("gpt_oss", scenario("adapter_of_a_gpu_with_windows"))
+@pytest.mark.parametrize("name", ["gpt_oss", "gemma4_pages"])
+def test_the_adapter_of_a_gpu_with_windows(name: str) -> None:
+    check_family(name, scenario("adapter_of_a_gpu_with_windows")[name])
 
 
 @pytest.mark.parametrize("name", ["adapter_of_a_gpu", "adapter_of_a_gpu_with_sketches"])

@@ -21,7 +21,6 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from quest_attention.forms import Bounds
 from quest_attention.ops import (
@@ -108,6 +107,7 @@ def _zero_whole_blocks() -> None:
     It clears blocks that a request is given in models with states. vLLM 0.32 takes a block for what the worker sees,
     which it never cuts itself on a CPU: of cut blocks it would clear others' pages. On a GPU it knows of cut blocks.
     """
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     def _zero_block_ids(runner: CPUModelRunner, block_ids: list[int]) -> None:
         config = runner.kv_cache_config
