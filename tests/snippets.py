@@ -24,6 +24,8 @@ OF_THE_SERVER = {
     "--block-size",
     "--enable-dbo",
     "--kv-cache-dtype",
+    "--kv-sharing-fast-prefill",
+    "--language-model-only",
     "--max-model-len",
     "--max-num-seqs",
     "--model",

@@ -33,6 +33,10 @@ class SimulatedImpl(QuestGPUImpl):
 
     backend_class = SimulatedBackend
 
+    def __init__(self, *args: Any, sinks: Tensor | None = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.sinks = sinks  # FlashAttention looks for a GPU that knows them
+
     def _forward_stock(
         self, _layer: Any, query: Tensor, key: Any, value: Any, kv_cache: Tensor, metadata: Any, output: Tensor, *_: Any
     ) -> Tensor:
@@ -53,10 +57,16 @@ class SimulatedImpl(QuestGPUImpl):
             q = query[start:end].transpose(0, 1)  # [HQ, t, D]
             position = torch.arange(length - (end - start), length)
             mask = position[:, None] >= torch.arange(length)
-            attended = F.scaled_dot_product_attention(
-                q[None], k[None], v[None], attn_mask=mask, scale=self.scale, enable_gqa=True
-            )
-            output[start:end] = attended[0].transpose(0, 1)
+            if self.sinks is None:
+                attended = F.scaled_dot_product_attention(
+                    q[None], k[None], v[None], attn_mask=mask, scale=self.scale, enable_gqa=True
+                )[0]
+            else:
+                k, v = (part.repeat_interleave(q.shape[0] // k.shape[0], 0) for part in (k, v))
+                logits = (q @ k.transpose(1, 2) * self.scale).masked_fill(~mask, -torch.inf)
+                sinks = self.sinks.to(logits)[:, None, None].expand(-1, logits.shape[1], 1)
+                attended = torch.softmax(torch.cat([logits, sinks], -1), -1, torch.float32)[..., :-1].to(v) @ v
+            output[start:end] = attended.transpose(0, 1)
         return output
 
 

@@ -65,7 +65,7 @@ class GPUOracleExtension(QuestWorkerExtension):
         config, group, size = step.config, query.shape[1] // kv.num_kv_heads, selected.unit_size
         asked = Step(
             query=query, kv=kv, seq_lens=step.seq_lens, config=replace(config, backend="torch"), sm_scale=impl.scale,
-            softcap=impl._softcap,
+            softcap=impl._softcap, sinks=impl.sinks,
         )  # fmt: skip
         verbs = resolve_backend("torch", query.device).verbs
         scores = verbs.score_pages(asked, None)

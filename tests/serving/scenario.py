@@ -5,13 +5,18 @@ A process of its own, because an engine keeps threads and memory, and warns in w
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import quest_attention
+from families import ALL, FAMILIES, WITH_STATES, save, token_prompts
 from quest_attention.models import bundled_model_path
 
 MAX_MODEL_LEN = 2048
@@ -62,6 +67,18 @@ def answers(llm: Any, texts: list[str], tokens: int = ANSWER, temperature: float
 
     params = SamplingParams(temperature=temperature, max_tokens=tokens, ignore_eos=True, seed=1)
     return [list(one.outputs[0].token_ids) for one in llm.generate(texts, params, use_tqdm=False)]
+
+
+def greedy(llm: Any, prompts: list[Any]) -> dict[str, list[Any]]:
+    """Answers to prompts of tokens, with the log-probability of each token."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True, logprobs=0, detokenize=False)
+    found = [done.outputs[0] for done in llm.generate(prompts, params, use_tqdm=False)]
+    return {
+        "tokens": [list(one.token_ids) for one in found],
+        "logprobs": [[next(iter(step.values())).logprob for step in one.logprobs] for one in found],
+    }
 
 
 def metrics(llm: Any) -> dict[str, float]:
@@ -206,6 +223,67 @@ def sketch_speculation() -> dict[str, Any]:
     return checked(llm, [prompts(2, 400)], tokens=40, temperature=0.7)
 
 
+CHUNKS = {"max_num_batched_tokens": 192}
+FAMILY_LENGTHS = (400, 330, 50)
+"""Two rows past the budget and one within it, together [tokens]."""
+
+
+def family(name: str, **more: Any) -> dict[str, Any]:
+    """A model of several kinds of layers: stock, with a budget of the context, and sparse with the oracle."""
+    from vllm import ModelRegistry
+
+    one, prompts = ALL[name], token_prompts(FAMILY_LENGTHS)
+    with tempfile.TemporaryDirectory() as folder:
+        architecture = save(one, Path(folder))
+        # In this process: vLLM would look at the class in another, which takes long.
+        ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
+        options = {"model": folder, "skip_tokenizer_init": True, "max_model_len": 1024, "max_num_seqs": 4, **ORACLE}
+        pool = {"num_gpu_blocks_override": one.blocks}
+        options |= {"num_gpu_blocks_override": 256} | one.engine | more
+        llm = make_llm(None, **options)
+        found = {"stock": greedy(llm, prompts)}
+        stop(llm)
+        llm = make_llm({"token_budget": 1024 - BLOCK, "num_dense_layers": 1, **one.quest}, **options)
+        found["whole"] = greedy(llm, prompts) | {"counters": llm.collective_rpc("quest_counters")}
+        stop(llm)
+        llm = make_llm({"token_budget": BUDGET, "num_dense_layers": 1, **one.quest}, **CHUNKS | options | pool)
+        llm.collective_rpc("install_oracle")
+        llm.collective_rpc("quest_reset")
+        found["sparse"] = greedy(llm, prompts)
+        found["again"] = greedy(llm, prompts)
+        asked = {
+            "oracle": "oracle_report",
+            "counters": "quest_counters",
+            "groups": "quest_groups",
+            "form": "quest_form",
+        }
+        found |= {name: llm.collective_rpc(method) for name, method in asked.items()} | {"metrics": metrics(llm)}
+        llm.collective_rpc("remove_oracle")
+        stop(llm)
+        return found
+
+
+def stop(llm: Any) -> None:
+    """End an engine of this process before another starts, which shares what it takes down."""
+    llm.llm_engine.engine_core.shutdown()
+
+
+def families(names: Iterable[str], **options: Any) -> dict[str, Any]:
+    """Several, one after another."""
+    with mock.patch.object(gc, "collect", return_value=0):  # half of the time of engines so small, and none is large
+        return {name: family(name, **options) for name in names}
+
+
+def windowed() -> dict[str, Any]:
+    """Families with windows and chunks."""
+    return families(FAMILIES)
+
+
+def with_states() -> dict[str, Any]:
+    """Families with states."""
+    return families(WITH_STATES)
+
+
 def small_pool(blocks: int) -> dict[str, Any]:
     """Options of a pool of so few blocks that two rows of 400 tokens fit as they begin, and not as they end."""
     return {"num_gpu_blocks_override": blocks, "max_model_len": 448, "enable_prefix_caching": False}
@@ -238,6 +316,14 @@ def adapter_of_a_gpu_with_sketches() -> dict[str, Any]:
     llm = make_llm(quest, dtype="bfloat16", max_num_batched_tokens=192, block_size=16, **oracle)
     texts = prompts(2, 400) + prompts(1, 40)
     return {**checked(llm, [texts, texts]), "planned": llm.collective_rpc("plan_a_capture")}
+
+
+def adapter_of_a_gpu_with_windows() -> dict[str, Any]:
+    """The same in models whose other layers are windowed: with sinks, and with several pages in a block."""
+    from quest_attention.vllm import plugin
+
+    plugin._BACKENDS["cpu"] = "gpu_on_cpu.SimulatedBackend"
+    return families(("gpt_oss", "gemma4_pages"), worker_extension_cls="gpu_on_cpu.SimulatedOracle")
 
 
 def tensor_parallel() -> dict[str, Any]:
@@ -370,8 +456,11 @@ SCENARIOS = [
     sketch_preemption,
     sketch_pages,
     sketch_speculation,
+    windowed,
+    with_states,
     adapter_of_a_gpu,
     adapter_of_a_gpu_with_sketches,
+    adapter_of_a_gpu_with_windows,
     tensor_parallel,
     one_rank,
     gpu_stock,

@@ -16,6 +16,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="runs with make test-vllm, which installs vLLM")
 
+from families import ALL, FAMILIES, WITH_STATES
+
 HERE = Path(__file__).parent
 NUM_SPARSE_LAYERS = 4  # of the bundled model's six
 MINUTES = 15
@@ -159,6 +161,41 @@ def test_speculated_tokens_that_are_taken_back_are_in_no_sketch() -> None:
     assert accepted < drafted
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layers_with_full_attention_among_others(name: str) -> None:
+    """What is full runs Quest and is held to the oracle, all else is vLLM's: with a budget of the context all is."""
+    check_family(name, scenario("windowed")[name])
+    assert scenario("windowed")[name]["metrics"]["prefix_cache_hits"] > 500
+
+
+@pytest.mark.parametrize("name", WITH_STATES)
+def test_layers_with_full_attention_among_states(name: str) -> None:
+    check_family(name, scenario("with_states")[name])
+
+
+def check_family(name: str, found: dict[str, Any]) -> None:
+    """See `scenario.family`."""
+    family = ALL[name]
+    stock, whole, sparse = (found[way] for way in ("stock", "whole", "sparse"))
+    assert whole["tokens"] == stock["tokens"]
+    for ours, theirs in zip(whole["logprobs"], stock["logprobs"], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    (counters,) = whole["counters"]
+    assert counters["sparse_rows"] == 0 < counters["dense_rows"]
+    assert sparse["logprobs"] != stock["logprobs"]
+    assert found["again"]["tokens"] == sparse["tokens"]  # in blocks used again, or out of the prefix cache
+    assert_checked(found, layers=len(family.sparse))
+    (groups,) = found["groups"]
+    assert sorted(int(layer.split(".")[2]) for group in groups for layer in group["layers"]) == list(family.sparse)
+    for group in groups:  # a row reads as much in each
+        assert {name: number for name, number in group.items() if name != "layers"} == found["counters"][0]
+
+
+def test_full_attention_in_several_groups_of_layers() -> None:
+    (groups,) = scenario("windowed")["gemma3_full"]["groups"]
+    assert len(groups) == 3
+
+
 def test_bfloat16_forced_pages_and_bounds_in_8_bits() -> None:
     assert_checked(scenario("bfloat16"), layers=6)
 
@@ -178,6 +215,11 @@ def test_the_adapter_of_a_gpu_with_sketches() -> None:
     assert found["answers"][0] == found["answers"][1]
     (seen,) = (oracle["seen"] for oracle in found["oracle"])
     assert seen["rows within it"] > 0 < seen["selections"]
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "gemma4_pages"])
+def test_the_adapter_of_a_gpu_with_windows(name: str) -> None:
+    check_family(name, scenario("adapter_of_a_gpu_with_windows")[name])
 
 
 @pytest.mark.parametrize("name", ["adapter_of_a_gpu", "adapter_of_a_gpu_with_sketches"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from quest_attention.pages import PagedKV
 from quest_attention.serving.options import QuestOptions
 from quest_attention.vllm import plugin
 from quest_attention.vllm.folding import Fold
-from quest_attention.vllm.layout import BlockLayout, PaddedBlocks, Room, RowedBlocks, ask_for_room, layout_of
+from quest_attention.vllm.layout import BlockLayout, PaddedBlocks, Room, RowedBlocks, ask_for_room, layout_of, page_size
 from quest_attention.vllm.options import VLLMOptions, read_options
 from quest_attention.vllm.places import Places, read_places
 from quest_attention.vllm.ranks import sparse_layers
@@ -47,6 +47,8 @@ class FullAttentionSpec:
     @property
     def real_page_size_bytes(self) -> int:
         return 2 * self.block_size * self.num_kv_heads * self.head_size * self.dtype.itemsize
+
+    page_size_bytes = real_page_size_bytes
 
 
 class ChunkedLocalAttentionSpec(FullAttentionSpec):
@@ -226,11 +228,21 @@ def a_layer(spec: FullAttentionSpec) -> tuple[Any, Any]:
 
     class Attention:
         attn_backend: type = Ours
+        stores = spec
 
         def get_kv_cache_spec(self, _config: Any) -> FullAttentionSpec:
-            return spec
+            return self.stores
 
     return Attention, Ours
+
+
+def a_worker(*layers: Any, **quest: Any) -> SimpleNamespace:
+    """A configuration when its model has been made of some layers."""
+    return SimpleNamespace(
+        additional_config={"quest": quest},
+        model_config=None,
+        compilation_config=SimpleNamespace(static_forward_context=dict(enumerate(layers))),
+    )
 
 
 @pytest.mark.parametrize(("form", "tokens"), [("bounds", 1), ("sketch", 2)])
@@ -244,16 +256,40 @@ def test_layers_ask_for_the_room_where_the_backend_is_ours(
     once = attention.get_kv_cache_spec
     ask_for_room(layout, attention, ours, "cpu")
     assert attention.get_kv_cache_spec is once
-    server = SimpleNamespace(additional_config={"quest": {"metadata": form}})
-    spec = attention().get_kv_cache_spec(server)
+    layer, other = attention(), attention()
+    other.attn_backend = int
+    server = a_worker(layer, other, metadata=form)
+    spec = layer.get_kv_cache_spec(server)
     if version == (0, 32):
         assert spec.tokens_per_state == Fraction(TOKENS, TOKENS + tokens)
     else:
         room = room_of({"metadata": form})
         assert spec.page_size_padded == stock.real_page_size_bytes + HEADS * room.padded_bytes
-    other = attention()
-    other.attn_backend = int
     assert other.get_kv_cache_spec(server) == stock
+
+
+def test_blocks_of_layers_of_several_kinds_have_as_many_bytes_before_there_is_room_in_them() -> None:
+    """A layer with a window whose token takes half the bytes has twice the tokens in a block, as without Quest."""
+    attention, ours = a_layer(FullAttentionSpec())
+    ask_for_room(RowedBlocks(), attention, ours, "cpu")
+    full, narrow, odd, alone = (attention() for _ in range(4))
+    for one, heads in ((narrow, HEADS // 2), (odd, HEADS)):
+        one.attn_backend, one.stores = int, FullAttentionSpec(num_kv_heads=heads, sliding_window=64)
+    odd.stores = replace(odd.stores, block_size=TOKENS - 1)
+    server = a_worker(full, narrow, odd)
+    assert narrow.get_kv_cache_spec(server) == replace(narrow.stores, block_size=2 * TOKENS)
+    assert odd.get_kv_cache_spec(server) == odd.stores  # no number of its blocks has as many
+    assert full.get_kv_cache_spec(server).block_size == TOKENS
+    nobody_asks = a_worker(narrow, odd)
+    assert narrow.get_kv_cache_spec(nobody_asks) == narrow.stores
+    alone.stores = FullAttentionSpec(num_kv_heads=HEADS // 2)
+    assert alone.get_kv_cache_spec(a_worker(full, alone)).block_size == TOKENS  # all are Quest's
+
+
+@pytest.mark.parametrize(("device", "smallest"), [("cpu", 32), ("cuda", 16)])
+def test_a_page_is_a_block_but_in_models_with_states(device: str, smallest: int) -> None:
+    assert page_size(1056, SimpleNamespace(is_hybrid=True), device) == smallest
+    assert page_size(128, SimpleNamespace(is_hybrid=False), device) == page_size(128, None, device) == 128
 
 
 @pytest.mark.parametrize(
@@ -268,8 +304,9 @@ def test_layers_ask_for_the_room_where_the_backend_is_ours(
 def test_other_caches_are_refused(spec: FullAttentionSpec) -> None:
     attention, ours = a_layer(spec)
     ask_for_room(RowedBlocks(), attention, ours, "cpu")
+    layer = attention()
     with pytest.raises(UnsupportedModelError, match="KV cache: got"):
-        attention().get_kv_cache_spec(SimpleNamespace(additional_config={"quest": {}}))
+        layer.get_kv_cache_spec(a_worker(layer))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -474,17 +511,22 @@ def test_a_backend_that_cannot_be_captured_is_refused_on_a_gpu() -> None:
             {"additional_config": {"quest": {"metadata": "sketch", "token_budget": 31}}},
             r"^quest\.token_budget: got 31, expected at least 32: 2 forced pages of 16 tokens \(a page is a block",
         ),
-        ({"model_config": {"rswa_window": 64}}, "whose every layer is causal and reads everything"),
+        ({"model_config": {"rswa_window": 64}}, "with a window that moves in steps"),
+        ({"model_config": {"is_mm_prefix_lm": True}}, "read in both directions, .* with --language-model-only"),
+        ({"cache_config": {"kv_sharing_fast_prefill": True}}, "kv_sharing_fast_prefill: got True, expected False"),
         ({"speculative_config": SimpleNamespace(method="suffix")}, "speculative_config.method: got 'suffix'"),
         ({"speculative_config": SimpleNamespace(method="eagle3")}, "speculative_config.method: got 'eagle3'"),
         ({"model_config": {"use_mla": True}}, "with MLA"),
         ({"model_config": {"is_encoder_decoder": True}}, "an encoder and decoder"),
-        ({"model_config": {"is_hybrid": True}}, "with states"),
+        ({"model_config": {"is_attention_free": True}}, "without attention"),
         ({"model_config": {"runner_type": "pooling"}}, "to run as pooling"),
-        ({"model_config": {"get_sliding_window": lambda: 512}}, "a sliding window of 512"),
         (
-            {"model_config": {"hf_text_config": SimpleNamespace(layer_types=["full_attention", "chunked_attention"])}},
-            "layers of chunked_attention",
+            {"model_config": {"get_sliding_window": lambda: 512, "hf_text_config": SimpleNamespace()}},
+            "a sliding window of 512 alone, expected layers with full attention among them",
+        ),
+        (
+            {"model_config": {"hf_text_config": SimpleNamespace(layer_types=["chunked_attention"] * 2)}},
+            "layers of chunked_attention alone",
         ),
     ],
 )
@@ -492,6 +534,52 @@ def test_servers_that_are_refused(changes: dict[str, Any], message: str) -> None
     server = a_server(**changes)
     with pytest.raises((QuestValueError, UnsupportedModelError), match=message):
         check_vllm_config(server, CPU)
+
+
+@pytest.mark.parametrize(("device", "form"), [("cpu", "moments"), ("cuda", "sketch")])
+def test_a_model_with_other_layers_has_the_form_of_its_device_unless_one_is_given(device: str, form: str) -> None:
+    kinds = ["sliding_attention", "full_attention"]
+
+    def form_of_server(kinds: list[str], **options: Any) -> str:
+        text = SimpleNamespace(layer_types=kinds)
+        server = a_server(additional_config={"quest": options}, model_config={"hf_text_config": text})
+        options_of_server = read_options(server, device)
+        assert options_of_server is not None
+        return options_of_server.config(16).metadata
+
+    assert form_of_server(kinds) == form
+    assert form_of_server(kinds, metadata="bounds") == "bounds"
+    assert form_of_server(kinds, metadata_dtype="fp8") == "bounds"
+    assert form_of_server(["full_attention"] * 2) == "bounds"
+
+
+def test_layers_that_share_keys_and_values_are_as_dense_as_the_layer_whose_they_are() -> None:
+    def of(**options: Any) -> SimpleNamespace:
+        backend = SimpleNamespace(get_name=lambda: "CUSTOM")
+        return SimpleNamespace(attn_backend=backend, sliding_window=None, attn_type="decoder", **options)
+
+    layers = {
+        "0": of(),
+        "1": of(),
+        "2": of(kv_sharing_target_layer_name="0"),
+        "3": of(kv_sharing_target_layer_name="1"),
+    }
+    assert sparse_layers(layers, 0, int) == ["0", "1", "2", "3"]
+    assert sparse_layers(layers, 1, int) == ["1", "3"]
+    assert sparse_layers(layers, 2, int) == []
+
+
+def test_a_model_of_several_kinds_is_taken_where_groups_were_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = {"hf_text_config": SimpleNamespace(layer_types=["full_attention", "sliding_attention"])}
+    server = a_server(model_config=both)
+    check_vllm_config(server, CPU)
+    monkeypatch.setattr(plugin, "vllm_version", lambda: (0, 32))
+    plugin._check_groups(server.model_config)
+    monkeypatch.setattr(plugin, "vllm_version", lambda: (0, 25))
+    plugin._check_groups(a_server().model_config)
+    message = r"a model with layers of sliding_attention in vLLM 0\.25, expected full .*, or vLLM 0\.32, on which such"
+    with pytest.raises(UnsupportedModelError, match=message):
+        plugin._check_groups(server.model_config)
 
 
 def test_layers_that_choose_are_counted_among_full_attention_layers() -> None:
@@ -503,7 +591,7 @@ def test_layers_that_choose_are_counted_among_full_attention_layers() -> None:
     plain = {"sliding_window": None, "attn_type": "decoder"}
     layers = {
         "model.layers.10.self_attn.attn": of("CUSTOM", **plain),
-        "model.layers.0.self_attn.attn": of("CUSTOM", **(plain | {"sliding_window": 512})),
+        "model.layers.0.self_attn.attn": of("CPU_ATTN", **(plain | {"sliding_window": 512})),
         "model.layers.1.linear_attn": SimpleNamespace(mamba_type="gdn_attention"),
         "model.layers.2.self_attn.attn": of("CUSTOM", **plain),
         "model.layers.2.mlp.experts": SimpleNamespace(),

@@ -216,7 +216,7 @@ def test_a_line_at_an_interval_where_something_was_counted(monkeypatch: pytest.M
 
 def make_planner(
     budget: int = 32, sparse_layers: tuple[str, ...] = ("b", "c"), max_length: int = 1024, device: str = "cpu",
-    **options: Any,
+    num_elsewhere: int = 0, **options: Any,
 ) -> RowPlanner:  # fmt: skip
     return RowPlanner(
         QuestConfig.from_dict({"token_budget": budget, "metadata": "bounds", **options}, device),
@@ -227,6 +227,7 @@ def make_planner(
         max_length=max_length,
         log_interval=0,
         logger=logging.getLogger("an engine"),
+        num_elsewhere=num_elsewhere,
     )
 
 
@@ -291,6 +292,12 @@ def test_a_worker_that_reads_tokens_says_how_many(caplog: pytest.LogCaptureFixtu
         "decode rows past 35 tokens read 32 of up to 1024 tokens in 2 of 4 layers, chosen by Sketch(page_size=16)"
     )
     assert expected in caplog.messages[0]
+
+
+def test_a_group_of_dense_layers_leaves_it_to_others_to_say_what_is_read(caplog: pytest.LogCaptureFixture) -> None:
+    planner = make_planner(sparse_layers=(), num_elsewhere=2)
+    assert planner.counters is None and caplog.messages == []
+    assert not planner.runs_quest([2000])
 
 
 @pytest.mark.parametrize("changes", [{"sparse_layers": ()}, {"budget": 1024}])

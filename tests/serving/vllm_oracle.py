@@ -63,7 +63,7 @@ class Oracle:
         selected: Selection,
         output: Tensor,
         yardstick: Tensor | None,
-        scale: float,
+        impl: Any,
     ) -> None:
         """One call: what is kept of every page, the pages that were chosen, the output.
 
@@ -78,23 +78,25 @@ class Oracle:
         for length in lengths:
             self.seen["rows past the budget" if length > config.token_budget else "rows within it"] += 1
         if kv.form.scores == "page" or self.seen["calls"] % _EVERY == 0:
-            self._check_selection(layer, replace(step, block_table=kv.page_table), query, kv, chosen, scale)
-        exact, _ = reference.sparse_decode_attention(query, kv, lengths, chosen, scale, unit_size=selected.unit_size)
+            self._check_selection(layer, replace(step, block_table=kv.page_table), query, kv, chosen, impl)
+        exact, _ = reference.sparse_decode_attention(
+            query, kv, lengths, chosen, impl.scale, impl._softcap, impl.sinks, unit_size=selected.unit_size
+        )
         error = float((output.double() - exact).abs().max()) if output.isfinite().all() else float("inf")
         stock = 0.0 if yardstick is None else float((yardstick.double() - exact).abs().max())
-        allowed = 2 * max(stock, self._plain_error(query, kv, lengths, chosen, selected.unit_size, exact, scale))
+        allowed = 2 * max(stock, self._plain_error(query, kv, lengths, chosen, selected.unit_size, exact, impl))
         self.worst = max(self.worst, error / allowed)
         if error > allowed:
             self._fail(f"{layer}: output off by {error:.2e}, expected at most {allowed:.2e}")
 
     def _check_selection(
-        self, layer: str, step: QuestStep, query: Tensor, kv: PagedKV, chosen: list[list[list[int]]], scale: float
+        self, layer: str, step: QuestStep, query: Tensor, kv: PagedKV, chosen: list[list[list[int]]], impl: Any
     ) -> None:
         """The units of each row and head are those with the best scores, but for scores that lie together."""
         config, lengths = step.config, step.seq_lens.tolist()
         scores = reference.score_pages(
-            query, kv, lengths, group_reduction=config.group_reduction, sm_scale=scale, unit_size=config.unit_size,
-            candidates=config.candidate_budget or None,
+            query, kv, lengths, group_reduction=config.group_reduction, sm_scale=impl.scale, softcap=impl._softcap,
+            sinks=impl.sinks, unit_size=config.unit_size, candidates=config.candidate_budget or None,
         )  # fmt: skip
         expected = reference.select_pages(
             scores, lengths, config.page_size, config.token_budget, config.num_sink_pages, config.num_recent_pages,
@@ -126,7 +128,7 @@ class Oracle:
         rows, slots = page.shape[0] * page.shape[1], page.shape[2]
         keys, values = (
             copy.transpose(1, 2)[physical, heads].nan_to_num(0).view(-1, 1, copy.shape[-1])  # [R * H * K * N, 1, D]
-            for copy in self._copies[layer.layer_name]
+            for copy in self._copies[_source(layer)]
         )
         cache = keys.new_zeros(rows * slots, 1, step.config.page_size, 2 * keys.shape[-1])
         where = torch.arange(keys.shape[0])
@@ -155,7 +157,7 @@ class Oracle:
     @staticmethod
     def _plain_error(
         query: Tensor, kv: PagedKV, lengths: list[int], chosen: list[list[list[int]]], size: int, exact: Tensor,
-        scale: float,
+        impl: Any,
     ) -> float:  # fmt: skip
         """Largest error of PyTorch's attention over the same tokens in the same dtype."""
         group, worst = query.shape[1] // kv.num_kv_heads, torch.finfo(torch.float32).eps
@@ -167,15 +169,37 @@ class Oracle:
                 where = kv.page_table[b, tokens // kv.page_size].long(), tokens % kv.page_size
                 keys, values = (part[where][:, h] for part in (kv.keys, kv.values))
                 heads = slice(h * group, (h + 1) * group)  # together, as PyTorch rounds by how many there are
-                plain = F.scaled_dot_product_attention(
-                    query[b, heads][None, None], keys[None, None], values[None, None], scale=scale
-                )
-                worst = max(worst, float((plain[0, 0].double() - exact[b, heads]).abs().max()))
+                plain = _plain(query[b, heads], keys, values, heads, impl)
+                worst = max(worst, float((plain.double() - exact[b, heads]).abs().max()))
         return worst
 
     def _fail(self, what: str) -> None:
         if len(self.failures) < 20:
             self.failures.append(what)
+
+
+def _source(layer: Any) -> str:
+    """Name of the layer whose keys and values a layer reads."""
+    return getattr(layer, "kv_sharing_target_layer_name", None) or str(layer.layer_name)
+
+
+def _plain(query: Tensor, keys: Tensor, values: Tensor, heads: slice, impl: Any) -> Tensor:
+    """PyTorch's attention of one KV head in the dtype of the cache, `[G, D]`; in steps where it has no function for it.
+
+    The function knows no softcap and no sinks.
+    """
+    if impl._softcap is None and impl.sinks is None:
+        return F.scaled_dot_product_attention(
+            query[None, None], keys[None, None], values[None, None], scale=impl.scale
+        )[0, 0]
+    logits = query @ keys.T * impl.scale
+    if impl._softcap is not None:
+        logits = (logits / impl._softcap).tanh() * impl._softcap
+    count = logits.shape[1]
+    if impl.sinks is not None:
+        logits = torch.cat([logits, impl.sinks[heads, None].to(logits)], 1)
+    weights = torch.softmax(logits, -1, dtype=torch.float32)[:, :count]
+    return weights.to(values) @ values
 
 
 class OracleExtension(QuestWorkerExtension):
@@ -201,18 +225,32 @@ class OracleExtension(QuestWorkerExtension):
         ) -> Selection:
             output.fill_(float("nan"))
             selected: Selection = attend(impl, layer, query, opened, step, output)
-            by_stock = has_yardstick and step.folded is not None  # units of less than a page are not vLLM's to read
+            # Units of less than a page, and sinks of each head, are not vLLM's to read.
+            by_stock = has_yardstick and step.folded is not None and impl.sinks is None
             yardstick = oracle.stock(impl, layer, query, step, selected) if by_stock else None
             metadata = opened.parts.metadata
-            oracle.check(layer.layer_name, metadata, query, step, selected, output, yardstick, impl.scale)
+            oracle.check(_source(layer), metadata, query, step, selected, output, yardstick, impl)
             return selected
 
+        def unwatch() -> None:
+            kind.write, kind.attend = write, attend
+
+        self._unwatch = unwatch  # type: ignore[attr-defined]
         kind.write, kind.attend = checked_write, checked_attend
+
+    def remove_oracle(self) -> None:
+        """Check no more calls: another engine of this process is about to start."""
+        self._unwatch()  # type: ignore[attr-defined]
 
     def quest_form(self) -> str:
         """What this worker's steps are planned with."""
-        builder = self.model_runner.attn_groups[0][0].get_metadata_builder()  # type: ignore[attr-defined]
-        return str(form_of(builder.config))
+        builders = [
+            group.get_metadata_builder()
+            for groups in self.model_runner.attn_groups  # type: ignore[attr-defined]
+            for group in groups
+        ]
+        (form,) = {str(form_of(builder.config)) for builder in builders if hasattr(builder, "counters")}
+        return form
 
     def oracle_report(self) -> dict[str, Any]:
         """What the oracle of this worker saw."""

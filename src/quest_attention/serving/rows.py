@@ -29,8 +29,10 @@ class RowPlanner:
         config: Of the server, with the engine's page size.
         device: Of the cache.
         label: Names the worker in the log.
-        sparse_layers: Names of the worker's layers that choose what they read, in the order of the model.
-        num_layers: Attention layers of the worker, dense ones included.
+        sparse_layers: Names of the layers that choose what they read, in the order of the model.
+        num_layers: Full-attention layers that are planned for, dense ones included.
+        num_elsewhere: Layers of the worker that choose and have a planner of their own: where this one has none, it
+            leaves it to them to log something.
         max_length: Of the longest sequence [tokens].
         log_interval: Seconds between lines of counters; 0 for none [s].
         logger: Of the engine.
@@ -49,10 +51,12 @@ class RowPlanner:
 
     def __init__(
         self, config: QuestConfig, device: torch.device, label: str, sparse_layers: Sequence[str], num_layers: int,
-        max_length: int, log_interval: float, logger: logging.Logger,
+        max_length: int, log_interval: float, logger: logging.Logger, num_elsewhere: int = 0,
     ) -> None:  # fmt: skip
         self.is_capturing = self._has_captured = False
         self._budget = budget = config.token_budget
+        if num_elsewhere and not sparse_layers:
+            return
         if not sparse_layers or budget >= max_length:
             found = f"{budget} of {max_length} positions, {config.num_dense_layers} dense layers of {num_layers}"
             logger.warning("Quest reads everything: token_budget %s.", found)

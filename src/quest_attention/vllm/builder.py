@@ -13,21 +13,27 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from quest_attention.errors import QuestValueError, UnsupportedModelError
 from quest_attention.serving.options import KEY
 from quest_attention.serving.rows import DECODE_TOKENS, RowPlanner
-from quest_attention.vllm.layout import check_full
+from quest_attention.vllm.kinds import note_on_others, other_layers
+from quest_attention.vllm.layout import check_full, page_size
 from quest_attention.vllm.options import read_options
-from quest_attention.vllm.ranks import sparse_layers
+from quest_attention.vllm.ranks import is_bounded, sparse_layers
 from quest_attention.vllm.refusals import BACKEND_NAME
 from quest_attention.vllm.step import QuestStep
 from quest_attention.vllm.worker import worker_label
 
 __all__ = ["QuestMetadataBuilder"]
 
+_logger = logging.getLogger("vllm.quest_attention")
+
 
 class QuestMetadataBuilder:
     """Stands before a stock builder among the bases of a class. Names of arguments are vLLM's, which passes them so.
 
+    A worker has one for each group of layers that share a block table.
+
     Attributes:
-        counters: Of this worker, or None where the budget covers the longest sequence and everything is stock.
+        counters: Of this group, or None where the budget covers the longest sequence and everything is stock.
+        sparse_layers: Names of the layers of this group that choose what they read, in the order of the model.
     """
 
     reorder_batch_threshold = DECODE_TOKENS  # decode rows come first
@@ -37,22 +43,35 @@ class QuestMetadataBuilder:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
         options = read_options(vllm_config, device.type)
         assert options is not None, "a layer of the model was made with these options"
-        self.config = options.config(kv_cache_spec.block_size)
+        page = page_size(vllm_config.cache_config.block_size, vllm_config.model_config, device.type)
+        if kv_cache_spec.block_size != page:
+            found = f"blocks of {kv_cache_spec.block_size} tokens, which vLLM does not cut"
+            raise UnsupportedModelError(f"KV cache: got {found}, expected pages of {page} tokens")
+        self.config = options.config(page)
         check_full(kv_cache_spec)
         _check_backends(vllm_config)
         layers = vllm_config.compilation_config.static_forward_context
         sparse = sparse_layers(layers, self.config.num_dense_layers, extract_layer_index)
+        self.sparse_layers = [name for name in sparse if name in layer_names]
+        label = worker_label(vllm_config.parallel_config, get_tensor_model_parallel_rank())
+        elsewhere = len(sparse) - len(self.sparse_layers)
+        if elsewhere:
+            label += f", layers {', '.join(str(extract_layer_index(name)) for name in self.sparse_layers)}"
         self._row_planner = RowPlanner(
             self.config,
             device,
-            label=worker_label(vllm_config.parallel_config, get_tensor_model_parallel_rank()),
-            sparse_layers=[name for name in sparse if name in layer_names],
+            label=label,
+            sparse_layers=self.sparse_layers,
             num_layers=len(layer_names),
+            num_elsewhere=elsewhere,
             max_length=vllm_config.model_config.max_model_len,
             log_interval=options.log_interval,
-            logger=logging.getLogger("vllm.quest_attention"),
+            logger=_logger,
         )
         self.counters = self._row_planner.counters
+        others = other_layers(vllm_config.model_config)
+        if others is not None and self.counters is not None and self.sparse_layers[0] == sparse[0]:
+            _logger.info("Quest: %s.", note_on_others(others, self.config.metadata))
 
     def use_cascade_attention(self, *_: Any, **__: Any) -> bool:
         """A shared prefix is not read apart: rows choose pages of it."""
@@ -102,15 +121,16 @@ def _lengths(batch: Any, rows: int) -> list[int]:
 
 
 def _check_backends(vllm_config: Any) -> None:
-    """Whether every attention layer of the model took the backend that was asked for.
+    """Whether every layer with full attention took the backend that was asked for.
 
     Raises:
-        UnsupportedModelError: A layer brings a backend of its own.
+        UnsupportedModelError: One brings a backend of its own.
     """
     for name, layer in vllm_config.compilation_config.static_forward_context.items():
         backend = getattr(layer, "attn_backend", None)
-        if backend is not None and backend.get_name() != BACKEND_NAME:
-            raise UnsupportedModelError(f"model: got {backend.get_name()} in {name}, expected Quest in every layer")
+        if backend is not None and backend.get_name() != BACKEND_NAME and not is_bounded(layer):
+            expected = "Quest in every layer with full attention"
+            raise UnsupportedModelError(f"model: got {backend.get_name()} in {name}, expected {expected}")
 
 
 def _rows_from(batch: Any, first: int, first_token: int) -> Any:

@@ -4,7 +4,7 @@ Scores and selection are this library's. Attention over the selected pages is th
 the selected pages with KV heads folded into the batch, because vLLM keeps keys on a CPU in formats of its own. For the
 same reason bounds are taken from keys as they come. What no page at a time gives is read back out of these formats
 (`places.py`): the pages that are sketched, when they are complete, the keys of candidates, and single tokens, to which
-this library attends.
+this library attends. It does so to pages too in a layer with attention sinks, of which each head has its own.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackendImpl,
     CPUAttentionMetadataBuilder,
 )
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from quest_attention.forms import Bounds
 from quest_attention.ops import (
@@ -36,6 +37,7 @@ from quest_attention.serving.rows import read_lengths
 from quest_attention.vllm.builder import QuestMetadataBuilder
 from quest_attention.vllm.folding import Fold
 from quest_attention.vllm.impl import OpenCache, QuestAttentionImpl, QuestBackend
+from quest_attention.vllm.layout import page_in
 from quest_attention.vllm.places import Places, read_places
 from quest_attention.vllm.step import QuestStep
 
@@ -44,6 +46,8 @@ __all__ = ["QuestCPUBackend", "QuestCPUImpl", "QuestCPUMetadataBuilder"]
 
 class QuestCPUBackend(QuestBackend, CPUAttentionBackend):
     """What `--attention-backend CUSTOM` means on a CPU."""
+
+    stock_backend = CPUAttentionBackend
 
     @staticmethod
     def get_impl_cls() -> type[QuestCPUImpl]:
@@ -58,6 +62,11 @@ class QuestCPUBackend(QuestBackend, CPUAttentionBackend):
 
 class QuestCPUMetadataBuilder(QuestMetadataBuilder, CPUAttentionMetadataBuilder):
     """Metadata of a batch; that of folded rows is made once for all layers."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        if page_in(kv_cache_spec) is not None:
+            _zero_whole_blocks()
 
     def _plan(self, batch: Any) -> QuestStep | None:
         step = super()._plan(batch)
@@ -92,6 +101,27 @@ class QuestCPUMetadataBuilder(QuestMetadataBuilder, CPUAttentionMetadataBuilder)
         return CPUAttentionMetadataBuilder.build(folded, 0, rows_batch)
 
 
+def _zero_whole_blocks() -> None:
+    """Have vLLM's runner on a CPU clear whole blocks where a worker sees them cut into pages.
+
+    It clears blocks that a request is given in models with states. vLLM 0.32 takes a block for what the worker sees,
+    which it never cuts itself on a CPU: of cut blocks it would clear others' pages. On a GPU it knows of cut blocks.
+    """
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    def _zero_block_ids(runner: CPUModelRunner, block_ids: list[int]) -> None:
+        config = runner.kv_cache_config
+        layers = runner.compilation_config.static_forward_context
+        for group in config.kv_cache_groups:
+            if isinstance(group.kv_cache_spec, FullAttentionSpec):
+                for name in group.layer_names:
+                    blocks = layers[name].kv_cache.unflatten(0, (config.num_blocks, -1))
+                    for block in block_ids:
+                        blocks[block].zero_()
+
+    CPUModelRunner._zero_block_ids = _zero_block_ids  # noqa: SLF001 - there is no other seam
+
+
 class QuestCPUImpl(QuestAttentionImpl, CPUAttentionBackendImpl):
     """Attention of a layer."""
 
@@ -103,7 +133,7 @@ class QuestCPUImpl(QuestAttentionImpl, CPUAttentionBackendImpl):
         """See `QuestAttentionImpl`."""
         asked = Step(
             query=query, kv=opened.with_table(step.block_table), seq_lens=step.seq_lens, config=step.config,
-            sm_scale=self.scale, softcap=self._softcap,
+            sm_scale=self.scale, softcap=self._softcap, sinks=self.sinks,
         )  # fmt: skip
 
         def attend_pages(_: Step, selected: Selection) -> Tensor:
@@ -123,7 +153,9 @@ class QuestCPUImpl(QuestAttentionImpl, CPUAttentionBackendImpl):
 
             return score_masses(asked, asked.scratch, keys_of=keys_of)
 
-        attend = attend_pages if step.config.selection_unit == "page" else attend_tokens
+        # Folded rows are of different heads, for whose sinks the stock kernel has no place.
+        is_stock = step.config.selection_unit == "page" and self.sinks is None
+        attend = attend_pages if is_stock else attend_tokens
         if asked.kv.form.scores == "page" or not step.config.candidate_budget:
             return run_step(asked, attend=attend).selected
         if step.config.backend == "reference":  # which looks keys up in the cache itself
@@ -142,7 +174,7 @@ class QuestCPUImpl(QuestAttentionImpl, CPUAttentionBackendImpl):
         update_slot_metadata(kv.metadata, key, slots, page_size=kv.page_size, form=kv.form, backend=backend)
 
     def _attend_tokens(self, layer: Any, opened: OpenCache, asked: Step, selected: Selection) -> Tensor:
-        """Attention over units of less than a page, copied out of the cache: the output `[R, HQ, D]`."""
+        """Attention over the selected units, copied out of the cache: the output `[R, HQ, D]`."""
         size = selected.unit_size
         units = selected.units.clamp(min=0).long()  # unused slots come last
         keys, values = self._read_units(layer, opened, asked.kv, units, size)
@@ -154,7 +186,7 @@ class QuestCPUImpl(QuestAttentionImpl, CPUAttentionBackendImpl):
         chosen = PagedKV.from_hnd(keys, values, nothing, table)
         whole = Selection(table.new_zeros(rows, heads, 1), table.new_ones(rows, heads), tokens)
         attended, _ = sparse_decode_attention(
-            asked.query, chosen, lengths, whole, sm_scale=asked.scale, softcap=asked.softcap,
+            asked.query, chosen, lengths, whole, sm_scale=asked.scale, softcap=asked.softcap, sinks=asked.sinks,
             backend=self._options.backend,
         )  # fmt: skip
         return attended

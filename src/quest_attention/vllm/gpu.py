@@ -33,6 +33,8 @@ __all__ = ["QuestGPUBackend", "QuestGPUImpl", "QuestGPUMetadataBuilder"]
 class QuestGPUBackend(QuestBackend, FlashAttentionBackend):
     """What `--attention-backend CUSTOM` means on an NVIDIA GPU."""
 
+    stock_backend = FlashAttentionBackend
+
     @staticmethod
     def get_impl_cls() -> type[QuestGPUImpl]:
         """Attention of a layer."""
@@ -51,11 +53,11 @@ class QuestGPUBackend(QuestBackend, FlashAttentionBackend):
         return False
 
     @classmethod
-    def supports_sink(cls) -> bool:
-        """Not tested, as the three below."""
+    def supports_mm_prefix(cls) -> bool:
+        """Not tested, as the two below."""
         return False
 
-    supports_mm_prefix = supports_non_causal = supports_rswa = supports_sink
+    supports_non_causal = supports_rswa = supports_mm_prefix
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
@@ -124,8 +126,8 @@ class QuestGPUImpl(QuestAttentionImpl, FlashAttentionImpl):
         del layer
         kv = opened.with_table(step.block_table)
         done = quest_decode(
-            query, kv, step.seq_lens, step.config, sm_scale=self.scale, softcap=self._softcap, workspace=step.workspace,
-            out=output,
+            query, kv, step.seq_lens, step.config, sm_scale=self.scale, softcap=self._softcap, sinks=self.sinks,
+            workspace=step.workspace, out=output,
         )  # fmt: skip
         return done.selected
 

@@ -16,7 +16,7 @@ from quest_attention.forms import form_of
 from quest_attention.ops import Selection
 from quest_attention.pages import PagedKV
 from quest_attention.serving.options import KEY
-from quest_attention.vllm.layout import BlockParts, Room, ask_for_room, layout_of
+from quest_attention.vllm.layout import BlockParts, Room, ask_for_room, layout_of, page_in, page_size
 from quest_attention.vllm.options import read_options
 from quest_attention.vllm.plugin import vllm_version
 from quest_attention.vllm.ranks import sparse_layers
@@ -29,10 +29,23 @@ __all__ = ["OpenCache", "QuestAttentionImpl", "QuestBackend"]
 class QuestBackend:
     """Stands before a stock backend among the bases of a class."""
 
+    stock_backend: type
+    """The stock backend: of the layers of a model that Quest does not serve, those without full attention."""
+
     @staticmethod
     def get_name() -> str:
         """The name by which vLLM looks it up."""
         return BACKEND_NAME
+
+    @classmethod
+    def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[Any]:
+        """Sizes of the blocks that a worker sees: of a page, where a block of the cache holds several."""
+        page = page_in(kv_cache_spec)
+        if page is not None:
+            return [page]
+        asked = () if kv_cache_spec is None else (kv_cache_spec,)
+        found: list[Any] = super().get_supported_kernel_block_sizes(*asked)  # type: ignore[misc]
+        return found
 
 
 class QuestAttentionImpl:
@@ -42,7 +55,7 @@ class QuestAttentionImpl:
     rows.
 
     Attributes:
-        num_kv_heads: Of this rank; the stock class sets it, as it does `head_size` and `scale`.
+        num_kv_heads: Of this rank; the stock class sets it, as it does `head_size`, `scale` and `sinks`.
     """
 
     backend_class: type
@@ -50,6 +63,7 @@ class QuestAttentionImpl:
     num_kv_heads: int
     head_size: int
     scale: float
+    sinks: Tensor | None = None
 
     def __init__(
         self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, alibi_slopes: list[float] | None = None,
@@ -58,7 +72,7 @@ class QuestAttentionImpl:
     ) -> None:  # fmt: skip
         check_layer(
             alibi_slopes=alibi_slopes, sliding_window=sliding_window, kv_cache_dtype=kv_cache_dtype,
-            attn_type=attn_type, kv_sharing_target_layer_name=kv_sharing_target_layer_name, sinks=sinks,
+            attn_type=attn_type,
         )  # fmt: skip
         vllm_config = get_current_vllm_config()
         check_transfer(vllm_config.kv_transfer_config)  # vLLM may have made one since the configuration was looked at
@@ -77,7 +91,7 @@ class QuestAttentionImpl:
         from vllm.model_executor.layers.attention import Attention
 
         ask_for_room(self._layout, Attention, self.backend_class, options.device)
-        self._cache_config = vllm_config.cache_config  # its block size is final when there is a cache
+        self._vllm_config = vllm_config  # its block size is final when there is a cache
         self._opened: OpenCache | None = None
         self._is_dense: bool | None = None
 
@@ -159,7 +173,9 @@ class QuestAttentionImpl:
     def open(self, kv_cache: Tensor) -> OpenCache:
         """Views of a layer's cache, made once: vLLM gives the same tensor each time."""
         if self._opened is None or self._opened.address != kv_cache.data_ptr():
-            config = self._options.config(self._cache_config.block_size)
+            settings = self._vllm_config
+            page = page_size(settings.cache_config.block_size, settings.model_config, self._options.device)
+            config = self._options.config(page)
             room = Room.of(config, self.head_size, kv_cache.dtype)
             parts = self._layout.split(kv_cache, self.num_kv_heads, self.head_size, room)
             nobody = torch.zeros(0, 1, dtype=torch.int32, device=kv_cache.device)

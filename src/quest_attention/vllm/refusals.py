@@ -8,6 +8,8 @@ from quest_attention.errors import BackendError, QuestValueError, UnsupportedMod
 from quest_attention.forms import form_of
 from quest_attention.ops import resolve_backend
 from quest_attention.serving.options import KEY, QuestOptions
+from quest_attention.vllm.kinds import full_layers, other_layers
+from quest_attention.vllm.layout import page_size
 from quest_attention.vllm.options import read_options
 
 __all__ = ["BACKEND_NAME", "check_layer", "check_output_scales", "check_transfer", "check_vllm_config"]
@@ -15,8 +17,6 @@ __all__ = ["BACKEND_NAME", "check_layer", "check_output_scales", "check_transfer
 BACKEND_NAME = "CUSTOM"
 """vLLM's name for an attention backend from outside: of `--attention-backend`."""
 _PLAIN_CACHE = "auto"
-_FULL = "full_attention"
-"""transformers' name in `layer_types`."""
 _DRAFT_FREE = ("ngram",)
 """Ways to speculate without a model whose attention would be Quest's too."""
 _FP8_CAPABILITY = 89
@@ -47,13 +47,10 @@ def check_vllm_config(vllm_config: Any, platform: Any) -> None:
     model = vllm_config.model_config
     if model is not None:
         _check_model(model)
-    _check_budget(options, vllm_config.cache_config)
+    _check_budget(options, vllm_config.cache_config, model, platform.device_type)
 
 
-def check_layer(
-    *, alibi_slopes: Any, sliding_window: int | None, kv_cache_dtype: str, attn_type: str,
-    kv_sharing_target_layer_name: str | None, sinks: Any,
-) -> None:  # fmt: skip
+def check_layer(*, alibi_slopes: Any, sliding_window: int | None, kv_cache_dtype: str, attn_type: str) -> None:
     """Look at an attention layer as it is made; arguments are vLLM's.
 
     Raises:
@@ -64,18 +61,11 @@ def check_layer(
         raise UnsupportedModelError("alibi_slopes: got slopes, expected none: a bound on keys does not see a position")
     if sliding_window is not None:
         raise UnsupportedModelError(
-            f"sliding_window: got {sliding_window}, expected none: such a layer reads a bounded part already. "
-            f"Take {KEY!r} out of --additional-config for this model"
+            f"sliding_window: got {sliding_window}, expected none: such a layer reads a bounded part already, and vLLM "
+            "gave it to Quest all the same"
         )
-    if sinks is not None:
-        raise UnsupportedModelError("sinks: got attention sinks, expected none: not tested inside vLLM")
     if str(getattr(attn_type, "value", attn_type)) != "decoder":
         raise UnsupportedModelError(f"attn_type: got {attn_type}, expected a decoder: encoders do not decode")
-    if kv_sharing_target_layer_name is not None:
-        raise UnsupportedModelError(
-            f"kv_sharing_target_layer_name: got {kv_sharing_target_layer_name}, expected none: layers that share keys "
-            "and values would share bounds, which is not tested inside vLLM"
-        )
     _check_cache_dtype(kv_cache_dtype)
 
 
@@ -131,6 +121,9 @@ def _check_settings(options: QuestOptions, vllm_config: Any) -> None:
     if cache is not None:
         _check_cache_dtype(cache.cache_dtype)
         offloaded = getattr(cache, "kv_offloading_size", None)
+        if getattr(cache, "kv_sharing_fast_prefill", False):
+            reason = "False: vLLM then derives a backend from Quest's, which is not tested"
+            raise QuestValueError("kv_sharing_fast_prefill", True, reason)
         if offloaded is not None:
             raise QuestValueError("kv_offloading_size", offloaded, "none: bounds may stay behind when a block moves")
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
@@ -167,24 +160,26 @@ def _check_model(model: Any) -> None:
         raise UnsupportedModelError(f"model: got {name} with MLA, expected keys and values in the cache, head by head")
     if model.is_encoder_decoder:
         raise UnsupportedModelError(f"model: got {name}, an encoder and decoder, expected a decoder")
-    if model.is_hybrid or model.is_attention_free:
-        raise UnsupportedModelError(f"model: got {name} with states, expected full attention in every layer")
-    if getattr(model, "rswa_window", None) is not None or getattr(model, "is_mm_prefix_lm", False):
-        raise UnsupportedModelError(f"model: got {name}, expected one whose every layer is causal and reads everything")
+    if model.is_attention_free:
+        raise UnsupportedModelError(f"model: got {name} without attention, expected layers with full attention")
+    if getattr(model, "is_mm_prefix_lm", False):
+        raise UnsupportedModelError(
+            f"model: got {name}, whose images are read in both directions, expected a causal model: serve it for text "
+            "alone, with --language-model-only"
+        )
+    if getattr(model, "rswa_window", None) is not None:
+        raise UnsupportedModelError(f"model: got {name} with a window that moves in steps, expected a causal model")
     if model.runner_type != "generate":
         raise UnsupportedModelError(f"model: got {name} to run as {model.runner_type}, expected one that generates")
-    window = model.get_sliding_window()
-    kinds = sorted(set(getattr(model.hf_text_config, "layer_types", None) or ()) - {_FULL})
-    if window is not None or kinds:
-        found = f"a sliding window of {window}" if not kinds else f"layers of {', '.join(kinds)}"
+    if full_layers(model) == 0:
         raise UnsupportedModelError(
-            f"model: got {name} with {found}, expected full attention in every layer. "
-            f"Take {KEY!r} out of --additional-config for this model"
+            f"model: got {name} with {other_layers(model)} alone, expected layers with full attention among them: the "
+            f"others read a bounded part already. Take {KEY!r} out of --additional-config for this model"
         )
 
 
-def _check_budget(options: QuestOptions, cache: Any) -> None:
+def _check_budget(options: QuestOptions, cache: Any, model: Any, device: str) -> None:
     """As far as the block size is known already; the worker sees the final one."""
     block_size = getattr(cache, "block_size", None)
     if isinstance(block_size, int) and block_size > 0:
-        options.config(block_size)
+        options.config(page_size(block_size, model, device))

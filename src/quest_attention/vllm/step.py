@@ -19,7 +19,7 @@ class QuestStep:
     """What an engine step asks of Quest.
 
     Attributes:
-        config: With vLLM's block size as page size.
+        config: With the size of the blocks that a worker sees as page size.
         counters: Where this worker counts.
         counted_layer: Name of the layer that counts for all.
         lengths: Of decode rows, as the host knows them; an upper bound while tokens are speculated [tokens].

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
-
-from quest_attention.serving.counters import StepCounters
 
 __all__ = ["QuestWorkerExtension", "worker_label"]
 
@@ -17,15 +16,20 @@ class QuestWorkerExtension:
     """
 
     def quest_counters(self) -> dict[str, int]:
-        """What this worker's decode rows read; see `StepCounters.snapshot`. Empty where Quest is off."""
-        counters = _counters(self)
-        return {} if counters is None else counters.snapshot()
+        """What this worker's decode rows read; see `StepCounters.snapshot`. Empty where Quest is off.
+
+        Where layers that choose are in several groups, it is what those of the first group read; see `quest_groups`.
+        """
+        return next((builder.counters.snapshot() for builder in _counting(self)), {})
+
+    def quest_groups(self) -> list[dict[str, Any]]:
+        """The same for each group of layers that share a block table: their names as `layers`, then the numbers."""
+        return [{"layers": builder.sparse_layers, **builder.counters.snapshot()} for builder in _counting(self)]
 
     def quest_reset(self) -> None:
         """Set this worker's counters to zero."""
-        counters = _counters(self)
-        if counters is not None:
-            counters.reset()
+        for builder in _counting(self):
+            builder.counters.reset()
 
 
 def worker_label(parallel: Any, rank: int) -> str:
@@ -40,10 +44,10 @@ def worker_label(parallel: Any, rank: int) -> str:
     return f"replica {replica}, {name}" if replica or parallel.data_parallel_size > 1 else name
 
 
-def _counters(worker: Any) -> StepCounters | None:
+def _counting(worker: Any) -> Iterator[Any]:
+    """Metadata builders of layers that choose what they read, each with counters of its own."""
     for groups in worker.model_runner.attn_groups:
         for group in groups:
-            found: StepCounters | None = getattr(group.get_metadata_builder(), "counters", None)
-            if found is not None:
-                return found
-    return None
+            builder = group.get_metadata_builder()
+            if getattr(builder, "counters", None) is not None:
+                yield builder
