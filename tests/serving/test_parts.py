@@ -536,23 +536,6 @@ def test_servers_that_are_refused(changes: dict[str, Any], message: str) -> None
         check_vllm_config(server, CPU)
 
 
-@pytest.mark.parametrize(("device", "form"), [("cpu", "moments"), ("cuda", "sketch")])
-def test_a_model_with_other_layers_has_the_form_of_its_device_unless_one_is_given(device: str, form: str) -> None:
-    kinds = ["sliding_attention", "full_attention"]
-
-    def form_of_server(kinds: list[str], **options: Any) -> str:
-        text = SimpleNamespace(layer_types=kinds)
-        server = a_server(additional_config={"quest": options}, model_config={"hf_text_config": text})
-        options_of_server = read_options(server, device)
-        assert options_of_server is not None
-        return options_of_server.config(16).metadata
-
-    assert form_of_server(kinds) == form
-    assert form_of_server(kinds, metadata="bounds") == "bounds"
-    assert form_of_server(kinds, metadata_dtype="fp8") == "bounds"
-    assert form_of_server(["full_attention"] * 2) == "bounds"
-
-
 def test_layers_that_share_keys_and_values_are_as_dense_as_the_layer_whose_they_are() -> None:
     def of(**options: Any) -> SimpleNamespace:
         backend = SimpleNamespace(get_name=lambda: "CUSTOM")
