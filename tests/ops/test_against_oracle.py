@@ -131,6 +131,19 @@ def test_softcap_sinks_and_lse(layout: str, softcap: float | None, with_sinks: b
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
 
 
+def test_weights_sum_to_one_where_logits_are_large() -> None:
+    """A weight is no exponential of the difference of two large numbers, each of them rounded."""
+    cache = make_cache([256] * 4, layout="contiguous")
+    query = query_for(cache, 4)
+    query[..., 0], cache.kv.keys[..., 0] = 1000, 10  # of every logit, which softmax takes away again
+    cache.kv.values[:] = 1
+    update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens)
+    step = quest_decode(query, cache.kv, cache.seq_lens, QuestConfig(token_budget=128, page_size=8))
+    output, _ = sparse_decode_attention(query, cache.kv, cache.seq_lens, step.selected, return_lse=True)
+    rounding = 128 * torch.finfo(torch.float32).eps  # of a sum of so many weights
+    assert float((output - 1).abs().max()) <= rounding
+
+
 def masks() -> st.SearchStrategy[list[list[bool]]]:
     """Left padding, right padding, holes, nothing at all."""
     return st.lists(st.lists(st.booleans(), min_size=70, max_size=70), min_size=2, max_size=2)

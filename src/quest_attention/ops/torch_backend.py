@@ -343,7 +343,10 @@ def _attend_by_hand(
         column = step.sinks.float().view(1, logits.shape[1], -1, 1).expand(logits.shape[0], -1, -1, 1)
         everything = torch.cat([logits, column], -1)
     lse = torch.logsumexp(everything, -1, keepdim=True)
-    weights = torch.exp(logits - lse.masked_fill(lse == -math.inf, 0))
+    # Not the exponentials of what is left of the logits without `lse`, which is rounded as coarsely as they are large.
+    weights = torch.softmax(everything, -1)[..., : logits.shape[-1]]
+    if mask is not None:  # a row with nothing to attend to is zero, not NaN
+        weights = weights.masked_fill(lse == -math.inf, 0)
     return (weights @ values.float()).to(query.dtype).flatten(1, 2), lse.view(query.shape[:2])
 
 
