@@ -211,8 +211,8 @@ class OracleExtension(QuestWorkerExtension):
 
     def quest_form(self) -> str:
         """What this worker's steps are planned with."""
-        builder = self.model_runner.attn_groups[0][0].get_metadata_builder()  # type: ignore[attr-defined]
-        return str(form_of(builder.config))
+        worker: Any = self
+        return str(form_of(worker.model_runner.attn_groups[0][0].get_metadata_builder().config))
 
     def oracle_report(self) -> dict[str, Any]:
         """What the oracle of this worker saw."""
