@@ -103,7 +103,6 @@ _AUTO: dict[str, tuple[tuple[Metadata, SelectionUnit], ...]] = {
     "cuda": (("sketch", "token"), ("bounds", "page"), ("moments", "page")),
 }
 """What metadata "auto" may be by the type of the device, what loses least first; all else is what that form wants."""
-_AUTO_IS = '; metadata "auto" is'
 
 
 @dataclass(frozen=True)
@@ -325,7 +324,7 @@ class QuestConfig:
     def mistake(self, argument: str, got: object, expected: str) -> QuestValueError:
         """An error that is due to the form, which says what auto is where nobody gave it."""
         device = self.auto_device
-        return QuestValueError(argument, got, expected + ("" if device is None else _auto_is(self.metadata, device)))
+        return QuestValueError(argument, got, expected + ("" if device is None else _auto_is((self.metadata, device))))
 
     @property
     def unit_size(self) -> int:
@@ -447,11 +446,10 @@ class QuestConfig:
 
 
 class _Refusal(NamedTuple):
-    """Why auto has no form for a config on a device, and which form that is said of."""
+    """Why auto has no form for a config on a device, and which form on which device that is said of."""
 
     mistake: QuestValueError
-    form: str
-    device: str
+    of: tuple[str, str]
 
 
 def _choose(config: QuestConfig, device: str, form: str | None = None) -> QuestConfig | _Refusal:
@@ -466,7 +464,7 @@ def _choose(config: QuestConfig, device: str, form: str | None = None) -> QuestC
         try:
             found = replace(config, metadata=metadata, selection_unit=unit if given is None else given)
         except QuestValueError as error:
-            refusal = _Refusal(error, metadata, device)
+            refusal = _Refusal(error, (metadata, device))
             if error.argument == _BUDGET:  # looked at last: the form takes all else
                 return refusal
             first = refusal if first is None else first
@@ -482,14 +480,13 @@ def _choose(config: QuestConfig, device: str, form: str | None = None) -> QuestC
 def _mistake_of(refusals: list[_Refusal]) -> QuestValueError:
     """The first mistake, and what "auto" is where it is one: nobody gave that form."""
     mistake = refusals[0].mistake
-    alike = [_auto_is(*refusal[1:]) for refusal in refusals if str(refusal.mistake) == str(mistake)]
-    forms = ",".join([alike[0], *(one.removeprefix(_AUTO_IS) for one in alike[1:])])
-    return QuestValueError(mistake.argument, mistake.got, mistake.expected + forms)
+    alike = [refusal.of for refusal in refusals if str(refusal.mistake) == str(mistake)]
+    return QuestValueError(mistake.argument, mistake.got, mistake.expected + _auto_is(*alike))
 
 
-def _auto_is(form: str, device: str) -> str:
-    """What follows on what was expected where nobody gave the form."""
-    return f"{_AUTO_IS} {form} on {device}"
+def _auto_is(*forms: tuple[str, str]) -> str:
+    """What follows on what was expected where nobody gave the form: which one it is on a device, or on several."""
+    return '; metadata "auto" is ' + ", ".join(f"{form} on {device}" for form, device in forms)
 
 
 def _resolve(config: QuestConfig, device: str, form: str | None = None) -> QuestConfig:
@@ -499,7 +496,7 @@ def _resolve(config: QuestConfig, device: str, form: str | None = None) -> Quest
     return chosen
 
 
-_resolve_once = lru_cache(maxsize=None)(_resolve)
+_resolve_once = lru_cache(_resolve)
 """For who leaves it to `quest_decode`, which asks at every step."""
 
 

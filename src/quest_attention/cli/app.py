@@ -302,9 +302,10 @@ def evaluate(
     from quest_attention.eval.methods import spell_out
     from quest_attention.eval.plan import Plan, Question
 
+    kind = resolve_device(device).type
     plan = Plan(
         tasks=tuple(dict.fromkeys(tasks)),
-        methods=tuple(spell_out(method, resolve_device(device).type, page_size) for method in split_list(methods)),
+        methods=tuple(spell_out(method, kind, page_size) for method in split_list(methods)),
         token_budgets=split_list(token_budgets),
         lengths=tuple(integers("length", lengths)),
         num_samples=num_samples,

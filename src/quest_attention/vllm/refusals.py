@@ -141,12 +141,8 @@ def _check_settings(options: QuestOptions, vllm_config: Any) -> None:
     form = form_of(config)
     # Bounds still bound what is left, and whole pages are taken anew from the cache when they are complete again.
     if speculation is not None and not (form.is_bound or form.takes_whole_pages):
-        found = form.name if config.auto_device is None else f"auto, {form.name} on {config.auto_device}"
-        reason = (
-            f"none with {KEY}.metadata {found}: tokens taken back would stay in those of their page; bounds and sketch "
-            "go with it"
-        )
-        raise QuestValueError("speculative_config.method", speculation.method, reason)
+        reason = f"none with {KEY}.metadata moments, in which tokens taken back would stay: use bounds or sketch"
+        raise config.mistake("speculative_config.method", speculation.method, reason)
     if speculation is not None and speculation.method not in _DRAFT_FREE:
         names = ", ".join(_DRAFT_FREE)
         raise QuestValueError(
