@@ -16,7 +16,7 @@ from typing import Any
 from unittest import mock
 
 import quest_attention
-from families import ALL, FAMILIES, WITH_STATES, save, token_prompts
+from mixed_models import ALL, FAMILIES, WITH_STATES, save, token_prompts
 from quest_attention.models import bundled_model_path
 
 MAX_MODEL_LEN = 2048

@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="runs with make test-vllm, which installs vLLM")
 
-from families import ALL, FAMILIES, WITH_STATES
+from mixed_models import ALL, FAMILIES, WITH_STATES
 
 HERE = Path(__file__).parent
 NUM_SPARSE_LAYERS = 4  # of the bundled model's six
