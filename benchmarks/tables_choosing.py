@@ -23,7 +23,7 @@ from eval_public import (
     MOMENTS,
     RESULTS,
     SKETCH,
-    SKETCH_8,
+    SKETCH_4,
 )
 from marks import DOCS, fill_page
 from tables_accuracy import as_markdown, origin, tokens
@@ -46,7 +46,7 @@ LABELS = {
     BOUNDS: "bounds, pages: the paper's Quest",
     MOMENTS: "moments, pages",
     SKETCH: "sketches, tokens",
-    SKETCH_8: "sketches, tokens, 8 times the budget as candidates",
+    SKETCH_4: "sketches, tokens, 4 times the budget as candidates",
     EXACT_PAGES: "exact logits, pages (`oracle`)",
     EXACT_TOKENS: "exact weights, tokens (`token_oracle`)",
 }
