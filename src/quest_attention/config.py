@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias, cast, get_args
+from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias, TypeVar, cast, get_args
 
 from quest_attention.errors import QuestValueError
 
@@ -17,6 +17,7 @@ __all__ = [
     "MetadataDtype",
     "QuestConfig",
     "SelectionUnit",
+    "as_given",
     "check_coefficient",
     "check_integer",
     "refuse_auto",
@@ -47,6 +48,7 @@ class _WantedName(str):
 
 
 _Wanted: TypeAlias = _WantedInteger | _WantedNumber | _WantedName
+_Option = TypeVar("_Option")
 
 
 class _ChosenName(str):
@@ -498,6 +500,18 @@ def _resolve(config: QuestConfig, device: str, form: str | None = None) -> Quest
 
 _resolve_once = lru_cache(_resolve)
 """For who leaves it to `quest_decode`, which asks at every step."""
+
+
+def as_given(value: _Option) -> _Option:
+    """An option as somebody gave it: one taken from a config, who gave it or not, gives way to nothing any more.
+
+    >>> QuestConfig(metadata="sketch", num_sink_pages=as_given(QuestConfig.paper().num_sink_pages)).num_sink_pages
+    0
+    """
+    for mark, plain in ((_WantedInteger, int), (_WantedNumber, float), (_WantedName, str)):
+        if isinstance(value, mark):
+            return cast("_Option", plain(value))
+    return value
 
 
 def check_integer(name: str, value: object, minimum: int) -> None:

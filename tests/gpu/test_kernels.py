@@ -151,7 +151,8 @@ def assert_step(kv: PagedKV, seq_lens: Tensor, query_heads: int, config: QuestCo
 @pytest.mark.parametrize("in_8_bits", [False, True], ids=["16 bits", "8 bits"])
 def test_forms_and_caches_in_8_bits(layout: str, group: int, form: MetadataForm, in_8_bits: bool) -> None:
     kv, seq_lens = make_cache([5000, 1000, 0, 2048, 70000], heads=4, layout=layout, form=form, in_8_bits=in_8_bits)
-    config = QuestConfig.from_dict({"metadata": form.name, "moments_coefficient": form.coefficient})
+    others = {"moments_coefficient": form.coefficient} if form.coefficient else {}
+    config = QuestConfig.from_dict({"metadata": form.name, **others})
     assert_step(kv, seq_lens, 4 * group, config)
 
 

@@ -92,6 +92,23 @@ def test_ties_of_negative_zero_and_infinite_scores() -> None:
     assert selected.units.tolist() == [[[0, 1, 3, 4, 7]]]
 
 
+@pytest.mark.parametrize("config", [
+    QuestConfig(metadata="bounds"), QuestConfig(metadata="moments"), QuestConfig().resolved("cuda"),
+], ids=lambda config: config.metadata)  # fmt: skip
+def test_options_taken_from_a_config_count_whoever_gave_them(config: QuestConfig) -> None:
+    scores = torch.randn(1, 2, 4096 // config.unit_size, generator=torch.Generator().manual_seed(0))
+    scores[..., 0] = -99  # read where the first page always is
+    options = {
+        "page_size": config.page_size, "token_budget": config.token_budget, "num_sink_pages": config.num_sink_pages,
+        "num_recent_pages": config.num_recent_pages, "selection_unit": config.selection_unit,
+    }  # fmt: skip
+    plain = {name: str(value) if isinstance(value, str) else int(value) for name, value in options.items()}
+    taken, given = select_pages(scores, 4096, **options), select_pages(scores, 4096, **plain)
+    assert torch.equal(taken.units, given.units)
+    assert int(taken.counts[0, 0]) == config.unit_budget
+    assert (taken.units[0, 0, 0] == 0) == (config.num_sink_pages > 0)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_page_with_a_non_finite_key_is_read(bad: float, layout: str) -> None:

@@ -37,7 +37,7 @@ from typing import NamedTuple, cast, get_args
 import torch
 from torch import Tensor
 
-from quest_attention.config import Backend, GroupReduction, Metadata, QuestConfig, SelectionUnit
+from quest_attention.config import Backend, GroupReduction, Metadata, QuestConfig, SelectionUnit, as_given
 from quest_attention.errors import QuestValueError
 from quest_attention.forms import Bounds, MetadataForm, Scored, form_of
 from quest_attention.ops.checks import (
@@ -284,7 +284,7 @@ def score_pages(
     if kv.form.scores == "page" and selection_unit != "page":
         expected = f"page for {kv.form.name}, which scores pages: quest_decode ranks tokens of the best by their keys"
         raise QuestValueError("selection_unit", selection_unit, expected)
-    config = _config(kv.page_size, backend, _kind(kv.form), group_reduction, selection_unit)
+    config = _config(kv.page_size, backend, _kind(kv.form), as_given(group_reduction), as_given(selection_unit))
     step = Step(
         query=query, kv=kv, seq_lens=seq_lens, config=config,
         sm_scale=sm_scale, softcap=softcap, sinks=sinks, token_mask=token_mask,
@@ -343,9 +343,10 @@ def select_pages(
     """
     check_scores(scores)
     # The config knows what a budget must hold; whose the scores are nobody asks, so that any unit may be selected.
+    # What comes from another config is given here, whether it was given there or not.
     config = QuestConfig(
-        token_budget, page_size, num_sink_pages=num_sink_pages, num_recent_pages=num_recent_pages,
-        metadata=_LIKE["token"], selection_unit=selection_unit,
+        as_given(token_budget), page_size, num_sink_pages=as_given(num_sink_pages), num_recent_pages=num_recent_pages,
+        metadata=_LIKE["token"], selection_unit=as_given(selection_unit),
     )  # fmt: skip
     check_lengths("seq_lens", seq_lens, scores.shape[0], scores.shape[2] * config.unit_size, scores.device)
     check_token_mask(token_mask, scores.shape[0], scores.device)
