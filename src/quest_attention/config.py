@@ -505,8 +505,9 @@ _resolve_once = lru_cache(_resolve)
 def as_given(value: _Option) -> _Option:
     """An option as somebody gave it: one taken from a config, who gave it or not, gives way to nothing any more.
 
-    >>> QuestConfig(metadata="sketch", num_sink_pages=as_given(QuestConfig.paper().num_sink_pages)).num_sink_pages
-    0
+    >>> none = QuestConfig(metadata="bounds").num_sink_pages
+    >>> [QuestConfig(metadata="sketch", num_sink_pages=pages).num_sink_pages for pages in (none, as_given(none))]
+    [1, 0]
     """
     for mark, plain in ((_WantedInteger, int), (_WantedNumber, float), (_WantedName, str)):
         if isinstance(value, mark):
