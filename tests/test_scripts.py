@@ -307,7 +307,7 @@ def test_the_tables_of_the_page_on_speed_are_those_of_the_results() -> None:
 @pytest.mark.parametrize("page", ["README.md", "docs/speed.md", "docs/gpu.md", "docs/vllm.md"])
 def test_ratios_times_and_shares_in_a_text_are_printed(page: str) -> None:
     """Every `1.23x`, `4.5 ms` and `6.7 %` outside of the tables is a number of some table that a script prints."""
-    scripts = ("tables_accuracy", "tables_cpu", "tables_gpu", "tables_public", "tables_vllm")
+    scripts = ("tables_accuracy", "tables_choosing", "tables_cpu", "tables_gpu", "tables_public", "tables_vllm")
     known = set(re.findall(r"\d+\.\d+", "".join(printed(script) for script in scripts)))
     text = (ROOT / page).read_text(encoding="utf-8")
     found = set(re.findall(r"(\d+\.\d+)(?:x| ms| %)", text))
