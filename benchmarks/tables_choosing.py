@@ -226,7 +226,28 @@ def tried_tables() -> dict[str, str]:
         ]
         return as_markdown((record["settings"]["title"], "Qwen 31K, 1,024", "Gemma 31K, 256"), rows)
 
-    return {"tried": table("forms"), "tried-parts": table("parts")}
+    return {"tried": table("forms"), "tried-parts": table("parts"), "tried-sums": sums_table()}
+
+
+def sums_table() -> str:
+    """What was kept by what is taken from each head's logits, in the experiments on that."""
+    record = json.loads((RESULTS.parent / "head_sums.json").read_text(encoding="utf-8"))
+    head = (
+        "log-sum-exp: candidates by, ranks by",
+        "Qwen 31K, 512: perplexity [%]",
+        "Gemma 31K, 256: perplexity [%]",
+        "Qwen 8K, 128: needles [%]",
+        "bundled 4K, 128: niah_multikey_2 [%]",
+    )
+    rows = [
+        [
+            f"{row['candidates']}; {row['ranks']}" + (f" ({row['who']})" if row["who"] else ""),
+            *("" if row[case] is None else f"{row[case]:+.1f}" for case in ("qwen_text", "gemma_text")),
+            *("" if row[case] is None else f"{row[case]:.1f}" for case in ("qwen_needles", "bundled")),
+        ]
+        for row in record["rows"]
+    ]
+    return as_markdown(head, rows)
 
 
 def picture() -> dict[str, str]:

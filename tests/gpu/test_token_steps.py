@@ -14,12 +14,9 @@ from quest_attention.pages import PagedKV, num_pages
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 from quest_attention.ops.triton import token_decode, token_workspace
-from token_choice import assert_chosen
+from token_choice import SIGNS_IN_4_BITS, assert_chosen
 
 pytestmark = pytest.mark.gpu
-
-_SIGNS_IN_4_BITS = 1.0
-"""How far a rank may be off by queries rounded to 4 bits for signs: an eighth of the worth of one, as measured."""
 
 
 def make_cache(lengths: list[int], heads: int, dim: int, dtype: torch.dtype, page_size: int = 16) -> Cache:
@@ -48,8 +45,21 @@ def test_whom_it_chooses(dim: int, group: int, dtype: torch.dtype, page_size: in
     assert token_workspace.can_scan(cache.kv, group) == scans
     query = torch.randn(3, 2 * group, dim, device="cuda").to(dtype)
     config = QuestConfig(512, page_size, metadata="sketch", selection_unit="token")
-    shares = assert_chosen(cache, query, config, rounding=_SIGNS_IN_4_BITS if scans else 0.05)
+    shares = assert_chosen(cache, query, config, rounding=SIGNS_IN_4_BITS if scans else 0.05)
     assert min(shares) > 0.7, "most of the best tokens"
+
+
+@pytest.mark.parametrize("group", [2, 7])
+def test_lists_longer_than_are_held_at_once(group: int) -> None:
+    """All pages have the same keys, so that 1,250 tokens or none reach a rank."""
+    cache = make_cache([20_000, 4_321], 2, 64, torch.bfloat16)
+    cache.kv.keys.copy_(cache.kv.keys[:1].expand_as(cache.kv.keys))
+    update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens)
+    query = torch.randn(2, 2 * group, 64, device="cuda").to(torch.bfloat16)
+    config = QuestConfig(128, metadata="sketch", selection_unit="token", candidate_factor=4)
+    plan = token_workspace.plan_of(cache.kv, 2 * group, config)
+    assert plan is not None and plan.held < 20_000 // 16
+    assert_chosen(cache, query, config, rounding=SIGNS_IN_4_BITS)
 
 
 @pytest.mark.parametrize(("dim", "group"), [(128, 4), (64, 1), (256, 8), (80, 4)])
@@ -59,7 +69,7 @@ def test_softcaps(dim: int, group: int) -> None:
     query = torch.randn(3, 2 * group, dim, device="cuda").to(torch.bfloat16)
     config = QuestConfig(512, metadata="sketch", selection_unit="token")
     sinks = torch.linspace(-1, 2, 2 * group, device="cuda")
-    assert min(assert_chosen(cache, query, config, _SIGNS_IN_4_BITS, softcap=2.0, sinks=sinks)) > 0.7
+    assert min(assert_chosen(cache, query, config, SIGNS_IN_4_BITS, softcap=2.0, sinks=sinks)) > 0.7
 
 
 def masks(width: int) -> Tensor:
@@ -104,7 +114,7 @@ def test_masks(dim: int, group: int, dtype: torch.dtype, page_size: int, softcap
     config = QuestConfig(
         512, page_size, metadata="sketch", selection_unit="token", num_sink_pages=2, num_recent_pages=3
     )
-    rounding = _SIGNS_IN_4_BITS if token_workspace.can_scan(cache.kv, group) else 0.05
+    rounding = SIGNS_IN_4_BITS if token_workspace.can_scan(cache.kv, group) else 0.05
     shares = assert_chosen(cache, query, config, rounding, token_mask=mask, softcap=softcap)
     assert len(shares) == 2 * 5, "one sequence has fewer live tokens than the budget"
     assert min(shares) > 0.7

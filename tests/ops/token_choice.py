@@ -9,85 +9,67 @@ from torch import Tensor
 
 from caches import Cache
 from quest_attention import QuestConfig
-from quest_attention.ops import Step, reference
+from quest_attention.ops import Selection, Step, reference
 from quest_attention.ops.triton import token_decode, token_workspace
 from quest_attention.pages import num_pages
 
-__all__ = ["assert_chosen"]
+__all__ = ["SIGNS_IN_4_BITS", "assert_choice", "assert_chosen"]
 
 _ROUNDING = 0.02
 """Of a rank in float16, up to 32 in size, and of the estimates' own arithmetic."""
+SIGNS_IN_4_BITS = 1.0
+"""How far a rank may be off by queries rounded to 4 bits for signs: an eighth of the worth of one, as measured."""
+_SUM = 2e-3
+"""Of a log-sum-exp in base 2."""
+_SUMMED_TOKENS = 128
+"""By whose keys a program sums."""
 
 
-def _rows(cache: Cache, query: Tensor, b: int, h: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of a row: keys and values `[T, D]` float64, queries `[G, D]`, and estimates of complete pages `[T', G]`."""
-    kv, end = cache.kv, cache.lengths[b]
-    group = query.shape[1] // kv.num_kv_heads
+def _rows(step: Step, b: int, h: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a row: keys `[T, D]` and queries `[G, D]` float64, and estimates of complete pages `[T', G]`."""
+    kv = step.kv
+    group = step.query.shape[1] // kv.num_kv_heads
     pages = kv.page_table[b, : num_pages(end, kv.page_size)].long()
-    keys, values = (stored[pages][:, :, h].flatten(0, 1)[:end].double() for stored in (kv.keys, kv.values))
-    scale = 1.0
-    if kv.key_scale is not None and kv.value_scale is not None:
-        scale = float(kv.key_scale.expand(kv.num_kv_heads)[h])
-        keys, values = keys * scale, values * float(kv.value_scale.expand(kv.num_kv_heads)[h])
-    heads = query[b, h * group : (h + 1) * group]
+    keys = kv.keys[pages][:, :, h].flatten(0, 1)[:end].double()
+    scale = 1.0 if kv.key_scale is None else float(kv.key_scale.expand(kv.num_kv_heads)[h])
+    heads = step.query[b, h * group : (h + 1) * group]
     kept = kv.metadata[pages[: end // kv.page_size], h].flatten(1)[None]
-    return keys, values, heads.double(), kv.form.score(kv.form.see(heads.float()[None]), kept)[0] * scale
+    return keys * scale, heads.double(), kv.form.score(kv.form.see(heads.float()[None]), kept)[0] * scale
 
 
 def _capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def assert_chosen(
-    cache: Cache,
-    query: Tensor,
-    config: QuestConfig,
-    rounding: float = _ROUNDING,
-    *,
-    token_mask: Tensor | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> list[float]:
-    """Run a step twice, and hold it to what is kept, to the keys, and to the oracle's attention over its choice.
+def assert_choice(step: Step, selected: Selection, rounding: float = _ROUNDING) -> list[float]:
+    """Hold what a step chose to its sketches, to its keys, and to what its workspace says of it.
 
     Args:
-        cache: Sketched.
-        query: `[B, HQ, D]`.
-        config: Of single tokens by sketches.
+        step: The last that used its workspace.
+        selected: What it chose.
         rounding: Of a rank in base 2, as far as a sign's worth may be rounded.
-        token_mask: As of a `Step`.
-        softcap: Likewise.
-        sinks: Likewise.
 
     Returns:
         Of each row of more live tokens than the budget, the share of those of the largest weights that were chosen.
     """
-    kv = cache.kv
-    workspace = token_workspace.make_token_workspace(kv, query.shape[1], config)
-    assert workspace is not None
-    step = Step(
-        query=query, kv=kv, seq_lens=cache.seq_lens, config=config, workspace=workspace, token_mask=token_mask,
-        softcap=softcap, sinks=sinks,
-    )  # fmt: skip
-    done, once_more = (token_decode.decode_tokens(step) for _ in range(2))
-    assert done is not None and once_more is not None
-    (output, selected), (again, same) = done, once_more
-    assert torch.equal(output, again), "the same twice"
-    assert torch.equal(selected.units, same.units)
-    assert not workspace.counters.any() and not workspace.found.any(), "counters are as they were"
-
+    kv, query, config, workspace = step.kv, step.query, step.config, step.workspace
+    assert isinstance(workspace, token_workspace.TokenWorkspace)
     group = query.shape[1] // kv.num_kv_heads
-    parts = 1 if group == 1 else 4
-    norms = workspace.norms.flatten()[: kv.batch_size * kv.num_kv_heads * parts * 16].view(-1, parts, 16).double()
+    parts = 1 if group == 1 else token_workspace.SAMPLE_PARTS
+    rows = kv.batch_size * kv.num_kv_heads
+    norms = workspace.norms.flatten()[: rows * parts * 16].view(rows, parts, 16).double()
+    norms = torch.logsumexp(norms * math.log(2), 1) / math.log(2)
+    lengths = step.seq_lens.tolist() if isinstance(step.seq_lens, Tensor) else [step.seq_lens] * kv.batch_size
     shares = []
-    for b, end in enumerate(cache.lengths):
+    for b, end in enumerate(lengths):
         for h in range(kv.num_kv_heads):
+            row = b * kv.num_kv_heads + h
             chosen = selected.units[b, h, : int(selected.counts[b, h])].long()
             assert (chosen[1:] > chosen[:-1]).all(), "in the order of the sequence"
             assert (selected.units[b, h, len(chosen) :] == -1).all()
             live = torch.arange(end, device=query.device)
-            if token_mask is not None:
-                live = live[: token_mask.shape[1]][token_mask[b, :end]]
+            if step.token_mask is not None:
+                live = live[: step.token_mask.shape[1]][step.token_mask[b, :end]]
             if len(live) <= config.token_budget:
                 assert chosen.tolist() == live.tolist(), "read whole"
                 continue
@@ -97,12 +79,16 @@ def assert_chosen(
             last = int(pages[-max(1, config.num_recent_pages)]) * kv.page_size
             among = live[(live >= forced) & (live < last)]
             always = live[(live < forced) | (live >= last)]
-            keys, _, heads, estimates = _rows(cache, query, b, h)
-            scale, in_base_2 = kv.head_dim**-0.5, math.log2(math.e)
-            norm = torch.logsumexp(norms[b * kv.num_kv_heads + h, :, :group] * math.log(2), 0) / math.log(2)
-            exact = (_capped(keys @ heads.T * scale, softcap) * in_base_2 - norm).amax(1)
-            rough = (_capped(estimates.double() * scale, softcap) * in_base_2 - norm).amax(1)
-            passes = _passing(workspace.passing, b * kv.num_kv_heads + h, kv.max_pages, kv.page_size)[:last]
+            keys, heads, estimates = _rows(step, b, h, end)
+            logits, estimates = (
+                _capped(one.double() * step.scale, step.softcap) * math.log2(math.e)
+                for one in (keys @ heads.T, estimates)
+            )
+            sinks = None if step.sinks is None else step.sinks.view(-1, group)[h].double() * math.log2(math.e)
+            norm, expected = norms[row, :group], _sum_of(logits, live, parts, kv.page_size, sinks)
+            assert (norm - expected).abs().max() < _SUM, f"heads' sums {norm.tolist()}, not {expected.tolist()}"
+            exact, rough = ((one - norm).amax(1) for one in (logits, estimates))
+            passes = _passing(workspace.passing, row, kv.max_pages, kv.page_size)[:last]
             assert passes[among].sum() >= len(chosen) - len(always), "candidates for all that is read"
             ranks = rough[among[passes[among]]]
             lowest = ranks[~ranks.isnan()].min()  # of a page whose sketch is not finite all pass
@@ -118,6 +104,44 @@ def assert_chosen(
                 assert exact[left].max() <= exact[free].min() + 1e-3, "the best of the candidates by their keys"
             best = among[exact[among].topk(len(free)).indices]
             shares.append(float(mine[best].double().mean()))
+    return shares
+
+
+def assert_chosen(
+    cache: Cache,
+    query: Tensor,
+    config: QuestConfig,
+    rounding: float = _ROUNDING,
+    *,
+    token_mask: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> list[float]:
+    """Run a step twice, and hold it to `assert_choice`, and to the oracle's attention over its choice.
+
+    Args:
+        cache: Sketched.
+        query: `[B, HQ, D]`.
+        config: Of single tokens by sketches.
+        rounding: As of `assert_choice`, like the result.
+        token_mask: As of a `Step`.
+        softcap: Likewise.
+        sinks: Likewise.
+    """
+    kv = cache.kv
+    workspace = token_workspace.make_token_workspace(kv, query.shape[1], config)
+    assert workspace is not None
+    step = Step(
+        query=query, kv=kv, seq_lens=cache.seq_lens, config=config, workspace=workspace, token_mask=token_mask,
+        softcap=softcap, sinks=sinks,
+    )  # fmt: skip
+    done, once_more = (token_decode.decode_tokens(step) for _ in range(2))
+    assert done is not None and once_more is not None
+    (output, selected), (again, same) = done, once_more
+    assert torch.equal(output, again), "the same twice"
+    assert torch.equal(selected.units, same.units)
+    assert not workspace.counters.any() and not workspace.found.any(), "counters are as they were"
+    shares = assert_choice(step, selected, rounding)
     as_lists = [[[unit for unit in head if unit >= 0] for head in row] for row in selected.units.tolist()]
     expected, _ = reference.sparse_decode_attention(
         query, kv, cache.lengths, as_lists, kv.head_dim**-0.5, softcap, sinks, token_mask, unit_size=1
@@ -125,6 +149,30 @@ def assert_chosen(
     precision = torch.finfo(query.dtype).eps
     torch.testing.assert_close(output.double().cpu(), expected.double().cpu(), rtol=4 * precision, atol=8 * precision)
     return shares
+
+
+def _sum_of(logits: Tensor, live: Tensor, parts: int, page_size: int, sinks: Tensor | None) -> Tensor:
+    """The log-sum-exp `[G]` of a row's exact logits `[T, G]`, all in base 2, of the tokens that `preparation` draws."""
+    first, end = int(live[0]), int(live[-1]) + 1
+    edge = min(page_size, _SUMMED_TOKENS * parts // 4)
+    drawn = _SUMMED_TOKENS * parts - 2 * edge
+    nth = torch.arange(drawn)
+    between = max(1, end - first - 2 * edge)
+    each = torch.tensor(between, dtype=torch.float32) / drawn
+    draw = (nth * 40503 & 0xFFFF) / 65536
+    position = first + edge + ((nth + draw) * each).int().clamp(max=between - 1)
+    edges = torch.cat([torch.arange(first, first + edge), torch.arange(end - edge, end)])
+    position = torch.cat([edges, position]).to(logits.device)
+    worth = torch.cat([torch.zeros(2 * edge), each.log2().expand(drawn)]).double().to(logits.device)
+    is_live = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    is_live[live] = True
+    is_drawn = (position >= first) & (position < end)
+    position, worth = position[is_drawn], worth[is_drawn]
+    is_known = is_live[position][:, None] & logits[position].isfinite()
+    weights = (logits[position] + worth[:, None]).masked_fill(~is_known, -math.inf)
+    if sinks is not None:
+        weights = torch.cat([weights, sinks[None]])
+    return torch.logsumexp(weights * math.log(2), 0) / math.log(2)
 
 
 def _passing(words: Tensor, row: int, max_pages: int, page_size: int) -> Tensor:

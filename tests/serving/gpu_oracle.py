@@ -22,6 +22,7 @@ from quest_attention.vllm.impl import OpenCache
 from quest_attention.vllm.step import QuestStep
 from quest_attention.vllm.worker import QuestWorkerExtension
 from right_metadata import is_right
+from token_choice import SIGNS_IN_4_BITS, assert_choice
 
 _FLOAT32_SUM = 1e-4
 """How far two float32 sums of 128 products lie apart at most, relative to them: such scores may swap places."""
@@ -62,14 +63,13 @@ class GPUOracleExtension(QuestWorkerExtension):
     def _check(
         self, layer: str, kv: PagedKV, query: Tensor, step: QuestStep, selected: Selection, output: Tensor, impl: Any
     ) -> None:
-        config, group, size = step.config, query.shape[1] // kv.num_kv_heads, selected.unit_size
         asked = Step(
-            query=query, kv=kv, seq_lens=step.seq_lens, config=replace(config, backend="torch"), sm_scale=impl.scale,
-            softcap=impl._softcap, sinks=impl.sinks,
+            query=query, kv=kv, seq_lens=step.seq_lens, config=step.config, sm_scale=impl.scale, softcap=impl._softcap,
+            sinks=impl.sinks, workspace=step.workspace,
         )  # fmt: skip
-        verbs = resolve_backend("torch", query.device).verbs
-        scores = verbs.score_pages(asked, None)
-        expected = verbs.select_pages(asked, scores)
+        wrong = _wrong_tokens(asked, selected) if selected.unit_size == 1 else _wrong_units(asked, selected)
+        self._failures.extend(f"{layer}, {one}" for one in wrong)
+        group, size = query.shape[1] // kv.num_kv_heads, selected.unit_size
         ours = plain = 0.0
         for b, length in enumerate(step.seq_lens.tolist()):
             if length == 0:
@@ -80,21 +80,60 @@ class GPUOracleExtension(QuestWorkerExtension):
             if not is_right(kv.form, kv.metadata[table], kv.keys[table], length).all():
                 self._failures.append(f"{layer}, row {b}: a page's {kv.form.name} are not those of its keys")
             for h in range(kv.num_kv_heads):
-                units, wanted = (found.units[b, h][found.units[b, h] >= 0].long() for found in (selected, expected))
-                wrong = _wrongly(scores[b, h], units.tolist(), wanted.tolist(), length, config)
-                if wrong:
-                    self._failures.append(f"{layer}, row {b}, head {h}: {wrong} read or left out")
+                units = selected.units[b, h][selected.units[b, h] >= 0].long()
                 tokens = (units[:, None] * size + torch.arange(size, device=units.device)).flatten()
                 tokens = tokens[tokens < length]
-                q, k, v = query[b, h * group : (h + 1) * group], keys[tokens, h], values[tokens, h]
-                exact = torch.softmax(q.double() @ k.double().T * impl.scale, -1) @ v.double()
-                by_torch = F.scaled_dot_product_attention(q[None, None], k[None, None], v[None, None], scale=impl.scale)
-                ours = max(ours, float((output[b, h * group : (h + 1) * group] - exact).abs().nan_to_num(1e9).max()))
-                plain = max(plain, float((by_torch[0, 0] - exact).abs().max()))
+                heads = slice(h * group, (h + 1) * group)
+                sinks = None if impl.sinks is None else impl.sinks[heads]
+                q, k, v = query[b, heads], keys[tokens, h], values[tokens, h]
+                exact = _attend(q.double(), k.double(), v.double(), impl.scale, impl._softcap, sinks)
+                ours = max(ours, float((output[b, heads] - exact).abs().nan_to_num(1e9).max()))
+                by_torch = _attend(q, k, v, impl.scale, impl._softcap, sinks)
+                plain = max(plain, float((by_torch - exact).abs().max()))
         allowed = 2 * plain + torch.finfo(torch.float32).eps
         self._worst = max(self._worst, ours / allowed)
         if ours > allowed:
             self._failures.append(f"{layer}: output off by {ours:.2e}, expected at most {allowed:.2e}")
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
+    """Attention `[G, DV]` of some heads over some tokens, as plain PyTorch has it in the dtype of what it is given."""
+    if softcap is None and sinks is None:
+        return F.scaled_dot_product_attention(q[None, None], k[None, None], v[None, None], scale=scale)[0, 0]
+    precise = torch.promote_types(q.dtype, torch.float32)
+    logits = q.to(precise) @ k.to(precise).T * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if sinks is not None:
+        logits = torch.cat([logits, sinks.to(precise)[:, None]], 1)
+    return torch.softmax(logits, 1)[:, : len(k)].to(v.dtype) @ v
+
+
+def _wrong_tokens(asked: Step, selected: Selection) -> list[str]:
+    """What is wrong with a choice of single tokens, beside the kernels' own sample: see `token_choice`."""
+    try:
+        assert_choice(asked, selected, rounding=SIGNS_IN_4_BITS)
+    except AssertionError as error:
+        return [str(error)]
+    return []
+
+
+def _wrong_units(asked: Step, selected: Selection) -> list[str]:
+    """What was read or left out beside the choice of the PyTorch path."""
+    config = asked.config
+    asked = replace(asked, config=replace(config, backend="torch"), workspace=None)
+    verbs = resolve_backend("torch", asked.query.device).verbs
+    scores = verbs.score_pages(asked, None)
+    expected = verbs.select_pages(asked, scores)
+    assert isinstance(asked.seq_lens, Tensor), "a batch of vLLM has lengths on the device"
+    found = []
+    for b, length in enumerate(asked.seq_lens.tolist()):
+        for h in range(asked.kv.num_kv_heads):
+            read, wanted = (one.units[b, h][one.units[b, h] >= 0].tolist() for one in (selected, expected))
+            wrong = _wrongly(scores[b, h], read, wanted, length, config)
+            if wrong:
+                found.append(f"row {b}, head {h}: {wrong} read or left out")
+    return found
 
 
 def _wrongly(scores: Tensor, read: list[int], wanted: list[int], length: int, config: QuestConfig) -> list[int]:

@@ -478,6 +478,7 @@ SCENARIOS = [
 ]
 
 if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parent.parent / "ops"))  # where `token_choice` is; workers take the path over
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

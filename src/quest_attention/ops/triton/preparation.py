@@ -98,7 +98,7 @@ def prepare_kernel(
         between = tl.maximum(end - start - 2 * EDGE, 1)
         nth = at - 2 * EDGE
         draw = ((nth * 40503) & 0xFFFF).to(tl.float32) / 65536.0
-        each = between.to(tl.float32) / DRAWN
+        each = tl.div_rn(between.to(tl.float32), tl.full([], DRAWN, tl.float32))  # so that all GPUs draw the same
         drawn = start + EDGE + tl.minimum(((nth.to(tl.float32) + draw) * each).to(tl.int32), between - 1)
         position = tl.where(at < EDGE, start + at, tl.where(at < 2 * EDGE, end - 2 * EDGE + at, drawn))
         is_live = (position >= start) & (position < end)
