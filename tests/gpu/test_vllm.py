@@ -73,6 +73,11 @@ def test_moments_are_those_of_the_keys() -> None:
     assert found["metrics"]["num_preemptions"] > 0
 
 
+@pytest.mark.parametrize("form", ["bounds", "sketch"])
+def test_keys_and_values_in_8_bits(form: str) -> None:
+    assert_sampled(scenario("gpu_8_bits")[form])
+
+
 def test_sketches_with_a_budget_of_the_context_give_the_stock_backends_keys() -> None:
     found = scenario("gpu_sketch_budget_of_the_context")
     (counters,) = found["counters"]

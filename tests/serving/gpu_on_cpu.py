@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from quest_attention.forms import FP8
 from quest_attention.vllm.gpu import QuestGPUBackend, QuestGPUImpl, QuestGPUMetadataBuilder
+from quest_attention.vllm.scales import unquantized
 from vllm_oracle import OracleExtension
 
 
@@ -47,6 +49,12 @@ class SimulatedImpl(QuestGPUImpl):
             keys, values = kv_cache.unbind(1)
         else:
             keys, values = kv_cache.transpose(1, 2).split(self.head_size, -1)
+        if kv_cache.dtype == torch.uint8:
+            keys, values = (
+                (part.view(FP8).float() * scale).to(output.dtype)
+                for part, scale in ((keys, _layer._k_scale), (values, _layer._v_scale))
+            )
+            query = unquantized(_layer, query, output.dtype)
         starts = metadata.query_start_loc.tolist()
         for row, length in enumerate(metadata.seq_lens.tolist()):
             start, end = starts[row], starts[row + 1]

@@ -76,7 +76,12 @@ class GPUOracleExtension(QuestWorkerExtension):
                 continue
             self._seen["rows"] += 1
             table = kv.page_table[b, : num_pages(length, kv.page_size)].long()
-            keys, values = (part[table].flatten(0, 1)[:length] for part in (kv.keys, kv.values))  # [T, H, D]
+            keys, values = (
+                part[table].flatten(0, 1)[:length]
+                if scale is None
+                else (part[table].double() * scale[:, None]).flatten(0, 1)[:length].to(query.dtype)
+                for part, scale in ((kv.keys, kv.key_scale), (kv.values, kv.value_scale))
+            )  # [T, H, D]
             if not is_right(kv.form, kv.metadata[table], kv.keys[table], length).all():
                 self._failures.append(f"{layer}, row {b}: a page's {kv.form.name} are not those of its keys")
             for h in range(kv.num_kv_heads):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -26,6 +27,7 @@ BUDGET = 4 * BLOCK
 ANSWER = 10
 """Tokens of an answer."""
 ORACLE = {"worker_extension_cls": "vllm_oracle.OracleExtension"}
+SIMULATED_ORACLE = {"worker_extension_cls": "gpu_on_cpu.SimulatedOracle"}
 GPU_ORACLE = {"worker_extension_cls": "gpu_oracle.GPUOracleExtension"}
 FROM_PROMPT = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 2}
 """Speculation that needs no model."""
@@ -300,8 +302,9 @@ def adapter_of_a_gpu() -> dict[str, Any]:
     from quest_attention.vllm import plugin
 
     plugin._BACKENDS["cpu"] = "gpu_on_cpu.SimulatedBackend"
-    oracle = {"worker_extension_cls": "gpu_on_cpu.SimulatedOracle"}
-    llm = make_llm({"token_budget": BUDGET}, dtype="bfloat16", max_num_batched_tokens=192, block_size=16, **oracle)
+    llm = make_llm(
+        {"token_budget": BUDGET}, dtype="bfloat16", max_num_batched_tokens=192, block_size=16, **SIMULATED_ORACLE
+    )
     texts = prompts(3, 400) + prompts(1, 40)
     return {**checked(llm, [texts, texts]), "planned": llm.collective_rpc("plan_a_capture")}
 
@@ -311,11 +314,62 @@ def adapter_of_a_gpu_with_sketches() -> dict[str, Any]:
     from quest_attention.vllm import plugin
 
     plugin._BACKENDS["cpu"] = "gpu_on_cpu.SimulatedBackend"
-    oracle = {"worker_extension_cls": "gpu_on_cpu.SimulatedOracle"}
     quest = {"token_budget": BUDGET, **SKETCH}
-    llm = make_llm(quest, dtype="bfloat16", max_num_batched_tokens=192, block_size=16, **oracle)
+    llm = make_llm(quest, dtype="bfloat16", max_num_batched_tokens=192, block_size=16, **SIMULATED_ORACLE)
     texts = prompts(2, 400) + prompts(1, 40)
     return {**checked(llm, [texts, texts]), "planned": llm.collective_rpc("plan_a_capture")}
+
+
+def adapter_of_a_gpu_in_8_bits() -> dict[str, Any]:
+    """The same with keys and values in 8 bits, of pages by bounds and of single tokens by sketches."""
+    from vllm.v1.attention.backends import flash_attn
+
+    from quest_attention.vllm import plugin, scales
+
+    plugin._BACKENDS["cpu"] = "gpu_on_cpu.SimulatedBackend"
+    scales._DEVICES = ("cpu",)
+    flash_attn.flash_attn_supports_kv_cache_dtype = lambda *_, **__: True  # which asks for a GPU
+    found = {}
+    for name, quest in (("bounds", {}), ("sketch", SKETCH)):
+        llm = make_llm(
+            {"token_budget": BUDGET, **quest}, dtype="bfloat16", block_size=16, kv_cache_dtype="fp8",
+            max_num_batched_tokens=192, **SIMULATED_ORACLE,
+        )  # fmt: skip
+        llm.collective_rpc("set_scales", args=(0.5, 0.25, 0.125))
+        texts = prompts(2, 400) + prompts(1, 40)
+        found[name] = checked(llm, [texts, texts])
+        llm.collective_rpc("remove_oracle")
+        stop(llm)
+    return found
+
+
+def checkpoint_in_8_bits() -> dict[str, Any]:
+    """A checkpoint whose own settings ask for 8 bits, of which vLLM learns as it makes the layers."""
+    from vllm.v1.attention.backends import flash_attn
+
+    from quest_attention.vllm import plugin, scales
+
+    plugin._BACKENDS["cpu"] = "gpu_on_cpu.SimulatedBackend"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "model"
+        shutil.copytree(bundled_model_path(), folder)
+        config = json.loads((folder / "config.json").read_text())
+        in_8_bits = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+        config["quantization_config"] = {
+            "quant_method": "compressed-tensors", "format": "dense", "config_groups": {}, "kv_cache_scheme": in_8_bits,
+        }  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(config))
+        options = {"model": str(folder), "dtype": "bfloat16"}
+        try:
+            make_llm({"token_budget": BUDGET}, **options)
+            refusal = "none"
+        except Exception as error:  # noqa: BLE001 - whatever an engine makes of it
+            refusal = f"{error} {error.__cause__}"
+        scales._DEVICES = ("cpu",)
+        flash_attn.flash_attn_supports_kv_cache_dtype = lambda *_, **__: True  # which asks for a GPU
+        llm = make_llm({"token_budget": BUDGET}, block_size=16, **SIMULATED_ORACLE, **options)
+        found = checked(llm, [prompts(2, 400)])
+        return {**found, "refusal": refusal, "stored": llm.llm_engine.vllm_config.cache_config.cache_dtype}
 
 
 def adapter_of_a_gpu_with_windows() -> dict[str, Any]:
@@ -323,7 +377,7 @@ def adapter_of_a_gpu_with_windows() -> dict[str, Any]:
     from quest_attention.vllm import plugin
 
     plugin._BACKENDS["cpu"] = "gpu_on_cpu.SimulatedBackend"
-    return families(("gpt_oss", "gemma4_pages"), worker_extension_cls="gpu_on_cpu.SimulatedOracle")
+    return families(("gpt_oss", "gemma4_pages"), **SIMULATED_ORACLE)
 
 
 def tensor_parallel() -> dict[str, Any]:
@@ -388,6 +442,16 @@ def gpu_moments() -> dict[str, Any]:
     quest = {"token_budget": BUDGET, "metadata": "moments"}
     llm = make_gpu_llm(quest, enforce_eager=True, max_num_batched_tokens=512, **small_pool(53), **GPU_ORACLE)
     return checked(llm, [prompts(4, 230)], tokens=40)
+
+
+def gpu_8_bits() -> dict[str, Any]:
+    """Keys and values in 8 bits, eager, with the sampled oracle: bounds, then single tokens by sketches."""
+    found = {}
+    for name, quest in (("bounds", {}), ("sketch", SKETCH)):
+        llm = make_gpu_llm({"token_budget": BUDGET, **quest}, enforce_eager=True, kv_cache_dtype="fp8", **GPU_ORACLE)
+        found[name] = checked(llm, [prompts(4, 400)], tokens=20)
+        stop(llm)
+    return found
 
 
 def gpu_sketch_budget_of_the_context() -> dict[str, Any]:
@@ -460,6 +524,8 @@ SCENARIOS = [
     with_states,
     adapter_of_a_gpu,
     adapter_of_a_gpu_with_sketches,
+    adapter_of_a_gpu_in_8_bits,
+    checkpoint_in_8_bits,
     adapter_of_a_gpu_with_windows,
     tensor_parallel,
     one_rank,
@@ -467,6 +533,7 @@ SCENARIOS = [
     gpu_budget_of_the_context,
     gpu_eager,
     gpu_moments,
+    gpu_8_bits,
     gpu_sketch_budget_of_the_context,
     gpu_sketch,
     gpu_sketch_preemption,

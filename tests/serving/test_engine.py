@@ -217,6 +217,22 @@ def test_the_adapter_of_a_gpu_with_sketches() -> None:
     assert seen["rows within it"] > 0 < seen["selections"]
 
 
+@pytest.mark.parametrize("form", ["bounds", "sketch"])
+def test_the_adapter_of_a_gpu_with_keys_and_values_in_8_bits(form: str) -> None:
+    """By scales that are not 1: the oracle stores every token a second time, rounded by its own arithmetic."""
+    found = scenario("adapter_of_a_gpu_in_8_bits")[form]
+    assert_checked(found)
+    assert found["answers"][0] == found["answers"][1]
+    assert found["metrics"]["prefix_cache_hits"] > 0
+
+
+def test_a_checkpoint_that_asks_for_8_bits_is_read_so_or_refused_by_name() -> None:
+    found = scenario("checkpoint_in_8_bits")
+    assert "kv_cache_dtype: got 'fp8', expected one of 'auto', 'bfloat16'" in found["refusal"]
+    assert found["stored"] == "fp8"
+    assert_checked(found)
+
+
 @pytest.mark.parametrize("name", ["gpt_oss", "gemma4_pages"])
 def test_the_adapter_of_a_gpu_with_windows(name: str) -> None:
     check_family(name, scenario("adapter_of_a_gpu_with_windows")[name])

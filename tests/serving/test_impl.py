@@ -38,7 +38,7 @@ class Attends(QuestCPUImpl):
         self._is_dense = None
         self.ran: list[str] = []
 
-    def open(self, kv_cache: Tensor) -> OpenCache:
+    def open(self, _layer: Any, kv_cache: Tensor) -> OpenCache:
         parts: Any = SimpleNamespace(stock=kv_cache)
         paged: Any = SimpleNamespace(metadata=kv_cache, page_size=TOKENS, form=Bounds())
         return OpenCache(0, parts, paged)

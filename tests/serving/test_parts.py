@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from quest_attention import BackendError, QuestConfig, QuestValueError, UnsupportedModelError
 from quest_attention.config import Metadata, SelectionUnit
-from quest_attention.forms import form_of
+from quest_attention.forms import FP8, form_of
 from quest_attention.ops import append_slots
 from quest_attention.pages import PagedKV
 from quest_attention.serving.options import QuestOptions
@@ -25,6 +26,7 @@ from quest_attention.vllm.options import VLLMOptions, read_options
 from quest_attention.vllm.places import Places, read_places
 from quest_attention.vllm.ranks import sparse_layers
 from quest_attention.vllm.refusals import check_vllm_config
+from quest_attention.vllm.scales import check_cache_dtype, unquantized
 from quest_attention.vllm.worker import worker_label
 
 BLOCKS, HEADS, TOKENS, DIM = 5, 2, 4, 8
@@ -462,6 +464,31 @@ def test_sketches_go_with_tokens_that_are_taken_back(unit: SelectionUnit) -> Non
     check_vllm_config(a_server(additional_config=quest, speculative_config=SimpleNamespace(method="ngram")), CPU)
 
 
+@pytest.mark.parametrize(("name", "device", "is_read"), [
+    ("auto", "cpu", True), ("bfloat16", "cpu", True), ("float16", "cpu", False), ("fp8", "cpu", False),
+    ("auto", "cuda", True), ("bfloat16", "cuda", True), ("fp8", "cuda", True), ("fp8_e4m3", "cuda", True),
+    ("float16", "cuda", False), ("fp8_e5m2", "cuda", False), ("fp8_per_token_head", "cuda", False),
+    ("nvfp4", "cuda", False),
+])  # fmt: skip
+def test_caches_in_the_dtype_of_the_model_and_in_8_bits(name: str, device: str, *, is_read: bool) -> None:
+    if is_read:
+        check_cache_dtype(name, torch.bfloat16, device)
+        return
+    with pytest.raises(QuestValueError, match=f"kv_cache_dtype: got '{name}', expected one of 'auto', 'bfloat16'"):
+        check_cache_dtype(name, torch.bfloat16, device)
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(1.0), torch.tensor(0.3), torch.tensor([0.5, 0.3])], ids=str)
+def test_queries_in_8_bits_are_what_the_stock_kernel_takes_them_for(scale: Tensor) -> None:
+    layer = SimpleNamespace(_q_scale=scale, _q_scale_float=float(scale.max()))
+    stored = torch.randn(3, 4, 8).to(FP8)
+    of_heads = scale.expand(2).repeat_interleave(2) if scale.dim() else scale.expand(4)
+    expected = stored.float() * of_heads[:, None]
+    torch.testing.assert_close(unquantized(layer, stored, torch.float32), expected)
+    plain = torch.randn(3, 4, 8)
+    assert unquantized(layer, plain, torch.float32) is plain
+
+
 def test_a_backend_that_cannot_run_here_is_refused_before_a_request() -> None:
     with pytest.raises(BackendError, match=r"quest\.backend: got 'triton', expected 'auto' or 'torch' here"):
         check_vllm_config(
@@ -487,6 +514,8 @@ def test_a_backend_that_cannot_be_captured_is_refused_on_a_gpu() -> None:
         ({"attention_config": {"backend": None}}, 'attention_backend: got "vLLM\'s own choice", expected CUSTOM'),
         ({"attention_config": {"backend": SimpleNamespace(name="FLASHINFER")}}, "attention_backend: got 'FLASHINFER'"),
         ({"cache_config": {"cache_dtype": "fp8_e4m3"}}, "kv_cache_dtype: got 'fp8_e4m3'"),
+        ({"cache_config": {"kv_cache_dtype_skip_layers": ["0"]}}, "kv_cache_dtype_skip_layers: got .*, expected none"),
+        ({"cache_config": {"calculate_kv_scales": True}}, "calculate_kv_scales: got True, expected False: keys that"),
         ({"cache_config": {"block_size": 4096}}, "token_budget: got 2048, expected at least 8192: 2 forced"),
         ({"parallel_config": {"decode_context_parallel_size": 2}}, "decode_context_parallel_size: got 2"),
         ({"parallel_config": {"prefill_context_parallel_size": 2}}, "prefill_context_parallel_size: got 2"),

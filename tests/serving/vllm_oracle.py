@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quest_attention.forms import form_of
+from quest_attention.forms import FP8, form_of
 from quest_attention.ops import Selection, reference
 from quest_attention.pages import PagedKV
 from quest_attention.vllm.step import QuestStep
@@ -24,6 +24,7 @@ from right_metadata import is_right
 
 _FLOAT32_SUM = 1e-4
 """How far two float32 sums of 128 products of unit size lie apart at most: scores closer than this may swap places."""
+_LARGEST = torch.finfo(FP8).max
 _EVERY = 13
 """Of the calls with sketches the selection of one in so many is held to the reference, which takes bit by bit: a number
 that shares nothing with layers, so that each layer gets its turn."""
@@ -43,16 +44,21 @@ class Oracle:
         self.failures: list[str] = []
         self.worst = 0.0
         self._copies: dict[str, tuple[Tensor, Tensor]] = {}
+        self._scales: dict[str, tuple[Tensor | None, Tensor | None]] = {}
 
-    def write(self, layer: str, like: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None:
-        """Tokens go to their slots; what was never written is NaN."""
+    def write(self, layer: str, kv: PagedKV, key: Tensor, value: Tensor, slots: Tensor) -> None:
+        """Tokens go to their slots, divided by the scales of the layer where it has some; what nobody wrote is NaN."""
         if layer not in self._copies:
-            empty = torch.full(like.shape, float("nan"), dtype=like.dtype)
+            empty = torch.full(kv.keys.shape, float("nan")).to(kv.keys.dtype)
             self._copies[layer] = (empty, empty.clone())
+        self._scales[layer] = scales = (kv.key_scale, kv.value_scale)
         used = slots >= 0
-        page, offset = slots[used] // like.shape[1], slots[used] % like.shape[1]
-        for copy, fresh in zip(self._copies[layer], (key, value), strict=True):
-            copy[page, offset] = fresh[used]
+        page, offset = slots[used] // kv.page_size, slots[used] % kv.page_size
+        for copy, fresh, scale in zip(self._copies[layer], (key, value), scales, strict=True):
+            stored = fresh[used]
+            if scale is not None:
+                stored = (stored.double() / scale[:, None]).clamp(-_LARGEST, _LARGEST).to(FP8)
+            copy[page, offset] = stored
 
     def check(
         self,
@@ -70,7 +76,11 @@ class Oracle:
         That may be twice as far from float64 as PyTorch's attention in the same dtype, or as `yardstick`: vLLM's kernel
         over the same tokens in a cache of their own, which on a CPU is less exact than PyTorch's.
         """
-        kv = PagedKV(*self._copies[layer], metadata, step.block_table, form=form_of(step.config))
+        key_scale, value_scale = self._scales[layer]
+        kv = PagedKV(
+            *self._copies[layer], metadata, step.block_table, form=form_of(step.config), key_scale=key_scale,
+            value_scale=value_scale,
+        )  # fmt: skip
         lengths, config = step.seq_lens.tolist(), step.config
         self.seen["calls"] += 1
         self._check_metadata(layer, kv, lengths)
@@ -149,8 +159,8 @@ class Oracle:
             for page in (~is_right(kv.form, kept, keys, length)).nonzero().flatten().tolist():
                 self._fail(f"{layer}, row {b}, page {page}: not the {kv.form.name} of its keys, or nobody wrote one")
             if kv.form.is_bound:
-                for page, bounds in enumerate(kept.to(keys.dtype)):  # [H, 2, D]
-                    own = keys[page, : length - page * kv.page_size]  # [T, H, D]
+                for page, bounds in enumerate(kept.double()):  # [H, 2, D]
+                    own = keys.double()[page, : length - page * kv.page_size]  # [T, H, D]
                     narrowest = torch.stack([own.amax(0), own.amin(0)], 1)
                     self.seen["pages with exact bounds"] += torch.equal(narrowest, bounds)
 
@@ -167,7 +177,10 @@ class Oracle:
                 tokens = (units[:, None] * size + torch.arange(size)).flatten()
                 tokens = tokens[tokens < length]
                 where = kv.page_table[b, tokens // kv.page_size].long(), tokens % kv.page_size
-                keys, values = (part[where][:, h] for part in (kv.keys, kv.values))
+                keys, values = (
+                    part[where][:, h] if scale is None else (part[where][:, h].double() * scale).to(query.dtype)
+                    for part, scale in ((kv.keys, kv.key_scale), (kv.values, kv.value_scale))
+                )
                 heads = slice(h * group, (h + 1) * group)  # together, as PyTorch rounds by how many there are
                 plain = _plain(query[b, heads], keys, values, heads, impl)
                 worst = max(worst, float((plain.double() - exact[b, heads]).abs().max()))
@@ -218,7 +231,7 @@ class OracleExtension(QuestWorkerExtension):
 
         def checked_write(impl: Any, layer: Any, key: Tensor, value: Tensor, opened: Any, slots: Tensor) -> None:
             write(impl, layer, key, value, opened, slots)
-            oracle.write(layer.layer_name, opened.parts.keys, key, value, slots)
+            oracle.write(layer.layer_name, opened.paged, key, value, slots)
 
         def checked_attend(
             impl: Any, layer: Any, query: Tensor, opened: Any, step: QuestStep, output: Tensor
@@ -241,6 +254,13 @@ class OracleExtension(QuestWorkerExtension):
     def remove_oracle(self) -> None:
         """Check no more calls: another engine of this process is about to start."""
         self._unwatch()  # type: ignore[attr-defined]
+
+    def set_scales(self, query: float, key: float, value: float) -> None:
+        """Scales of a cache in 8 bits, as a checkpoint would bring them."""
+        for layer in self.model_runner.compilation_config.static_forward_context.values():  # type: ignore[attr-defined]
+            for name, scale in (("_q_scale", query), ("_k_scale", key), ("_v_scale", value)):
+                getattr(layer, name).fill_(scale)
+                setattr(layer, f"{name}_float", scale)
 
     def quest_form(self) -> str:
         """What this worker's steps are planned with."""

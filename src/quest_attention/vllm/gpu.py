@@ -102,7 +102,7 @@ class QuestGPUMetadataBuilder(QuestMetadataBuilder, FlashAttentionMetadataBuilde
         layer, opened = self._first_layer()
         impl = layer.impl
         query = torch.zeros(
-            step.num_rows, impl.num_heads, impl.head_size, dtype=opened.parts.keys.dtype, device=self.device
+            step.num_rows, impl.num_heads, impl.head_size, dtype=self.vllm_config.model_config.dtype, device=self.device
         )
         nothing = replace(
             step, seq_lens=torch.zeros_like(step.seq_lens), block_table=torch.zeros_like(step.block_table)
@@ -113,7 +113,7 @@ class QuestGPUMetadataBuilder(QuestMetadataBuilder, FlashAttentionMetadataBuilde
     def _first_layer(self) -> tuple[Any, OpenCache]:
         """A sparse layer of this worker, and its cache."""
         layer = self.vllm_config.compilation_config.static_forward_context[self._row_planner.counted_layer]
-        return layer, layer.impl.open(layer.kv_cache)
+        return layer, layer.impl.open(layer, layer.kv_cache)
 
 
 class QuestGPUImpl(QuestAttentionImpl, FlashAttentionImpl):

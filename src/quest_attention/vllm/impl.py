@@ -21,6 +21,7 @@ from quest_attention.vllm.options import read_options
 from quest_attention.vllm.plugin import vllm_version
 from quest_attention.vllm.ranks import sparse_layers
 from quest_attention.vllm.refusals import BACKEND_NAME, check_layer, check_output_scales, check_transfer
+from quest_attention.vllm.scales import check_cache_dtype, scales_of, stored_dtype, unquantized
 from quest_attention.vllm.step import QuestStep
 
 __all__ = ["OpenCache", "QuestAttentionImpl", "QuestBackend"]
@@ -70,11 +71,10 @@ class QuestAttentionImpl:
         sliding_window: int | None = None, kv_cache_dtype: str = "auto", logits_soft_cap: float | None = None,
         attn_type: str = "decoder", kv_sharing_target_layer_name: str | None = None, sinks: Tensor | None = None,
     ) -> None:  # fmt: skip
-        check_layer(
-            alibi_slopes=alibi_slopes, sliding_window=sliding_window, kv_cache_dtype=kv_cache_dtype,
-            attn_type=attn_type,
-        )  # fmt: skip
         vllm_config = get_current_vllm_config()
+        check_layer(alibi_slopes=alibi_slopes, sliding_window=sliding_window, attn_type=attn_type)
+        # What a checkpoint says of its cache may have made another of "auto" since the configuration was looked at.
+        check_cache_dtype(kv_cache_dtype, vllm_config.model_config.dtype, current_platform.device_type)
         check_transfer(vllm_config.kv_transfer_config)  # vLLM may have made one since the configuration was looked at
         options = read_options(vllm_config, current_platform.device_type)
         if options is None:
@@ -107,7 +107,7 @@ class QuestAttentionImpl:
         check_output_scales(output_scale, output_block_scale)
         if attn_metadata is None:  # vLLM measures memory
             return self._forward_stock(layer, query, key, value, kv_cache, None, output)
-        opened = self.open(kv_cache)
+        opened = self.open(layer, kv_cache)
         step: QuestStep | None = attn_metadata.quest
         if step is not None and not self.is_dense(layer):
             is_counted = layer.layer_name == step.counted_layer
@@ -144,7 +144,7 @@ class QuestAttentionImpl:
     ) -> None:
         """Write tokens to their slots, and take them into the metadata; `key` and `value` may be padded."""
         count = slot_mapping.shape[0]
-        self.write(layer, key[:count], value[:count], self.open(kv_cache), slot_mapping)
+        self.write(layer, key[:count], value[:count], self.open(layer, kv_cache), slot_mapping)
 
     def _forward_stock(self, *arguments: Any) -> Tensor:
         output: Tensor = super().forward(*arguments)  # type: ignore[misc]
@@ -157,7 +157,7 @@ class QuestAttentionImpl:
         if step.rest is not None:
             stock = opened.parts.stock
             self._forward_stock(layer, query[rows:], None, None, stock, step.rest, output[rows:])
-        selected = self.attend(layer, query[:rows], opened, step, output[:rows])
+        selected = self.attend(layer, unquantized(layer, query[:rows], output.dtype), opened, step, output[:rows])
         if is_counted:
             step.counters.count_quest(selected, step.seq_lens)
         return output
@@ -170,16 +170,22 @@ class QuestAttentionImpl:
         """Write tokens, `[T, HKV, D]`, to their slots `[T]`, and take them into the metadata of their pages."""
         raise NotImplementedError
 
-    def open(self, kv_cache: Tensor) -> OpenCache:
+    def open(self, layer: Any, kv_cache: Tensor) -> OpenCache:
         """Views of a layer's cache, made once: vLLM gives the same tensor each time."""
         if self._opened is None or self._opened.address != kv_cache.data_ptr():
             settings = self._vllm_config
             page = page_size(settings.cache_config.block_size, settings.model_config, self._options.device)
             config = self._options.config(page)
-            room = Room.of(config, self.head_size, kv_cache.dtype)
-            parts = self._layout.split(kv_cache, self.num_kv_heads, self.head_size, room)
+            dtype = stored_dtype(kv_cache.dtype)
+            room = Room.of(config, self.head_size, dtype)
+            parts = self._layout.split(kv_cache.view(dtype), self.num_kv_heads, self.head_size, room)
+            parts = parts._replace(stock=parts.stock.view(kv_cache.dtype))
             nobody = torch.zeros(0, 1, dtype=torch.int32, device=kv_cache.device)
-            paged = PagedKV(parts.keys, parts.values, parts.metadata, nobody, form=form_of(config))
+            key_scale, value_scale = scales_of(layer, dtype)
+            paged = PagedKV(
+                parts.keys, parts.values, parts.metadata, nobody, form=form_of(config), key_scale=key_scale,
+                value_scale=value_scale,
+            )  # fmt: skip
             self._opened = OpenCache(kv_cache.data_ptr(), parts, paged)
         return self._opened
 

@@ -26,6 +26,7 @@ from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestValueError, UnsupportedModelError
 from quest_attention.forms import form_of, metadata_dtype
 from quest_attention.vllm.options import read_options
+from quest_attention.vllm.scales import stored_dtype
 
 __all__ = [
     "BlockLayout",
@@ -226,7 +227,7 @@ def ask_for_room(layout: BlockLayout, attention: Any, backend: type, device: str
         check_full(spec)
         options = read_options(vllm_config, device)
         assert options is not None, "a layer of the model was made with these options"
-        return layout.with_room(spec, Room.of(options.config(page), spec.head_size, spec.dtype))
+        return layout.with_room(spec, Room.of(options.config(page), spec.head_size, stored_dtype(spec.dtype)))
 
     setattr(get_kv_cache_spec, _INSTALLED, True)
     attention.get_kv_cache_spec = get_kv_cache_spec

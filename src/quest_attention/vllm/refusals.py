@@ -11,12 +11,12 @@ from quest_attention.serving.options import KEY, QuestOptions
 from quest_attention.vllm.kinds import full_layers, other_layers
 from quest_attention.vllm.layout import page_size
 from quest_attention.vllm.options import read_options
+from quest_attention.vllm.scales import check_cache_dtype
 
 __all__ = ["BACKEND_NAME", "check_layer", "check_output_scales", "check_transfer", "check_vllm_config"]
 
 BACKEND_NAME = "CUSTOM"
 """vLLM's name for an attention backend from outside: of `--attention-backend`."""
-_PLAIN_CACHE = "auto"
 _DRAFT_FREE = ("ngram",)
 """Ways to speculate without a model whose attention would be Quest's too."""
 _FP8_CAPABILITY = 89
@@ -43,19 +43,20 @@ def check_vllm_config(vllm_config: Any, platform: Any) -> None:
         found = "vLLM's own choice" if backend is None else backend
         raise QuestValueError("attention_backend", found, f"{BACKEND_NAME}, by which Quest runs where {KEY!r} is given")
     _check_device(options, vllm_config, platform)
-    _check_settings(options, vllm_config)
     model = vllm_config.model_config
+    if vllm_config.cache_config is not None:
+        _check_cache(vllm_config.cache_config, model, platform.device_type)
+    _check_settings(options, vllm_config)
     if model is not None:
         _check_model(model)
     _check_budget(options, vllm_config.cache_config, model, platform.device_type)
 
 
-def check_layer(*, alibi_slopes: Any, sliding_window: int | None, kv_cache_dtype: str, attn_type: str) -> None:
+def check_layer(*, alibi_slopes: Any, sliding_window: int | None, attn_type: str) -> None:
     """Look at an attention layer as it is made; arguments are vLLM's.
 
     Raises:
         UnsupportedModelError: The layer's attention is not plain full attention of a decoder.
-        QuestValueError: Its cache is quantized.
     """
     if alibi_slopes is not None:
         raise UnsupportedModelError("alibi_slopes: got slopes, expected none: a bound on keys does not see a position")
@@ -66,7 +67,6 @@ def check_layer(*, alibi_slopes: Any, sliding_window: int | None, kv_cache_dtype
         )
     if str(getattr(attn_type, "value", attn_type)) != "decoder":
         raise UnsupportedModelError(f"attn_type: got {attn_type}, expected a decoder: encoders do not decode")
-    _check_cache_dtype(kv_cache_dtype)
 
 
 def check_output_scales(output_scale: Any, output_block_scale: Any) -> None:
@@ -110,22 +110,21 @@ def _check_device(options: QuestOptions, vllm_config: Any, platform: Any) -> Non
         raise QuestValueError(f"{KEY}.metadata_dtype", "fp8", "'kv' on a GPU of compute capability below 8.9")
 
 
-def _check_cache_dtype(kv_cache_dtype: str) -> None:
-    if kv_cache_dtype != _PLAIN_CACHE:
-        reason = "a cache in the dtype of the model, which Quest reads"
-        raise QuestValueError("kv_cache_dtype", kv_cache_dtype, f"{_PLAIN_CACHE!r}: {reason}")
+def _check_cache(cache: Any, model: Any, device: str) -> None:
+    check_cache_dtype(cache.cache_dtype, getattr(model, "dtype", None), device)
+    for name, reason in (
+        ("kv_cache_dtype_skip_layers", "none: layers whose caches differ are not tested"),
+        ("calculate_kv_scales", "False: keys that were written before the scales changed would be read with others"),
+        ("kv_sharing_fast_prefill", "False: vLLM then derives a backend from Quest's, which is not tested"),
+        ("kv_offloading_size", "none: bounds may stay behind when a block moves"),
+    ):
+        found = getattr(cache, name, None)
+        if found:
+            raise QuestValueError(name, found, reason)
 
 
 def _check_settings(options: QuestOptions, vllm_config: Any) -> None:
-    cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
-    if cache is not None:
-        _check_cache_dtype(cache.cache_dtype)
-        offloaded = getattr(cache, "kv_offloading_size", None)
-        if getattr(cache, "kv_sharing_fast_prefill", False):
-            reason = "False: vLLM then derives a backend from Quest's, which is not tested"
-            raise QuestValueError("kv_sharing_fast_prefill", True, reason)
-        if offloaded is not None:
-            raise QuestValueError("kv_offloading_size", offloaded, "none: bounds may stay behind when a block moves")
+    parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         size = getattr(parallel, name, 1)
         if size > 1:
