@@ -8,6 +8,7 @@
     kinds.py     what a model has beside full attention, and what follows for its metadata
     ranks.py     the layers of a model that are sparse
     layout.py    where page metadata lies: inside vLLM's own blocks, so that it travels and is paid for with them
+    scales.py    caches in 8 bits, and the scales of a layer
     step.py      the rows of a batch that run Quest; builder.py finds them, for any device
     impl.py      the attention of a layer, for any device: which rows go where
     cpu.py, gpu.py  the attention backends: the stock one, with Quest for decode rows past the budget
