@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,26 @@ def configure(**options: Any) -> Any:
     load_general_plugins()
     settings = {"model": str(bundled_model_path()), "attention_backend": "CUSTOM", "additional_config": QUEST}
     return EngineArgs(**(settings | options)).create_engine_config()
+
+
+def test_options_in_the_wrong_place_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    """They may be another plugin's, so the server starts."""
+    beside = {"quest": {}, "backend": "torch", "page_size": 16, "others": 1}
+    configure()  # vLLM's loggers are there, which hand nothing up
+    logger = logging.getLogger("vllm.quest_attention")
+    logger.addHandler(caplog.handler)
+    configure(additional_config=beside)
+    configure(additional_config=beside)
+    configure(additional_config={"log_interval": 1, "num_sink_pages": 2}, attention_backend=None)
+    logger.removeHandler(caplog.handler)
+    found = [record.getMessage() for record in caplog.records if record.name == "vllm.quest_attention"]
+    without = "stands in --additional-config without 'quest': Quest is off, and does not read it"
+    there = "'quest' in --additional-config, where Quest does not read it"
+    assert found == [
+        f"Quest: backend stands beside {there}: quest.backend would be.",
+        f"Quest: page_size stands beside {there}; a page is vLLM's block, set by --block-size.",
+        f"Quest: num_sink_pages {without}.",
+    ]
 
 
 @pytest.fixture
@@ -67,6 +88,15 @@ def test_what_is_right_is_taken() -> None:
         ({"additional_config": {"metadata": "moments", **QUEST}}, "it under 'quest': quest.metadata"),
         ({"additional_config": {"quest": 2048}}, "quest: got 2048, expected an object"),
         ({"additional_config": {"Quest": {}}, "attention_backend": None}, "expected 'quest', in small letters"),
+        (
+            {"additional_config": {"qest": {"token_budget": 512}}, "attention_backend": None},
+            "additional_config: got 'qest', expected 'quest', whose options it has",
+        ),
+        ({"additional_config": {"token_budget": 512}}, "with 'quest' in it, or no --attention-backend CUSTOM either"),
+        (
+            {"additional_config": {"quest": {"num_dense_layers": 7}}},
+            "quest.num_dense_layers: got 7, expected less than 6, the full-attention layers of",
+        ),
         (
             {"kv_cache_dtype": "fp8"},
             "kv_cache_dtype: got 'fp8', expected one of 'auto', 'bfloat16', which",
@@ -134,8 +164,10 @@ LLAMA = {
     ids=lambda value: value.get("model_type") if isinstance(value, dict) else "",
 )
 def test_models(config: dict[str, Any], message: str, other_model: Callable[[dict[str, Any]], str]) -> None:
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(Exception, match=message) as refused:
         configure(model=other_model(config), skip_tokenizer_init=True, load_format="dummy")
+    both = "Without Quest it is served if both are left out: --attention-backend CUSTOM and 'quest'"
+    assert both in str(refused.value), "who drops one of them meets no second refusal"
 
 
 def test_a_release_that_was_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, cast
 from quest_attention.config import Backend, QuestConfig
 from quest_attention.errors import QuestValueError
 
-__all__ = ["KEY", "READING", "QuestOptions", "advice_on_budget"]
+__all__ = ["KEY", "KNOWN", "READING", "QuestOptions", "advice_on_budget"]
 
 KEY = "quest"
 """Where the options stand in what an engine takes as JSON."""
@@ -25,6 +25,8 @@ _PAGE_SIZE = "page_size"
 _OF_SERVING = ("log_interval",)
 READING = tuple(one.name for one in fields(QuestConfig) if one.name != _PAGE_SIZE)
 """Options of `QuestConfig` that a server takes."""
+KNOWN = (*READING, *_OF_SERVING)
+"""All of a server's options."""
 
 
 @dataclass(frozen=True)
@@ -109,13 +111,12 @@ class QuestOptions:
         """  # noqa: E501 (a message)
         if not isinstance(given, Mapping):
             raise QuestValueError(KEY, given, 'an object such as {"token_budget": 2048}')
-        known = (*READING, *_OF_SERVING)
         for name, value in given.items():
             if name == _PAGE_SIZE:
                 raise QuestValueError(f"{KEY}.{name}", value, f"nothing: {cls.page_size_rule}")
-            if name not in known:
-                close = difflib.get_close_matches(str(name), known, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(known)}"
+            if name not in KNOWN:
+                close = difflib.get_close_matches(str(name), KNOWN, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(KNOWN)}"
                 raise QuestValueError(f"{KEY}.{name}", value, f"a known option: {hint}")
         reading = {name: value for name, value in given.items() if name not in _OF_SERVING}
         return cls(reading, device=device, **{name: given[name] for name in _OF_SERVING if name in given})

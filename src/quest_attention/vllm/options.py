@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from quest_attention.errors import QuestValueError
-from quest_attention.serving.options import KEY, READING, QuestOptions
+from quest_attention.serving.options import KEY, KNOWN, READING, QuestOptions
 
-__all__ = ["VLLMOptions", "read_options"]
+__all__ = ["VLLMOptions", "near_misses", "read_options"]
 
 _OURS_ALONE = tuple(name for name in READING if name != "backend")
 """Options that nobody else has: beside "quest" they would be without effect."""
+_NEAR = 0.75
+"""How like "quest" a name must be to be meant for it, by `difflib`: "qest" is, and so is "request"."""
 
 
 class VLLMOptions(QuestOptions):
@@ -35,12 +38,46 @@ def read_options(vllm_config: Any, device: str) -> QuestOptions | None:
     additional = vllm_config.additional_config
     if not isinstance(additional, Mapping):
         return None
-    for name in additional:
+    for name, value in additional.items():
         if name != KEY and str(name).strip().casefold() == KEY:
             raise QuestValueError("additional_config", name, f"{KEY!r}, in small letters")
+        if name != KEY and _is_meant(str(name), value):
+            raise QuestValueError("additional_config", name, f"{KEY!r}, whose options it has")
     if KEY not in additional:
         return None
     for name in _OURS_ALONE:
         if name in additional:
             raise QuestValueError(f"additional_config.{name}", additional[name], f"it under {KEY!r}: {KEY}.{name}")
     return VLLMOptions.from_mapping(additional[KEY], device)
+
+
+def near_misses(additional: object) -> list[str]:
+    """What stands in `--additional-config` that may be meant for Quest and is not read, in words.
+
+    It belongs to other plugins too, so these are no errors.
+
+    >>> near_misses({"quest": {}, "backend": "torch"})
+    ["backend stands beside 'quest' in --additional-config, where Quest does not read it: quest.backend would be"]
+    >>> near_misses({"token_budget": 512})
+    ["token_budget stands in --additional-config without 'quest': Quest is off, and does not read it"]
+    """
+    if not isinstance(additional, Mapping):
+        return []
+    names = [name for name in additional if name in KNOWN or name == "page_size"]
+    if KEY not in additional:
+        return [
+            f"{name} stands in --additional-config without {KEY!r}: Quest is off, and does not read it"
+            for name in names
+            if name in _OURS_ALONE
+        ]
+    return [
+        f"{name} stands beside {KEY!r} in --additional-config, where Quest does not read it"
+        + (f": {KEY}.{name} would be" if name in KNOWN else "; a page is vLLM's block, set by --block-size")
+        for name in names
+    ]
+
+
+def _is_meant(name: str, value: object) -> bool:
+    """Whether a name is like Quest's, and has options of it and nothing else under it."""
+    is_like = difflib.SequenceMatcher(None, name.casefold(), KEY).ratio() >= _NEAR
+    return is_like and isinstance(value, Mapping) and bool(value) and all(one in KNOWN for one in value)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import re
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 from quest_attention.errors import BackendError, QuestValueError, UnsupportedModelError
 from quest_attention.serving.options import KEY
 from quest_attention.vllm.kinds import other_layers
-from quest_attention.vllm.options import read_options
+from quest_attention.vllm.options import near_misses, read_options
 from quest_attention.vllm.refusals import BACKEND_NAME, check_vllm_config
 
 __all__ = ["TESTED", "register", "vllm_version"]
@@ -87,15 +87,23 @@ def _wrap_check(platform: Any) -> None:
     @wraps(original.__func__)
     def check_and_update_config(cls: Any, vllm_config: Any) -> None:
         original.__func__(cls, vllm_config)
+        for miss in near_misses(vllm_config.additional_config):
+            _warn(miss)
         if read_options(vllm_config, cls.device_type) is not None:
             _check_installation(cls)
             check_vllm_config(vllm_config, cls)
             _check_groups(vllm_config.model_config)
         elif _is_ours(cls, vllm_config.attention_config.backend):
-            raise QuestValueError("additional_config", vllm_config.additional_config, f"one with {KEY!r} in it")
+            found, neither = vllm_config.additional_config, f"or no --attention-backend {BACKEND_NAME} either"
+            raise QuestValueError("additional_config", found, f"one with {KEY!r} in it, {neither}")
 
     setattr(check_and_update_config, _WRAPPED, True)
     platform.check_and_update_config = classmethod(check_and_update_config)
+
+
+@cache  # a process looks at its configuration more than once
+def _warn(what: str) -> None:
+    _logger.warning("Quest: %s.", what)
 
 
 def _check_installation(platform: Any) -> None:

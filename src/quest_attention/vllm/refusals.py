@@ -41,14 +41,20 @@ def check_vllm_config(vllm_config: Any, platform: Any) -> None:
         return
     if backend != BACKEND_NAME:
         found = "vLLM's own choice" if backend is None else backend
-        raise QuestValueError("attention_backend", found, f"{BACKEND_NAME}, by which Quest runs where {KEY!r} is given")
+        neither = f"or no {KEY!r} in --additional-config either"
+        raise QuestValueError("attention_backend", found, f"{BACKEND_NAME}, by which Quest runs, {neither}")
     _check_device(options, vllm_config, platform)
     model = vllm_config.model_config
     if vllm_config.cache_config is not None:
         _check_cache(vllm_config.cache_config, model, platform.device_type)
     _check_settings(options, vllm_config)
     if model is not None:
-        _check_model(model)
+        try:
+            _check_model(model)
+        except UnsupportedModelError as error:
+            both = f"--attention-backend {BACKEND_NAME} and {KEY!r} in --additional-config"
+            raise UnsupportedModelError(f"{error}. Without Quest it is served if both are left out: {both}") from None
+        _check_layers(options, model)
     _check_budget(options, vllm_config.cache_config, model, platform.device_type)
 
 
@@ -169,8 +175,18 @@ def _check_model(model: Any) -> None:
     if full_layers(model) == 0:
         raise UnsupportedModelError(
             f"model: got {name} with {other_layers(model)} alone, expected layers with full attention among them: the "
-            f"others read a bounded part already. Take {KEY!r} out of --additional-config for this model"
+            "others read a bounded part already"
         )
+
+
+def _check_layers(options: QuestOptions, model: Any) -> None:
+    """Whether there are as many layers as are to be dense, as far as a configuration tells."""
+    count = full_layers(model)
+    if count is None and other_layers(model) is None:
+        count = getattr(model.hf_text_config, "num_hidden_layers", None)
+    if count is not None and "num_dense_layers" in options.reading and options.num_dense_layers > count:
+        expected = f"less than {count}, the full-attention layers of {model.model}: else none is left to Quest"
+        raise QuestValueError(f"{KEY}.num_dense_layers", options.num_dense_layers, expected)
 
 
 def _check_budget(options: QuestOptions, cache: Any, model: Any, device: str) -> None:
