@@ -55,6 +55,12 @@ class Server:
             text = response.read()
         return json.loads(text)["results"] if text else None
 
+    def metrics(self) -> dict[str, float]:
+        """What it tells Prometheus, by name and labels."""
+        with urllib.request.urlopen(f"{self._address}/metrics", timeout=60) as response:
+            lines = response.read().decode().splitlines()
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[:1] != "#")}
+
     def ask(self, prompt: str) -> str:
         """As a client does."""
         from openai import OpenAI
@@ -77,8 +83,8 @@ class Server:
 
 
 @contextmanager
-def serving(quest: dict[str, Any], *options: str) -> Iterator[Server]:
-    """A server of the bundled model that answers, eager, with four sequences at once."""
+def serving(quest: dict[str, Any], *options: str, **variables: str) -> Iterator[Server]:
+    """A server of the bundled model that answers, eager, with four sequences at once; variables of its environment."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -93,6 +99,7 @@ def serving(quest: dict[str, Any], *options: str) -> Iterator[Server]:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_SERVER_DEV_MODE": "1",  # for /collective_rpc, by which a test asks the worker
         "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        **variables,
     }
     server = Server(port)
     with subprocess.Popen(

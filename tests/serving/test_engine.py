@@ -112,6 +112,7 @@ def test_speculated_tokens_that_are_taken_back_leave_bounds_that_bound() -> None
     assert_checked(found)
     drafted, accepted = (found["metrics"][f"spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted"))
     assert accepted < drafted
+    assert found["counters"][0]["verified_rows"] == found["metrics"]["spec_decode_num_drafts"] > 0
     (seen,) = (oracle["seen"] for oracle in found["oracle"])
     assert seen["pages with exact bounds"] < seen["pages"]  # wider ones were there, and held
 

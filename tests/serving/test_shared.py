@@ -145,7 +145,7 @@ def test_counters_of_rows_on_host_and_device() -> None:
     selected = Selection(torch.zeros(3, 1, 2, dtype=torch.int32), torch.tensor([[2], [1], [0]], dtype=torch.int32), 16)
     counters.count_quest(selected, torch.tensor([100, 10, 0], dtype=torch.int32))
     counters.count_stock([20, 0])
-    rows = {"sparse_rows": 1, "dense_rows": 2, "eager_steps": 2}
+    rows = {"sparse_rows": 1, "dense_rows": 2, "verified_rows": 0, "eager_steps": 2}
     pages = {"pages_read": 5, "pages_held": 10, "tokens_read": 80, "tokens_held": 160}
     assert counters.snapshot() == rows | pages
     counters.reset()
@@ -159,11 +159,30 @@ def test_counters_of_units_count_tokens_and_say_so(unit: SelectionUnit, size: in
     selected = Selection(torch.zeros(2, 1, 8, dtype=torch.int32), torch.tensor([[8], [3]], dtype=torch.int32), size)
     counters.count_quest(selected, torch.tensor([100, 3 * size], dtype=torch.int32))
     counters.count_stock([20])
-    rows = {"sparse_rows": 1, "dense_rows": 2, "eager_steps": 2}
+    rows = {"sparse_rows": 1, "dense_rows": 2, "verified_rows": 0, "eager_steps": 2}
     assert counters.snapshot() == rows | {"tokens_read": 11 * size + 20, "tokens_held": 100 + 3 * size + 20}
     counters.plan(1)
     counters.plan(1)
     assert f"1 of 3 decode rows sparse, {11 * size + 20} of {120 + 3 * size} tokens read (" in lines[0]
+
+
+def test_rows_of_speculated_tokens_are_counted_and_all_that_is_new_is_published() -> None:
+    lines: list[str] = []
+    published: list[dict[str, int]] = []
+    config = QuestConfig.from_dict({"token_budget": 32, "metadata": "bounds"})
+    counters = StepCounters(config, torch.device("cpu"), "worker 0", 1e-9, lines.append, published.append)
+    counters.plan(1)
+    counters.count_stock([20])
+    counters.count_verified([100, 40])
+    counters.plan(1)
+    assert "0 of 1 decode rows sparse and 2 rows of speculated tokens, 12 of 12 pages read (100.0 %)" in lines[0]
+    counters.count_verified([16])
+    counters.plan(1)
+    of_rows = [{name: one[name] for name in ("dense_rows", "verified_rows", "tokens_read")} for one in published]
+    assert of_rows == [
+        {"dense_rows": 1, "verified_rows": 2, "tokens_read": 192},
+        {"dense_rows": 0, "verified_rows": 1, "tokens_read": 16},
+    ]
 
 
 def test_counters_made_by_a_step_are_reset_outside_of_one() -> None:

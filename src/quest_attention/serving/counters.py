@@ -17,16 +17,16 @@ __all__ = ["StepCounters"]
 
 _NAMES = ("sparse_rows", "dense_rows", "units_read", "units_held")
 """What the device counts, in the order of `count_reads`."""
-_EAGER = "eager_steps"
+_VERIFIED, _EAGER = "verified_rows", "eager_steps"
 
 
 class StepCounters:
     """Decode rows of a worker and what they read, counted in the first layer that is not dense and true for all those.
 
     A row is one sequence in one engine step. What is read is counted per KV head, in whole units: pages, or fewer
-    tokens, as the config selects them. Rows of a batch that ran Quest are counted
-    by the device from the selection it read; those of a batch that the engine's stock backend read whole, by the host.
-    Steps that replay a graph run nothing on the host, so `eager_steps` does not count them.
+    tokens, as the config selects them. Rows of a batch that ran Quest are counted by the device from the selection it
+    read; by the host those of a batch that the engine's stock backend read whole, and rows that check speculated
+    tokens. Steps that replay a graph run nothing on the host, so `eager_steps` does not count them.
 
     Args:
         config: The config of the server.
@@ -34,16 +34,18 @@ class StepCounters:
         label: Names the worker in the log.
         log_interval: Seconds between lines; 0 for none [s].
         log: Takes a line.
+        publish: Takes what is new since the last line, by the names of `snapshot`; None where nobody asks.
     """
 
     def __init__(
-        self, config: QuestConfig, device: torch.device, label: str, log_interval: float, log: Callable[[str], Any]
-    ) -> None:
+        self, config: QuestConfig, device: torch.device, label: str, log_interval: float, log: Callable[[str], Any],
+        publish: Callable[[dict[str, int]], Any] | None = None,
+    ) -> None:  # fmt: skip
         self._config = config
-        self._label, self._interval, self._log = label, log_interval, log
+        self._label, self._interval, self._log, self._publish = label, log_interval, log, publish
         self._device = device
         self._made: Tensor | None = None
-        self._on_host = dict.fromkeys((*_NAMES, _EAGER), 0)
+        self._on_host = dict.fromkeys((*_NAMES, _VERIFIED, _EAGER), 0)
         self._next = 0.0
         self._planned = 0
         self._logged = dict(self._on_host)
@@ -70,10 +72,17 @@ class StepCounters:
 
     def count_stock(self, lengths: Iterable[int]) -> None:
         """Decode rows that the stock backend read whole, by their lengths [tokens]."""
-        units = [num_pages(length, self._config.unit_size) for length in lengths if length]
-        for name, number in (("dense_rows", len(units)), ("units_read", sum(units)), ("units_held", sum(units))):
-            self._on_host[name] += number
+        self._count_whole("dense_rows", lengths)
         self._on_host[_EAGER] += 1
+
+    def count_verified(self, lengths: Iterable[int]) -> None:
+        """Rows of several tokens, speculated ones, which the stock backend read whole, by their lengths [tokens]."""
+        self._count_whole(_VERIFIED, lengths)
+
+    def _count_whole(self, kind: str, lengths: Iterable[int]) -> None:
+        units = [num_pages(length, self._config.unit_size) for length in lengths if length]
+        for name, number in ((kind, len(units)), ("units_read", sum(units)), ("units_held", sum(units))):
+            self._on_host[name] += number
 
     def reset(self) -> None:
         """Forget everything."""
@@ -85,15 +94,18 @@ class StepCounters:
         """Everything counted so far. Waits for the device.
 
         Returns:
-            `sparse_rows`, `dense_rows`, `tokens_read`, `tokens_held`, both in whole units, and `eager_steps`; before
-            the tokens `pages_read` and `pages_held`, where pages are selected.
+            `sparse_rows`, `dense_rows`, `verified_rows`, `tokens_read`, `tokens_held`, both in whole units, and
+            `eager_steps`; before the tokens `pages_read` and `pages_held`, where pages are selected.
         """
-        counted = self._counted()
+        return self._named(self._counted())
+
+    def _named(self, counted: dict[str, int]) -> dict[str, int]:
+        """See `snapshot`."""
         read, held = counted["units_read"], counted["units_held"]
         pages = {"pages_read": read, "pages_held": held} if self._config.selection_unit == "page" else {}
         size = self._config.unit_size
         tokens = {"tokens_read": read * size, "tokens_held": held * size}
-        rows = {name: counted[name] for name in ("sparse_rows", "dense_rows")}
+        rows = {name: counted[name] for name in ("sparse_rows", "dense_rows", _VERIFIED)}
         return {**rows, **pages, **tokens, _EAGER: counted[_EAGER]}
 
     def _counted(self) -> dict[str, int]:
@@ -114,13 +126,16 @@ class StepCounters:
     def _write_line(self) -> None:
         """What was read since the last line. Waits for the device, so seldom."""
         counted = self._counted()
-        new = {name: counted[name] - self._logged[name] for name in _NAMES}
+        new = {name: number - self._logged[name] for name, number in counted.items()}
         self._logged = counted
+        if self._publish is not None:
+            self._publish(self._named(new))
         rows = new["sparse_rows"] + new["dense_rows"]
         what, size = ("pages", 1) if self._config.selection_unit == "page" else ("tokens", self._config.unit_size)
         read, held = new["units_read"] * size, new["units_held"] * size
+        verified = f" and {new[_VERIFIED]} rows of speculated tokens" if new[_VERIFIED] else ""
         self._log(
-            f"Quest, {self._label}: {new['sparse_rows']} of {rows} decode rows sparse, {read} of {held} {what} read "
-            f"({100 * read / max(1, held):.1f} %); since the start {counted['sparse_rows']} rows sparse, "
-            f"{counted['dense_rows']} dense"
+            f"Quest, {self._label}: {new['sparse_rows']} of {rows} decode rows sparse{verified}, "
+            f"{read} of {held} {what} read ({100 * read / max(1, held):.1f} %); "
+            f"since the start {counted['sparse_rows']} rows sparse, {counted['dense_rows']} dense"
         )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class RowPlanner:
         max_length: Of the longest sequence [tokens].
         log_interval: Seconds between lines of counters; 0 for none [s].
         logger: Of the engine.
+        publish: See `StepCounters`.
 
     Attributes:
         counters: Of this worker, or None where no layer is sparse or the budget covers the longest sequence.
@@ -52,6 +54,7 @@ class RowPlanner:
     def __init__(
         self, config: QuestConfig, device: torch.device, label: str, sparse_layers: Sequence[str], num_layers: int,
         max_length: int, log_interval: float, logger: logging.Logger, num_elsewhere: int = 0,
+        publish: Callable[[dict[str, int]], Any] | None = None,
     ) -> None:  # fmt: skip
         self.is_capturing = self._has_captured = False
         self._budget = budget = config.token_budget
@@ -62,7 +65,7 @@ class RowPlanner:
             logger.warning("Quest reads everything: token_budget %s.", found)
             return
         self.counted_layer = sparse_layers[0]
-        self.counters = StepCounters(config, device, label, log_interval, logger.info)
+        self.counters = StepCounters(config, device, label, log_interval, logger.info, publish)
         read = f"{config.unit_budget * config.unit_size} of up to {max_length} tokens"
         if config.selection_unit == "page":
             most = num_pages(max_length, config.page_size)

@@ -14,6 +14,7 @@
     cpu.py, gpu.py  the attention backends: the stock one, with Quest for decode rows past the budget
     folding.py   KV heads folded into blocks, for the stock kernel of a CPU
     places.py    where a token's numbers lie in a block of a CPU's cache, for who reads them back
+    metrics.py   the counters for Prometheus
     worker.py    a worker's name, and its counters over vLLM's `collective_rpc`
 
 What another engine would share lies below, in `quest_attention.serving`. docs/vllm.md says how to install, serve and

@@ -15,6 +15,7 @@ from quest_attention.serving.options import KEY
 from quest_attention.serving.rows import DECODE_TOKENS, RowPlanner
 from quest_attention.vllm.kinds import note_on_others, other_layers
 from quest_attention.vllm.layout import check_full, page_size
+from quest_attention.vllm.metrics import publisher
 from quest_attention.vllm.options import read_options
 from quest_attention.vllm.ranks import is_bounded, sparse_layers
 from quest_attention.vllm.refusals import BACKEND_NAME
@@ -53,10 +54,11 @@ class QuestMetadataBuilder:
         layers = vllm_config.compilation_config.static_forward_context
         sparse = sparse_layers(layers, self.config.num_dense_layers, extract_layer_index)
         self.sparse_layers = [name for name in sparse if name in layer_names]
-        label = worker_label(vllm_config.parallel_config, get_tensor_model_parallel_rank())
+        rank = get_tensor_model_parallel_rank()
+        label = worker_label(vllm_config.parallel_config, rank)
         elsewhere = len(sparse) - len(self.sparse_layers)
         if elsewhere:
-            label += f", layers {', '.join(str(extract_layer_index(name)) for name in self.sparse_layers)}"
+            label += f", layers {_indices(self.sparse_layers)}"
         self._row_planner = RowPlanner(
             self.config,
             device,
@@ -67,8 +69,11 @@ class QuestMetadataBuilder:
             max_length=vllm_config.model_config.max_model_len,
             log_interval=options.log_interval,
             logger=_logger,
+            publish=publisher(worker_label(vllm_config.parallel_config, rank), _indices(self.sparse_layers)),
         )
         self.counters = self._row_planner.counters
+        speculation = vllm_config.speculative_config
+        self._num_speculated = 0 if speculation is None else speculation.num_speculative_tokens
         others = other_layers(vllm_config.model_config)
         if others is not None and self.counters is not None and self.sparse_layers[0] == sparse[0]:
             _logger.info("Quest: %s.", note_on_others(others, self.config.metadata))
@@ -103,6 +108,8 @@ class QuestMetadataBuilder:
         )
         rows = min(rows, tokens)  # rows that only pad an eager batch have no token and come last
         lengths = _lengths(batch, rows)
+        if self._num_speculated and not self._row_planner.is_capturing:
+            counters.count_verified(_verified(batch, rows, self._num_speculated))
         if not self._row_planner.runs_quest(lengths):
             rows = 0
         step = QuestStep(
@@ -114,10 +121,25 @@ class QuestMetadataBuilder:
         return step
 
 
+def _indices(layers: list[str]) -> str:
+    """Of some layers in the model."""
+    return ", ".join(str(extract_layer_index(name)) for name in layers)
+
+
 def _lengths(batch: Any, rows: int) -> list[int]:
     """Of the first rows, as far as the host knows them: never too short [tokens]."""
     known = batch.seq_lens_cpu_upper_bound
     return [batch.max_seq_len] * rows if known is None else cast("list[int]", known[:rows].tolist())
+
+
+def _verified(batch: Any, first: int, most: int) -> list[int]:
+    """Lengths of the rows from `first` on that check up to `most` speculated tokens [tokens]."""
+    fresh = batch.query_start_loc_cpu.diff()[first : batch.num_reqs]
+    checks = (fresh > 1) & (fresh <= 1 + most)
+    if batch.is_prefilling is not None:
+        checks &= ~batch.is_prefilling[first : batch.num_reqs].to(checks.device)
+    rows = checks.nonzero().flatten() + first
+    return [length for row, length in enumerate(_lengths(batch, batch.num_reqs)) if row in set(rows.tolist())]
 
 
 def _check_backends(vllm_config: Any) -> None:
