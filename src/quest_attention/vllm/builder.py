@@ -138,8 +138,8 @@ def _verified(batch: Any, first: int, most: int) -> list[int]:
     checks = (fresh > 1) & (fresh <= 1 + most)
     if batch.is_prefilling is not None:
         checks &= ~batch.is_prefilling[first : batch.num_reqs].to(checks.device)
-    rows = checks.nonzero().flatten() + first
-    return [length for row, length in enumerate(_lengths(batch, batch.num_reqs)) if row in set(rows.tolist())]
+    lengths = _lengths(batch, batch.num_reqs)[first:]
+    return [length for length, is_checked in zip(lengths, checks.tolist(), strict=True) if is_checked]
 
 
 def _check_backends(vllm_config: Any) -> None:
