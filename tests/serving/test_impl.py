@@ -19,8 +19,11 @@ from quest_attention.serving.options import QuestOptions
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what vLLM imports warns of itself
+    from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+    from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
+    from quest_attention.vllm import builder
     from quest_attention.vllm.cpu import QuestCPUImpl
     from quest_attention.vllm.impl import OpenCache, QuestAttentionImpl
 
@@ -118,3 +121,33 @@ def test_a_dense_layer_writes_no_bounds(monkeypatch: pytest.MonkeyPatch) -> None
         written = ~bounds.isnan()
         assert written[1].all() == (name == names[1])
         assert not written[0].any() and not written[2].any()
+
+
+@pytest.mark.parametrize("last_is_prompt", [False, True])
+def test_a_batch_padded_for_a_graph_is_split_where_nobody_tells_of_the_padding(last_is_prompt: bool) -> None:
+    starts = torch.tensor([0, 1, 2, 3, 3])
+    batch = CommonAttentionMetadata(
+        query_start_loc=starts, query_start_loc_cpu=starts, seq_lens=torch.tensor([9, 8, 7, 0]), num_reqs=4,
+        num_actual_tokens=4, max_query_len=1, max_seq_len=9, block_table_tensor=torch.zeros(4, 1, dtype=torch.int32),
+        slot_mapping=torch.arange(4), is_prefilling=torch.tensor([False, False, last_is_prompt]),
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="size"):  # so it must be told
+        split_decodes_and_prefills(batch, decode_threshold=1, treat_short_extends_as_decodes=False)
+    told = builder._told_of_every_row(batch)
+    assert told.is_prefilling.tolist() == [False, False, last_is_prompt, False]
+    assert builder._told_of_every_row(told) is told
+    rows, *_ = split_decodes_and_prefills(told, decode_threshold=1, treat_short_extends_as_decodes=False)
+    assert rows == (2 if last_is_prompt else 4)
+
+
+def test_rows_that_check_speculated_tokens_are_told_from_pieces_of_prompts() -> None:
+    """A row that decodes, one that checks three tokens, two pieces of prompts, a row resumed, one that only pads."""
+    batch = SimpleNamespace(
+        query_start_loc_cpu=torch.tensor([0, 1, 4, 3, 60, 20, 0]).cumsum(0),
+        seq_lens_cpu_upper_bound=torch.tensor([50, 104, 67, 60, 300, 0]),
+        is_prefilling=torch.tensor([False, False, True, True, False, False]),
+        num_reqs=6,
+    )
+    assert builder._verified(batch, 1, 3) == [104]
+    batch.is_prefilling = None  # then a short piece of a prompt passes for one
+    assert builder._verified(batch, 1, 3) == [104, 67]

@@ -101,6 +101,7 @@ class QuestMetadataBuilder:
         counters = self.counters
         if counters is None:
             return None
+        batch = _told_of_every_row(batch)
         # The last token of a prompt may come alone; where vLLM tells, and no graph is replayed, it is no decode row.
         tells = batch.is_prefilling is not None and not self._row_planner.is_capturing
         rows, _, tokens, _ = split_decodes_and_prefills(
@@ -130,6 +131,18 @@ def _lengths(batch: Any, rows: int) -> list[int]:
     """Of the first rows, as far as the host knows them: never too short [tokens]."""
     known = batch.seq_lens_cpu_upper_bound
     return [batch.max_seq_len] * rows if known is None else cast("list[int]", known[:rows].tolist())
+
+
+def _told_of_every_row(batch: Any) -> Any:
+    """A batch that tells of every row whether it is in its prompt.
+
+    vLLM's V2 runner leaves out rows that only pad a batch for a graph. Its own look at the rows wants as many as there
+    are in the batch.
+    """
+    told = batch.is_prefilling
+    if told is None or len(told) == batch.num_reqs:
+        return batch
+    return batch.replace(is_prefilling=torch.nn.functional.pad(told, (0, batch.num_reqs - len(told)), value=False))
 
 
 def _verified(batch: Any, first: int, most: int) -> list[int]:
