@@ -77,7 +77,9 @@ class StepCounters:
 
     def count_verified(self, lengths: Iterable[int]) -> None:
         """Rows of several tokens, speculated ones, which the stock backend read whole, by their lengths [tokens]."""
+        lengths = list(lengths)
         self._count_whole(_VERIFIED, lengths)
+        self._planned += len(lengths)  # a line is due of them too, where no row decodes
 
     def _count_whole(self, kind: str, lengths: Iterable[int]) -> None:
         units = [num_pages(length, self._config.unit_size) for length in lengths if length]

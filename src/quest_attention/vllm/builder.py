@@ -109,10 +109,11 @@ class QuestMetadataBuilder:
         )
         rows = min(rows, tokens)  # rows that only pad an eager batch have no token and come last
         lengths = _lengths(batch, rows)
-        if self._num_speculated and not self._row_planner.is_capturing:
-            counters.count_verified(_verified(batch, rows, self._num_speculated))
+        first_verified = rows
         if not self._row_planner.runs_quest(lengths):
             rows = 0
+        if self._num_speculated and not self._row_planner.is_capturing:  # after what forgets the rows of a capture
+            counters.count_verified(_verified(batch, first_verified, self._num_speculated))
         step = QuestStep(
             self.config, counters, self._row_planner.counted_layer, lengths, rows, batch.seq_lens[:rows],
             batch.block_table_tensor[:rows],

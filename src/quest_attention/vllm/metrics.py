@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
-__all__ = ["FOLDER", "publisher"]
+__all__ = ["publisher"]
 
-FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 """Where Prometheus' client looks for the folder, when it is imported."""
 _ROWS = {"sparse_rows": "sparse", "dense_rows": "dense", "verified_rows": "verified"}
 _TOKENS = {"tokens_read": "read", "tokens_held": "held"}
@@ -29,7 +29,7 @@ def publisher(worker: str, layers: str) -> Callable[[dict[str, int]], None] | No
         worker: What the worker calls itself.
         layers: For whose layers it counts.
     """
-    if not os.environ.get(FOLDER):
+    if not os.environ.get(_FOLDER):
         return None
     rows, tokens = _counters()
 
