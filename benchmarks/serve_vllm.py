@@ -74,6 +74,7 @@ def measure_arm(options: dict[str, Any]) -> dict[str, Any]:
         "max_model_len": longest,
         "tensor_parallel_size": options["tensor_parallel"],
         "quantization": options["quantization"],
+        "kv_cache_dtype": options["kv_cache_dtype"],
         "disable_log_stats": False,
         "seed": options["seed"],
     }
@@ -221,6 +222,7 @@ def main(
         str, typer.Option(help="Arms that read single tokens by sketches: their token budgets, comma-separated.")
     ] = "",
     quantization: Annotated[str | None, typer.Option(help="Of weights, as vLLM names it: fp8.")] = None,
+    kv_cache_dtype: Annotated[str, typer.Option(help="Of keys and values, as vLLM names it: fp8.")] = "auto",
     tensor_parallel: Annotated[int, typer.Option(help="GPUs.", min=1)] = 1,
     device: Annotated[str, typer.Option(help="cuda, or cpu to try the script out.")] = "cuda",
     seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
@@ -235,6 +237,7 @@ def main(
         "tokens": tokens,
         "repeats": repeats,
         "quantization": quantization,
+        "kv_cache_dtype": kv_cache_dtype,
         "tensor_parallel": tensor_parallel,
         "device": device,
         "seed": seed,
