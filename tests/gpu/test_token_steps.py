@@ -14,7 +14,7 @@ from quest_attention.pages import PagedKV, num_pages
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 from quest_attention.ops.triton import token_decode, token_workspace
-from token_choice import SIGNS_IN_4_BITS, assert_chosen
+from token_choice import assert_chosen
 
 pytestmark = pytest.mark.gpu
 
@@ -45,7 +45,7 @@ def test_whom_it_chooses(dim: int, group: int, dtype: torch.dtype, page_size: in
     assert token_workspace.can_scan(cache.kv, group) == scans
     query = torch.randn(3, 2 * group, dim, device="cuda").to(dtype)
     config = QuestConfig(512, page_size, metadata="sketch", selection_unit="token")
-    shares = assert_chosen(cache, query, config, rounding=SIGNS_IN_4_BITS if scans else 0.05)
+    shares = assert_chosen(cache, query, config)
     assert min(shares) > 0.7, "most of the best tokens"
 
 
@@ -59,7 +59,7 @@ def test_lists_longer_than_are_held_at_once(group: int) -> None:
     config = QuestConfig(128, metadata="sketch", selection_unit="token", candidate_factor=4)
     plan = token_workspace.plan_of(cache.kv, 2 * group, config)
     assert plan is not None and plan.held < 20_000 // 16
-    assert_chosen(cache, query, config, rounding=SIGNS_IN_4_BITS)
+    assert_chosen(cache, query, config)
 
 
 @pytest.mark.parametrize(("dim", "group"), [(128, 4), (64, 1), (256, 8), (80, 4)])
@@ -69,7 +69,7 @@ def test_softcaps(dim: int, group: int) -> None:
     query = torch.randn(3, 2 * group, dim, device="cuda").to(torch.bfloat16)
     config = QuestConfig(512, metadata="sketch", selection_unit="token")
     sinks = torch.linspace(-1, 2, 2 * group, device="cuda")
-    assert min(assert_chosen(cache, query, config, SIGNS_IN_4_BITS, softcap=2.0, sinks=sinks)) > 0.7
+    assert min(assert_chosen(cache, query, config, softcap=2.0, sinks=sinks)) > 0.7
 
 
 def masks(width: int) -> Tensor:
@@ -114,8 +114,7 @@ def test_masks(dim: int, group: int, dtype: torch.dtype, page_size: int, softcap
     config = QuestConfig(
         512, page_size, metadata="sketch", selection_unit="token", num_sink_pages=2, num_recent_pages=3
     )
-    rounding = SIGNS_IN_4_BITS if token_workspace.can_scan(cache.kv, group) else 0.05
-    shares = assert_chosen(cache, query, config, rounding, token_mask=mask, softcap=softcap)
+    shares = assert_chosen(cache, query, config, token_mask=mask, softcap=softcap)
     assert len(shares) == 2 * 5, "one sequence has fewer live tokens than the budget"
     assert min(shares) > 0.7
 

@@ -9,16 +9,19 @@ from torch import Tensor
 
 from caches import Cache
 from quest_attention import QuestConfig
+from quest_attention.forms.sketch import SketchLayout
 from quest_attention.ops import Selection, Step, reference
 from quest_attention.ops.triton import token_decode, token_workspace
-from quest_attention.pages import num_pages
+from quest_attention.pages import PagedKV, num_pages
 
-__all__ = ["SIGNS_IN_4_BITS", "assert_choice", "assert_chosen"]
+__all__ = ["assert_choice", "assert_chosen"]
 
 _ROUNDING = 0.02
 """Of a rank in float16, up to 32 in size, and of the estimates' own arithmetic."""
-SIGNS_IN_4_BITS = 1.0
-"""How far a rank may be off by queries rounded to 4 bits for signs: an eighth of the worth of one, as measured."""
+_ON_A_GPU = 0.05
+"""The same of products in 16 bits, or of a rank that the hardware's own tanh has capped."""
+_SCANNED = 2**-16
+"""Of a product of whole numbers, in units of the largest: what one sum in float32 and one normaliser leave."""
 _SUM = 2e-3
 """Of a log-sum-exp in base 2."""
 _SUMMED_TOKENS = 128
@@ -26,7 +29,7 @@ _SUMMED_TOKENS = 128
 
 
 def _rows(step: Step, b: int, h: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a row: keys `[T, D]` and queries `[G, D]` float64, and estimates of complete pages `[T', G]`."""
+    """Of a row: keys `[T, D]` and queries `[G, D]` float64, and estimates of complete pages `[T', G]` as kernels do."""
     kv = step.kv
     group = step.query.shape[1] // kv.num_kv_heads
     pages = kv.page_table[b, : num_pages(end, kv.page_size)].long()
@@ -34,20 +37,41 @@ def _rows(step: Step, b: int, h: int, end: int) -> tuple[Tensor, Tensor, Tensor]
     scale = 1.0 if kv.key_scale is None else float(kv.key_scale.expand(kv.num_kv_heads)[h])
     heads = step.query[b, h * group : (h + 1) * group]
     kept = kv.metadata[pages[: end // kv.page_size], h].flatten(1)[None]
-    return keys * scale, heads.double(), kv.form.score(kv.form.see(heads.float()[None]), kept)[0] * scale
+    if not token_workspace.can_scan(kv, group):
+        estimates = kv.form.score(kv.form.see(heads.float()[None]), kept)
+    else:
+        of_mean, of_sign = (_rounded(kv, heads, codes) for codes in (127, 7))
+        estimates = kv.form.score(of_mean, _without(kept, kv, 1)) + kv.form.score(of_sign, _without(kept, kv, 0))
+    return keys * scale, heads.double(), estimates[0].double() * scale
+
+
+def _rounded(kv: PagedKV, heads: Tensor, codes: int) -> Tensor:
+    """What a form sees of queries `[G, D]` if each, turned, is so many codes from 0 to its largest number."""
+    dim = heads.shape[-1]
+    turned = kv.form.see(heads.float())[..., :dim]
+    step = turned.abs().amax(-1, keepdim=True).clamp(min=1e-30) / codes
+    rounded = (turned / step + 0.5).floor() * step
+    return kv.form.see(kv.form.see(rounded)[..., :dim])[None]  # turning twice is not turning
+
+
+def _without(kept: Tensor, kv: PagedKV, part: int) -> Tensor:
+    """Sketches `[1, P, bytes]` whose means (0) or signs (1) are worth nothing; not finite is what was not."""
+    at = SketchLayout.of(kv.page_size, kv.head_dim).scales + 4 * part
+    kept = kept.clone()
+    kept[..., at : at + 4] = (kept[..., at : at + 4].clone().view(torch.float32) * 0).view(torch.uint8)
+    return kept
 
 
 def _capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def assert_choice(step: Step, selected: Selection, rounding: float = _ROUNDING) -> list[float]:
+def assert_choice(step: Step, selected: Selection) -> list[float]:
     """Hold what a step chose to its sketches, to its keys, and to what its workspace says of it.
 
     Args:
         step: The last that used its workspace.
         selected: What it chose.
-        rounding: Of a rank in base 2, as far as a sign's worth may be rounded.
 
     Returns:
         Of each row of more live tokens than the budget, the share of those of the largest weights that were chosen.
@@ -60,6 +84,7 @@ def assert_choice(step: Step, selected: Selection, rounding: float = _ROUNDING) 
     norms = workspace.norms.flatten()[: rows * parts * 16].view(rows, parts, 16).double()
     norms = torch.logsumexp(norms * math.log(2), 1) / math.log(2)
     lengths = step.seq_lens.tolist() if isinstance(step.seq_lens, Tensor) else [step.seq_lens] * kv.batch_size
+    scans = token_workspace.can_scan(kv, group)
     shares = []
     for b, end in enumerate(lengths):
         for h in range(kv.num_kv_heads):
@@ -92,7 +117,11 @@ def assert_choice(step: Step, selected: Selection, rounding: float = _ROUNDING) 
             assert passes[among].sum() >= len(chosen) - len(always), "candidates for all that is read"
             ranks = rough[among[passes[among]]]
             lowest = ranks[~ranks.isnan()].min()  # of a page whose sketch is not finite all pass
-            assert not (rough[among] > lowest + rounding)[~passes[among]].any(), "who passes ranks above who does not"
+            rounding = _ON_A_GPU if query.is_cuda else _ROUNDING
+            if scans and step.softcap is None:
+                rounding = _SUM + _SCANNED * float(estimates[among].nan_to_num(0).abs().max())
+            above = (rough[among] - lowest)[~passes[among]].nan_to_num(-math.inf)
+            assert not (above > rounding).any(), f"who does not pass ranks {float(above.max())} above who does"
             mine = torch.zeros(end, dtype=torch.bool, device=query.device)
             mine[chosen] = True
             assert mine[always].all(), "forced pages are read"
@@ -111,7 +140,6 @@ def assert_chosen(
     cache: Cache,
     query: Tensor,
     config: QuestConfig,
-    rounding: float = _ROUNDING,
     *,
     token_mask: Tensor | None = None,
     softcap: float | None = None,
@@ -123,10 +151,12 @@ def assert_chosen(
         cache: Sketched.
         query: `[B, HQ, D]`.
         config: Of single tokens by sketches.
-        rounding: As of `assert_choice`, like the result.
         token_mask: As of a `Step`.
         softcap: Likewise.
         sinks: Likewise.
+
+    Returns:
+        As of `assert_choice`.
     """
     kv = cache.kv
     workspace = token_workspace.make_token_workspace(kv, query.shape[1], config)
@@ -141,7 +171,7 @@ def assert_chosen(
     assert torch.equal(output, again), "the same twice"
     assert torch.equal(selected.units, same.units)
     assert not workspace.counters.any() and not workspace.found.any(), "counters are as they were"
-    shares = assert_choice(step, selected, rounding)
+    shares = assert_choice(step, selected)
     as_lists = [[[unit for unit in head if unit >= 0] for head in row] for row in selected.units.tolist()]
     expected, _ = reference.sparse_decode_attention(
         query, kv, cache.lengths, as_lists, kv.head_dim**-0.5, softcap, sinks, token_mask, unit_size=1

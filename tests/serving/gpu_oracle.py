@@ -22,7 +22,7 @@ from quest_attention.vllm.impl import OpenCache
 from quest_attention.vllm.step import QuestStep
 from quest_attention.vllm.worker import QuestWorkerExtension
 from right_metadata import is_right
-from token_choice import SIGNS_IN_4_BITS, assert_choice
+from token_choice import assert_choice
 
 _FLOAT32_SUM = 1e-4
 """How far two float32 sums of 128 products lie apart at most, relative to them: such scores may swap places."""
@@ -117,7 +117,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None
 def _wrong_tokens(asked: Step, selected: Selection) -> list[str]:
     """What is wrong with a choice of single tokens, beside the kernels' own sample: see `token_choice`."""
     try:
-        assert_choice(asked, selected, rounding=SIGNS_IN_4_BITS)
+        assert_choice(asked, selected)
     except AssertionError as error:
         return [str(error)]
     return []
