@@ -61,13 +61,13 @@ class Server:
             lines = response.read().decode().splitlines()
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[:1] != "#")}
 
-    def ask(self, prompt: str) -> str:
+    def ask(self, prompt: str, tokens: int = scenario.ANSWER) -> str:
         """As a client does."""
         from openai import OpenAI
 
         with OpenAI(base_url=self.url, api_key="none", timeout=600) as client:
             done = client.completions.create(
-                model=NAME, prompt=prompt, max_tokens=scenario.ANSWER, temperature=0, extra_body={"ignore_eos": True}
+                model=NAME, prompt=prompt, max_tokens=tokens, temperature=0, extra_body={"ignore_eos": True}
             )
         return done.choices[0].text
 
@@ -75,6 +75,18 @@ class Server:
         """As many clients at once do."""
         with ThreadPoolExecutor(len(prompts)) as clients:
             return list(clients.map(self.ask, prompts))
+
+    def leave(self, prompt: str, tokens: int) -> None:
+        """Ask for a long answer as a stream, and hang up after so many tokens."""
+        from openai import OpenAI
+
+        with OpenAI(base_url=self.url, api_key="none", timeout=600) as client:
+            given = client.completions.create(
+                model=NAME, prompt=prompt, max_tokens=1000, temperature=0, stream=True, extra_body={"ignore_eos": True}
+            )
+            for _, _ in zip(range(tokens), given, strict=False):
+                pass
+            given.close()
 
     def run_example(self) -> str:
         """What the example of docs/vllm.md prints."""

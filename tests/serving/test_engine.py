@@ -51,6 +51,26 @@ def test_nothing_changes_where_nobody_asks() -> None:
     assert scenario("off") == {"backend": "CPUAttentionBackend", "impl": "CPUAttentionBackendImpl"}
 
 
+def test_what_clients_ask_for_beside_plain_answers() -> None:
+    found = scenario("api")
+    (oracle,) = found["oracle"]
+    assert oracle["failures"] == []
+    given = {name: one["given"] for name, one in found["tried"].items()}
+    rows = {name: one["counters"]["sparse_rows"] for name, one in found["tried"].items()}
+    assert oracle["seen"]["rows past the budget"] == NUM_SPARSE_LAYERS * sum(rows.values())
+    assert rows.pop("beam search") == 0, "each step is a prompt"
+    assert rows.pop("three answers") == 3 * rows["plain"]
+    assert rows.pop("structured output") > 0
+    assert rows.pop("prompt logprobs") == rows["plain"] / 2
+    assert set(rows.values()) == {2 * (10 - 1)}, "an answer's first token is the prompt's"
+    assert all(text.startswith(f" {48213 + index}") for index, text in enumerate(given["plain"]))
+    assert given["LoRA"] != given["plain"] != given["penalties"]
+    assert given["logprobs"] == [10, 10]
+    assert given["prompt logprobs"][0] > 400
+    assert given["structured output"] == [" 48213.", " 48214."]
+    assert [len(one) for one in given["three answers"]] == [len(one) for one in given["beam search"]] == [3, 3]
+
+
 def test_a_budget_of_the_context_gives_the_stock_backends_tokens() -> None:
     found = scenario("budget_of_the_context")
     assert len(found) == 2

@@ -101,6 +101,7 @@ def test_what_is_right_is_taken() -> None:
             {"kv_cache_dtype": "fp8"},
             "kv_cache_dtype: got 'fp8', expected one of 'auto', 'bfloat16', which",
         ),
+        ({"block_size": 16}, "block_size: got 16, expected a multiple of 32: vLLM's attention here has no other"),
         ({"kv_offloading_size": 1.0}, "kv_offloading_size: got 1.0, expected none"),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import random
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import scenario
 from server import CLIENTS, NAME, serving
 
 MINUTES = 15
+_BUSY = ("vllm:num_requests_running", "vllm:num_requests_waiting{", "vllm:kv_cache_usage_perc")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60 * MINUTES)]
 
 
@@ -56,6 +60,44 @@ def test_eight_clients_get_what_one_gets_and_every_step_is_the_oracles(
     assert rows["dense"] >= counters["dense_rows"]
     assert 0 < tokens["read"] < tokens["held"]
     assert any(name.startswith("vllm:") for name in told)
+
+
+@pytest.mark.parametrize("kept", [{}, scenario.SKETCH], ids=["bounds", "sketch"])
+def test_clients_that_leave_and_rows_that_are_preempted_leave_nothing_behind(kept: dict[str, Any]) -> None:
+    """A pool of a quarter of what sixteen requests want; `QUEST_REQUESTS` says how many there are."""
+    count = int(os.environ.get("QUEST_REQUESTS", "48"))
+    draw = random.Random(0)
+    texts = [scenario.prompts(index % 24 + 1, draw.randint(30, 330))[-1] for index in range(count)]
+    options = ("--dtype", "float32", "--block-size", str(scenario.BLOCK), "--max-num-seqs", "16", "--max-model-len")
+    options += ("1024", "--num-gpu-blocks-override", "40", "--worker-extension-cls", "vllm_oracle.OracleExtension")
+    with serving({"token_budget": scenario.BUDGET, **kept}, *options) as server:
+        server.rpc("install_oracle")  # before there are blocks whose keys it did not see
+        before = [server.ask(text) for text in texts[:2]]
+
+        def visit(index: int) -> str:
+            if index % 3 == 2:
+                server.leave(texts[index], index % 7)
+                return ""
+            return server.ask(texts[index], scenario.ANSWER + index % 5 * 10)
+
+        with ThreadPoolExecutor(16) as clients:
+            given = list(clients.map(visit, range(count)))
+        for _ in range(60):  # the server hears of who left a little later
+            told = server.metrics()
+            if not any(told[name] for name in told if name.startswith(_BUSY)):
+                break
+            time.sleep(0.5)
+        after = [server.ask(text) for text in texts[:2]]
+        (oracle,), (counters,) = server.rpc("oracle_report"), server.rpc("quest_counters")
+    assert oracle["failures"] == []
+    assert oracle["seen"]["rows past the budget"] == 4 * counters["sparse_rows"] > count
+    assert not any(told[name] for name in told if name.startswith(_BUSY)), "nobody runs, waits or holds a block"
+    (preempted,) = (told[name] for name in told if name.startswith("vllm:num_preemptions_total"))
+    assert preempted > 0
+    assert before == after == [text[: len(one)] for text, one in zip(given, before, strict=False)]
+    keys = [text[text.index("The pass key is") :][16:21] for text in texts]
+    found = [key in answer for index, (key, answer) in enumerate(zip(keys, given, strict=True)) if index % 3 != 2]
+    assert sum(found) > 0.9 * len(found), "the answers of others"
 
 
 def _told(told: dict[str, float], name: str, kind: str) -> float:

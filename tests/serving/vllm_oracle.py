@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quest_attention.forms import FP8, form_of
 from quest_attention.ops import Selection, reference
@@ -28,6 +29,8 @@ _LARGEST = torch.finfo(FP8).max
 _EVERY = 13
 """Of the calls with sketches the selection of one in so many is held to the reference, which takes bit by bit: a number
 that shares nothing with layers, so that each layer gets its turn."""
+_KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
+"""Of PyTorch's attention; the second is a yardstick in float32 alone."""
 
 
 class Oracle:
@@ -169,7 +172,10 @@ class Oracle:
         query: Tensor, kv: PagedKV, lengths: list[int], chosen: list[list[list[int]]], size: int, exact: Tensor,
         impl: Any,
     ) -> float:  # fmt: skip
-        """Largest error of PyTorch's attention over the same tokens in the same dtype."""
+        """Largest error of PyTorch's attention over the same tokens in the same dtype.
+
+        In float32 that of the worse of its two kernels, as in `likeness.plain_attention_error`.
+        """
         group, worst = query.shape[1] // kv.num_kv_heads, torch.finfo(torch.float32).eps
         for b, length in enumerate(lengths):
             for h in range(kv.num_kv_heads if length else 0):
@@ -182,8 +188,10 @@ class Oracle:
                     for part, scale in ((kv.keys, kv.key_scale), (kv.values, kv.value_scale))
                 )
                 heads = slice(h * group, (h + 1) * group)  # together, as PyTorch rounds by how many there are
-                plain = _plain(query[b, heads], keys, values, heads, impl)
-                worst = max(worst, float((plain.double() - exact[b, heads]).abs().max()))
+                for kind in _KERNELS[: 1 + (query.dtype == torch.float32)]:
+                    with sdpa_kernel(kind):
+                        plain = _plain(query[b, heads], keys, values, heads, impl)
+                    worst = max(worst, float((plain.double() - exact[b, heads]).abs().max()))
         return worst
 
     def _fail(self, what: str) -> None:

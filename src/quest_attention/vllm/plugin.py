@@ -5,6 +5,7 @@ vLLM calls `register` in every process: front end, engine core, workers, and in 
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import logging
 import re
@@ -15,7 +16,7 @@ from quest_attention.errors import BackendError, QuestValueError, UnsupportedMod
 from quest_attention.serving.options import KEY
 from quest_attention.vllm.kinds import other_layers
 from quest_attention.vllm.options import near_misses, read_options
-from quest_attention.vllm.refusals import BACKEND_NAME, check_vllm_config
+from quest_attention.vllm.refusals import BACKEND_NAME, check_block_size, check_vllm_config
 
 __all__ = ["TESTED", "register", "vllm_version"]
 
@@ -93,6 +94,7 @@ def _wrap_check(platform: Any) -> None:
             _check_installation(cls)
             check_vllm_config(vllm_config, cls)
             _check_groups(vllm_config.model_config)
+            _check_blocks(vllm_config, cls)
         elif _is_ours(cls, vllm_config.attention_config.backend):
             found, neither = vllm_config.additional_config, f"or no --attention-backend {BACKEND_NAME} either"
             raise QuestValueError("additional_config", found, f"one with {KEY!r} in it, {neither}")
@@ -136,6 +138,20 @@ def _check_groups(model: Any) -> None:
             f"model: got {model.model} with {others} in vLLM {version[0]}.{version[1]}, expected full attention in "
             f"every layer, or vLLM {_GROUPS[0]}.{_GROUPS[1]}, on which such models were tested"
         )
+
+
+def _check_blocks(vllm_config: Any, platform: Any) -> None:
+    """Whether the backend that Quest's stands on has blocks of the size that is asked for; on a GPU vLLM looks itself.
+
+    Raises:
+        QuestValueError: It has none.
+    """
+    if platform.device_type != "cpu":
+        return
+    module, _, name = _BACKENDS["cpu"].rpartition(".")
+    stock = getattr(importlib.import_module(module), name).stock_backend
+    for size in stock.get_supported_kernel_block_sizes():
+        check_block_size(vllm_config.cache_config, vllm_config.model_config, getattr(size, "base", size))
 
 
 def _is_ours(platform: Any, backend: Any) -> bool:

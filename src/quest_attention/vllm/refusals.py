@@ -13,7 +13,14 @@ from quest_attention.vllm.layout import page_size
 from quest_attention.vllm.options import read_options
 from quest_attention.vllm.scales import check_cache_dtype
 
-__all__ = ["BACKEND_NAME", "check_layer", "check_output_scales", "check_transfer", "check_vllm_config"]
+__all__ = [
+    "BACKEND_NAME",
+    "check_block_size",
+    "check_layer",
+    "check_output_scales",
+    "check_transfer",
+    "check_vllm_config",
+]
 
 BACKEND_NAME = "CUSTOM"
 """vLLM's name for an attention backend from outside: of `--attention-backend`."""
@@ -56,6 +63,22 @@ def check_vllm_config(vllm_config: Any, platform: Any) -> None:
             raise UnsupportedModelError(f"{error}. Without Quest it is served if both are left out: {both}") from None
         _check_layers(options, model)
     _check_budget(options, vllm_config.cache_config, model, platform.device_type)
+
+
+def check_block_size(cache: Any, model: Any, multiple: int) -> None:
+    """Look at `--block-size` before a worker does, which is after the model is loaded.
+
+    Args:
+        cache: vLLM's `CacheConfig`.
+        model: vLLM's `ModelConfig`, or None. One with states gets blocks of vLLM's choice, cut into pages of Quest's.
+        multiple: Of what the stock backend's blocks are multiples [tokens].
+
+    Raises:
+        QuestValueError: The stock backend has no such blocks.
+    """
+    size = getattr(cache, "block_size", None)
+    if isinstance(size, int) and size % multiple and not (model is not None and model.is_hybrid):
+        raise QuestValueError("block_size", size, f"a multiple of {multiple}: vLLM's attention here has no other")
 
 
 def check_layer(*, alibi_slopes: Any, sliding_window: int | None, attn_type: str) -> None:
