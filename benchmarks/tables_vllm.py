@@ -51,7 +51,7 @@ def latency_table(rows: Rows) -> str:
 
 def tables() -> list[str]:
     """All tables of docs/vllm.md, in order."""
-    names = ("", "_sketch", "_fp8_bounds", "_fp8_weights", "_tp2", "_cpu")
+    names = ("", "_sketch", "_fp8_bounds", "_fp8_weights", "_fp8_kv", "_tp2", "_cpu")
     return [latency_table(load(f"serve_vllm{name}.json")) for name in names]
 
 
