@@ -27,6 +27,7 @@ from quest_attention.forms import Sketch, SketchLayout
 from quest_attention.models import bundled_model_path
 from quest_attention.ops import quest_decode
 from quest_attention.pages import KEY_MAX, KEY_MIN
+from quest_attention.vllm.break_even import MEASURED
 from warm import Warm
 
 FIXED = {"0.4", "0.3", "0.5"}
@@ -82,6 +83,20 @@ def test_the_tables_of_the_page_on_vllm_are_those_of_the_results() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     quoted = [line for line in readme.splitlines() if re.match(r"\| \d+K x \d+ \|", line)]
     assert quoted and set(quoted) <= set(lines)
+
+
+def test_a_server_says_where_it_pays_as_was_measured() -> None:
+    """The longest context at which one sequence was less than 2 % faster, by device and form."""
+    runs = (("serve_vllm", "quest-2048"), ("serve_vllm_sketch", "sketch-512"), ("serve_vllm_cpu", "quest-1024"))
+    found = {}
+    for run, arm in runs:
+        record = json.loads((ROOT / "benchmarks" / "results" / f"{run}.json").read_text(encoding="utf-8"))
+        rows = [row for row in record["rows"] if row["arm"] == arm and row["batch"] == 1]
+        assert any(row["ratio_to_stock"] > 1.02 for row in rows)
+        device = "cpu" if record["settings"]["device"] == "cpu" else record["machine"]["gpu"][0].split(",")[0]
+        metadata = arm.split("-")[0].replace("quest", "bounds")
+        found[device, metadata] = max(row["context"] for row in rows if row["ratio_to_stock"] < 1.02)
+    assert found == MEASURED
 
 
 def test_a_table_of_vllm_has_columns_for_each_arm(monkeypatch: pytest.MonkeyPatch) -> None:

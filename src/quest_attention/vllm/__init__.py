@@ -14,6 +14,7 @@
     cpu.py, gpu.py  the attention backends: the stock one, with Quest for decode rows past the budget
     folding.py   KV heads folded into blocks, for the stock kernel of a CPU
     places.py    where a token's numbers lie in a block of a CPU's cache, for who reads them back
+    break_even.py  past which context it pays, as measured
     metrics.py   the counters for Prometheus
     worker.py    a worker's name, and its counters over vLLM's `collective_rpc`
 

@@ -13,6 +13,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from quest_attention.errors import QuestValueError, UnsupportedModelError
 from quest_attention.serving.options import KEY
 from quest_attention.serving.rows import DECODE_TOKENS, RowPlanner
+from quest_attention.vllm.break_even import break_even_note
 from quest_attention.vllm.kinds import note_on_others, other_layers
 from quest_attention.vllm.layout import check_full, page_size
 from quest_attention.vllm.metrics import publisher
@@ -74,9 +75,12 @@ class QuestMetadataBuilder:
         self.counters = self._row_planner.counters
         speculation = vllm_config.speculative_config
         self._num_speculated = 0 if speculation is None else speculation.num_speculative_tokens
-        others = other_layers(vllm_config.model_config)
-        if others is not None and self.counters is not None and self.sparse_layers[0] == sparse[0]:
-            _logger.info("Quest: %s.", note_on_others(others, self.config.metadata))
+        if self.counters is not None and self.sparse_layers[0] == sparse[0]:  # once a worker
+            name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+            _logger.info("Quest: %s.", break_even_note(name, self.config.metadata))
+            others = other_layers(vllm_config.model_config)
+            if others is not None:
+                _logger.info("Quest: %s.", note_on_others(others, self.config.metadata))
 
     def use_cascade_attention(self, *_: Any, **__: Any) -> bool:
         """A shared prefix is not read apart: rows choose pages of it."""
