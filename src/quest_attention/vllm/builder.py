@@ -52,6 +52,8 @@ class QuestMetadataBuilder:
         check_full(kv_cache_spec)
         _check_backends(vllm_config)
         layers = vllm_config.compilation_config.static_forward_context
+        for name in layer_names:  # a new builder comes with a new cache, which wants the memory of the last one
+            layers[name].impl.close()
         sparse = sparse_layers(layers, self.config.num_dense_layers, extract_layer_index)
         self.sparse_layers = [name for name in sparse if name in layer_names]
         rank = get_tensor_model_parallel_rank()
