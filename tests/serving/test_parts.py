@@ -399,7 +399,8 @@ def a_server(**changes: Any) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize(
-    ("version", "is_known"), [("0.32.1+cpu", True), ("0.33.0", True), ("0.29.0", False), ("0.34.0", False), ("dev", False)]
+    ("version", "is_known"),
+    [("0.32.1+cpu", True), ("0.33.0", True), ("0.29.0", False), ("0.34.0", False), ("dev", False)],
 )
 def test_a_vllm_that_nobody_knows_is_left_alone(version: str, is_known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda _name: version)

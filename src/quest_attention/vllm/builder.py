@@ -76,6 +76,9 @@ class QuestMetadataBuilder:
         self.counters = self._row_planner.counters
         speculation = vllm_config.speculative_config
         self._num_speculated = 0 if speculation is None else speculation.num_speculative_tokens
+        # vLLM 0.32 and newer have this runner for n-gram drafts; 0.25 has none, and CPUs never have it.
+        if self._num_speculated and device.type == "cuda" and vllm_config.use_v2_model_runner:
+            _logger.warning("Quest reads everything in rows with drafts, which vLLM's V2 runner gives to every row.")
         others = other_layers(vllm_config.model_config)
         if others is not None and self.counters is not None and self.sparse_layers[0] == sparse[0]:
             _logger.info("Quest: %s.", note_on_others(others, self.config.metadata))

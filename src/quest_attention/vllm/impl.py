@@ -173,7 +173,7 @@ class QuestAttentionImpl:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Let go of the cache: vLLM takes it away when it has measured graphs on a small one (0.32 and newer)."""
+        """Let go of the cache, which vLLM takes away: it measures CUDA graphs on a small one before it makes the real one."""
         self._opened = None
 
     def open(self, layer: Any, kv_cache: Tensor) -> OpenCache:

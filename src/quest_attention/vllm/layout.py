@@ -198,8 +198,8 @@ class PaddedBlocks:
 def ask_for_room(layout: BlockLayout, attention: Any, backend: type, device: str) -> None:
     """Have layers say that they store page metadata too, before a model's are asked; more than once is once.
 
-    The method that says it is told the server's configuration. What vLLM asks a backend since 0.32, `customize_spec`, is not, and
-    how much room there must be depends on it.
+    The method that says it is told the server's configuration. What vLLM asks a backend since 0.32, `customize_spec`,
+    is not, and how much room there must be depends on it.
 
     Args:
         layout: Of the release.
