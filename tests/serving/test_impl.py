@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,7 @@ with warnings.catch_warnings():
 
     from quest_attention.vllm import builder
     from quest_attention.vllm.cpu import QuestCPUImpl
-    from quest_attention.vllm.impl import OpenCache, QuestAttentionImpl
+    from quest_attention.vllm.impl import OpenCache, QuestAttentionImpl, QuestBackend
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 HEADS, TOKENS, DIM = 2, 4, 8
@@ -99,6 +100,18 @@ def test_vllm_is_told_to_fuse_nothing_into_quests_attention() -> None:
     for name in ("rope_kvcache", "qk_norm_rope_kvcache", "qk_norm_mrope_kvcache"):
         assert getattr(impl, f"fused_{name}_supported")() is False
         assert f"fused_{name}_supported" in vars(QuestAttentionImpl), "whatever the stock class says in other releases"
+    assert vars(QuestBackend)["supports_kv_cache_update_bypass"] is False, "in 0.33 FlashAttention says that it does"
+
+
+def test_a_cache_is_let_go_of() -> None:
+    """What vLLM measures graphs with is gone when the real cache is made, where Quest's views do not keep it."""
+    impl, cache = Attends(), torch.zeros(2, HEADS, TOKENS, 2 * DIM)
+    impl._opened = impl.open(None, cache)
+    held = weakref.ref(cache)
+    del cache
+    assert held() is not None
+    impl.close()
+    assert held() is None
 
 
 @pytest.mark.parametrize(("num_dense_layers", "sparse"), [(0, [1, 3, 4]), (1, [3, 4]), (2, [4]), (3, [])])

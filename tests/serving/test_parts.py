@@ -94,6 +94,7 @@ def test_a_server_that_asks_for_nothing_and_one_that_asks_for_the_defaults() -> 
 def test_a_release_has_its_layout() -> None:
     assert isinstance(layout_of((0, 25)), PaddedBlocks)
     assert isinstance(layout_of((0, 32)), RowedBlocks)
+    assert isinstance(layout_of((0, 33)), RowedBlocks)
 
 
 FORMS: list[dict[str, Any]] = [
@@ -397,10 +398,13 @@ def a_server(**changes: Any) -> SimpleNamespace:
     return SimpleNamespace(**found)
 
 
-@pytest.mark.parametrize(("version", "is_tested"), [("0.32.1+cpu", True), ("0.29.0", False), ("dev", False)])
-def test_a_vllm_that_nobody_knows_is_left_alone(version: str, is_tested: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("version", "is_known"),
+    [("0.32.1+cpu", True), ("0.33.0", True), ("0.29.0", False), ("0.34.0", False), ("dev", False)],
+)
+def test_a_vllm_that_nobody_knows_is_left_alone(version: str, is_known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda _name: version)
-    assert plugin._is_tested() is is_tested
+    assert plugin._is_known() is is_known
     if version == "dev":
         with pytest.raises(BackendError, match="vllm: got version 'dev', expected that of a release"):
             plugin.vllm_version()

@@ -53,6 +53,8 @@ class QuestMetadataBuilder:
         check_full(kv_cache_spec)
         _check_backends(vllm_config)
         layers = vllm_config.compilation_config.static_forward_context
+        for name in layer_names:  # a new builder comes with a new cache, which wants the memory of the last one
+            layers[name].impl.close()
         sparse = sparse_layers(layers, self.config.num_dense_layers, extract_layer_index)
         self.sparse_layers = [name for name in sparse if name in layer_names]
         rank = get_tensor_model_parallel_rank()
@@ -75,6 +77,9 @@ class QuestMetadataBuilder:
         self.counters = self._row_planner.counters
         speculation = vllm_config.speculative_config
         self._num_speculated = 0 if speculation is None else speculation.num_speculative_tokens
+        # vLLM 0.32 and newer have this runner for n-gram drafts; 0.25 has none, and CPUs never have it.
+        if self._num_speculated and device.type == "cuda" and vllm_config.use_v2_model_runner:
+            _logger.warning("Quest reads everything in rows with drafts, which vLLM's V2 runner gives to every row.")
         if self.counters is not None and self.sparse_layers[0] == sparse[0]:  # once a worker
             name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
             _logger.info("Quest: %s.", break_even_note(name, self.config.metadata))

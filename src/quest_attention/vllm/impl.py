@@ -32,6 +32,8 @@ class QuestBackend:
 
     stock_backend: type
     """The stock backend: of the layers of a model that Quest does not serve, those without full attention."""
+    supports_kv_cache_update_bypass = False
+    """Whether a model may write keys and values itself, as vLLM 0.33 asks: they would be without their metadata."""
 
     @staticmethod
     def get_name() -> str:
@@ -169,6 +171,10 @@ class QuestAttentionImpl:
     def write(self, layer: Any, key: Tensor, value: Tensor, opened: OpenCache, slots: Tensor) -> None:
         """Write tokens, `[T, HKV, D]`, to their slots `[T]`, and take them into the metadata of their pages."""
         raise NotImplementedError
+
+    def close(self) -> None:
+        """Let go of the cache: vLLM measures CUDA graphs on a small one, and takes it away before it makes another."""
+        self._opened = None
 
     def open(self, layer: Any, kv_cache: Tensor) -> OpenCache:
         """Views of a layer's cache, made once: vLLM gives the same tensor each time."""

