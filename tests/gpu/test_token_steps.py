@@ -49,6 +49,27 @@ def test_whom_it_chooses(dim: int, group: int, dtype: torch.dtype, page_size: in
     assert min(shares) > 0.7, "most of the best tokens"
 
 
+@pytest.mark.parametrize(("dim", "group"), [(128, 1), (64, 1), (128, 4), (128, 8)])
+def test_steps_that_follow_one_another_choose_the_same(dim: int, group: int) -> None:
+    """Sixty of them, so that what depends on which warp is first shows."""
+    cache = make_cache([20_000, 300, 4_321], 2, dim, torch.bfloat16)
+    config = QuestConfig(512, metadata="sketch", selection_unit="token")
+    if token_workspace.plan_of(cache.kv, 2 * group, config) is None:
+        assert group == 1 and not token_workspace.runs_single_heads()
+        pytest.skip("these kernels are not run here")
+    workspace = token_workspace.make_token_workspace(cache.kv, 2 * group, config)
+    for _ in range(8):
+        query = torch.randn(3, 2 * group, dim, device="cuda").to(torch.bfloat16)
+        step = Step(query=query, kv=cache.kv, seq_lens=cache.seq_lens, config=config, workspace=workspace)
+        found = [token_decode.decode_tokens(step) for _ in range(60)]
+        assert found[0] is not None
+        output, selected = found[0]
+        for one in found[1:]:
+            assert one is not None
+            assert torch.equal(one[1].units, selected.units)
+            assert torch.equal(one[0], output)
+
+
 @pytest.mark.parametrize("group", [2, 7])
 def test_lists_longer_than_are_held_at_once(group: int) -> None:
     """All pages have the same keys, so that 1,250 tokens or none reach a rank."""
