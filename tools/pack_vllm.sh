@@ -100,11 +100,11 @@ for f in "$work"/vllm.part.*; do mkdir -p "$out/${f##*.}"; mv "$f" "$out/${f##*.
 
 cat > "$out/unpack.sh" <<'UNPACK'
 #!/usr/bin/env bash
-# unpack.sh PIECES [SITE]: joins the pieces vllm.part.NN in the folder PIECES and unpacks them into SITE (/tmp/site33).
+# unpack.sh PIECES SITE: joins the pieces vllm.part.NN in the folder PIECES and unpacks them into the folder SITE.
 # The NVIDIA libraries that did not travel are linked from the Python environment of this machine. Afterwards:
 #   export PYTHONPATH=SITE VLLM_USE_FLASHINFER_SAMPLER=0
 set -euo pipefail
-pieces=$1 site=${2:-/tmp/site33}
+pieces=$1 site=$(realpath -m "$2")
 mkdir -p "$site"
 cat "$pieces"/vllm.part.* | xz -dc -T8 | tar -xi --no-same-owner -C "$site"
 installed=$(python3 -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')

@@ -408,3 +408,9 @@ def test_models_with_other_layers_choose_in_their_full_ones(family: str, name: s
     assert {reads.layer for reads in full.reads()} >= {reads.layer for reads in choosing}
     for reads in choosing:
         assert reads.is_sparse and reads.tokens_read == 16 * (QUESTION + NEW - 1)
+
+
+@pytest.mark.parametrize("unit", ["token", "4"])
+def test_the_oracle_of_pages_takes_no_other_unit(unit: str) -> None:
+    with pytest.raises(QuestValueError, match="selection_unit=page: it reads whole pages, and token_oracle tokens"):
+        make_method(f"oracle:metadata=sketch,selection_unit={unit}", token_budget=64, num_dense_layers=0)

@@ -116,7 +116,8 @@ def assert_choice(step: Step, selected: Selection) -> list[float]:
             passes = _passing(workspace.passing, row, kv.max_pages, kv.page_size)[:last]
             assert passes[among].sum() >= len(chosen) - len(always), "candidates for all that is read"
             ranks = rough[among[passes[among]]]
-            lowest = ranks[~ranks.isnan()].min()  # of a page whose sketch is not finite all pass
+            assert passes[among][rough[among].isnan()].all(), "of a page whose sketch is not finite all pass"
+            lowest = ranks[~ranks.isnan()].min()
             rounding = _ON_A_GPU if query.is_cuda else _ROUNDING
             if scans and step.softcap is None:
                 rounding = _SUM + _SCANNED * float(estimates[among].nan_to_num(0).abs().max())

@@ -68,7 +68,7 @@ SelectionUnit = Annotated[
 CandidateFactor = Annotated[
     int | None,
     typer.Option(
-        help="Times the budget that is ranked once more, by keys; 4 where tokens are ranked, else 0.",
+        help="Times the budget that is ranked once more, by keys; where tokens are ranked 4, or for 2,048 tokens.",
         show_default=False,
     ),
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,8 @@ from quest_attention.pages import PagedKV, check_like, check_metadata, check_sid
 
 __all__ = [
     "check_counters",
+    "check_factors",
+    "check_kinds",
     "check_lengths",
     "check_new_tokens",
     "check_score_output",
@@ -31,6 +36,23 @@ _WIDE = (torch.bfloat16, torch.float16, torch.float32)
 def _is_readable(device: torch.device) -> bool:
     """Whether the host may look at values: on a CPU it costs nothing, elsewhere it would wait for the device."""
     return device.type == "cpu"
+
+
+def check_kinds(**given: tuple[object, type]) -> None:
+    """Whether arguments, by name, are of the classes that they stand beside."""
+    for name, (value, kind) in given.items():
+        if not isinstance(value, kind):
+            raise QuestValueError(name, value, f"a {kind.__name__}")
+
+
+def check_factors(sm_scale: Any, softcap: Any) -> None:
+    """The factor on logits, which may be any finite number, and their cap, which is positive; None for neither."""
+    for name, value, expected in (("sm_scale", sm_scale, "a finite number"), ("softcap", softcap, "a positive number")):
+        if value is None:
+            continue
+        is_number = isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
+        if not is_number or (name == "softcap" and value <= 0):
+            raise QuestValueError(name, value, f"{expected} or None")
 
 
 def check_lengths(name: str, lengths: Tensor | int, batch: int, most: int, device: torch.device) -> None:
@@ -106,6 +128,8 @@ def check_token_mask(token_mask: Tensor | None, batch: int, device: torch.device
     """`[B, T]` bool, True where a token may be attended to."""
     if token_mask is None:
         return
+    if not isinstance(token_mask, Tensor):
+        raise QuestValueError("token_mask", token_mask, f"a tensor [{batch}, T] of bool, or None")
     if token_mask.dim() != 2 or token_mask.shape[0] != batch or token_mask.shape[1] == 0:
         raise QuestValueError("token_mask.shape", list(token_mask.shape), f"[{batch}, T] with T at least 1")
     if token_mask.dtype != torch.bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestValueError
-from quest_attention.ops.checks import check_lengths, check_token_mask, check_wide
+from quest_attention.ops.checks import check_factors, check_kinds, check_lengths, check_token_mask, check_wide
 from quest_attention.ops.selection import Workspace
 from quest_attention.pages import PagedKV, check_like, num_pages
 
@@ -69,6 +69,7 @@ class Step(Rows):
     out: Tensor | None = None
 
     def __post_init__(self) -> None:
+        check_kinds(kv=(self.kv, PagedKV), query=(self.query, Tensor), config=(self.config, QuestConfig))
         kv, query, config, keys = self.kv, self.query, self.config, self.kv.keys
         # Asked for once: at a few hundred nanoseconds each, a tensor's shape is what making a step takes.
         _, page_size, kv_heads, dim = keys.shape
@@ -84,10 +85,7 @@ class Step(Rows):
         check_like("query", query, shape, keys, "keys", check_dtype=not kv.is_quantised)
         check_lengths("seq_lens", self.seq_lens, batch, max_pages * page_size, device)
         check_token_mask(self.token_mask, batch, device)
-        if self.sm_scale is not None and not math.isfinite(self.sm_scale):
-            raise QuestValueError("sm_scale", self.sm_scale, "a finite number or None")
-        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
-            raise QuestValueError("softcap", self.softcap, "a positive number or None")
+        check_factors(self.sm_scale, self.softcap)
         if self.sinks is not None:
             check_like("sinks", self.sinks, shape[1:2], query, "the query", check_dtype=False)
         if config.metadata == "auto":

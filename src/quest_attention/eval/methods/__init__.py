@@ -85,7 +85,11 @@ def make_method(
             "page_size": page_size,
             "backend": backend,
         }
-        return kind(_config(spec, options, _parse(spec, given) if colon else {}))
+        config = _config(spec, options, _parse(spec, given) if colon else {})
+        if kind is PageCeiling and config.selection_unit != "page":
+            expected = "selection_unit=page: it reads whole pages, and token_oracle tokens"
+            raise QuestValueError("method", spec, expected)
+        return kind(config)
     if colon:
         raise QuestValueError("method", spec, f"{name} without options: quest and oracle alone take them")
     return kind(token_budget, num_dense_layers) if issubclass(kind, Evicting | TokenCeiling) else kind()
