@@ -258,6 +258,8 @@ def check_like(
     name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor, whose: str, *, check_dtype: bool = True
 ) -> None:
     """A tensor of a shape that goes with another one: its dtype, if asked, and its device."""
+    if not isinstance(tensor, Tensor):  # asked here, since a step makes no words that it does not need
+        raise QuestValueError(name, tensor, f"a tensor, {list(shape)} to fit {whose}")
     if tensor.shape != shape:
         raise QuestValueError(f"{name}.shape", list(tensor.shape), f"{list(shape)} to fit {whose}")
     if check_dtype and tensor.dtype != like.dtype:

@@ -64,6 +64,8 @@ BAD_DECODES: dict[str, tuple[str, dict[str, Any]]] = {
     "sm_scale as text": ("sm_scale", {"sm_scale": "3"}),
     "mask as a list": ("token_mask", {"token_mask": [[True]]}),
     "config as a dict": ("config", {"config": {"metadata": "sketch"}}),
+    "sinks as a list": ("sinks", {"sinks": [0.0] * 4}),
+    "output as a list": ("out", {"out": []}),
     "sinks": ("sinks.shape", {"sinks": torch.zeros(2)}),
     "sinks elsewhere": ("sinks.device", {"sinks": torch.zeros(4, device="meta")}),
     "mask shape": ("token_mask.shape", {"token_mask": torch.ones(1, 60, dtype=torch.bool)}),
