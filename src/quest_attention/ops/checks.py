@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quest_attention.config import check_integer
+from quest_attention.config import QuestConfig, check_integer
 from quest_attention.errors import QuestValueError
 from quest_attention.forms import FP8, MetadataForm
 from quest_attention.ops.selection import Selection
@@ -38,21 +38,25 @@ def _is_readable(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def check_kinds(**given: tuple[object, type]) -> None:
-    """Whether arguments, by name, are of the classes that they stand beside."""
-    for name, (value, kind) in given.items():
+def check_kinds(kv: object, query: object, config: object) -> None:
+    """Whether the parts of a step are of the classes that they must be. No words are made where they are."""
+    if isinstance(kv, PagedKV) and isinstance(query, Tensor) and isinstance(config, QuestConfig):
+        return
+    for name, value, kind in (("kv", kv, PagedKV), ("query", query, Tensor), ("config", config, QuestConfig)):
         if not isinstance(value, kind):
             raise QuestValueError(name, value, f"a {kind.__name__}")
 
 
 def check_factors(sm_scale: Any, softcap: Any) -> None:
     """The factor on logits, which may be any finite number, and their cap, which is positive; None for neither."""
-    for name, value, expected in (("sm_scale", sm_scale, "a finite number"), ("softcap", softcap, "a positive number")):
-        if value is None:
-            continue
-        is_number = isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
-        if not is_number or (name == "softcap" and value <= 0):
-            raise QuestValueError(name, value, f"{expected} or None")
+    if sm_scale is not None and not _is_number(sm_scale):
+        raise QuestValueError("sm_scale", sm_scale, "a finite number or None")
+    if softcap is not None and not (_is_number(softcap) and softcap > 0):
+        raise QuestValueError("softcap", softcap, "a positive number or None")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
 
 
 def check_lengths(name: str, lengths: Tensor | int, batch: int, most: int, device: torch.device) -> None:

@@ -69,7 +69,7 @@ class Step(Rows):
     out: Tensor | None = None
 
     def __post_init__(self) -> None:
-        check_kinds(kv=(self.kv, PagedKV), query=(self.query, Tensor), config=(self.config, QuestConfig))
+        check_kinds(self.kv, self.query, self.config)
         kv, query, config, keys = self.kv, self.query, self.config, self.kv.keys
         # Asked for once: at a few hundred nanoseconds each, a tensor's shape is what making a step takes.
         _, page_size, kv_heads, dim = keys.shape

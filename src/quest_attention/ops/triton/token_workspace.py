@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -186,6 +187,7 @@ _DTYPES = (
 """Of the tensors of a workspace, in order."""
 
 
+@cache  # a step asks
 def runs_single_heads() -> bool:
     """Whether the kernels are right where a KV head has one query head.
 
