@@ -35,9 +35,17 @@ class Server:
     """
 
     def __init__(self, port: int) -> None:
+        from openai import OpenAI
+
         self._address = f"http://127.0.0.1:{port}"
         self.url = f"{self._address}/v1"
         self.log: list[str] = []
+        # One for all threads: to make one takes longer than a short answer, and hardly two would be asked for at once.
+        self._client = OpenAI(base_url=self.url, api_key="none", timeout=600)
+
+    def close(self) -> None:
+        """Let go of connections."""
+        self._client.close()
 
     def is_ready(self) -> bool:
         """Whether it answers."""
@@ -63,12 +71,9 @@ class Server:
 
     def ask(self, prompt: str, tokens: int = scenario.ANSWER) -> str:
         """As a client does."""
-        from openai import OpenAI
-
-        with OpenAI(base_url=self.url, api_key="none", timeout=600) as client:
-            done = client.completions.create(
-                model=NAME, prompt=prompt, max_tokens=tokens, temperature=0, extra_body={"ignore_eos": True}
-            )
+        done = self._client.completions.create(
+            model=NAME, prompt=prompt, max_tokens=tokens, temperature=0, extra_body={"ignore_eos": True}
+        )
         return done.choices[0].text
 
     def ask_together(self, prompts: list[str]) -> list[str]:
@@ -78,15 +83,12 @@ class Server:
 
     def leave(self, prompt: str, tokens: int) -> None:
         """Ask for a long answer as a stream, and hang up after so many tokens."""
-        from openai import OpenAI
-
-        with OpenAI(base_url=self.url, api_key="none", timeout=600) as client:
-            given = client.completions.create(
-                model=NAME, prompt=prompt, max_tokens=1000, temperature=0, stream=True, extra_body={"ignore_eos": True}
-            )
-            for _, _ in zip(range(tokens), given, strict=False):
-                pass
-            given.close()
+        given = self._client.completions.create(
+            model=NAME, prompt=prompt, max_tokens=1000, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        )
+        for _, _ in zip(range(tokens), given, strict=False):
+            pass
+        given.close()
 
     def run_example(self) -> str:
         """What the example of docs/vllm.md prints."""
@@ -128,6 +130,7 @@ def serving(quest: dict[str, Any], *options: str, **variables: str) -> Iterator[
                 time.sleep(1)
             yield server
         finally:
+            server.close()
             process.terminate()
             process.wait(60)
             reader.join(10)

@@ -65,9 +65,9 @@ def test_eight_clients_get_what_one_gets_and_every_step_is_the_oracles(
 @pytest.mark.parametrize("kept", [{}, scenario.SKETCH], ids=["bounds", "sketch"])
 def test_clients_that_leave_and_rows_that_are_preempted_leave_nothing_behind(kept: dict[str, Any]) -> None:
     """A pool of a quarter of what sixteen requests want; `QUEST_REQUESTS` says how many there are."""
-    count = int(os.environ.get("QUEST_REQUESTS", "48"))
+    count = int(os.environ.get("QUEST_REQUESTS", "32"))
     draw = random.Random(0)
-    texts = [scenario.prompts(index % 24 + 1, draw.randint(30, 330))[-1] for index in range(count)]
+    texts = [scenario.prompts(index % 24 + 1, draw.randint(30, 180))[-1] for index in range(count)]
     options = ("--dtype", "float32", "--block-size", str(scenario.BLOCK), "--max-num-seqs", "16", "--max-model-len")
     options += ("1024", "--num-gpu-blocks-override", "40", "--worker-extension-cls", "vllm_oracle.OracleExtension")
     with serving({"token_budget": scenario.BUDGET, **kept}, *options) as server:
@@ -78,7 +78,7 @@ def test_clients_that_leave_and_rows_that_are_preempted_leave_nothing_behind(kep
             if index % 3 == 2:
                 server.leave(texts[index], index % 7)
                 return ""
-            return server.ask(texts[index], scenario.ANSWER + index % 5 * 10)
+            return server.ask(texts[index], 80 + index % 5 * 20)  # long: together they outgrow the pool
 
         with ThreadPoolExecutor(16) as clients:
             given = list(clients.map(visit, range(count)))
@@ -94,7 +94,7 @@ def test_clients_that_leave_and_rows_that_are_preempted_leave_nothing_behind(kep
     assert oracle["seen"]["rows past the budget"] == 4 * counters["sparse_rows"] > count
     assert not any(told[name] for name in told if name.startswith(_BUSY)), "nobody runs, waits or holds a block"
     (preempted,) = (told[name] for name in told if name.startswith("vllm:num_preemptions_total"))
-    assert preempted > 0
+    assert preempted > 0, counters
     assert before == after == [text[: len(one)] for text, one in zip(given, before, strict=False)]
     keys = [text[text.index("The pass key is") :][16:21] for text in texts]
     found = [key in answer for index, (key, answer) in enumerate(zip(keys, given, strict=True)) if index % 3 != 2]
