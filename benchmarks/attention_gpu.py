@@ -7,10 +7,11 @@ is the better of its two forms (with and without tensor cores). Quest runs as it
 the keys and in 8 bits, their verbs timed alone beside it, and with sketches, which choose single tokens, at several
 budgets. One shape, the one of docs/choosing.md, is timed with bounds, moments and sketches at each of that page's
 budgets. `bytes_...` count what a step must read: of every page what ranks it, and keys and values of what is selected.
-`launches_sketch` are the kernels of a step, which run one after the other. `break-even` is the shortest context at
-which Quest with bounds is no slower. `tables_gpu.py` makes the tables of docs/gpu.md from the file. The run fails when
-a step was not sparse: with metadata of pages it must be the fused kernel alone, and with any it must have read as many
-pages or tokens as the budget gives.
+`launches_sketch` are the kernels of a step, which run one after the other, and `launch_times_us` the launches in their
+order, each timed alone, without its early start. `break-even` is the shortest context at which Quest with bounds is no
+slower. `tables_gpu.py` makes the tables of docs/gpu.md from the file. The run fails when a step was not sparse: with
+metadata of pages it must be the fused kernel alone, and with any it must have read as many pages or tokens as the
+budget gives.
 
 FlashInfer is not a dependency: `pip install flashinfer-python==0.6.13`.
 """
@@ -18,6 +19,7 @@ FlashInfer is not a dependency: `pip install flashinfer-python==0.6.13`.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -32,7 +34,7 @@ from quest_attention import QuestConfig, score_pages, select_pages, sparse_decod
 from quest_attention.bench.caches import make_caches, with_metadata
 from quest_attention.bench.gpu import check_gpu
 from quest_attention.bench.record import write_record
-from quest_attention.bench.steps import check_kernels, kernels_of, quest_steps
+from quest_attention.bench.steps import check_kernels, launch_times, quest_steps
 from quest_attention.bench.timing import percentiles, time_graph
 from quest_attention.forms import SketchLayout
 from quest_attention.pages import PagedKV
@@ -160,13 +162,13 @@ def time_quest(
 
 def time_sketch(
     caches: list[PagedKV], queries: list[Tensor], lengths: Tensor, repeats: int
-) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
-    """The whole step with sketches, by budget [us], and the kernels of the first."""
+) -> tuple[dict[str, dict[str, float]], list[tuple[str, float]]]:
+    """The whole step with sketches, by budget [us], and the launches of the first budget, each alone [us]."""
     sketched = [with_metadata(kv, lengths, config_of("sketch", SKETCH_BUDGETS[0])) for kv in caches]
     configs = {str(budget): config_of("sketch", budget) for budget in SKETCH_BUDGETS}
     times = {name: time_quest(config, sketched, queries, lengths, repeats) for name, config in configs.items()}
-    kernels = kernels_of(quest_steps(queries[:1], sketched[:1], lengths, configs[str(SKETCH_BUDGETS[0])])[0])
-    return times, kernels
+    launches = launch_times(quest_steps(queries, sketched, lengths, configs[str(SKETCH_BUDGETS[0])]))
+    return times, [(one.kernel, one.alone) for one in launches]
 
 
 def time_choices(
@@ -219,6 +221,12 @@ def bytes_read(shape: Shape, config: QuestConfig) -> int:
     return rows * (ranking + (keys + selected) * HEAD_DIM * DTYPE.itemsize)
 
 
+def bytes_scanned(shape: Shape) -> int:
+    """What the scan of a step with sketches must move: the sketches of all pages, and two bits a token [bytes]."""
+    pages = shape.batch * shape.kv_heads * shape.context // PAGE_SIZE
+    return pages * (SketchLayout.of(PAGE_SIZE, HEAD_DIM).total + PAGE_SIZE // 4)
+
+
 def bytes_of_exact_choice(shape: Shape, token_budget: int) -> int:
     """What a choice by the keys themselves must read: all keys, and the values of what is selected [bytes]."""
     return shape.batch * shape.kv_heads * (shape.context + token_budget) * HEAD_DIM * DTYPE.itemsize
@@ -259,18 +267,20 @@ def main(
         narrow = time_quest(in_8_bits, kept, queries, lengths, repeats)
         del kept
         verbs = time_verbs(shape, caches, queries, lengths, repeats)
-        sketch, kernels = time_sketch(caches, queries, lengths, repeats)
+        sketch, launches = time_sketch(caches, queries, lengths, repeats)
         row = {
             "shape": list(shape),
             "dense_us": dense,
             "quest_us": quest,
             "quest_fp8_us": narrow,
             "sketch_us": sketch,
-            "launches_sketch": kernels,
+            "launches_sketch": Counter(name for name, _ in launches),
+            "launch_times_us": launches,
             "verbs_us": verbs,
             "bytes_quest": bytes_read(shape, bounds),
             "bytes_quest_fp8": bytes_read(shape, in_8_bits),
             "bytes_sketch": {str(budget): bytes_read(shape, config_of("sketch", budget)) for budget in SKETCH_BUDGETS},
+            "bytes_scan": bytes_scanned(shape),
             "bytes_dense": 2 * shape.batch * shape.kv_heads * shape.context * HEAD_DIM * DTYPE.itemsize,
             "ratio": best / quest["p50"],
             "ratio_fp8": best / narrow["p50"],

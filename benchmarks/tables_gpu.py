@@ -23,6 +23,11 @@ form has its floor, the time that reading its bytes takes at the highest rate of
 those of all pages, the keys of the candidates, and the values of what is selected ([choosing.md](choosing.md)
 explains the form)."""
 """Stands above the table of sketches, where there is one."""
+LAUNCHES_INTRO = """\
+**Launch by launch**, each alone, without its early start, microseconds (median). In a step they overlap, so a step
+takes less than all together. The last column is the rate at which the second scan moves its bytes, the sketches of all
+pages and two bits a token, against the highest rate of a dense read."""
+"""Stands above the table of launches, where they were timed."""
 
 NUM_DENSE_LAYERS = 2
 """Of both arms in `decode_gpu.py`."""
@@ -127,6 +132,27 @@ def launches_line(rows: Rows) -> str:
     return f"A step with sketches runs {said}. Floors are at {fastest_read(rows) / 1e6:.2f} TB/s."
 
 
+def launches_table(rows: Rows) -> str:
+    """The launches of a step with sketches, each alone, and at which share of the read rate its scan runs."""
+    rate, budget = fastest_read(rows), next(iter(rows[0]["sketch_us"]))
+    names = [name.strip("_").removesuffix("_kernel") for name, _ in rows[0]["launch_times_us"]]
+    scan = len(names) - 1 - names[::-1].index("scan")  # the first of the two ranks a sample
+    cells = []
+    for row in rows:
+        batch, heads, kv_heads, context, _ = row["shape"]
+        times = [time for _, time in row["launch_times_us"]]
+        cells.append(
+            [
+                f"{batch} x {heads}/{kv_heads} x {context // 1024}K",
+                *(f"{time:.1f}" for time in times),
+                f"{sum(times):.1f}",
+                f"{row['sketch_us'][budget]['p50']:.1f}",
+                f"{100 * row['bytes_scan'] / times[scan] / rate:.0f} %",
+            ]
+        )
+    return as_markdown(("B x HQ/HKV x context", *names, "together", "the step", "scan, of the read rate"), cells)
+
+
 def break_even_table(rows: Rows) -> str:
     """From which context a step is no slower than dense attention, by batch and heads."""
     cells = [
@@ -212,6 +238,8 @@ def tables() -> dict[str, str]:
         rows = load(run)
         json_file = f"{origin(run)} ([JSON](../benchmarks/results/{run}))."
         made |= {"sketch": f"{SKETCH_INTRO}\n\n{sketch_table(rows)}\n\n{launches_line(rows)} {json_file}"}
+        if all("launch_times_us" in row for row in rows):
+            made["sketch"] += f"\n\n{LAUNCHES_INTRO}\n\n{launches_table(rows)}"
     return made | {
         "break-even": break_even_table(attention),
         "layers": layers_table(load("layers_gpu.json")),

@@ -207,6 +207,11 @@ def test_sketches_beside_bounds_once_they_were_timed(tmp_path: Path, monkeypatch
     assert line == (
         "| 1 x 32/8 x 32K, bounds 2,048 | 40.0 | 24.0 | 2.0 | 16.0 | 2.50x | 1.50x | 0.5 | 20.0 | 2.00x | 1.20x | 1.0 |"
     )
+    timed = {**row, "launch_times_us": [["scan_kernel", 2.0], ["scan_kernel", 4.0], ["_attend_kernel", 12.5]]}
+    timed["bytes_scan"] = 4_000_000
+    table = gpu.launches_table([timed]).splitlines()
+    assert table[0] == "| B x HQ/HKV x context | scan | scan | attend | together | the step | scan, of the read rate |"
+    assert table[2] == "| 1 x 32/8 x 32K | 2.0 | 4.0 | 12.5 | 18.5 | 16.0 | 50 % |"
     assert gpu.launches_line([row]) == "A step with sketches runs `_scan`, `_merge` x 2. Floors are at 2.00 TB/s."
     machine = {"gpu": ["NVIDIA H100, 79 GiB"], "torch": "2.11", "triton": "3.6", "commit": "0123456789"}
     monkeypatch.setattr(gpu, "RESULTS", tmp_path)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from caches import Cache
 from quest_attention import QuestConfig, update_page_metadata
+from quest_attention.bench.steps import launch_times, quest_steps
 from quest_attention.forms import Sketch
 from quest_attention.ops import Step, make_workspace
 from quest_attention.pages import PagedKV, num_pages
@@ -68,6 +69,17 @@ def test_steps_that_follow_one_another_choose_the_same(dim: int, group: int) -> 
             assert one is not None
             assert torch.equal(one[1].units, selected.units)
             assert torch.equal(one[0], output)
+
+
+def test_what_each_launch_takes_alone() -> None:
+    cache = make_cache([20_000], 2, 128, torch.bfloat16)
+    config = QuestConfig(512, metadata="sketch", selection_unit="token")
+    query = torch.randn(1, 8, 128, dtype=torch.bfloat16, device="cuda")
+    steps = quest_steps([query], [cache.kv], cache.seq_lens, config)
+    launches = launch_times(steps, 3)
+    names = ["prepare_kernel", "scan_kernel", "scan_kernel", "pick_kernel", "choose_kernel", "_attend_kernel"]
+    assert [one.kernel for one in launches] == names
+    assert all(0.5 < one.alone < 1000 for one in launches)
 
 
 @pytest.mark.parametrize("group", [2, 7])

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from quest_attention.config import QuestConfig
 from quest_attention.ops import QuestOutput, make_workspace, quest_decode
+from quest_attention.ops.triton.launch import launching_in_turn
 from quest_attention.ops.triton.tuning import tune
 from quest_attention.pages import PagedKV
 
-__all__ = ["check_kernels", "kernels_of", "quest_steps"]
+__all__ = ["LaunchTime", "check_kernels", "launch_times", "quest_steps"]
 
 _FUSED = "_decode_kernel"
 """The kernel that is all of a step by metadata of pages."""
@@ -56,13 +59,46 @@ def quest_steps(
     return steps
 
 
-def kernels_of(step: Callable[[], object]) -> dict[str, int]:
-    """The kernels that a step launches, and how often each: what has to run one after the other."""
-    step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
-        torch.cuda.synchronize()
-    return {event.key: event.count for event in profile.key_averages() if event.self_device_time_total > 0}
+class LaunchTime(NamedTuple):
+    """A launch of a step.
+
+    Attributes:
+        kernel: Its name.
+        alone: The time it takes where it waits for nothing [us].
+    """
+
+    kernel: str
+    alone: float
+
+
+def launch_times(steps: Sequence[Callable[[], object]], repeats: int = 10) -> list[LaunchTime]:
+    """The launches of a step in their order, each with the time that it takes alone: the median of all steps.
+
+    In a step they overlap on GPUs that start launches early, so that these times add up to more than a step takes.
+
+    Args:
+        steps: Alike, over different data, more in all than the cache of the GPU holds.
+        repeats: How often each runs.
+
+    Raises:
+        RuntimeError: The steps do not launch the same kernels in the same order.
+    """
+    with launching_in_turn():
+        for step in steps:
+            step()  # compiles
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(repeats):
+                for step in steps:
+                    step()
+            torch.cuda.synchronize()
+    ran = [event for event in profile.events() if event.device_type.name == "CUDA"]
+    ran.sort(key=lambda event: event.time_range.start)
+    runs = repeats * len(steps)
+    each = len(ran) // runs
+    names = [event.name for event in ran]
+    if len(ran) % runs or names != names[:each] * runs:
+        raise RuntimeError(f"{runs} steps launched {names}, expected the same kernels in each")
+    return [LaunchTime(names[nth], median(event.device_time for event in ran[nth::each])) for nth in range(each)]
 
 
 def check_kernels(step: Callable[[], object]) -> None:
@@ -71,6 +107,6 @@ def check_kernels(step: Callable[[], object]) -> None:
     Raises:
         RuntimeError: A profile shows other kernels.
     """
-    kernels = kernels_of(step)
-    if kernels != {_FUSED: 1}:
+    kernels = [launched.kernel for launched in launch_times([step], 1)]
+    if kernels != [_FUSED]:
         raise RuntimeError(f"a step ran {kernels}, expected {_FUSED} alone, once")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -19,6 +21,7 @@ __all__ = [
     "compute_major",
     "is_interpreted",
     "launch",
+    "launching_in_turn",
     "let_next_start",
     "starts_early",
     "wait_for_launch",
@@ -29,6 +32,8 @@ FUSED_ARITHMETIC = {"enable_fp_fusion": True}
 _EARLY_LAUNCHES = 9
 """First number of the compute capability from which a launch may start before the one ahead of it is done: Hopper."""
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
+_in_turn = False
+"""Whether launches wait for the ones ahead of them on every GPU: see `launching_in_turn`."""
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
 """Dtypes of keys that the kernels take: those they compute in, and one that they widen to the query's."""
 
@@ -76,8 +81,19 @@ def starts_early(tensor: Tensor) -> dict[str, bool]:
     A GPU since Hopper then starts it before the other is done. The first launch of a step has none of these options:
     it waits for whatever was before.
     """
-    early = compute_major(tensor.device) >= _EARLY_LAUNCHES
+    early = not _in_turn and compute_major(tensor.device) >= _EARLY_LAUNCHES
     return {"FOLLOWS": early, **({"launch_pdl": True} if early else {})}
+
+
+@contextmanager
+def launching_in_turn() -> Iterator[None]:
+    """Start no launch early meanwhile, so that a profile shows what each takes alone, without its wait."""
+    global _in_turn  # noqa: PLW0603 - a profile is of a whole process
+    before, _in_turn = _in_turn, True
+    try:
+        yield
+    finally:
+        _in_turn = before
 
 
 @triton.jit
