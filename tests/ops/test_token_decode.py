@@ -284,6 +284,8 @@ def test_a_workspace_of_another_shape_is_refused() -> None:
     workspace = make_workspace(small.kv, 4, config_of())
     with pytest.raises(QuestValueError, match="workspace: got 'TokenWorkspace'"):
         quest_decode(query_for(large, 2), large.kv, large.seq_lens, config_of(), workspace=workspace)
+    with pytest.raises(QuestValueError, match="workspace: got 'str', expected one that make_workspace gave"):
+        quest_decode(query_for(small, 2), small.kv, small.seq_lens, config_of(), workspace="scratch")  # type: ignore[arg-type]
     roomy = make_workspace(large.kv, 4, config_of())
     update_page_metadata(small.kv, small.seq_lens, small.seq_lens, backend="torch")
     query = query_for(small, 2)

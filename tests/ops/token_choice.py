@@ -22,6 +22,10 @@ _ON_A_GPU = 0.05
 """The same of products in 16 bits, or of a rank that the hardware's own tanh has capped."""
 _SCANNED = 2**-16
 """Of a product of whole numbers, in units of the largest: what one sum in float32 and one normaliser leave."""
+_SWAPPED = 1e-3
+"""Of an exact rank: such a distance two sums of products may turn round."""
+_HEADS = 16
+"""Heads of a part in a workspace's norms."""
 _SUM = 2e-3
 """Of a log-sum-exp in base 2."""
 _SUMMED_TOKENS = 128
@@ -81,7 +85,7 @@ def assert_choice(step: Step, selected: Selection) -> list[float]:
     group = query.shape[1] // kv.num_kv_heads
     parts = 1 if group == 1 else token_workspace.SAMPLE_PARTS
     rows = kv.batch_size * kv.num_kv_heads
-    norms = workspace.norms.flatten()[: rows * parts * 16].view(rows, parts, 16).double()
+    norms = workspace.norms.flatten()[: rows * parts * _HEADS].view(rows, parts, _HEADS).double()
     norms = torch.logsumexp(norms * math.log(2), 1) / math.log(2)
     lengths = step.seq_lens.tolist() if isinstance(step.seq_lens, Tensor) else [step.seq_lens] * kv.batch_size
     scans = token_workspace.can_scan(kv, group)
@@ -131,7 +135,7 @@ def assert_choice(step: Step, selected: Selection) -> list[float]:
             assert passes[free].all()
             left = among[passes[among] & ~mine[among]]
             if len(left):
-                assert exact[left].max() <= exact[free].min() + 1e-3, "the best of the candidates by their keys"
+                assert exact[left].max() <= exact[free].min() + _SWAPPED, "the best of the candidates by their keys"
             best = among[exact[among].topk(len(free)).indices]
             shares.append(float(mine[best].double().mean()))
     return shares

@@ -70,7 +70,6 @@ class GPUOracleExtension(QuestWorkerExtension):
         wrong = _wrong_tokens(asked, selected) if selected.unit_size == 1 else _wrong_units(asked, selected)
         self._failures.extend(f"{layer}, {one}" for one in wrong)
         group, size = query.shape[1] // kv.num_kv_heads, selected.unit_size
-        ours = plain = 0.0
         for b, length in enumerate(step.seq_lens.tolist()):
             if length == 0:
                 continue
@@ -84,6 +83,7 @@ class GPUOracleExtension(QuestWorkerExtension):
             )  # [T, H, D]
             if not is_right(kv.form, kv.metadata[table], kv.keys[table], length).all():
                 self._failures.append(f"{layer}, row {b}: a page's {kv.form.name} are not those of its keys")
+            ours = plain = 0.0
             for h in range(kv.num_kv_heads):
                 units = selected.units[b, h][selected.units[b, h] >= 0].long()
                 tokens = (units[:, None] * size + torch.arange(size, device=units.device)).flatten()
@@ -94,11 +94,12 @@ class GPUOracleExtension(QuestWorkerExtension):
                 exact = _attend(q.double(), k.double(), v.double(), impl.scale, impl._softcap, sinks)
                 ours = max(ours, float((output[b, heads] - exact).abs().nan_to_num(1e9).max()))
                 by_torch = _attend(q, k, v, impl.scale, impl._softcap, sinks)
-                plain = max(plain, float((by_torch - exact).abs().max()))
-        allowed = 2 * plain + torch.finfo(torch.float32).eps
-        self._worst = max(self._worst, ours / allowed)
-        if ours > allowed:
-            self._failures.append(f"{layer}: output off by {ours:.2e}, expected at most {allowed:.2e}")
+                rounding = torch.finfo(output.dtype).eps / 2 * float(exact.abs().max())  # of an output that is right
+                plain = max(plain, rounding, float((by_torch - exact).abs().max()))
+            allowed = 2 * plain + torch.finfo(torch.float32).eps
+            self._worst = max(self._worst, ours / allowed)
+            if ours > allowed:
+                self._failures.append(f"{layer}, row {b}: output off by {ours:.2e}, expected at most {allowed:.2e}")
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
