@@ -29,6 +29,8 @@ BLOCK = 32
 BUDGET = 4 * BLOCK
 ANSWER = 10
 """Tokens of an answer."""
+OWN_BUDGETS = (None, 2 * BLOCK, "none", 3 * BLOCK, 2 * BLOCK)
+"""What requests ask for in a batch [tokens]."""
 ORACLE = {"worker_extension_cls": "vllm_oracle.OracleExtension"}
 SIMULATED_ORACLE = {"worker_extension_cls": "gpu_on_cpu.SimulatedOracle"}
 GPU_ORACLE = {"worker_extension_cls": "gpu_oracle.GPUOracleExtension"}
@@ -166,6 +168,58 @@ def api() -> dict[str, Any]:
             llm.collective_rpc("quest_reset")
             found[name] = {"given": run(), "counters": llm.collective_rpc("quest_counters")[0]}
     return {"tried": found, "oracle": llm.collective_rpc("oracle_report")}
+
+
+def own_budgets(oracle: dict[str, Any] = ORACLE, **kept: Any) -> dict[str, Any]:
+    """Requests with budgets of their own, one of which is none, beside others in the same batches; then each alone."""
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    llm = make_llm({"token_budget": BUDGET, **kept}, **oracle)
+    params = [
+        SamplingParams(
+            temperature=0, max_tokens=ANSWER, ignore_eos=True,
+            extra_args=None if asked is None else {"quest_token_budget": asked},
+        )
+        for asked in OWN_BUDGETS
+    ]  # fmt: skip
+    texts = prompts(len(params), 400)
+    llm.collective_rpc("install_oracle")
+    found = {}
+    for name, batches in (("together", [slice(None)]), ("alone", [slice(i, i + 1) for i in range(len(params))])):
+        llm.collective_rpc("quest_reset")
+        done = [one for batch in batches for one in llm.generate(texts[batch], params[batch], use_tqdm=False)]
+        found[name] = {
+            "answers": [list(one.outputs[0].token_ids) for one in done],
+            "lengths": [len(one.prompt_token_ids) for one in done],
+            "counters": llm.collective_rpc("quest_counters")[0],
+        }
+
+    def refusal(asked: Any) -> str:
+        try:
+            llm.generate(texts[0], SamplingParams(extra_args={"quest_token_budget": asked}), use_tqdm=False)
+        except VLLMValidationError as error:
+            return str(error)
+        return "none"
+
+    return {
+        **found,
+        "refused": [refusal(asked) for asked in (BUDGET + 1, 1, "all")],
+        "oracle": llm.collective_rpc("oracle_report"),
+    }
+
+
+def own_budgets_of_sketches() -> dict[str, Any]:
+    """The same where single tokens are chosen."""
+    return own_budgets(**SKETCH)
+
+
+def own_budgets_in_the_adapter_of_a_gpu() -> dict[str, Any]:
+    """The same in a GPU's adapter."""
+    from quest_attention.vllm import plugin
+
+    plugin._BACKENDS["cpu"] = "gpu_on_cpu.SimulatedBackend"
+    return own_budgets(SIMULATED_ORACLE, **SKETCH)
 
 
 def save_adapter(folder: Path) -> None:
@@ -574,6 +628,9 @@ SCENARIOS = [
     api,
     off,
     budget_of_the_context,
+    own_budgets,
+    own_budgets_of_sketches,
+    own_budgets_in_the_adapter_of_a_gpu,
     prefix_and_chunks,
     bfloat16,
     one_token_more_than_blocks,

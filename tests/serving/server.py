@@ -69,11 +69,12 @@ class Server:
             lines = response.read().decode().splitlines()
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[:1] != "#")}
 
-    def ask(self, prompt: str, tokens: int = scenario.ANSWER) -> str:
-        """As a client does."""
+    def ask(self, prompt: str, tokens: int = scenario.ANSWER, **xargs: Any) -> str:
+        """As a client does, who may say more in `vllm_xargs`."""
         done = self._client.completions.create(
-            model=NAME, prompt=prompt, max_tokens=tokens, temperature=0, extra_body={"ignore_eos": True}
-        )
+            model=NAME, prompt=prompt, max_tokens=tokens, temperature=0,
+            extra_body={"ignore_eos": True, "vllm_xargs": xargs},
+        )  # fmt: skip
         return done.choices[0].text
 
     def ask_together(self, prompts: list[str]) -> list[str]:

@@ -71,6 +71,26 @@ def test_what_clients_ask_for_beside_plain_answers() -> None:
     assert [len(one) for one in given["three answers"]] == [len(one) for one in given["beam search"]] == [3, 3]
 
 
+@pytest.mark.parametrize("name", ["own_budgets", "own_budgets_of_sketches", "own_budgets_in_the_adapter_of_a_gpu"])
+def test_requests_with_budgets_of_their_own(name: str) -> None:
+    found = scenario(name)
+    (oracle,) = found["oracle"]
+    assert oracle["failures"] == [] and 0 < oracle["worst"] <= 1
+    together, alone = found["together"], found["alone"]
+    assert together["answers"] == alone["answers"]
+    asked = [128, 64, None, 96, 64]  # as the scenario asks
+    size = 32 if name == "own_budgets" else 1
+    steps = [[length + step for step in range(1, 10)] for length in together["lengths"]]  # the prompt gives the first
+    read = sum(budget or -(-length // size) * size for budget, row in zip(asked, steps, strict=True) for length in row)
+    for one in (together["counters"], alone["counters"]):
+        assert (one["sparse_rows"], one["dense_rows"], one["tokens_read"]) == (4 * 9, 9, read)
+    assert together["counters"]["eager_steps"] < alone["counters"]["eager_steps"]
+    assert oracle["seen"]["rows past the budget"] == 2 * NUM_SPARSE_LAYERS * 4 * 9
+    assert [text.split(", expected")[0] for text in found["refused"]] == [
+        f"quest_token_budget: got {asked!r}" for asked in (129, 1, "all")
+    ]
+
+
 def test_a_budget_of_the_context_gives_the_stock_backends_tokens() -> None:
     found = scenario("budget_of_the_context")
     assert len(found) == 2

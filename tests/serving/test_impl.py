@@ -69,9 +69,9 @@ def a_layer(name: str, **changes: Any) -> Any:
 
 def a_step(rows: int = 1) -> Any:
     """Metadata of a batch, of whose rows so many run Quest."""
-    counters = SimpleNamespace(count_quest=lambda *_: None, count_stock=lambda *_: None)
+    counters = SimpleNamespace(count_quest=lambda *_: None, count_stock=lambda *_: None, count_step=lambda: None)
     step = SimpleNamespace(
-        num_rows=rows, rest=None, counters=counters, counted_layer="", seq_lens=torch.ones(1), lengths=[1]
+        num_rows=rows, rest=None, counters=counters, counted_layer="", seq_lens=torch.ones(1), lengths=[1], parts=[]
     )
     return SimpleNamespace(quest=step)
 

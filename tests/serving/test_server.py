@@ -14,6 +14,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="runs with make test-vllm, which installs vLLM")
 
+from openai import BadRequestError
+
 import scenario
 from server import CLIENTS, NAME, serving
 
@@ -35,16 +37,23 @@ def test_eight_clients_get_what_one_gets_and_every_step_is_the_oracles(
         together = server.ask_together(prompts)
         alone = [server.ask(prompt) for prompt in prompts[:2]]
         example = server.run_example()
+        whole = server.ask(prompts[0], quest_token_budget="none")
+        for asked in (scenario.BUDGET + 1, 0, "all", 64.5, [64]):  # the client's error is a 400
+            with pytest.raises(BadRequestError, match=r"quest_token_budget: got .* expected 'none' or tokens"):
+                server.ask(prompts[0], quest_token_budget=asked)
+        chosen = server.ask(prompts[0], quest_token_budget=scenario.BUDGET // 2)
         (oracle,), (counters,) = server.rpc("oracle_report"), server.rpc("quest_counters")
         time.sleep(1.5)
         server.ask(prompts[0][:200])  # a step, at which a line is due
         told = server.metrics()
     assert together[:2] == alone
+    assert len(whole) > 0 and len(chosen) > 0
     assert example.startswith(f"{NAME}, 4084 tokens: 27183"), example
     for index, text in enumerate(together):
         assert len(text) > 0, index
     assert oracle["failures"] == []
     assert oracle["seen"]["rows past the budget"] == 4 * counters["sparse_rows"] > 0
+    assert counters["dense_rows"] == scenario.ANSWER - 1, "of the one that asked to be read whole"
     assert counters["tokens_read"] < counters["tokens_held"]
     lines = [
         line

@@ -15,6 +15,7 @@ from quest_attention.config import SelectionUnit
 from quest_attention.ops import Selection
 from quest_attention.serving.counters import StepCounters
 from quest_attention.serving.options import QuestOptions, advice_on_budget
+from quest_attention.serving.requests import config_asked
 from quest_attention.serving.rows import RowPlanner, read_lengths
 
 
@@ -145,6 +146,8 @@ def test_counters_of_rows_on_host_and_device() -> None:
     selected = Selection(torch.zeros(3, 1, 2, dtype=torch.int32), torch.tensor([[2], [1], [0]], dtype=torch.int32), 16)
     counters.count_quest(selected, torch.tensor([100, 10, 0], dtype=torch.int32))
     counters.count_stock([20, 0])
+    counters.count_step()
+    counters.count_step()
     rows = {"sparse_rows": 1, "dense_rows": 2, "verified_rows": 0, "eager_steps": 2}
     pages = {"pages_read": 5, "pages_held": 10, "tokens_read": 80, "tokens_held": 160}
     assert counters.snapshot() == rows | pages
@@ -159,7 +162,7 @@ def test_counters_of_units_count_tokens_and_say_so(unit: SelectionUnit, size: in
     selected = Selection(torch.zeros(2, 1, 8, dtype=torch.int32), torch.tensor([[8], [3]], dtype=torch.int32), size)
     counters.count_quest(selected, torch.tensor([100, 3 * size], dtype=torch.int32))
     counters.count_stock([20])
-    rows = {"sparse_rows": 1, "dense_rows": 2, "verified_rows": 0, "eager_steps": 2}
+    rows = {"sparse_rows": 1, "dense_rows": 2, "verified_rows": 0, "eager_steps": 0}
     assert counters.snapshot() == rows | {"tokens_read": 11 * size + 20, "tokens_held": 100 + 3 * size + 20}
     counters.plan(1)
     counters.plan(1)
@@ -234,6 +237,41 @@ def test_a_line_at_an_interval_where_something_was_counted(monkeypatch: pytest.M
         silent.plan(1)
         silent.count_stock([1])
     assert len(lines) == 3
+
+
+def test_rows_are_sparse_by_the_budget_of_their_request() -> None:
+    counters = make_counters([])
+    selected = Selection(torch.zeros(1, 1, 1, dtype=torch.int32), torch.tensor([[1]], dtype=torch.int32), 16)
+    counters.count_quest(selected, torch.tensor([30], dtype=torch.int32), token_budget=16)
+    assert counters.snapshot()["sparse_rows"] == 1, "of the server's 32 it would be within"
+    planner = make_planner()
+    assert planner.runs_quest([30, 30], [32, 16])
+    assert not planner.runs_quest([30, 500], [32, None])
+
+
+@pytest.mark.parametrize(("asked", "message"), [
+    (64, r"got 64, expected 'none' or tokens, at most the server's 48"),
+    (0, "got 0, expected 'none' or tokens"),
+    (True, "got True, expected 'none' or tokens"),
+    ("32", "got '32', expected 'none' or tokens"),
+    (24.0, r"got 24\.0, expected 'none' or tokens"),
+    ("all", "got 'all', expected 'none' or tokens"),
+    (16, r"got 16, expected 'none' or at least 32"),
+])  # fmt: skip
+def test_budgets_that_a_request_may_not_ask_for(asked: Any, message: str) -> None:
+    options = QuestOptions.from_mapping({"token_budget": 48, "metadata": "moments"}, "cpu")
+    with pytest.raises(QuestValueError, match=f"^quest_token_budget: {message}"):
+        config_asked(asked, options, 16, 1024)
+    with pytest.raises(QuestValueError, match="'none': this server reads everything"):
+        config_asked(48, options, 16, 48)
+
+
+def test_a_budget_that_a_request_asks_for_is_all_that_is_its_own() -> None:
+    options = QuestOptions.from_mapping({"metadata": "sketch", "selection_unit": "token", "token_budget": 1024}, "cuda")
+    assert config_asked("none", options, 16, 65536) is None
+    own = config_asked(256, options, 16, 65536)
+    expected = QuestOptions.from_mapping({**options.reading, "token_budget": 256}, "cuda").config(16)
+    assert own == expected and own.candidate_budget >= 2048, "as a server with such a budget has it"
 
 
 def make_planner(

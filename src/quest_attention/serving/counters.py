@@ -57,23 +57,25 @@ class StepCounters:
                 self._made = torch.zeros(len(_NAMES), dtype=torch.int64, device=self._device)
         return self._made
 
-    def count_quest(self, selected: Selection, seq_lens: Tensor) -> None:
+    def count_quest(self, selected: Selection, seq_lens: Tensor, token_budget: int | None = None) -> None:
         """Rows that ran Quest; on a GPU one small launch, which a graph can hold.
 
         Args:
             selected: Units that were read.
             seq_lens: `[R]`, 0 in rows that only pad [tokens].
+            token_budget: Of these rows; None is that of the config [tokens].
         """
-        count_reads(
-            selected, seq_lens, self._on_device(), token_budget=self._config.token_budget, backend=self._config.backend
-        )
-        if not (seq_lens.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self._on_host[_EAGER] += 1
+        budget = self._config.token_budget if token_budget is None else token_budget
+        count_reads(selected, seq_lens, self._on_device(), token_budget=budget, backend=self._config.backend)
 
     def count_stock(self, lengths: Iterable[int]) -> None:
         """Decode rows that the stock backend read whole, by their lengths [tokens]."""
         self._count_whole("dense_rows", lengths)
-        self._on_host[_EAGER] += 1
+
+    def count_step(self) -> None:
+        """A step with decode rows, whoever runs them; where a graph is captured it is none."""
+        if not (self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            self._on_host[_EAGER] += 1
 
     def count_verified(self, lengths: Iterable[int]) -> None:
         """Rows of several tokens, speculated ones, which the stock backend read whole, by their lengths [tokens]."""

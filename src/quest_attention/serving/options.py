@@ -76,14 +76,18 @@ class QuestOptions:
         """Whether the bounds have 8 bits."""
         return bool(self.reading.get("metadata_dtype", "kv") != "kv")
 
-    def config(self, page_size: int) -> QuestConfig:
+    def config(self, page_size: int, **instead: Any) -> QuestConfig:
         """The config for pages of the engine's size [tokens], with a form of metadata.
+
+        Args:
+            page_size: Of the engine [tokens].
+            instead: Options in place of the server's.
 
         Raises:
             QuestValueError: The budget cannot hold the forced pages, or a value is wrong.
         """
         try:
-            config = QuestConfig.from_dict({**self.reading, _PAGE_SIZE: page_size}, self.device)
+            config = QuestConfig.from_dict({**self.reading, **instead, _PAGE_SIZE: page_size}, self.device)
         except QuestValueError as error:
             hint = self.page_size_hint if "forced page" in error.expected else ""
             raise QuestValueError(f"{KEY}.{error.argument}", error.got, error.expected + hint) from None

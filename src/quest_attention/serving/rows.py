@@ -88,13 +88,14 @@ class RowPlanner:
         finally:
             self.is_capturing = False
 
-    def runs_quest(self, lengths: Sequence[int]) -> bool:
-        """Whether the decode rows of the step that begins run Quest: all of them as soon as one is past the budget.
+    def runs_quest(self, lengths: Sequence[int], budgets: Sequence[int | None] | None = None) -> bool:
+        """Whether the decode rows of the step that begins run Quest: all of them as soon as one is past its budget.
 
         In a graph they always do: its lengths will be the device's. Called once a step, for the counters' sake.
 
         Args:
             lengths: Of the decode rows, never too short [tokens].
+            budgets: Of each row, where one has a budget of its own: None for one that is read whole [tokens].
         """
         if self.counters is None:
             return False
@@ -104,7 +105,9 @@ class RowPlanner:
             self.counters.reset()
             self._has_captured = False
         self.counters.plan(len(lengths))
-        return max(lengths, default=0) > self._budget
+        if budgets is None:
+            return max(lengths, default=0) > self._budget
+        return any(budget is not None and length > budget for length, budget in zip(lengths, budgets, strict=True))
 
 
 def read_lengths(seq_lens: Tensor, config: QuestConfig) -> Tensor:

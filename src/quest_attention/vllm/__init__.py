@@ -12,6 +12,7 @@
     step.py      the rows of a batch that run Quest; builder.py finds them, for any device
     impl.py      the attention of a layer, for any device: which rows go where
     cpu.py, gpu.py  the attention backends: the stock one, with Quest for decode rows past the budget
+    requests.py  budgets that requests ask for themselves
     folding.py   KV heads folded into blocks, for the stock kernel of a CPU
     places.py    where a token's numbers lie in a block of a CPU's cache, for who reads them back
     break_even.py  past which context it pays, as measured

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -10,6 +11,7 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
+from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestValueError, UnsupportedModelError
 from quest_attention.serving.options import KEY
 from quest_attention.serving.rows import DECODE_TOKENS, RowPlanner
@@ -20,7 +22,8 @@ from quest_attention.vllm.metrics import publisher
 from quest_attention.vllm.options import read_options
 from quest_attention.vllm.ranks import is_bounded, sparse_layers
 from quest_attention.vllm.refusals import BACKEND_NAME
-from quest_attention.vllm.step import QuestStep
+from quest_attention.vllm.requests import budgets_of_step, watch_requests
+from quest_attention.vllm.step import Part, QuestStep
 from quest_attention.vllm.worker import worker_label
 
 __all__ = ["QuestMetadataBuilder"]
@@ -75,6 +78,7 @@ class QuestMetadataBuilder:
             publish=publisher(worker_label(vllm_config.parallel_config, rank), _indices(self.sparse_layers)),
         )
         self.counters = self._row_planner.counters
+        watch_requests(vllm_config)
         speculation = vllm_config.speculative_config
         self._num_speculated = 0 if speculation is None else speculation.num_speculative_tokens
         # vLLM 0.32 and newer have this runner for n-gram drafts; 0.25 has none, and CPUs never have it.
@@ -119,7 +123,11 @@ class QuestMetadataBuilder:
         rows = min(rows, tokens)  # rows that only pad an eager batch have no token and come last
         lengths = _lengths(batch, rows)
         first_verified = rows
-        if not self._row_planner.runs_quest(lengths):
+        asked, budgets = budgets_of_step(), None
+        configs = None if asked is None else asked.of_rows(rows, self.config)
+        if configs is not None:
+            budgets = [None if config is None else config.token_budget for config in configs]
+        if not self._row_planner.runs_quest(lengths, budgets):
             rows = 0
         if self._num_speculated and not self._row_planner.is_capturing:  # after what forgets the rows of a capture
             counters.count_verified(_verified(batch, first_verified, self._num_speculated))
@@ -129,7 +137,27 @@ class QuestMetadataBuilder:
         )  # fmt: skip
         if rows > 0 and tokens < batch.num_actual_tokens:
             step.rest = self._build_stock(0, _rows_from(batch, rows, tokens), True)
+        if rows > 0 and configs is not None:
+            step.parts = self._parts(batch, step, configs)
         return step
+
+    def _parts(self, batch: Any, step: QuestStep, configs: list[QuestConfig | None]) -> list[Part]:
+        """The decode rows of a step by how they are read."""
+        parts = []
+        for config in dict.fromkeys(configs):
+            of_part = [row for row, one in enumerate(configs) if one == config]
+            rows = torch.tensor(of_part, device=step.seq_lens.device)
+            lengths = [step.lengths[row] for row in of_part]
+            if config is None:
+                stock = self._build_stock(0, _decode_rows(batch, rows, lengths), True)
+                parts.append(Part(rows, None, stock, lengths))
+            else:
+                alike = replace(
+                    step, config=config, lengths=lengths, num_rows=len(rows), seq_lens=step.seq_lens[rows],
+                    block_table=step.block_table[rows], rest=None,
+                )  # fmt: skip
+                parts.append(Part(rows, alike, None, lengths))
+        return parts
 
 
 def _indices(layers: list[str]) -> str:
@@ -176,6 +204,30 @@ def _check_backends(vllm_config: Any) -> None:
         if backend is not None and backend.get_name() != BACKEND_NAME and not is_bounded(layer):
             expected = "Quest in every layer with full attention"
             raise UnsupportedModelError(f"model: got {backend.get_name()} in {name}, expected {expected}")
+
+
+def _decode_rows(batch: Any, rows: torch.Tensor, lengths: list[int]) -> Any:
+    """Some rows of a batch, of one token each, that come before all others."""
+    on_host = rows.cpu()
+
+    def some(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor[rows if tensor.device == rows.device else on_host]
+
+    starts = torch.arange(len(rows) + 1, dtype=batch.query_start_loc.dtype)
+    return batch.replace(
+        query_start_loc=starts.to(rows.device),
+        query_start_loc_cpu=starts,
+        seq_lens=some(batch.seq_lens),
+        seq_lens_cpu_upper_bound=some(batch.seq_lens_cpu_upper_bound),
+        num_reqs=len(rows),
+        num_actual_tokens=len(rows),
+        max_query_len=1,
+        max_seq_len=max(lengths),
+        block_table_tensor=some(batch.block_table_tensor),
+        slot_mapping=some(batch.slot_mapping),
+        positions=some(batch.positions),
+        is_prefilling=some(batch.is_prefilling),
+    )
 
 
 def _rows_from(batch: Any, first: int, first_token: int) -> Any:

@@ -39,7 +39,7 @@ from quest_attention.vllm.folding import Fold
 from quest_attention.vllm.impl import OpenCache, QuestAttentionImpl, QuestBackend
 from quest_attention.vllm.layout import page_in
 from quest_attention.vllm.places import Places, read_places
-from quest_attention.vllm.step import QuestStep
+from quest_attention.vllm.step import QuestStep, steps_of
 
 __all__ = ["QuestCPUBackend", "QuestCPUImpl", "QuestCPUMetadataBuilder"]
 
@@ -71,10 +71,11 @@ class QuestCPUMetadataBuilder(QuestMetadataBuilder, CPUAttentionMetadataBuilder)
     def _plan(self, batch: Any) -> QuestStep | None:
         step = super()._plan(batch)
         if step is not None and step.num_rows:
-            longest = num_pages(max(step.lengths), step.config.page_size)
-            step.block_table = step.block_table[:, :longest]  # here the host knows
-            if step.config.selection_unit == "page":
-                step.folded = self._fold(batch, step)
+            for one in steps_of(step):
+                longest = num_pages(max(one.lengths), one.config.page_size)
+                one.block_table = one.block_table[:, :longest]  # here the host knows
+                if one.config.selection_unit == "page":
+                    one.folded = self._fold(batch, one)
         return step
 
     def _fold(self, batch: Any, step: QuestStep) -> Any:

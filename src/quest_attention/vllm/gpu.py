@@ -23,7 +23,7 @@ from vllm.v1.attention.backends.flash_attn import (
 from quest_attention.ops import Selection, Workspace, append_slots, make_workspace, quest_decode
 from quest_attention.vllm.builder import QuestMetadataBuilder
 from quest_attention.vllm.impl import OpenCache, QuestAttentionImpl, QuestBackend
-from quest_attention.vllm.step import QuestStep
+from quest_attention.vllm.step import QuestStep, steps_of
 
 _logger = logging.getLogger("vllm.quest_attention")
 
@@ -78,7 +78,8 @@ class QuestGPUMetadataBuilder(QuestMetadataBuilder, FlashAttentionMetadataBuilde
     def _plan(self, batch: Any) -> QuestStep | None:
         step = super()._plan(batch)
         if step is not None and step.num_rows:
-            step.workspace = self._scratch(step)
+            for one in steps_of(step):
+                one.workspace = self._scratch(one)
             if self._row_planner.is_capturing:
                 self._warm_up(step)
         return step

@@ -15,6 +15,7 @@ from quest_attention.errors import QuestValueError
 from quest_attention.forms import form_of
 from quest_attention.ops import Selection
 from quest_attention.pages import PagedKV
+from quest_attention.serving.counters import StepCounters
 from quest_attention.serving.options import KEY
 from quest_attention.vllm.layout import BlockParts, Room, ask_for_room, layout_of, page_in, page_size
 from quest_attention.vllm.options import read_options
@@ -22,7 +23,7 @@ from quest_attention.vllm.plugin import vllm_version
 from quest_attention.vllm.ranks import sparse_layers
 from quest_attention.vllm.refusals import BACKEND_NAME, check_layer, check_output_scales, check_transfer
 from quest_attention.vllm.scales import check_cache_dtype, scales_of, stored_dtype, unquantized
-from quest_attention.vllm.step import QuestStep
+from quest_attention.vllm.step import Part, QuestStep
 
 __all__ = ["OpenCache", "QuestAttentionImpl", "QuestBackend"]
 
@@ -117,6 +118,7 @@ class QuestAttentionImpl:
                 return self._forward_quest(layer, query, opened, step, output, is_counted=is_counted)
             if is_counted:
                 step.counters.count_stock(step.lengths)
+                step.counters.count_step()
         # Keys and values are in the cache already; stock backends need them for nothing else.
         return self._forward_stock(layer, query, None, None, opened.parts.stock, attn_metadata, output)
 
@@ -159,10 +161,31 @@ class QuestAttentionImpl:
         if step.rest is not None:
             stock = opened.parts.stock
             self._forward_stock(layer, query[rows:], None, None, stock, step.rest, output[rows:])
-        selected = self.attend(layer, unquantized(layer, query[:rows], output.dtype), opened, step, output[:rows])
+        if step.parts:
+            for part in step.parts:
+                self._forward_part(layer, query, opened, part, output, step.counters if is_counted else None)
+        else:
+            selected = self.attend(layer, unquantized(layer, query[:rows], output.dtype), opened, step, output[:rows])
+            if is_counted:
+                step.counters.count_quest(selected, step.seq_lens)
         if is_counted:
-            step.counters.count_quest(selected, step.seq_lens)
+            step.counters.count_step()
         return output
+
+    def _forward_part(
+        self, layer: Any, query: Tensor, opened: OpenCache, part: Part, output: Tensor, counters: StepCounters | None
+    ) -> None:
+        """Rows that are read alike, wherever in the batch they are; counted where there are counters."""
+        query, attended = query[part.rows], output.new_empty(len(part.rows), *output.shape[1:])
+        if part.step is None:
+            self._forward_stock(layer, query, None, None, opened.parts.stock, part.stock, attended)
+            if counters is not None:
+                counters.count_stock(part.lengths)
+        else:
+            selected = self.attend(layer, unquantized(layer, query, output.dtype), opened, part.step, attended)
+            if counters is not None:
+                counters.count_quest(selected, part.step.seq_lens, part.step.config.token_budget)
+        output[part.rows] = attended
 
     def attend(self, layer: Any, query: Tensor, opened: OpenCache, step: QuestStep, output: Tensor) -> Selection:
         """Run the rows of a step, `[R, HQ, D]`, and write their output `[R, HQ, D]`; gives the units that were read."""

@@ -17,6 +17,7 @@ from quest_attention.serving.options import KEY
 from quest_attention.vllm.kinds import other_layers
 from quest_attention.vllm.options import near_misses, read_options
 from quest_attention.vllm.refusals import BACKEND_NAME, check_block_size, check_vllm_config
+from quest_attention.vllm.requests import check_requests
 
 __all__ = ["RELEASES", "register", "vllm_version"]
 
@@ -95,6 +96,7 @@ def _wrap_check(platform: Any) -> None:
             check_vllm_config(vllm_config, cls)
             _check_groups(vllm_config.model_config)
             _check_blocks(vllm_config, cls)
+            check_requests()
         elif _is_ours(cls, vllm_config.attention_config.backend):
             found, neither = vllm_config.additional_config, f"or no --attention-backend {BACKEND_NAME} either"
             raise QuestValueError("additional_config", found, f"one with {KEY!r} in it, {neither}")

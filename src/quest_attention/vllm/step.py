@@ -1,8 +1,8 @@
-"""`QuestStep`: the rows of a batch that run Quest, the same for all layers of an engine step."""
+"""`QuestStep`: the rows of a batch that run Quest, the same for all layers of an engine step; `Part`: some of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from quest_attention.config import QuestConfig
 from quest_attention.ops import Workspace
 from quest_attention.serving.counters import StepCounters
 
-__all__ = ["QuestStep"]
+__all__ = ["Part", "QuestStep", "steps_of"]
 
 
 @dataclass
@@ -30,6 +30,7 @@ class QuestStep:
         rest: Stock metadata of the rows behind, or None.
         folded: On a CPU, stock metadata of the rows folded over KV heads, all but the table.
         workspace: On a GPU, scratch memory of the worker's steps; None where a step takes its own.
+        parts: The rows by how they are read, where requests ask for budgets of their own; else empty.
     """
 
     config: QuestConfig
@@ -42,3 +43,26 @@ class QuestStep:
     rest: Any = None
     folded: Any = None
     workspace: Workspace | None = None
+    parts: list[Part] = field(default_factory=list)
+
+
+@dataclass
+class Part:
+    """Decode rows of a step that are read alike.
+
+    Attributes:
+        rows: Which of the batch, `[r]` int64 on the device.
+        step: What they ask of Quest; None where they are read whole.
+        stock: Where they are, stock metadata of these rows.
+        lengths: Of the rows, as the host knows them [tokens].
+    """
+
+    rows: Tensor
+    step: QuestStep | None
+    stock: Any
+    lengths: list[int]
+
+
+def steps_of(step: QuestStep) -> list[QuestStep]:
+    """What runs Quest in a step: itself, or of its parts those that are not read whole."""
+    return [part.step for part in step.parts if part.step is not None] if step.parts else [step]

@@ -1,0 +1,48 @@
+"""`config_asked`: how a request that asks for a budget of its own is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quest_attention.config import QuestConfig
+from quest_attention.errors import QuestValueError
+from quest_attention.serving.options import QuestOptions
+
+__all__ = ["ASKED", "EVERYTHING", "config_asked"]
+
+ASKED = "quest_token_budget"
+"""Under what name a request asks."""
+EVERYTHING = "none"
+"""What it says to be read whole."""
+
+
+def config_asked(asked: Any, options: QuestOptions, page_size: int, max_length: int) -> QuestConfig | None:
+    """How the rows of a request are read, or None where it asks that they are read whole.
+
+    Args:
+        asked: What the request says under `ASKED`: `EVERYTHING`, or a budget of at most the server's [tokens].
+        options: Of the server.
+        page_size: Of the engine [tokens].
+        max_length: Of the longest sequence [tokens].
+
+    Raises:
+        QuestValueError: It says something else, or less than the pages that are always read; or the server reads
+            everything.
+
+    >>> config_asked(256, QuestOptions({"token_budget": 1024}, device="cuda"), 16, 8192).token_budget
+    256
+    >>> config_asked(2048, QuestOptions({"token_budget": 1024}, device="cuda"), 16, 8192)
+    Traceback (most recent call last):
+    quest_attention.errors.QuestValueError: quest_token_budget: got 2048, expected 'none' or tokens, at most the server's 1024
+    """  # noqa: E501 (a message)
+    if asked == EVERYTHING:
+        return None
+    most = options.config(page_size).token_budget
+    if type(asked) is not int or not 0 < asked <= most:
+        raise QuestValueError(ASKED, asked, f"{EVERYTHING!r} or tokens, at most the server's {most}")
+    if most >= max_length:
+        raise QuestValueError(ASKED, asked, f"{EVERYTHING!r}: this server reads everything, {most} tokens and more")
+    try:
+        return options.config(page_size, token_budget=asked)
+    except QuestValueError as error:
+        raise QuestValueError(ASKED, asked, f"{EVERYTHING!r} or {error.expected}") from None
