@@ -147,6 +147,20 @@ def test_decode_batches_are_replayed_from_graphs() -> None:
     assert found_keys(found["answers"]) == found_keys(scenario("gpu_eager")["answers"][0])
 
 
+def test_requests_with_budgets_of_their_own() -> None:
+    for found in scenario("gpu_own_budgets").values():
+        oracle = found["oracle"]
+        assert oracle["failures"] == [] and 0 < oracle["worst"] <= 1
+        for name in ("eager", "graphs"):
+            counters = found[name]["counters"]
+            assert (counters["sparse_rows"], counters["dense_rows"]) == (4 * 9, 9), "one asks to be read whole"
+            assert counters["eager_steps"] >= 9, "a step with a budget of its own is not replayed"
+        assert found["graphs"]["counters"]["tokens_read"] == found["eager"]["counters"]["tokens_read"]
+        assert found_keys(found["graphs"]["answers"]) == found_keys(found["eager"]["answers"])
+        assert found["after"]["counters"]["sparse_rows"] == 5 * 9
+        assert found["after"]["counters"]["eager_steps"] < 3, "graphs are replayed again"
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_ranks_give_the_tokens_of_one() -> None:
     found = scenario("gpu_two_ranks")

@@ -176,24 +176,10 @@ def own_budgets(oracle: dict[str, Any] = ORACLE, **kept: Any) -> dict[str, Any]:
     from vllm.exceptions import VLLMValidationError
 
     llm = make_llm({"token_budget": BUDGET, **kept}, **oracle)
-    params = [
-        SamplingParams(
-            temperature=0, max_tokens=ANSWER, ignore_eos=True,
-            extra_args=None if asked is None else {"quest_token_budget": asked},
-        )
-        for asked in OWN_BUDGETS
-    ]  # fmt: skip
-    texts = prompts(len(params), 400)
+    texts = prompts(len(OWN_BUDGETS), 400)
     llm.collective_rpc("install_oracle")
-    found = {}
-    for name, batches in (("together", [slice(None)]), ("alone", [slice(i, i + 1) for i in range(len(params))])):
-        llm.collective_rpc("quest_reset")
-        done = [one for batch in batches for one in llm.generate(texts[batch], params[batch], use_tqdm=False)]
-        found[name] = {
-            "answers": [list(one.outputs[0].token_ids) for one in done],
-            "lengths": [len(one.prompt_token_ids) for one in done],
-            "counters": llm.collective_rpc("quest_counters")[0],
-        }
+    alone = [slice(place, place + 1) for place in range(len(texts))]
+    found = {"together": ask_own(llm, texts, [slice(None)]), "alone": ask_own(llm, texts, alone)}
 
     def refusal(asked: Any) -> str:
         try:
@@ -206,6 +192,26 @@ def own_budgets(oracle: dict[str, Any] = ORACLE, **kept: Any) -> dict[str, Any]:
         **found,
         "refused": [refusal(asked) for asked in (BUDGET + 1, 1, "all")],
         "oracle": llm.collective_rpc("oracle_report"),
+    }
+
+
+def ask_own(llm: Any, texts: list[str], batches: list[slice], *, plain: bool = False) -> dict[str, Any]:
+    """Answers to texts with `OWN_BUDGETS`, or, if `plain`, with the server's, some at a time, and what was counted."""
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(
+            temperature=0, max_tokens=ANSWER, ignore_eos=True,
+            extra_args=None if plain or asked is None else {"quest_token_budget": asked},
+        )
+        for asked in OWN_BUDGETS
+    ]  # fmt: skip
+    llm.collective_rpc("quest_reset")
+    done = [one for batch in batches for one in llm.generate(texts[batch], params[batch], use_tqdm=False)]
+    return {
+        "answers": [list(one.outputs[0].token_ids) for one in done],
+        "lengths": [len(one.prompt_token_ids) for one in done],
+        "counters": llm.collective_rpc("quest_counters")[0],
     }
 
 
@@ -618,6 +624,21 @@ def gpu_sketch_graphs() -> dict[str, Any]:
     return gpu_graphs(**SKETCH)
 
 
+def gpu_own_budgets() -> dict[str, Any]:
+    """Budgets of requests on a GPU: eager with the sampled oracle, then with graphs, of which others make use after."""
+    found, texts = {}, prompts(len(OWN_BUDGETS), 400)
+    for name, kept in (("bounds", {}), ("sketch", SKETCH)):
+        llm = make_gpu_llm({"token_budget": BUDGET, **kept}, enforce_eager=True, **GPU_ORACLE)
+        llm.collective_rpc("install_oracle")
+        eager = ask_own(llm, texts, [slice(None)])
+        (oracle,) = llm.collective_rpc("oracle_report")
+        del llm
+        llm = make_gpu_llm({"token_budget": BUDGET, **kept}, **GPU_ORACLE)
+        graphs, after = (ask_own(llm, texts, [slice(None)], plain=plain) for plain in (False, True))
+        found[name] = {"eager": eager, "oracle": oracle, "graphs": graphs, "after": after}
+    return found
+
+
 def gpu_two_ranks() -> dict[str, Any]:
     """The same on two GPUs, a KV head each."""
     return gpu_graphs(2)
@@ -664,6 +685,7 @@ SCENARIOS = [
     gpu_preemption,
     gpu_speculation,
     gpu_graphs,
+    gpu_own_budgets,
     gpu_two_ranks,
 ]
 
