@@ -138,12 +138,19 @@ def _list(candidates, at, passing, kept, listed, PAGE: tl.constexpr):
 
 @triton.jit
 def _found_before(found, part, PARTS: tl.constexpr):
-    """How many candidates the parts before one have: waits until all have said so."""
+    """How many candidates the parts before one have: waits until all have said so.
+
+    With fewer parts than threads several threads load the same count, each at its own time, and a sum over the program
+    takes it from any of them: in Triton 3.8 from whichever stored last. So one sum says both whether a part is missing
+    and how many there are. Two could take them from different loads.
+    """
+    MISSING: tl.constexpr = 1 << 24  # of each part that has not spoken: as many as a row's tokens, and 64 fit an int32
     other = tl.arange(0, PARTS)
-    counts = tl.load(found + other, mask=other < part, other=1, volatile=True)
-    while tl.min(counts) == 0:
+    total = MISSING
+    while total >= MISSING:
         counts = tl.load(found + other, mask=other < part, other=1, volatile=True)
-    return tl.sum(counts - 1)
+        total = tl.sum(tl.where(counts == 0, MISSING, counts - 1))
+    return total
 
 
 @triton.jit(do_not_specialize=[

@@ -19,6 +19,7 @@ from quest_attention.ops.triton.tuning import filling_programs
 from quest_attention.pages import PagedKV
 
 __all__ = [
+    "MOST_TOKENS",
     "RANKED_PAGES",
     "SAMPLED_RANKS",
     "SAMPLE_PARTS",
@@ -44,6 +45,8 @@ _LEAST_WORDS = 32
 """Fewest of these worth a program."""
 _LEAST_SHARE = 64
 """One in so many tokens may be a candidate at least: four times what passes where the fewest sampled ranks do."""
+MOST_TOKENS = 1 << 24
+"""Of a row: what `pick` takes to stand for a count that is not there yet is no smaller."""
 _MOST_HELD = 32768
 """Candidates among which a program chooses: 32 a thread."""
 _LEAST_TOKENS = 64
@@ -145,6 +148,7 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
         or kv.max_pages == 0
         or group > _HEADS
         or 2 * config.candidate_budget > _MOST_HELD
+        or kv.max_pages * kv.page_size > MOST_TOKENS
         or (group == 1 and not runs_single_heads())
     ):
         return None
@@ -189,10 +193,11 @@ _DTYPES = (
 
 @cache  # a step asks
 def runs_single_heads() -> bool:
-    """Whether the kernels are right where a KV head has one query head.
+    """Whether the kernels are known to be right where a KV head has one query head.
 
-    Compiled by Triton 3.8 they did not choose the same tokens each time (torch 2.14, an H200): why is not known. By
-    Triton 3.6 they did, and with four and eight query heads by both. 3.7 was not tried.
+    Compiled by Triton 3.8 they did not choose the same tokens each time (torch 2.14, an H200): the sum of `pick` over
+    the parts before its own could take counts that another load had not seen yet (`candidates._found_before`). That is
+    mended by what the compiled code shows, and has not run on a GPU since.
     """
     return is_interpreted() or tuple(int(number) for number in triton.__version__.split(".")[:2]) < (3, 7)
 
