@@ -13,7 +13,10 @@ from quest_attention.ops.triton.masks import END, FIRST, RECENT, RECENT_START, S
 from quest_attention.ops.triton.preparation import norms_of
 from quest_attention.ops.triton.ranks import choice_of
 
-__all__ = ["choose_kernel", "pick_kernel"]
+__all__ = ["MISSING", "choose_kernel", "pick_kernel"]
+
+MISSING = tl.constexpr(1 << 24)
+"""Stands for what a part has found that has not said so: rows have fewer tokens, and 64 of it fit an int32."""
 
 
 @triton.jit(do_not_specialize=[
@@ -144,7 +147,6 @@ def _found_before(found, part, PARTS: tl.constexpr):
     takes it from any of them: in Triton 3.8 from whichever stored last. So one sum says both whether a part is missing
     and how many there are. Two could take them from different loads.
     """
-    MISSING: tl.constexpr = 1 << 24  # of each part that has not spoken: as many as a row's tokens, and 64 fit an int32
     other = tl.arange(0, PARTS)
     total = MISSING
     while total >= MISSING:

@@ -13,13 +13,13 @@ import triton
 from torch import Tensor
 
 from quest_attention.config import QuestConfig
+from quest_attention.ops.triton.candidates import MISSING
 from quest_attention.ops.triton.launch import compute_major, is_interpreted
 from quest_attention.ops.triton.scan import SCAN_PAGE_SIZE, SCANNED_PAGES
 from quest_attention.ops.triton.tuning import filling_programs
 from quest_attention.pages import PagedKV
 
 __all__ = [
-    "MOST_TOKENS",
     "RANKED_PAGES",
     "SAMPLED_RANKS",
     "SAMPLE_PARTS",
@@ -45,8 +45,6 @@ _LEAST_WORDS = 32
 """Fewest of these worth a program."""
 _LEAST_SHARE = 64
 """One in so many tokens may be a candidate at least: four times what passes where the fewest sampled ranks do."""
-MOST_TOKENS = 1 << 24
-"""Of a row: what `pick` takes to stand for a count that is not there yet is no smaller."""
 _MOST_HELD = 32768
 """Candidates among which a program chooses: 32 a thread."""
 _LEAST_TOKENS = 64
@@ -148,7 +146,7 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
         or kv.max_pages == 0
         or group > _HEADS
         or 2 * config.candidate_budget > _MOST_HELD
-        or kv.max_pages * kv.page_size > MOST_TOKENS
+        or kv.max_pages * kv.page_size >= MISSING.value
         or (group == 1 and not runs_single_heads())
     ):
         return None
