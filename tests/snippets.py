@@ -25,10 +25,12 @@ OF_THE_SERVER = {
     "--enable-dbo",
     "--kv-cache-dtype",
     "--kv-sharing-fast-prefill",
+    "--kv-transfer-config",
     "--language-model-only",
     "--max-model-len",
     "--max-num-seqs",
     "--model",
+    "--port",
     "--served-model-name",
 }
 """Options of vLLM's server that the pages name; tests/serving/test_pages.py holds them to vLLM's own."""

@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -34,6 +35,15 @@ OWN_BUDGETS = (None, 2 * BLOCK, "none", 3 * BLOCK, 2 * BLOCK)
 ORACLE = {"worker_extension_cls": "vllm_oracle.OracleExtension"}
 SIMULATED_ORACLE = {"worker_extension_cls": "gpu_on_cpu.SimulatedOracle"}
 GPU_ORACLE = {"worker_extension_cls": "gpu_oracle.GPUOracleExtension"}
+OFFLOADING = {
+    "kv_connector": "OffloadingConnector",
+    "kv_role": "kv_both",
+    "kv_connector_extra_config": {
+        "spec_name": "CopyingSpec",
+        "spec_module_path": "moved_blocks",
+        "cpu_bytes_to_use": 1 << 28,
+    },
+}
 FROM_PROMPT = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 2}
 """Speculation that needs no model."""
 
@@ -503,6 +513,95 @@ def adapter_of_a_gpu_with_windows() -> dict[str, Any]:
     return families(("gpt_oss", "gemma4_pages"), **SIMULATED_ORACLE)
 
 
+def whole_blocks(llm: Any, text: str) -> dict[str, list[int]]:
+    """The end of a prompt, in as many tokens as fill blocks: its last token is computed where all of it is loaded."""
+    ids = llm.get_tokenizer()(text).input_ids
+    return {"prompt_token_ids": ids[len(ids) % BLOCK :]}
+
+
+def offloading() -> dict[str, Any]:
+    """Prompts whose blocks are saved by vLLM's offloading connector, made anew by other prompts, and loaded elsewhere.
+
+    It is refused, because its own store asks for a GPU; here it has one of a test.
+    """
+    from quest_attention.vllm import transfers
+
+    transfers._TESTED = {"OffloadingConnector": ("cpu",)}
+    pool = {"num_gpu_blocks_override": 65, "max_model_len": 1024}  # prompts of two batches do not fit together
+    oracle = {"worker_extension_cls": "moved_blocks.OffloadingOracle"}
+    found = {}
+    for name, quest in (("bounds", {}), ("sketch", SKETCH)):
+        llm = make_llm({"token_budget": BUDGET, **quest}, kv_transfer_config=OFFLOADING, **pool, **oracle)
+        one, another, *others = prompts(4, 400)
+        texts = [one, whole_blocks(llm, another)]
+        found[name] = checked(llm, [texts, others, texts]) | {"moved": llm.collective_rpc("moved_report")}
+        llm.collective_rpc("remove_oracle")
+        stop(llm)
+    return found
+
+
+def fetched_by_nixl() -> dict[str, Any]:
+    """Two engines: one computes prompts, the other fetches their blocks and decodes."""
+    return {name: prefill_and_decode(quest) for name, quest in (("bounds", {}), ("sketch", SKETCH))}
+
+
+def prefill_and_decode(quest: dict[str, Any]) -> dict[str, Any]:
+    """The second engine's answers to prompts that the first computed, and those of the first alone."""
+    from vllm import SamplingParams
+
+    def make(role: str, core: int, oracle: str) -> Any:
+        os.environ |= {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()), "VLLM_CPU_OMP_THREADS_BIND": str(core)}
+        connector = {"kv_connector": "NixlConnector", "kv_role": role, "kv_buffer_device": "cpu"}
+        return make_llm(
+            {"token_budget": BUDGET, **quest}, kv_transfer_config=connector, num_gpu_blocks_override=128,
+            worker_extension_cls=f"moved_blocks.{oracle}",
+        )  # fmt: skip
+
+    def ask(llm: Any, prompt: Any, tokens: int, transfer: dict[str, Any]) -> Any:
+        extra = {"kv_transfer_params": transfer}
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, extra_args=extra)
+        (done,) = llm.generate([prompt], params, use_tqdm=False)
+        return done
+
+    cores = sorted(os.sched_getaffinity(0))
+    first = make("kv_producer", cores[0], "PrefillOracle")
+    second = make("kv_consumer", cores[-1], "DecodeOracle")
+    for llm in (first, second):
+        llm.collective_rpc("install_oracle")
+    one, another, other = prompts(3, 400)
+    answers(second, [other])  # takes blocks that the first engine's prompts are in there
+    second.collective_rpc("quest_reset")
+    texts, given = [one, whole_blocks(first, another)], []
+    before = second.collective_rpc("oracle_report")[0]["seen"]["rows past the budget"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "blocks")
+        for text in texts:
+            where = ask(first, text, 1, {"do_remote_decode": True}).kv_transfer_params
+            first.collective_rpc("save_blocks", args=(path, where["remote_block_ids"][0]))
+            second.collective_rpc("expect_blocks", args=(path,))
+            given.append(list(ask(second, text, ANSWER, where).outputs[0].token_ids))
+            moved = second.collective_rpc("moved_report")
+    found = {
+        "answers": given,
+        "alone": answers(first, texts),
+        "moved": moved,
+        "oracle": second.collective_rpc("oracle_report"),
+        "counters": second.collective_rpc("quest_counters"),
+        "metrics": metrics(second),
+    }
+    found["oracle"][0]["seen"]["rows past the budget"] -= before
+    for llm in (first, second):
+        stop(llm)
+    return found
+
+
+def free_port() -> int:
+    """A port of this machine that nobody has."""
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return int(one.getsockname()[1])
+
+
 def tensor_parallel() -> dict[str, Any]:
     """Two ranks, a KV head each."""
     llm = make_llm({"token_budget": BUDGET}, tensor_parallel_size=2, **ORACLE)
@@ -671,6 +770,8 @@ SCENARIOS = [
     adapter_of_a_gpu_in_8_bits,
     checkpoint_in_8_bits,
     adapter_of_a_gpu_with_windows,
+    offloading,
+    fetched_by_nixl,
     tensor_parallel,
     one_rank,
     gpu_stock,
@@ -698,6 +799,8 @@ if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for one another are slow where others use the machine
     one, another = (sorted(os.sched_getaffinity(0)) * 2)[:2]
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"{one}|{another}" if run is tensor_parallel else str(one)
-    if run is not tensor_parallel and not run.__name__.startswith("gpu_"):  # in this process: it starts sooner
+    if run not in (tensor_parallel, fetched_by_nixl) and not run.__name__.startswith(
+        "gpu_"
+    ):  # in this process: it starts sooner
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     print("\n" + json.dumps(run()), flush=True)

@@ -288,3 +288,27 @@ def test_two_ranks_each_with_its_own_heads() -> None:
     found = scenario("tensor_parallel")
     assert_checked(found, ranks=2)
     assert found["answers"] == scenario("one_rank")["answers"]
+
+
+@pytest.mark.parametrize("form", ["bounds", "sketch"])
+def test_blocks_that_the_offloading_connector_saved_and_loaded_elsewhere(form: str) -> None:
+    found = scenario("offloading")[form]
+    assert_checked(found)
+    first, _, again = found["answers"]
+    assert first == again
+    (moved,) = found["moved"]
+    assert found["metrics"]["external_prefix_cache_hits"] == 32 * moved["blocks"] > 1000  # none was computed again
+    assert moved["elsewhere"] > moved["blocks"] / 2
+    assert moved["other bits"] == 0
+
+
+@pytest.mark.parametrize("form", ["bounds", "sketch"])
+def test_prompts_of_another_engine_fetched_by_nixl(form: str) -> None:
+    pytest.importorskip("nixl", reason="runs where NIXL was installed by hand")
+    found = scenario("fetched_by_nixl")[form]
+    assert_checked(found)
+    assert found["answers"] == found["alone"]
+    (moved,) = found["moved"]
+    assert found["metrics"]["external_prefix_cache_hits"] > 1000
+    assert moved["elsewhere"] > 20 and moved["blocks"] > 40
+    assert moved["other bits"] == 0

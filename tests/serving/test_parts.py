@@ -27,6 +27,7 @@ from quest_attention.vllm.places import Places, read_places
 from quest_attention.vllm.ranks import sparse_layers
 from quest_attention.vllm.refusals import check_vllm_config
 from quest_attention.vllm.scales import check_cache_dtype, unquantized
+from quest_attention.vllm.transfers import check_transfer
 from quest_attention.vllm.worker import worker_label
 
 BLOCKS, HEADS, TOKENS, DIM = 5, 2, 4, 8
@@ -468,6 +469,63 @@ def test_sketches_go_with_tokens_that_are_taken_back(unit: SelectionUnit) -> Non
     check_vllm_config(a_server(additional_config=quest, speculative_config=SimpleNamespace(method="ngram")), CPU)
 
 
+def a_transfer(name: str, **changes: Any) -> SimpleNamespace:
+    """As much of vLLM's `KVTransferConfig` as is looked at."""
+    plain = {"kv_connector_module_path": None, "enable_permute_local_kv": False, "kv_connector_extra_config": {}}
+    return SimpleNamespace(kv_connector=name, **(plain | changes))
+
+
+@pytest.mark.parametrize("metadata", ["bounds", "sketch"])
+def test_a_connector_that_was_seen_to_take_metadata_along(metadata: Metadata) -> None:
+    for transfer in (None, a_transfer("NixlConnector"), a_transfer("NixlPullConnector")):
+        server = a_server(additional_config={"quest": {"metadata": metadata}}, kv_transfer_config=transfer)
+        check_transfer(server, "cpu", (0, 32))
+
+
+@pytest.mark.parametrize(("transfer", "message"), [
+    (a_transfer("ExampleConnector"), "vLLM 0.32 one of NixlConnector, .*: ExampleConnector copies .* slot"),
+    (a_transfer("SharedStorageConnector"), "SharedStorageConnector copies keys and values slot by slot, and leaves"),
+    (a_transfer("LMCacheConnectorV1"), "LMCacheConnectorV1 copies keys and values slot by slot"),
+    (a_transfer("DecodeBenchConnector"), "DecodeBenchConnector fills blocks with numbers of its own"),
+    (a_transfer("OffloadingConnector"), "OffloadingConnector moves whole blocks, .* but was not tested here"),
+    (a_transfer("MultiConnector"), "MultiConnector is not known to take page metadata along"),
+    (a_transfer("NixlConnector", kv_connector_module_path="a.b"), "kv_connector_module_path: got 'a.b', expected none"),
+    (a_transfer("NixlConnector", enable_permute_local_kv=True), "enable_permute_local_kv: got True, expected False"),
+    (
+        a_transfer("NixlConnector", kv_connector_extra_config={"bidirectional_kv_xfer": True}),
+        "bidirectional_kv_xfer: got True, expected False",
+    ),
+    (
+        a_transfer("NixlConnector", kv_connector_extra_config={"enforce_handshake_compat": False}),
+        "enforce_handshake_compat: got False, expected True",
+    ),
+])  # fmt: skip
+def test_connectors_that_leave_metadata_behind_or_were_not_tested(transfer: Any, message: str) -> None:
+    with pytest.raises(QuestValueError, match=message):
+        check_transfer(a_server(additional_config=BOUNDS, kv_transfer_config=transfer), "cpu", (0, 32))
+
+
+def test_connectors_go_with_the_device_the_release_the_model_and_the_form_they_were_tested_with() -> None:
+    server = a_server(additional_config=BOUNDS, kv_transfer_config=a_transfer("NixlConnector"))
+    with pytest.raises(QuestValueError, match=r"got 'NixlConnector', expected none: .* but was not tested here"):
+        check_transfer(server, "cuda", (0, 32))
+    for release in ((0, 25), (0, 33)):
+        with pytest.raises(QuestValueError, match=r"on a CPU with vLLM 0\.32 one of .* but was not tested here"):
+            check_transfer(server, "cpu", release)
+    mixed = {"hf_text_config": SimpleNamespace(layer_types=["full_attention", "sliding_attention"])}
+    several = a_server(additional_config=BOUNDS, kv_transfer_config=a_transfer("NixlConnector"), model_config=mixed)
+    with pytest.raises(
+        QuestValueError, match="models with layers of sliding_attention were not tested with connectors"
+    ):
+        check_transfer(several, "cpu", (0, 32))
+    for quest in (MOMENTS, AUTO):
+        server = a_server(additional_config=quest, kv_transfer_config=a_transfer("NixlConnector"))
+        with pytest.raises(
+            QuestValueError, match=r"quest\.metadata moments, in which the last token of a prompt would"
+        ):
+            check_transfer(server, "cpu", (0, 32))
+
+
 @pytest.mark.parametrize(("name", "device", "is_read"), [
     ("auto", "cpu", True), ("bfloat16", "cpu", True), ("float16", "cpu", False), ("fp8", "cpu", False),
     ("auto", "cuda", True), ("bfloat16", "cuda", True), ("fp8", "cuda", True), ("fp8_e4m3", "cuda", True),
@@ -524,7 +582,6 @@ def test_a_backend_that_cannot_be_captured_is_refused_on_a_gpu() -> None:
         ({"parallel_config": {"decode_context_parallel_size": 2}}, "decode_context_parallel_size: got 2"),
         ({"parallel_config": {"prefill_context_parallel_size": 2}}, "prefill_context_parallel_size: got 2"),
         ({"parallel_config": {"enable_dbo": True}}, "enable_dbo: got True"),
-        ({"kv_transfer_config": SimpleNamespace(kv_connector="A")}, "kv_transfer_config: got 'A'"),
         ({"cache_config": {"kv_offloading_size": 1.0}}, "kv_offloading_size: got 1.0"),
         ({"parallel_config": {"pipeline_parallel_size": 2}}, "pipeline_parallel_size: got 2"),
         ({"additional_config": {"Quest": {}}}, "additional_config: got 'Quest', expected 'quest', in small letters"),

@@ -105,7 +105,7 @@ def test_what_is_right_is_taken() -> None:
         ({"kv_offloading_size": 1.0}, "kv_offloading_size: got 1.0, expected none"),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
-            "kv_transfer_config: got 'ExampleConnector', expected none",
+            "kv_transfer_config: got 'ExampleConnector', expected none, or .*: ExampleConnector copies .* slot",
         ),
         (
             {"tensor_parallel_size": 6, "decode_context_parallel_size": 3},
@@ -116,6 +116,31 @@ def test_what_is_right_is_taken() -> None:
 def test_settings(options: dict[str, Any], message: str) -> None:
     with pytest.raises(Exception, match=message):
         configure(**options)
+
+
+def test_a_connector_that_was_tested_is_taken_and_compares_metadata() -> None:
+    """Two servers find out in NIXL's handshake whether they keep the same of a page."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_worker
+
+    from quest_attention.vllm.transfers import compare_metadata
+
+    def hashed(**options: Any) -> str:
+        quest = {"token_budget": 256, "metadata": "bounds"} | options.pop("quest", {})
+        config = configure(
+            kv_transfer_config={"kv_connector": "NixlConnector", "kv_role": "kv_consumer", "kv_buffer_device": "cpu"},
+            additional_config={"quest": quest}, block_size=32, **options,
+        )  # fmt: skip
+        compare_metadata(config, "cpu")
+        return str(base_worker.compute_nixl_compatibility_hash(config, "CUSTOM"))
+
+    plain = hashed()
+    assert plain == hashed() == hashed(quest={"token_budget": 512, "num_sink_pages": 1})  # another way to read the same
+    others = [
+        hashed(quest=quest)
+        for quest in ({"metadata": "sketch"}, {"metadata_dtype": "fp8"}, {"num_dense_layers": 3})
+    ]  # fmt: skip
+    others.append(hashed(tensor_parallel_size=2))
+    assert len({plain, *others}) == 5
 
 
 LLAMA = {

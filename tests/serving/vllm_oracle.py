@@ -51,17 +51,29 @@ class Oracle:
 
     def write(self, layer: str, kv: PagedKV, key: Tensor, value: Tensor, slots: Tensor) -> None:
         """Tokens go to their slots, divided by the scales of the layer where it has some; what nobody wrote is NaN."""
-        if layer not in self._copies:
-            empty = torch.full(kv.keys.shape, float("nan")).to(kv.keys.dtype)
-            self._copies[layer] = (empty, empty.clone())
         self._scales[layer] = scales = (kv.key_scale, kv.value_scale)
         used = slots >= 0
         page, offset = slots[used] // kv.page_size, slots[used] % kv.page_size
-        for copy, fresh, scale in zip(self._copies[layer], (key, value), scales, strict=True):
+        for copy, fresh, scale in zip(self._copy_of(layer, kv), (key, value), scales, strict=True):
             stored = fresh[used]
             if scale is not None:
                 stored = (stored.double() / scale[:, None]).clamp(-_LARGEST, _LARGEST).to(FP8)
             copy[page, offset] = stored
+
+    def give(self, pages: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Keys and values of some pages, `[P, N, H, D]` each, by layer."""
+        return {layer: (keys[pages], values[pages]) for layer, (keys, values) in self._copies.items()}
+
+    def take(self, layer: str, kv: PagedKV, given: tuple[Tensor, Tensor], pages: Tensor) -> None:
+        """Pages are filled from elsewhere with what `give` gave for them there."""
+        for copy, part in zip(self._copy_of(layer, kv), given, strict=True):
+            copy[pages] = part
+
+    def _copy_of(self, layer: str, kv: PagedKV) -> tuple[Tensor, Tensor]:
+        if layer not in self._copies:
+            empty = torch.full(kv.keys.shape, float("nan")).to(kv.keys.dtype)
+            self._copies[layer] = (empty, empty.clone())
+        return self._copies[layer]
 
     def check(
         self,

@@ -21,9 +21,10 @@ from quest_attention.vllm.layout import BlockParts, Room, ask_for_room, layout_o
 from quest_attention.vllm.options import read_options
 from quest_attention.vllm.plugin import vllm_version
 from quest_attention.vllm.ranks import sparse_layers
-from quest_attention.vllm.refusals import BACKEND_NAME, check_layer, check_output_scales, check_transfer
+from quest_attention.vllm.refusals import BACKEND_NAME, check_layer, check_output_scales
 from quest_attention.vllm.scales import check_cache_dtype, scales_of, stored_dtype, unquantized
 from quest_attention.vllm.step import Part, QuestStep
+from quest_attention.vllm.transfers import check_transfer, compare_metadata
 
 __all__ = ["OpenCache", "QuestAttentionImpl", "QuestBackend"]
 
@@ -78,10 +79,12 @@ class QuestAttentionImpl:
         check_layer(alibi_slopes=alibi_slopes, sliding_window=sliding_window, attn_type=attn_type)
         # What a checkpoint says of its cache may have made another of "auto" since the configuration was looked at.
         check_cache_dtype(kv_cache_dtype, vllm_config.model_config.dtype, current_platform.device_type)
-        check_transfer(vllm_config.kv_transfer_config)  # vLLM may have made one since the configuration was looked at
         options = read_options(vllm_config, current_platform.device_type)
         if options is None:
             raise QuestValueError("additional_config", "nothing", f'{{"{KEY}": {{"token_budget": 2048}}}} or the like')
+        # vLLM may have made one since the configuration was looked at.
+        check_transfer(vllm_config, options.device, vllm_version())
+        compare_metadata(vllm_config, options.device)
         super().__init__(  # type: ignore[call-arg]
             num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype, logits_soft_cap,
             attn_type, kv_sharing_target_layer_name, sinks,

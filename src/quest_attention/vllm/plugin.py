@@ -18,6 +18,7 @@ from quest_attention.vllm.kinds import other_layers
 from quest_attention.vllm.options import near_misses, read_options
 from quest_attention.vllm.refusals import BACKEND_NAME, check_block_size, check_vllm_config
 from quest_attention.vllm.requests import check_requests
+from quest_attention.vllm.transfers import check_transfer
 
 __all__ = ["RELEASES", "register", "vllm_version"]
 
@@ -94,6 +95,7 @@ def _wrap_check(platform: Any) -> None:
         if read_options(vllm_config, cls.device_type) is not None:
             _check_installation(cls)
             check_vllm_config(vllm_config, cls)
+            check_transfer(vllm_config, cls.device_type, vllm_version())
             _check_groups(vllm_config.model_config)
             _check_blocks(vllm_config, cls)
             check_requests()

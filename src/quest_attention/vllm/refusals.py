@@ -18,7 +18,6 @@ __all__ = [
     "check_block_size",
     "check_layer",
     "check_output_scales",
-    "check_transfer",
     "check_vllm_config",
 ]
 
@@ -113,17 +112,6 @@ def check_output_scales(output_scale: Any, output_block_scale: Any) -> None:
             raise QuestValueError(name, "a tensor", expected)
 
 
-def check_transfer(transfer: Any) -> None:
-    """Look at vLLM's settings for moving blocks elsewhere, which it also makes from others (`--kv-offloading-size`).
-
-    Raises:
-        QuestValueError: There are some.
-    """
-    if transfer is not None:
-        reason = "none: a connector moves keys and values, and bounds may stay behind"
-        raise QuestValueError("kv_transfer_config", transfer.kv_connector, reason)
-
-
 def _check_device(options: QuestOptions, vllm_config: Any, platform: Any) -> None:
     try:
         backend = resolve_backend(options.backend, platform.device_type)
@@ -145,7 +133,7 @@ def _check_cache(cache: Any, model: Any, device: str) -> None:
         ("kv_cache_dtype_skip_layers", "none: layers whose caches differ are not tested"),
         ("calculate_kv_scales", "False: keys that were written before the scales changed would be read with others"),
         ("kv_sharing_fast_prefill", "False: vLLM then derives a backend from Quest's, which is not tested"),
-        ("kv_offloading_size", "none: bounds may stay behind when a block moves"),
+        ("kv_offloading_size", "none: vLLM's stores of blocks in the host's memory were not tested with Quest"),
     ):
         found = getattr(cache, name, None)
         if found:
@@ -163,7 +151,6 @@ def _check_settings(options: QuestOptions, vllm_config: Any) -> None:
     for name in ("enable_dbo", "use_ubatching"):
         if getattr(parallel, name, False):
             raise QuestValueError(name, True, "False: two batches at once would share scratch memory")
-    check_transfer(vllm_config.kv_transfer_config)
     speculation = vllm_config.speculative_config
     config = options.least_config()
     form = form_of(config)

@@ -1,0 +1,124 @@
+"""KV connectors: which of vLLM's ways to move blocks elsewhere take page metadata along, as tests showed.
+
+Metadata lies in a block behind its keys and values. A connector that moves the bytes of whole blocks takes it along.
+One that copies tokens slot by slot leaves it behind, and pages would be chosen by what others left in the blocks.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+from quest_attention.errors import QuestValueError
+from quest_attention.forms import form_of
+from quest_attention.vllm.kinds import other_layers
+from quest_attention.vllm.layout import page_size
+from quest_attention.vllm.options import read_options
+
+__all__ = ["check_transfer", "compare_metadata"]
+
+_TESTED = {"NixlConnector": ("cpu",), "NixlPullConnector": ("cpu",)}
+"""Types of devices on which a test showed that metadata goes along. To vLLM the two are one connector."""
+_RELEASES = ((0, 32),)
+"""Of vLLM, in which it did. In 0.25 metadata is padding of a block, of which connectors need not know."""
+_BY_SLOT = "copies keys and values slot by slot, and leaves page metadata behind"
+_BY_BLOCK = "moves whole blocks, and page metadata in them, but was not tested here"
+_UNKNOWN = "is not known to take page metadata along"
+_WHY = {
+    "DecodeBenchConnector": "fills blocks with numbers of its own, and makes no page metadata of them",
+    "ExampleConnector": _BY_SLOT,
+    "ExampleHiddenStatesConnector": _BY_SLOT,
+    "HF3FSKVConnector": _BY_BLOCK,
+    "LMCacheConnectorV1": _BY_SLOT,
+    "MooncakeConnector": _BY_BLOCK,
+    "MooncakeStoreConnector": _BY_BLOCK,
+    "NixlConnector": _BY_BLOCK,
+    "NixlPullConnector": _BY_BLOCK,
+    "NixlPushConnector": _BY_BLOCK,
+    "OffloadingConnector": _BY_BLOCK,
+    "SharedStorageConnector": _BY_SLOT,  # the first one's name in older releases
+    "SimpleCPUOffloadConnector": _BY_BLOCK,
+}
+"""What vLLM's connectors do, as read in their files."""
+_HANDSHAKE = "enforce_handshake_compat"
+_WRAPPED = "quest_attention_metadata"
+
+
+def check_transfer(vllm_config: Any, device: str, release: tuple[int, int]) -> None:
+    """Look at vLLM's settings for moving blocks elsewhere, which it also makes from others (`--kv-offloading-size`).
+
+    Args:
+        vllm_config: A `VllmConfig`.
+        device: vLLM's type of the device.
+        release: Of vLLM, as (major, minor).
+
+    Raises:
+        QuestValueError: Metadata would stay behind, or no test showed that it does not.
+    """
+    transfer = vllm_config.kv_transfer_config
+    if transfer is None:
+        return
+    name, argument, known = transfer.kv_connector, "kv_transfer_config", ", ".join(_TESTED)
+    if transfer.kv_connector_module_path:
+        path = transfer.kv_connector_module_path
+        raise QuestValueError("kv_connector_module_path", path, f"none: {name} from there {_UNKNOWN}")
+    if device not in _TESTED.get(name, ()) or release not in _RELEASES:
+        wanted = "none" if device != "cpu" else f"none, or on a CPU with vLLM 0.32 one of {known}"
+        raise QuestValueError(argument, name, f"{wanted}: {name} {_WHY.get(name, _UNKNOWN)}")
+    others = None if vllm_config.model_config is None else other_layers(vllm_config.model_config)
+    if others is not None:
+        raise QuestValueError(argument, name, f"none: models with {others} were not tested with connectors")
+    extra = transfer.kv_connector_extra_config
+    if transfer.enable_permute_local_kv:
+        raise QuestValueError("enable_permute_local_kv", True, "False: page metadata has no such axes to permute")
+    if extra.get("bidirectional_kv_xfer"):
+        raise QuestValueError("bidirectional_kv_xfer", True, "False: blocks that go back were not tested")
+    if not extra.get(_HANDSHAKE, True):
+        raise QuestValueError(_HANDSHAKE, False, "True: by it servers see whether they keep the same page metadata")
+    options = read_options(vllm_config, device)
+    assert options is not None, "who asks for Quest is looked at"
+    config = options.least_config()
+    form = form_of(config)
+    # Where all of a prompt came from elsewhere its last token is computed once more, into a block that has it already.
+    if not (form.is_bound or form.takes_whole_pages):
+        reason = "none with quest.metadata moments, in which the last token of a prompt would count twice: use bounds"
+        raise config.mistake(argument, name, f"{reason} or sketch")
+
+
+def compare_metadata(vllm_config: Any, device: str) -> None:
+    """Have NIXL's handshake, if NIXL is asked for, compare what two servers keep of a page; more than once is once.
+
+    It compares models, names of backends and bytes of a block, of which another form of metadata may have as many.
+
+    Args:
+        vllm_config: A `VllmConfig`.
+        device: vLLM's type of the device.
+    """
+    transfer = vllm_config.kv_transfer_config
+    if transfer is None or not transfer.kv_connector.startswith("Nixl"):
+        return
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_worker
+
+    original = base_worker.compute_nixl_compatibility_hash
+    if getattr(original, _WRAPPED, False):
+        return
+
+    @wraps(original)
+    def compute_nixl_compatibility_hash(vllm_config: Any, attn_backend_name: str, *arguments: Any, **named: Any) -> str:
+        signature = f"{attn_backend_name}{_signature(vllm_config, device)}"
+        return str(original(vllm_config, signature, *arguments, **named))
+
+    setattr(compute_nixl_compatibility_hash, _WRAPPED, True)
+    base_worker.compute_nixl_compatibility_hash = compute_nixl_compatibility_hash
+
+
+def _signature(vllm_config: Any, device: str) -> str:
+    """What must be alike where metadata is made and where it is read: dense layers have none, and ranks have heads."""
+    options = read_options(vllm_config, device)
+    if options is None:
+        return ""
+    page = page_size(vllm_config.cache_config.block_size, vllm_config.model_config, device)
+    config = options.config(page)
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    kept = (form_of(config).name, config.metadata_dtype, config.page_size, options.num_dense_layers, ranks)
+    return f", quest {kept}"
