@@ -304,7 +304,6 @@ def test_blocks_that_the_offloading_connector_saved_and_loaded_elsewhere(form: s
 
 @pytest.mark.parametrize("form", ["bounds", "sketch"])
 def test_prompts_of_another_engine_fetched_by_nixl(form: str) -> None:
-    pytest.importorskip("nixl", reason="runs where NIXL was installed by hand")
     found = scenario("fetched_by_nixl")[form]
     assert_checked(found)
     assert found["answers"] == found["alone"]
