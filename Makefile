@@ -21,10 +21,10 @@ SANITIZE = PYTHONPATH=src PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --e
 SMALL_GPU_TESTS = $(PYTHON) -m pytest -m gpu tests/gpu -k test_small_shapes $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-vllm demo real-models test test-oldest test-real test-vllm test-gpu sanitize-gpu lint format clean
+.PHONY: help venv venv-vllm demo real-models test test-oldest test-real test-real-vllm test-vllm test-gpu sanitize-gpu lint format clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: $(NEWEST)/.installed ## Make the environment in .venv (PYTHON=python3.12 picks an interpreter)
 
@@ -47,6 +47,13 @@ test-real: override MODELS = smollm2
 test-real: real-models ## The command line and generate() on a real model, end to end (about three minutes)
 	OMP_NUM_THREADS=$(WORKERS) TOKENIZERS_PARALLELISM=false QUEST_REAL_MODELS="$(abspath $(MODELS_DIR))" \
 		$(NEWEST)/bin/python -m pytest tests/real $(PYTEST_ARGS)
+
+# The file is named: if it were skipped, nothing would be left, which is an error to pytest.
+test-real-vllm: override MODELS = smollm2
+test-real-vllm: real-models $(VLLM)/.installed ## The same model behind vLLM's OpenAI server, stock and with Quest (about three minutes)
+	$(NEWEST)/bin/python tools/unpack_gguf.py "$(MODELS_DIR)/smollm2.gguf" "$(MODELS_DIR)/smollm2"
+	TOKENIZERS_PARALLELISM=false QUEST_REAL_MODELS="$(abspath $(MODELS_DIR))" \
+		$(VLLM)/bin/python -m pytest tests/real/test_served.py $(PYTEST_ARGS)
 
 test-vllm: $(VLLM)/.installed ## The plugin inside vLLM on a CPU: engine, OpenAI server, two ranks (about ten minutes)
 	$(VLLM)/bin/python -m pytest tests/serving $(PYTEST_ARGS)

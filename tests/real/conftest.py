@@ -1,6 +1,7 @@
 """Where the real model is, and a process that uses the cores it is given.
 
-`make test` does not look into this folder: `make test-real` fetches the model and runs it.
+`make test` does not look into this folder: `make test-real` and `make test-real-vllm` fetch the model and run it. They
+say where it is, and then it is an error that it is not there.
 """
 
 from __future__ import annotations
@@ -23,6 +24,16 @@ def model_file() -> Path:
     if "QUEST_REAL_MODELS" not in os.environ and not file.is_file():
         pytest.skip(f"there is no {file}: make test-real fetches it")
     return file
+
+
+@pytest.fixture(scope="session")
+def model_folder() -> Path:
+    """The same, unpacked for vLLM; see tools/unpack_gguf.py."""
+    folder = FOLDER / "smollm2"
+    if "QUEST_REAL_MODELS" not in os.environ and not folder.is_dir():
+        pytest.skip(f"there is no {folder}: make test-real-vllm makes it")
+    assert (folder / "config.json").is_file(), f"{folder} holds no model: tools/unpack_gguf.py makes one"
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -48,12 +48,16 @@ FROM_PROMPT = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_ma
 """Speculation that needs no model."""
 
 
+def book() -> str:
+    """The book in the package."""
+    return (Path(quest_attention.__file__).parent / "eval" / "books" / "south.txt").read_text(encoding="utf-8")
+
+
 def prompts(count: int, words: int) -> list[str]:
     """Different passages of the book in the package, each with a pass key in it and a question behind."""
-    book = (Path(quest_attention.__file__).parent / "eval" / "books" / "south.txt").read_text(encoding="utf-8").split()
-    made = []
+    made, text = [], book().split()
     for index in range(count):
-        passage = book[index * 531 : index * 531 + words]
+        passage = text[index * 531 : index * 531 + words]
         passage.insert(words // 3, f"The pass key is {48213 + index}. Remember it.")
         made.append(" ".join(passage) + " What is the pass key? The pass key is")
     return made
@@ -266,6 +270,77 @@ def prefix_and_chunks() -> dict[str, Any]:
     llm = make_llm({"token_budget": BUDGET}, max_num_batched_tokens=192, **ORACLE)
     texts = prompts(3, 600) + prompts(1, 40)
     return checked(llm, [texts, texts])
+
+
+PREFIXES = tuple(map(int, os.environ.get("QUEST_PREFIXES", "128,512,513,640").split(",")))
+"""Lengths of prompts, each the beginning of the next [tokens]. The first is the budget: a multiple of the block."""
+
+
+def prefix_prompts(ids: list[int], length: int) -> list[tuple[list[int], int]]:
+    """Prompts that share the beginning of one of a length, and how many of their tokens the prefix cache then has.
+
+    The same, one token less, one more, and one that leaves it a token before its end and ends in mid-block.
+    """
+    tail = [token for token in ids[length:] if token != ids[length - 1]][: (BLOCK // 2 - length + 1) % BLOCK + BLOCK]
+    left = ids[: length - 1] + tail
+    assert len(left) % BLOCK == BLOCK // 2
+    made = [(ids[:size], size - 1) for size in (length, length - 1, length + 1)] + [(left, length - 1)]
+    return [(prompt, shared // BLOCK * BLOCK) for prompt, shared in made]
+
+
+def reuse_prefixes(quest: dict[str, Any] | None) -> dict[str, Any]:
+    """Prompts at odd lengths from nothing, then out of the prefix cache, alone and together.
+
+    In a pool that a prompt and a half fill, so that blocks are used again.
+    """
+    longest = max(PREFIXES) + 2 * BLOCK + ANSWER
+    most = -(-longest // BLOCK) * BLOCK
+    options = {"max_model_len": most, **ORACLE}
+    options["num_gpu_blocks_override"] = most // BLOCK * 3 // 2
+    options["max_num_batched_tokens"] = most // 4 // BLOCK * BLOCK + BLOCK // 4  # chunks that end in mid-block
+    llm = make_llm(None if quest is None else {"token_budget": PREFIXES[0], **quest}, **options)
+    ids = llm.get_tokenizer()(book()).input_ids
+    asked = [(length, *one) for length in PREFIXES for one in prefix_prompts(ids, length)]
+    if quest is not None:
+        llm.collective_rpc("install_oracle")
+        llm.collective_rpc("quest_reset")
+    emptied, fresh, reused = [], [], []
+
+    def ask(prompt: list[int]) -> dict[str, Any]:
+        before = metrics(llm)["prefix_cache_hits"]
+        (tokens,), (logprobs,) = greedy(llm, [{"prompt_token_ids": prompt}]).values()
+        return {"tokens": tokens, "logprobs": logprobs, "hits": metrics(llm)["prefix_cache_hits"] - before}
+
+    for _, prompt, _ in asked:
+        emptied.append(llm.reset_prefix_cache())  # which is refused while a block is in use
+        fresh.append(ask(prompt))
+    emptied.append(llm.reset_prefix_cache())
+    for index, (length, prompt, _) in enumerate(asked):
+        if index == 0 or length != asked[index - 1][0]:
+            ask(ids[:length])
+        reused.append(ask(prompt))
+    together = greedy(llm, [{"prompt_token_ids": prompt} for _, prompt, _ in asked])
+    emptied.append(llm.reset_prefix_cache())
+    found = {"lengths": [len(prompt) for _, prompt, _ in asked], "expected": [shared for *_, shared in asked]}
+    found |= {"emptied": emptied, "fresh": fresh, "reused": reused, "together": together}
+    if quest is not None:
+        found |= {"oracle": llm.collective_rpc("oracle_report"), "counters": llm.collective_rpc("quest_counters")}
+    return found
+
+
+def stock_prefixes() -> dict[str, Any]:
+    """What stock shows against itself."""
+    return reuse_prefixes(None)
+
+
+def prefixes() -> dict[str, Any]:
+    """With bounds."""
+    return reuse_prefixes({})
+
+
+def sketch_prefixes() -> dict[str, Any]:
+    """With single tokens by sketches."""
+    return reuse_prefixes(SKETCH)
 
 
 def one_token_more_than_blocks() -> dict[str, Any]:
@@ -754,6 +829,9 @@ SCENARIOS = [
     prefix_and_chunks,
     bfloat16,
     one_token_more_than_blocks,
+    stock_prefixes,
+    prefixes,
+    sketch_prefixes,
     preemption,
     moments,
     auto,

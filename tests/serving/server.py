@@ -77,6 +77,11 @@ class Server:
         )  # fmt: skip
         return done.choices[0].text
 
+    def chat(self, question: str, tokens: int) -> Any:
+        """A turn of a chat as a client asks for it: the whole reply, with what it took."""
+        turns: Any = [{"role": "user", "content": question}]
+        return self._client.chat.completions.create(model=NAME, messages=turns, max_tokens=tokens, temperature=0)
+
     def ask_together(self, prompts: list[str]) -> list[str]:
         """As many clients at once do."""
         with ThreadPoolExecutor(len(prompts)) as clients:
@@ -98,15 +103,26 @@ class Server:
 
 
 @contextmanager
-def serving(quest: dict[str, Any], *options: str, **variables: str) -> Iterator[Server]:
-    """A server of the bundled model that answers, eager, with four sequences at once; variables of its environment."""
+def serving(
+    quest: dict[str, Any] | None, *options: str, model: Path | None = None, **variables: str
+) -> Iterator[Server]:
+    """A server that answers, eager, with four sequences at once.
+
+    Args:
+        quest: Options of Quest; stock without.
+        options: More of vLLM's.
+        model: Folder of the model; the bundled one without.
+        variables: Of its environment.
+    """
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(scenario.bundled_model_path()), "--served-model-name", NAME, "--port", str(port)]
-    command += ["--max-model-len", "8192", "--enforce-eager", "--max-num-seqs", "4"]
-    command += ["--attention-backend", "CUSTOM", "--additional-config", json.dumps({"quest": quest}), *options]
+    command += ["--model", str(model or scenario.bundled_model_path()), "--served-model-name", NAME]
+    command += ["--port", str(port), "--max-model-len", "8192", "--enforce-eager", "--max-num-seqs", "4"]
+    if quest is not None:
+        command += ["--attention-backend", "CUSTOM", "--additional-config", json.dumps({"quest": quest})]
+    command += options
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",

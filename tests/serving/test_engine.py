@@ -120,6 +120,23 @@ def test_the_last_token_of_a_prompt_is_no_decode_row() -> None:
     assert found["counters"][0]["sparse_rows"] == 0
 
 
+@pytest.mark.parametrize("name", ["stock_prefixes", "prefixes", "sketch_prefixes"])
+def test_prefixes_at_odd_lengths_answer_as_prompts_from_nothing_do(name: str) -> None:
+    """Lengths at, under and over a block's end and the budget; `QUEST_PREFIXES` names others."""
+    found = scenario(name)
+    fresh, reused, together = (found[way] for way in ("fresh", "reused", "together"))
+    assert [one["hits"] for one in fresh] == [0] * len(fresh)
+    assert [one["hits"] for one in reused] == found["expected"]
+    assert together["tokens"] == [one["tokens"] for one in reused] == [one["tokens"] for one in fresh]
+    for first, again, beside in zip(fresh, reused, together["logprobs"], strict=True):
+        assert again["logprobs"] == pytest.approx(first["logprobs"], abs=1e-4)  # other sums, the same numbers
+        assert beside == pytest.approx(first["logprobs"], abs=1e-4)
+    assert all(found["emptied"]), "no block was in use after any answer"
+    if name != "stock_prefixes":
+        assert_checked(found)
+        assert found["counters"][0]["dense_rows"] > 0  # rows that began within the budget and ended past it
+
+
 def test_preempted_rows_and_blocks_used_again() -> None:
     found = scenario("preemption")
     assert_checked(found)
