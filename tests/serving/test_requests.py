@@ -86,3 +86,20 @@ def test_a_step_with_a_budget_of_its_own_takes_no_full_graph(monkeypatch: pytest
         (None, {"num_active_loras": 0, "max_query_len": None}),
         (1, {"num_active_loras": 0, "max_query_len": 1}),
     ]
+
+
+def test_the_newer_runner_shows_its_batch_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes one anew in each step, and has none of its own as the older one has."""
+    budgets = make_budgets(["somebody else"])
+    budgets.begin(scheduled(["a", "b"], b={"quest_token_budget": "none"}))
+    seen: list[Any] = []
+
+    def prepare_attn(_: Any, input_batch: Any) -> str:
+        seen.append(budgets.of_rows(2, CONFIG))
+        return str(input_batch.req_ids)
+
+    ours = requests._with_order(prepare_attn)
+    assert ours(None, SimpleNamespace(req_ids=["a", "b"])) == "['a', 'b']"
+    monkeypatch.setattr(requests, "_of_step", budgets)
+    ours(None, SimpleNamespace(req_ids=["a", "b"]))
+    assert seen == [[CONFIG, CONFIG], [CONFIG, None]]
