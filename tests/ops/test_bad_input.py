@@ -45,7 +45,9 @@ def decode(cache: Cache, query: torch.Tensor | None = None, **options: Any) -> A
 BAD_DECODES: dict[str, tuple[str, dict[str, Any]]] = {
     "another batch": ("query.shape", {"query": torch.randn(3, 4, 16)}),
     "another head dim": ("query.shape", {"query": torch.randn(2, 4, 8)}),
-    "a prompt": ("query.shape", {"query": torch.randn(2, 4, 5, 16)}),
+    "a prompt": ("query.shape", {"query": torch.randn(2, 17, 4, 16)}),
+    "heads of several tokens": ("query.shape[2]", {"query": torch.randn(2, 4, 5, 16)}),
+    "lengths of a single token": ("query_lens", {"query_lens": torch.tensor([1, 1])}),
     "HQ no multiple of HKV": ("query.shape[1]", {"query": torch.randn(2, 5, 16)}),
     "no heads": ("query.shape[1]", {"query": torch.randn(2, 0, 16)}),
     "another dtype": ("query.dtype", {"query": torch.randn(2, 4, 16).bfloat16()}),

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ from quest_attention.errors import QuestValueError
 from quest_attention.forms import Bounds, MetadataForm, Scored, form_of
 from quest_attention.ops.checks import (
     check_counters,
+    check_kinds,
     check_lengths,
     check_new_tokens,
     check_score_output,
@@ -53,9 +54,10 @@ from quest_attention.ops.checks import (
     check_token_mask,
 )
 from quest_attention.ops.dispatch import ResolvedBackend, Verbs, resolve_backend
+from quest_attention.ops.query_tokens import QueryTokens
 from quest_attention.ops.selection import DecodeWorkspace, Selection, Workspace
 from quest_attention.ops.step import Rows, Step
-from quest_attention.pages import PagedKV
+from quest_attention.pages import PagedKV, check_like
 
 __all__ = [
     "DecodeWorkspace",
@@ -84,7 +86,7 @@ class QuestOutput(NamedTuple):
     """Result of `quest_decode`.
 
     Attributes:
-        output: `[B, HQ, DV]`, dtype of the query.
+        output: `[B, HQ, DV]`, dtype of the query; `[B, T, HQ, DV]` of several query tokens.
         selected: The units that were read.
     """
 
@@ -409,11 +411,18 @@ def quest_decode(
     token_mask: Tensor | None = None,
     workspace: Workspace | None = None,
     out: Tensor | None = None,
+    query_lens: Tensor | None = None,
 ) -> QuestOutput:
     """One decode step of one layer: score the units, select, attend. Figure 5 of the paper.
 
+    **Several query tokens of a sequence**, as when drafted tokens are checked: `[B, T, HQ, D]`, T up to 16, the last
+    tokens of each sequence, whose keys and values are in the cache. One choice serves all of them: their query heads
+    are one group, so that with "max" a unit counts as it does to the token that it matters to most. The pages in which
+    the T tokens may lie are always read. Each token attends to what was chosen and to no later token. With a budget of
+    the length that is causal attention, and with T = 1 it is the step of one token, bit by bit.
+
     Args:
-        query: `[B, HQ, D]`, dtype as `append_token` takes it, HQ a multiple of HKV.
+        query: `[B, HQ, D]`, dtype as `append_token` takes it, HQ a multiple of HKV; or `[B, T, HQ, D]`.
         kv: The cache, its metadata up to date.
         seq_lens: Tokens per sequence, the query's own included [tokens].
         config: Budget, forced pages, what is selected, group reduction and backend. Page size and metadata must be the
@@ -423,10 +432,13 @@ def quest_decode(
         sinks: See `sparse_decode_attention`.
         token_mask: `[B, T]` bool, True where a token may be attended to; False past T. See `select_pages`.
         workspace: Memory to reuse, from `make_workspace`; without one the step allocates it.
-        out: `[B, HQ, DV]` contiguous, dtype of the query, to write the output to.
+        out: `[B, HQ, DV]` or `[B, T, HQ, DV]` contiguous, dtype of the query, to write the output to.
+        query_lens: With several query tokens, how many each sequence has: `[B]` int32/int64, 1 to T, the first ones of
+            its row; None where all have T. What follows is not looked at, and its output is zero. With
+            `group_reduction` "mean" and "mass" a sequence that has fewer counts its last one for those that it lacks.
 
     Returns:
-        The output and the units that were read.
+        The output, of the shape of the query but for its channels, and the units that were read.
 
     Raises:
         QuestValueError: A shape, dtype, device or number is wrong.
@@ -440,11 +452,30 @@ def quest_decode(
     >>> step.output.shape, step.selected.units.shape
     (torch.Size([1, 8, 32]), torch.Size([1, 4, 2]))
     """
-    step = Step(
-        query=query, kv=kv, seq_lens=seq_lens, config=config, sm_scale=sm_scale, softcap=softcap, sinks=sinks,
-        token_mask=token_mask, workspace=workspace, out=out,
-    )  # fmt: skip
-    return run_step(step)
+    check_kinds(kv, query, config)
+    given: dict[str, Any] = {
+        "kv": kv,
+        "seq_lens": seq_lens,
+        "sm_scale": sm_scale,
+        "softcap": softcap,
+        "token_mask": token_mask,
+    }
+    if query.dim() != 4:
+        if query_lens is not None:
+            raise QuestValueError("query_lens", "a tensor", "None with queries [B, HQ, D], of one token each")
+        return run_step(Step(query=query, config=config, sinks=sinks, workspace=workspace, out=out, **given))
+    tokens = QueryTokens(query, query_lens, kv, seq_lens)
+    if out is not None:
+        check_like("out", out, (*query.shape[:3], kv.values.shape[3]), query, "the query")
+    if tokens.count == 1:
+        single = None if out is None else out[:, 0]
+        done = run_step(Step(query=query[:, 0], config=config, sinks=sinks, workspace=workspace, out=single, **given))
+        return QuestOutput(done.output[:, None], done.selected)
+    sinks = tokens.folded_sinks(sinks)
+    step = Step(query=tokens.folded(), config=tokens.config(config), sinks=sinks, workspace=workspace, **given)
+    verbs = _verbs(step.config.backend, kv.keys)
+    output, selected = run_step(step, attend=lambda asked, chosen: tokens.attend(asked, chosen, verbs))
+    return QuestOutput(output if out is None else out.copy_(output), selected)
 
 
 def run_step(
