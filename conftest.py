@@ -43,7 +43,8 @@ collect_ignore = [
     if importlib.util.find_spec(extra) is None
     for module in modules
 ]
-collect_ignore += ["tests/serving/gpu_on_cpu.py", "tests/serving/gpu_oracle.py"]  # import vLLM, where a worker has it
+# They import vLLM, where a worker has it.
+collect_ignore += [f"tests/serving/{module}.py" for module in ("gpu_on_cpu", "gpu_oracle", "moved_blocks")]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -24,6 +24,7 @@ OF_THE_SERVER = {
     "--block-size",
     "--enable-dbo",
     "--kv-cache-dtype",
+    "--kv-offloading-size",
     "--kv-sharing-fast-prefill",
     "--kv-transfer-config",
     "--language-model-only",

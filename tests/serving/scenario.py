@@ -215,7 +215,7 @@ def ask_own(llm: Any, texts: list[str], batches: list[slice], *, plain: bool = F
 
     params = [
         SamplingParams(
-            temperature=0, max_tokens=ANSWER, ignore_eos=True,
+            temperature=0, max_tokens=ANSWER, ignore_eos=True, logprobs=0,
             extra_args=None if plain or asked is None else {"quest_token_budget": asked},
         )
         for asked in OWN_BUDGETS
@@ -224,6 +224,7 @@ def ask_own(llm: Any, texts: list[str], batches: list[slice], *, plain: bool = F
     done = [one for batch in batches for one in llm.generate(texts[batch], params[batch], use_tqdm=False)]
     return {
         "answers": [list(one.outputs[0].token_ids) for one in done],
+        "logprobs": [[next(iter(step.values())).logprob for step in one.outputs[0].logprobs] for one in done],
         "lengths": [len(one.prompt_token_ids) for one in done],
         "counters": llm.collective_rpc("quest_counters")[0],
     }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from quest_attention import QuestConfig
+from quest_attention import QuestConfig, QuestValueError
 from quest_attention.serving.options import QuestOptions
 from quest_attention.vllm import requests
 from quest_attention.vllm.requests import RequestBudgets
@@ -103,3 +104,27 @@ def test_the_newer_runner_shows_its_batch_before_it_is_built(monkeypatch: pytest
     monkeypatch.setattr(requests, "_of_step", budgets)
     ours(None, SimpleNamespace(req_ids=["a", "b"]))
     assert seen == [[CONFIG, CONFIG], [CONFIG, None]]
+
+
+def test_replicas_that_agree_on_graphs_may_not_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from quest_attention.vllm import plugin
+
+    platform = SimpleNamespace(current_platform=SimpleNamespace(device_type="cuda"))
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platform)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(platforms=platform))
+    served = SimpleNamespace(
+        additional_config={"quest": {"token_budget": 512}},
+        cache_config=SimpleNamespace(block_size=16),
+        model_config=SimpleNamespace(is_hybrid=False, max_model_len=8192),
+        parallel_config=SimpleNamespace(data_parallel_size=2),
+        use_v2_model_runner=False,
+    )
+    plugin._check_request(served, {"quest_token_budget": 64, "other": 1})
+    served.use_v2_model_runner = True
+    with pytest.raises(QuestValueError, match="quest_token_budget: got 64, expected nothing with 2 data-parallel"):
+        plugin._check_request(served, {"quest_token_budget": 64})
+    plugin._check_request(served, {"other": 1})
+    with pytest.raises(QuestValueError, match="quest_budget: got 64, expected quest_token_budget"):
+        plugin._check_request(served, {"quest_budget": 64})
+    served.additional_config = {}
+    plugin._check_request(served, {"quest_token_budget": -1})

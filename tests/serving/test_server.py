@@ -39,8 +39,12 @@ def test_eight_clients_get_what_one_gets_and_every_step_is_the_oracles(
         example = server.run_example()
         whole = server.ask(prompts[0], quest_token_budget="none")
         for asked in (scenario.BUDGET + 1, 0, "all", 64.5, [64]):  # the client's error is a 400
-            with pytest.raises(BadRequestError, match=r"quest_token_budget: got .* expected 'none' or tokens"):
+            with pytest.raises(
+                BadRequestError, match=r"quest_token_budget: got .* expected 'none' or 64 to 128 tokens"
+            ):
                 server.ask(prompts[0], quest_token_budget=asked)
+        with pytest.raises(BadRequestError, match="quest_tokens_budget: got 64, expected quest_token_budget"):
+            server.ask(prompts[0], quest_tokens_budget=64)
         chosen = server.ask(prompts[0], quest_token_budget=scenario.BUDGET // 2)
         (oracle,), (counters,) = server.rpc("oracle_report"), server.rpc("quest_counters")
         time.sleep(1.5)

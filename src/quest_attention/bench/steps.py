@@ -96,7 +96,7 @@ def launch_times(steps: Sequence[Callable[[], object]], repeats: int = 10) -> li
     runs = repeats * len(steps)
     each = len(ran) // runs
     names = [event.name for event in ran]
-    if len(ran) % runs or names != names[:each] * runs:
+    if not ran or len(ran) % runs or names != names[:each] * runs:
         raise RuntimeError(f"{runs} steps launched {names}, expected the same kernels in each")
     return [LaunchTime(names[nth], median(event.device_time for event in ran[nth::each])) for nth in range(each)]
 

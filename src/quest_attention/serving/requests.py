@@ -19,6 +19,9 @@ EVERYTHING = "none"
 def config_asked(asked: Any, options: QuestOptions, page_size: int, max_length: int) -> QuestConfig | None:
     """How the rows of a request are read, or None where it asks that they are read whole.
 
+    All but the budget is the server's. No more candidates are ranked than by the server's own budget: a step's scratch
+    memory is made for those.
+
     Args:
         asked: What the request says under `ASKED`: `EVERYTHING`, or a budget of at most the server's [tokens].
         options: Of the server.
@@ -33,16 +36,19 @@ def config_asked(asked: Any, options: QuestOptions, page_size: int, max_length: 
     256
     >>> config_asked(2048, QuestOptions({"token_budget": 1024}, device="cuda"), 16, 8192)
     Traceback (most recent call last):
-    quest_attention.errors.QuestValueError: quest_token_budget: got 2048, expected 'none' or tokens, at most the server's 1024
-    """  # noqa: E501 (a message)
-    if asked == EVERYTHING:
+    quest_attention.errors.QuestValueError: quest_token_budget: got 2048, expected 'none' or 32 to 1024 tokens
+    """
+    if isinstance(asked, str) and asked == EVERYTHING:
         return None
-    most = options.config(page_size).token_budget
-    if type(asked) is not int or not 0 < asked <= most:
-        raise QuestValueError(ASKED, asked, f"{EVERYTHING!r} or tokens, at most the server's {most}")
+    server = options.config(page_size)
+    most = server.token_budget
     if most >= max_length:
-        raise QuestValueError(ASKED, asked, f"{EVERYTHING!r}: this server reads everything, {most} tokens and more")
-    try:
-        return options.config(page_size, token_budget=asked)
-    except QuestValueError as error:
-        raise QuestValueError(ASKED, asked, f"{EVERYTHING!r} or {error.expected}") from None
+        raise QuestValueError(ASKED, asked, f"{EVERYTHING!r}: this server reads everything")
+    least = (server.num_sink_pages + max(1, server.num_recent_pages)) * page_size
+    if type(asked) is not int or not least <= asked <= most:
+        raise QuestValueError(ASKED, asked, f"{EVERYTHING!r} or {least} to {most} tokens")
+    config = options.config(page_size, token_budget=asked)
+    if config.candidate_budget > server.candidate_budget:  # what a small budget wants, but no more work than others
+        factor = max(1, server.candidate_budget // config.unit_budget)
+        config = options.config(page_size, token_budget=asked, candidate_factor=factor)
+    return config

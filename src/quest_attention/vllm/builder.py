@@ -138,7 +138,11 @@ class QuestMetadataBuilder:
         if rows > 0 and tokens < batch.num_actual_tokens:
             step.rest = self._build_stock(0, _rows_from(batch, rows, tokens), True)
         if rows > 0 and configs is not None:
-            step.parts = self._parts(batch, step, configs)
+            first = configs[0]
+            if first is not None and all(config == first for config in configs):
+                step.config = first
+            else:
+                step.parts = self._parts(batch, step, configs)
         return step
 
     def _parts(self, batch: Any, step: QuestStep, configs: list[QuestConfig | None]) -> list[Part]:
@@ -149,7 +153,7 @@ class QuestMetadataBuilder:
             rows = torch.tensor(of_part, device=step.seq_lens.device)
             lengths = [step.lengths[row] for row in of_part]
             if config is None:
-                stock = self._build_stock(0, _decode_rows(batch, rows, lengths), True)
+                stock = self._build_stock(0, _decode_rows(batch, of_part, rows, lengths), True)
                 parts.append(Part(rows, None, stock, lengths))
             else:
                 alike = replace(
@@ -206,9 +210,8 @@ def _check_backends(vllm_config: Any) -> None:
             raise UnsupportedModelError(f"model: got {backend.get_name()} in {name}, expected {expected}")
 
 
-def _decode_rows(batch: Any, rows: torch.Tensor, lengths: list[int]) -> Any:
-    """Some rows of a batch, of one token each, that come before all others."""
-    on_host = rows.cpu()
+def _decode_rows(batch: Any, on_host: list[int], rows: torch.Tensor, lengths: list[int]) -> Any:
+    """Some rows of a batch, of one token each, that come before all others; `rows` is where they are on the device."""
 
     def some(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else tensor[rows if tensor.device == rows.device else on_host]

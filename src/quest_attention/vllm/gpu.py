@@ -20,6 +20,7 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
+from quest_attention.config import QuestConfig
 from quest_attention.ops import Selection, Workspace, append_slots, make_workspace, quest_decode
 from quest_attention.vllm.builder import QuestMetadataBuilder
 from quest_attention.vllm.impl import OpenCache, QuestAttentionImpl, QuestBackend
@@ -74,6 +75,7 @@ class QuestGPUMetadataBuilder(QuestMetadataBuilder, FlashAttentionMetadataBuilde
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._workspaces: dict[int, Workspace | None] = {}  # by width of the block table; graphs hold their addresses
+        self._outgrown: set[QuestConfig] = set()
 
     def _plan(self, batch: Any) -> QuestStep | None:
         step = super()._plan(batch)
@@ -92,11 +94,17 @@ class QuestGPUMetadataBuilder(QuestMetadataBuilder, FlashAttentionMetadataBuilde
             settings = self.vllm_config
             captured = settings.compilation_config.max_cudagraph_capture_size or 0
             sizes = range(1, max(settings.scheduler_config.max_num_seqs, captured) + 1)
-            self._workspaces[kv.max_pages] = make_workspace(kv, num_heads, step.config, batch_sizes=sizes)
+            # For the server's budget, whatever a request asks for that is in the first step.
+            self._workspaces[kv.max_pages] = make_workspace(kv, num_heads, self.config, batch_sizes=sizes)
             if self._workspaces[kv.max_pages] is None:
                 _logger.warning("Quest: a decode step takes several launches a layer, with memory of its own.")
         made = self._workspaces[kv.max_pages]
-        return made if made is not None and made.fits(kv, num_heads, step.config) else None
+        if made is None or made.fits(kv, num_heads, step.config):
+            return made
+        if step.config not in self._outgrown:
+            self._outgrown.add(step.config)
+            _logger.warning("Quest: steps with a budget of %d take memory of their own.", step.config.token_budget)
+        return None
 
     def _warm_up(self, step: QuestStep) -> None:
         """Run a step of this size over no tokens: kernels are compiled and loaded before the graph that holds them."""

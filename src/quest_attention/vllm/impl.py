@@ -170,7 +170,7 @@ class QuestAttentionImpl:
         else:
             selected = self.attend(layer, unquantized(layer, query[:rows], output.dtype), opened, step, output[:rows])
             if is_counted:
-                step.counters.count_quest(selected, step.seq_lens)
+                step.counters.count_quest(selected, step.seq_lens, step.config.token_budget)
         if is_counted:
             step.counters.count_step()
         return output

@@ -1,8 +1,8 @@
-"""Budgets that requests ask for themselves: looked at where they arrive, and told to the builders of batches.
+"""`RequestBudgets`: what the requests of a worker ask for themselves, told to the builders of its batches.
 
-A client says `quest_token_budget` in `vllm_xargs`, a program in `SamplingParams(extra_args=...)`. What is wrong is
-refused where vLLM looks at the parameters of a request, so that it is that client's error. In a worker the runner knows
-which requests a step is of, and in which order; the builders, which vLLM gives lengths and blocks alone, ask here.
+A client says `quest_token_budget` in `vllm_xargs`, a program in `SamplingParams(extra_args=...)`; `plugin` refuses what
+is wrong where requests arrive. In a worker the runner knows which requests a step is of, and in which order; the
+builders, which vLLM gives lengths and blocks alone, ask here.
 
 A CUDA graph holds one budget for all of its rows. So a step with a row of its own budget is kept out of full graphs.
 """
@@ -21,7 +21,7 @@ from quest_attention.serving.requests import ASKED, config_asked
 from quest_attention.vllm.layout import page_size
 from quest_attention.vllm.options import read_options
 
-__all__ = ["RequestBudgets", "budgets_of_step", "check_requests", "watch_requests"]
+__all__ = ["RequestBudgets", "budgets_of_step", "watch_requests"]
 
 _WRAPPED = "quest_attention_wrapped"
 _logger = logging.getLogger("vllm.quest_attention")
@@ -60,7 +60,7 @@ class RequestBudgets:
     def _learn(self, request: str, asked: Any) -> None:
         try:
             self._asked[request] = config_asked(asked, self._options, self._page_size, self._max_length)
-        except QuestValueError as error:  # vLLM's front end was passed by: others' requests go on
+        except QuestValueError as error:  # who made it passed vLLM's front end by; an error here would end all others
             _logger.warning("Quest: %s. Request %s is read with the server's budget.", error, request)
 
     @property
@@ -89,38 +89,6 @@ _of_step: RequestBudgets | None = None
 def budgets_of_step() -> RequestBudgets | None:
     """What the requests ask of whose step a batch is being built; None outside of a step, as when graphs are made."""
     return _of_step
-
-
-def check_requests() -> None:
-    """Have vLLM refuse requests that ask for a budget that cannot be, with an error for who asked."""
-    from vllm.v1.engine.input_processor import InputProcessor
-
-    def around(original: Any) -> Any:
-        @wraps(original)
-        def _validate_params(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-            extra = getattr(params, "extra_args", None)
-            if extra and extra.get(ASKED) is not None:
-                _check(self.vllm_config, extra[ASKED])
-            return original(self, params, *args, **kwargs)
-
-        return _validate_params
-
-    _wrap(InputProcessor, "_validate_params", around)
-
-
-def _check(vllm_config: Any, asked: Any) -> None:
-    from vllm.exceptions import VLLMValidationError
-    from vllm.platforms import current_platform
-
-    device, model = current_platform.device_type, vllm_config.model_config
-    options = read_options(vllm_config, device)
-    if options is None:  # to such a server it is a parameter of nobody, which vLLM lets pass
-        return
-    page = page_size(vllm_config.cache_config.block_size, model, device)
-    try:
-        config_asked(asked, options, page, model.max_model_len)
-    except QuestValueError as error:  # in vLLM's own words, of which its server makes a client's error
-        raise VLLMValidationError(str(error), parameter=ASKED, value=asked) from None
 
 
 def watch_requests(vllm_config: Any) -> None:
@@ -170,7 +138,7 @@ def _budgets_of(runner: Any) -> RequestBudgets | None:
 
 
 def _with_order(original: Any) -> Any:
-    """VLLM's V2 runner makes a batch anew in each step, and shows it before builders are asked."""
+    """The V2 runner of vLLM makes a batch anew in each step, and shows it before builders are asked."""
 
     @wraps(original)
     def prepare_attn(self: Any, input_batch: Any, *args: Any, **kwargs: Any) -> Any:

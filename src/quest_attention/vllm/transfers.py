@@ -6,6 +6,7 @@ One that copies tokens slot by slot leaves it behind, and pages would be chosen 
 
 from __future__ import annotations
 
+import logging
 from functools import wraps
 from typing import Any
 
@@ -39,8 +40,10 @@ _WHY = {
     "SharedStorageConnector": _BY_SLOT,  # the first one's name in older releases
     "SimpleCPUOffloadConnector": _BY_BLOCK,
 }
-"""What vLLM's connectors do, as read in their files."""
+"""What those of vLLM's connectors do of which it was read in their files."""
+_EXTRA = "kv_transfer_config.kv_connector_extra_config"
 _HANDSHAKE = "enforce_handshake_compat"
+_logger = logging.getLogger("vllm.quest_attention")
 _WRAPPED = "quest_attention_metadata"
 
 
@@ -61,7 +64,7 @@ def check_transfer(vllm_config: Any, device: str, release: tuple[int, int]) -> N
     name, argument, known = transfer.kv_connector, "kv_transfer_config", ", ".join(_TESTED)
     if transfer.kv_connector_module_path:
         path = transfer.kv_connector_module_path
-        raise QuestValueError("kv_connector_module_path", path, f"none: {name} from there {_UNKNOWN}")
+        raise QuestValueError(f"{argument}.kv_connector_module_path", path, f"none: {name} from there {_UNKNOWN}")
     if device not in _TESTED.get(name, ()) or release not in _RELEASES:
         wanted = "none" if device != "cpu" else f"none, or on a CPU with vLLM 0.32 one of {known}"
         raise QuestValueError(argument, name, f"{wanted}: {name} {_WHY.get(name, _UNKNOWN)}")
@@ -70,11 +73,15 @@ def check_transfer(vllm_config: Any, device: str, release: tuple[int, int]) -> N
         raise QuestValueError(argument, name, f"none: models with {others} were not tested with connectors")
     extra = transfer.kv_connector_extra_config
     if transfer.enable_permute_local_kv:
-        raise QuestValueError("enable_permute_local_kv", True, "False: page metadata has no such axes to permute")
+        raise QuestValueError(
+            "kv_transfer_config.enable_permute_local_kv", True, "False: page metadata has no such axes to permute"
+        )
     if extra.get("bidirectional_kv_xfer"):
-        raise QuestValueError("bidirectional_kv_xfer", True, "False: blocks that go back were not tested")
+        raise QuestValueError(f"{_EXTRA}.bidirectional_kv_xfer", True, "False: blocks that go back were not tested")
     if not extra.get(_HANDSHAKE, True):
-        raise QuestValueError(_HANDSHAKE, False, "True: by it servers see whether they keep the same page metadata")
+        raise QuestValueError(
+            f"{_EXTRA}.{_HANDSHAKE}", False, "True: by it servers see whether they keep the same page metadata"
+        )
     options = read_options(vllm_config, device)
     assert options is not None, "who asks for Quest is looked at"
     config = options.least_config()
@@ -108,6 +115,7 @@ def compare_metadata(vllm_config: Any, device: str) -> None:
         signature = f"{attn_backend_name}{_signature(vllm_config, device)}"
         return str(original(vllm_config, signature, *arguments, **named))
 
+    _logger.info("Quest: NIXL's handshake compares%s, beside what is vLLM's own.", _signature(vllm_config, device))
     setattr(compute_nixl_compatibility_hash, _WRAPPED, True)
     base_worker.compute_nixl_compatibility_hash = compute_nixl_compatibility_hash
 
