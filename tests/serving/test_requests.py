@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 from quest_attention import QuestConfig, QuestValueError
 from quest_attention.serving.options import QuestOptions
 from quest_attention.vllm import requests
+from quest_attention.vllm.refusals import check_request
 from quest_attention.vllm.requests import RequestBudgets
 
 CONFIG = QuestConfig.from_dict({"token_budget": 128, "metadata": "bounds"})
@@ -106,12 +106,7 @@ def test_the_newer_runner_shows_its_batch_before_it_is_built(monkeypatch: pytest
     assert seen == [[CONFIG, CONFIG], [CONFIG, None]]
 
 
-def test_replicas_that_agree_on_graphs_may_not_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    from quest_attention.vllm import plugin
-
-    platform = SimpleNamespace(current_platform=SimpleNamespace(device_type="cuda"))
-    monkeypatch.setitem(sys.modules, "vllm.platforms", platform)
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(platforms=platform))
+def test_replicas_that_agree_on_graphs_may_not_be_asked() -> None:
     served = SimpleNamespace(
         additional_config={"quest": {"token_budget": 512}},
         cache_config=SimpleNamespace(block_size=16),
@@ -119,12 +114,12 @@ def test_replicas_that_agree_on_graphs_may_not_be_asked(monkeypatch: pytest.Monk
         parallel_config=SimpleNamespace(data_parallel_size=2),
         use_v2_model_runner=False,
     )
-    plugin._check_request(served, {"quest_token_budget": 64, "other": 1})
+    check_request(served, {"quest_token_budget": 64, "other": 1}, "cuda")
     served.use_v2_model_runner = True
     with pytest.raises(QuestValueError, match="quest_token_budget: got 64, expected nothing with 2 data-parallel"):
-        plugin._check_request(served, {"quest_token_budget": 64})
-    plugin._check_request(served, {"other": 1})
+        check_request(served, {"quest_token_budget": 64}, "cuda")
+    check_request(served, {"other": 1, "question": 2, "quest_token_budget": None}, "cuda")
     with pytest.raises(QuestValueError, match="quest_budget: got 64, expected quest_token_budget"):
-        plugin._check_request(served, {"quest_budget": 64})
+        check_request(served, {"quest_budget": 64}, "cuda")
     served.additional_config = {}
-    plugin._check_request(served, {"quest_token_budget": -1})
+    check_request(served, {"quest_token_budget": -1, "quest_budget": 64}, "cuda")

@@ -14,11 +14,9 @@ from typing import Any
 
 from quest_attention.errors import BackendError, QuestValueError, UnsupportedModelError
 from quest_attention.serving.options import KEY
-from quest_attention.serving.requests import ASKED, config_asked
 from quest_attention.vllm.kinds import other_layers
-from quest_attention.vllm.layout import page_size
 from quest_attention.vllm.options import near_misses, read_options
-from quest_attention.vllm.refusals import BACKEND_NAME, check_block_size, check_vllm_config
+from quest_attention.vllm.refusals import BACKEND_NAME, check_block_size, check_request, check_vllm_config
 from quest_attention.vllm.transfers import check_transfer
 
 __all__ = ["RELEASES", "register", "vllm_version"]
@@ -99,7 +97,7 @@ def _wrap_check(platform: Any) -> None:
             check_transfer(vllm_config, cls.device_type, vllm_version())
             _check_groups(vllm_config.model_config)
             _check_blocks(vllm_config, cls)
-            _wrap_requests()
+            _wrap_requests(cls.device_type)
         elif _is_ours(cls, vllm_config.attention_config.backend):
             found, neither = vllm_config.additional_config, f"or no --attention-backend {BACKEND_NAME} either"
             raise QuestValueError("additional_config", found, f"one with {KEY!r} in it, {neither}")
@@ -108,7 +106,7 @@ def _wrap_check(platform: Any) -> None:
     platform.check_and_update_config = classmethod(check_and_update_config)
 
 
-def _wrap_requests() -> None:
+def _wrap_requests(device: str) -> None:
     """Have vLLM's look at a request preceded by ours, so that what it asks wrongly is its client's error."""
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
@@ -122,38 +120,13 @@ def _wrap_requests() -> None:
         extra = getattr(params, "extra_args", None)
         if extra:
             try:
-                _check_request(self.vllm_config, extra)
+                check_request(self.vllm_config, extra, device)
             except QuestValueError as error:  # in vLLM's words, of which its server makes a 400
                 raise VLLMValidationError(str(error), parameter=error.argument, value=error.got) from None
         return original(self, params, *args, **kwargs)
 
     setattr(_validate_params, _WRAPPED, True)
     InputProcessor._validate_params = _validate_params  # noqa: SLF001
-
-
-def _check_request(vllm_config: Any, extra: Any) -> None:
-    """Whether a request asks for nothing of Quest, or for what it can have.
-
-    Raises:
-        QuestValueError: It asks for something else.
-    """
-    from vllm.platforms import current_platform
-
-    for name in extra:
-        if str(name).startswith(KEY) and name != ASKED:
-            raise QuestValueError(str(name), extra[name], f"{ASKED}, all that a request can ask of Quest")
-    if extra.get(ASKED) is None:
-        return
-    device, model = current_platform.device_type, vllm_config.model_config
-    options = read_options(vllm_config, device)
-    if options is None:  # another server's of this process: to it it is a parameter of nobody, which vLLM lets pass
-        return
-    replicas = vllm_config.parallel_config.data_parallel_size
-    if replicas > 1 and getattr(vllm_config, "use_v2_model_runner", False):
-        reason = f"nothing with {replicas} data-parallel replicas, which agree on a graph for a step"
-        raise QuestValueError(ASKED, extra[ASKED], reason)
-    page = page_size(vllm_config.cache_config.block_size, model, device)
-    config_asked(extra[ASKED], options, page, model.max_model_len)
 
 
 @cache  # a process looks at its configuration more than once

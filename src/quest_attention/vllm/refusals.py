@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from quest_attention.errors import BackendError, QuestValueError, UnsupportedModelError
 from quest_attention.forms import form_of
 from quest_attention.ops import resolve_backend
 from quest_attention.serving.options import KEY, QuestOptions
+from quest_attention.serving.requests import ASKED, config_asked
 from quest_attention.vllm.kinds import full_layers, other_layers
 from quest_attention.vllm.layout import page_size
 from quest_attention.vllm.options import read_options
@@ -18,6 +20,7 @@ __all__ = [
     "check_block_size",
     "check_layer",
     "check_output_scales",
+    "check_request",
     "check_vllm_config",
 ]
 
@@ -78,6 +81,35 @@ def check_block_size(cache: Any, model: Any, multiple: int) -> None:
     size = getattr(cache, "block_size", None)
     if isinstance(size, int) and size % multiple and not (model is not None and model.is_hybrid):
         raise QuestValueError("block_size", size, f"a multiple of {multiple}: vLLM's attention here has no other")
+
+
+def check_request(vllm_config: Any, extra: Mapping[str, Any], device: str) -> None:
+    """Whether a request asks for nothing of Quest, or for what it can have.
+
+    Args:
+        vllm_config: Of its server.
+        extra: Its `extra_args`.
+        device: vLLM's type of the device.
+
+    Raises:
+        QuestValueError: It asks for something else.
+    """
+    ours = [name for name in extra if str(name).startswith(f"{KEY}_")]
+    options = read_options(vllm_config, device) if ours else None
+    if options is None:  # or of an engine without Quest in this process, to which it is a parameter of nobody
+        return
+    for name in ours:
+        if name != ASKED:
+            raise QuestValueError(name, extra[name], f"{ASKED}, all that a request can ask of Quest")
+    if extra[ASKED] is None:
+        return
+    replicas = vllm_config.parallel_config.data_parallel_size
+    if replicas > 1 and getattr(vllm_config, "use_v2_model_runner", False):
+        reason = f"nothing with {replicas} data-parallel replicas, which agree on a graph for a step"
+        raise QuestValueError(ASKED, extra[ASKED], reason)
+    model = vllm_config.model_config
+    page = page_size(vllm_config.cache_config.block_size, model, device)
+    config_asked(extra[ASKED], options, page, model.max_model_len)
 
 
 def check_layer(*, alibi_slopes: Any, sliding_window: int | None, attn_type: str) -> None:

@@ -1,7 +1,7 @@
 """`RequestBudgets`: what the requests of a worker ask for themselves, told to the builders of its batches.
 
-A client says `quest_token_budget` in `vllm_xargs`, a program in `SamplingParams(extra_args=...)`; `plugin` refuses what
-is wrong where requests arrive. In a worker the runner knows which requests a step is of, and in which order; the
+A client says `quest_token_budget` in `vllm_xargs`, a program in `SamplingParams(extra_args=...)`; what is wrong is
+refused where requests arrive. In a worker the runner knows which requests a step is of, and in which order; the
 builders, which vLLM gives lengths and blocks alone, ask here.
 
 A CUDA graph holds one budget for all of its rows. So a step with a row of its own budget is kept out of full graphs.
