@@ -431,7 +431,8 @@ def quest_decode(
         softcap: See `sparse_decode_attention`.
         sinks: See `sparse_decode_attention`.
         token_mask: `[B, T]` bool, True where a token may be attended to; False past T. See `select_pages`.
-        workspace: Memory to reuse, from `make_workspace`; without one the step allocates it.
+        workspace: Memory to reuse, from `make_workspace`; without one the step allocates it. With several query tokens
+            one for T times as many query heads.
         out: `[B, HQ, DV]` or `[B, T, HQ, DV]` contiguous, dtype of the query, to write the output to.
         query_lens: With several query tokens, how many each sequence has: `[B]` int32/int64, 1 to T, the first ones of
             its row; None where all have T. What follows is not looked at, and its output is zero. With
@@ -452,27 +453,33 @@ def quest_decode(
     >>> step.output.shape, step.selected.units.shape
     (torch.Size([1, 8, 32]), torch.Size([1, 4, 2]))
     """
-    check_kinds(kv, query, config)
-    given: dict[str, Any] = {
-        "kv": kv,
-        "seq_lens": seq_lens,
-        "sm_scale": sm_scale,
-        "softcap": softcap,
-        "token_mask": token_mask,
-    }
-    if query.dim() != 4:
-        if query_lens is not None:
-            raise QuestValueError("query_lens", "a tensor", "None with queries [B, HQ, D], of one token each")
-        return run_step(Step(query=query, config=config, sinks=sinks, workspace=workspace, out=out, **given))
-    tokens = QueryTokens(query, query_lens, kv, seq_lens)
+    if getattr(query, "ndim", None) == 4:  # what is no tensor is named below, or by a step
+        check_kinds(kv, query, config)
+        given = {"sm_scale": sm_scale, "softcap": softcap, "token_mask": token_mask, "workspace": workspace}
+        return _decode_several(QueryTokens(query, query_lens, kv, seq_lens), config, sinks, out, given)
+    if query_lens is not None:
+        raise QuestValueError("query_lens", "a tensor", "None with queries [B, HQ, D], of one token each")
+    step = Step(
+        query=query, kv=kv, seq_lens=seq_lens, config=config, sm_scale=sm_scale, softcap=softcap, sinks=sinks,
+        token_mask=token_mask, workspace=workspace, out=out,
+    )  # fmt: skip
+    return run_step(step)
+
+
+def _decode_several(
+    tokens: QueryTokens, config: QuestConfig, sinks: Tensor | None, out: Tensor | None, given: dict[str, Any]
+) -> QuestOutput:
+    """`quest_decode` of several query tokens a sequence; `given` is what a step takes of them as of one."""
+    query, kv, seq_lens = tokens.query, tokens.kv, tokens.seq_lens
     if out is not None:
         check_like("out", out, (*query.shape[:3], kv.values.shape[3]), query, "the query")
     if tokens.count == 1:
         single = None if out is None else out[:, 0]
-        done = run_step(Step(query=query[:, 0], config=config, sinks=sinks, workspace=workspace, out=single, **given))
+        step = Step(query=query[:, 0], kv=kv, seq_lens=seq_lens, config=config, sinks=sinks, out=single, **given)
+        done = run_step(step)
         return QuestOutput(done.output[:, None], done.selected)
-    sinks = tokens.folded_sinks(sinks)
-    step = Step(query=tokens.folded(), config=tokens.config(config), sinks=sinks, workspace=workspace, **given)
+    forcing, sinks = tokens.config(config), tokens.folded_sinks(sinks)
+    step = Step(query=tokens.folded(), kv=kv, seq_lens=seq_lens, config=forcing, sinks=sinks, **given)
     verbs = _verbs(step.config.backend, kv.keys)
     output, selected = run_step(step, attend=lambda asked, chosen: tokens.attend(asked, chosen, verbs))
     return QuestOutput(output if out is None else out.copy_(output), selected)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestValueError
+from quest_attention.ops.checks import check_lengths
 from quest_attention.ops.dispatch import Verbs
 from quest_attention.ops.gathering import gather_keys, gather_values
 from quest_attention.ops.selection import Selection
@@ -55,6 +56,7 @@ class QueryTokens:
             raise QuestValueError("query.shape", list(shape), expected)
         if shape[2] == 0 or shape[2] % kv.num_kv_heads:
             raise QuestValueError("query.shape[2]", shape[2], f"a multiple of the {kv.num_kv_heads} KV heads")
+        check_lengths("seq_lens", self.seq_lens, kv.batch_size, kv.max_pages * kv.page_size, kv.keys.device)
         least: Tensor | int = shape[1]
         if self.lens is not None:
             least = self._check_lens(self.lens)
@@ -65,6 +67,8 @@ class QueryTokens:
     def _check_lens(self, lens: Tensor) -> Tensor | int:
         """How many tokens each sequence has at least; 0 where the host does not know."""
         batch, most = self.query.shape[:2]
+        if not isinstance(lens, Tensor):
+            raise QuestValueError("query_lens", lens, f"a tensor [{batch}] or None")
         if lens.shape != (batch,) or lens.dtype not in (torch.int32, torch.int64) or lens.device != self.query.device:
             got = f"{list(lens.shape)} {lens.dtype} on {lens.device}"
             raise QuestValueError("query_lens", got, f"[{batch}] int32 or int64 on {self.query.device}")

@@ -153,9 +153,9 @@ def _with_order(original: Any) -> Any:
 def _without_full_graphs(original: Any) -> Any:
     @wraps(original)
     def dispatch(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm.config import CUDAGraphMode
-
         if _of_step is not None and _of_step.is_asked:
+            from vllm.config import CUDAGraphMode
+
             kwargs["invalid_modes"] = {*(kwargs.get("invalid_modes") or ()), CUDAGraphMode.FULL}
         return original(self, *args, **kwargs)
 
