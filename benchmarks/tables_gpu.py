@@ -24,9 +24,9 @@ those of all pages, the keys of the candidates, and the values of what is select
 explains the form)."""
 """Stands above the table of sketches, where there is one."""
 LAUNCHES_INTRO = """\
-**Launch by launch**, each alone, without its early start, microseconds (median). In a step they overlap, so a step
-takes less than all together. The last column is the rate at which the second scan moves its bytes, the sketches of all
-pages and two bits a token, against the highest rate of a dense read."""
+**Launch by launch**, each alone, without its early start, microseconds (median). In a step the end of one overlaps the
+beginning of the next. The last column is the rate at which the second scan moves its bytes, those of the sketches that
+it reads and two bits a token, against the highest rate of a dense read."""
 """Stands above the table of launches, where they were timed."""
 
 NUM_DENSE_LAYERS = 2

@@ -51,9 +51,8 @@ def test_whom_it_chooses(dim: int, group: int, dtype: torch.dtype, page_size: in
 
 
 @pytest.mark.parametrize(("dim", "group"), [(128, 1), (64, 1), (128, 4), (128, 8)])
-def test_steps_that_follow_one_another_choose_the_same(dim: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_that_follow_one_another_choose_the_same(dim: int, group: int) -> None:
     """Sixty of them, so that what depends on which warp is first shows."""
-    monkeypatch.setattr(token_workspace, "runs_single_heads", lambda: True)
     cache = make_cache([20_000, 300, 4_321], 2, dim, torch.bfloat16)
     config = QuestConfig(512, metadata="sketch", selection_unit="token")
     workspace = token_workspace.make_token_workspace(cache.kv, 2 * group, config)

@@ -154,7 +154,6 @@ def run_tokens(
     lengths: Any = pages * page_size if host else torch.full((1,), pages * page_size, dtype=torch.int32)
     query, sinks = torch.empty(1, heads * group, dim, dtype=dtype), torch.empty(heads * group) if host else None
     token_workspace.can_scan = lambda *_: scans
-    token_workspace.runs_single_heads = lambda: True
     token_decode.starts_early = lambda _: {"FOLLOWS": True, "launch_pdl": True}
     mask = torch.ones(1, 5000, dtype=torch.bool) if masked else None
     step = Step(query=query, kv=kv, seq_lens=lengths, config=config, sinks=sinks, softcap=softcap, token_mask=mask)

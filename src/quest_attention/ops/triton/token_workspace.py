@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -28,7 +27,6 @@ __all__ = [
     "can_scan",
     "make_token_workspace",
     "plan_of",
-    "runs_single_heads",
 ]
 
 _HEADS = 16
@@ -147,7 +145,6 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
         or group > _HEADS
         or 2 * config.candidate_budget > _MOST_HELD
         or kv.max_pages * kv.page_size >= MISSING.value
-        or (group == 1 and not runs_single_heads())
     ):
         return None
     programs = filling_programs(kv.keys.device)
@@ -187,17 +184,6 @@ _DTYPES = (
     torch.int32, torch.int32, torch.float32, torch.float32, torch.int32,
 )  # fmt: skip
 """Of the tensors of a workspace, in order."""
-
-
-@cache  # a step asks
-def runs_single_heads() -> bool:
-    """Whether the kernels are known to be right where a KV head has one query head.
-
-    Compiled by Triton 3.8 they did not choose the same tokens each time (torch 2.14, an H200): the sum of `pick` over
-    the parts before its own could take counts that another load had not seen yet (`candidates._found_before`). That is
-    mended by what the compiled code shows, and has not run on a GPU since.
-    """
-    return is_interpreted() or tuple(int(number) for number in triton.__version__.split(".")[:2]) < (3, 7)
 
 
 def can_scan(kv: PagedKV, group: int) -> bool:
