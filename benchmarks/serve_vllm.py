@@ -30,7 +30,7 @@ from rich.table import Table
 
 from quest_attention import QuestConfig
 from quest_attention.bench.record import write_record
-from quest_attention.bench.shapes import SHAPES, check_shape
+from quest_attention.bench.shapes import SERVED_SHAPES, check_shape
 from quest_attention.bench.timing import percentiles
 from quest_attention.bench.weights import spread_weights
 from quest_attention.cli.app import integers, split_list
@@ -54,9 +54,9 @@ ARM = "QUEST_BENCHMARK_ARM"
 
 
 def write_config(folder: Path, model: str, positions: int) -> None:
-    """A Llama without weights or tokenizer."""
-    shape = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16", "rope_theta": 5e5}
-    config = {**shape, **SHAPES[model], "max_position_embeddings": positions, "bos_token_id": 1, "eos_token_id": 2}
+    """A model without weights or tokenizer."""
+    shape = {"torch_dtype": "bfloat16", "max_position_embeddings": positions, "bos_token_id": 1, "eos_token_id": 2}
+    config = {**SERVED_SHAPES[model], **shape}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
@@ -101,7 +101,7 @@ def measure_arm(options: dict[str, Any]) -> dict[str, Any]:
                 if batch > most:
                     left_out.append({"context": context, "batch": batch, "most": most})
                     continue
-                vocabulary = SHAPES[options["model"]]["vocab_size"]
+                vocabulary = SERVED_SHAPES[options["model"]]["vocab_size"]
                 # The prompts of a longer context begin with those of a shorter one, which are in the cache already.
                 prompts = [
                     {"prompt_token_ids": random.Random(index).choices(range(3, vocabulary), k=longest)[:context]}
@@ -177,17 +177,17 @@ def check_arguments(
         raise QuestValueError("device", device, " or ".join(DEVICES))
     numbers = integers("contexts", contexts)
     budgets = integers("sketch", sketch) if sketch else []
-    largest = max([budget, *budgets])
+    names, kinds = split_list(batches), split_list(bounds)
+    largest = max([budget] * bool(kinds) + budgets, default=budget)
     if min(numbers) <= largest:
         raise QuestValueError("contexts", min(numbers), f"more than the budget of {largest}: less is read whole")
-    names, kinds = split_list(batches), split_list(bounds)
     if not names:
         raise QuestValueError("batches", batches, f"positive integers or {MOST!r}, parted by commas")
     for name in names:
         if name != MOST:
             integers("batches", name)
-    if not kinds:
-        raise QuestValueError("bounds", bounds, "'kv', 'fp8' or both")
+    if not kinds and not budgets:
+        raise QuestValueError("bounds", bounds, "'kv', 'fp8' or both where there are no arms with sketches")
     by_token = {"metadata": "sketch", "selection_unit": "token"}
     arms = [{"name": f"{SKETCH}-{tokens}", "budget": tokens, "quest": by_token} for tokens in budgets]
     for kind in kinds:
@@ -217,7 +217,9 @@ def main(
     budget: Annotated[int, typer.Option(help="Token budget of Quest with bounds.", min=1)] = 2048,
     tokens: Annotated[int, typer.Option(help="Tokens that each sequence writes.", min=2, max=ROOM)] = 128,
     repeats: Annotated[int, typer.Option(help="Timed passes of a case.", min=1)] = 5,
-    bounds: Annotated[str, typer.Option(help="Arms of Quest by the dtype of bounds, comma-separated.")] = "kv,fp8",
+    bounds: Annotated[
+        str, typer.Option(help="Arms of Quest by the dtype of bounds, comma-separated; empty for none.")
+    ] = "kv,fp8",
     sketch: Annotated[
         str, typer.Option(help="Arms that read single tokens by sketches: their token budgets, comma-separated.")
     ] = "",
@@ -231,7 +233,7 @@ def main(
     """Time vLLM with and without Quest."""
     lengths, sequences, quest = check_arguments(contexts, batches, bounds, sketch, budget, device)
     shared: dict[str, Any] = {
-        "model": check_shape(model),
+        "model": check_shape(model, SERVED_SHAPES),
         "contexts": lengths,
         "batches": sequences,
         "tokens": tokens,

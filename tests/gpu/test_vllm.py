@@ -161,6 +161,20 @@ def test_requests_with_budgets_of_their_own() -> None:
         assert found["after"]["counters"]["eager_steps"] < 3, "graphs are replayed again"
 
 
+@pytest.mark.parametrize("name", ["windows", "sinks", "states", "states_by_sketches"])
+def test_layers_of_other_kinds_among_full_ones(name: str) -> None:
+    found = scenario(f"gpu_{name}")
+    assert_sampled(found)
+    (whole,) = found["whole"]["counters"]
+    assert whole["sparse_rows"] == 0 < whole["dense_rows"]
+    # Rows read whole by another kernel. A random model's tokens are near one another, so its numbers are compared.
+    for ours, theirs in zip(found["whole"]["logprobs"], found["stock"]["logprobs"], strict=True):
+        assert ours[0] == pytest.approx(theirs[0], abs=0.05)
+    assert found["sparse"]["logprobs"] != found["stock"]["logprobs"]
+    (groups,) = found["groups"]
+    assert [int(layer.split(".")[2]) for group in groups for layer in group["layers"]] == [3]
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_ranks_give_the_tokens_of_one() -> None:
     found = scenario("gpu_two_ranks")

@@ -42,7 +42,7 @@ class GPUOracleExtension(QuestWorkerExtension):
         self._seen: Counter[str] = Counter()
         self._failures: list[str] = []
         self._worst = 0.0
-        attend = QuestGPUImpl.attend
+        self._attend = attend = QuestGPUImpl.attend
 
         def checked_attend(
             impl: Any, layer: Any, query: Tensor, opened: OpenCache, step: QuestStep, output: Tensor
@@ -55,6 +55,10 @@ class GPUOracleExtension(QuestWorkerExtension):
             return selected
 
         QuestGPUImpl.attend = checked_attend  # type: ignore[method-assign]
+
+    def remove_oracle(self) -> None:
+        """Check no more."""
+        QuestGPUImpl.attend = self._attend  # type: ignore[method-assign]
 
     def oracle_report(self) -> dict[str, Any]:
         """What was seen, the worst error of an output in units of what it may be, and what was wrong."""

@@ -210,7 +210,12 @@ WITH_STATES = {
     ),
 }
 """Likewise, with layers that keep a state. Their blocks hold several pages, those of LFM2 one."""
-ALL = FAMILIES | WITH_STATES
+ON_A_GPU = {
+    "gemma3_wide": Family("Gemma3", WINDOWED | {"query_pre_attn_scalar": 64, "head_dim": 64}),
+    "gpt_oss_wide": Family("GptOss", WINDOWED | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 64}),
+}
+"""Whose heads a GPU's kernels for sketches take by bits."""
+ALL = FAMILIES | WITH_STATES | ON_A_GPU
 
 
 def save(family: Family, folder: Path) -> str:

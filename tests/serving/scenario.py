@@ -12,7 +12,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -439,11 +439,21 @@ FAMILY_LENGTHS = (400, 330, 50)
 """Two rows past the budget and one within it, together [tokens]."""
 
 
-def family(name: str, **more: Any) -> dict[str, Any]:
-    """A model of several kinds of layers: stock, with a budget of the context, and sparse with the oracle."""
+def family(
+    name: str, make: Callable[..., Any] = make_llm, quest: dict[str, Any] | None = None, **more: Any
+) -> dict[str, Any]:
+    """A model of several kinds of layers: stock, with a budget of the context, and sparse with the oracle.
+
+    Args:
+        name: Of the family.
+        make: What makes an engine.
+        quest: Options under "quest" in place of the family's.
+        more: Options of the engine.
+    """
     from vllm import ModelRegistry
 
     one, prompts = ALL[name], token_prompts(FAMILY_LENGTHS)
+    kept = {"num_dense_layers": 1, **(one.quest if quest is None else quest)}
     with tempfile.TemporaryDirectory() as folder:
         architecture = save(one, Path(folder))
         # In this process: vLLM would look at the class in another, which takes long.
@@ -451,23 +461,20 @@ def family(name: str, **more: Any) -> dict[str, Any]:
         options = {"model": folder, "skip_tokenizer_init": True, "max_model_len": 1024, "max_num_seqs": 4, **ORACLE}
         pool = {"num_gpu_blocks_override": one.blocks}
         options |= {"num_gpu_blocks_override": 256} | one.engine | more
-        llm = make_llm(None, **options)
+        llm = make(None, **options)
         found = {"stock": greedy(llm, prompts)}
         stop(llm)
-        llm = make_llm({"token_budget": 1024 - BLOCK, "num_dense_layers": 1, **one.quest}, **options)
+        llm = make({"token_budget": 1024 - BLOCK, **kept}, **options)
         found["whole"] = greedy(llm, prompts) | {"counters": llm.collective_rpc("quest_counters")}
         stop(llm)
-        llm = make_llm({"token_budget": BUDGET, "num_dense_layers": 1, **one.quest}, **CHUNKS | options | pool)
+        llm = make({"token_budget": BUDGET, **kept}, **CHUNKS | options | pool)
         llm.collective_rpc("install_oracle")
         llm.collective_rpc("quest_reset")
         found["sparse"] = greedy(llm, prompts)
         found["again"] = greedy(llm, prompts)
-        asked = {
-            "oracle": "oracle_report",
-            "counters": "quest_counters",
-            "groups": "quest_groups",
-            "form": "quest_form",
-        }
+        asked = {"oracle": "oracle_report", "counters": "quest_counters", "groups": "quest_groups"}
+        if make is make_llm:
+            asked["form"] = "quest_form"
         found |= {name: llm.collective_rpc(method) for name, method in asked.items()} | {"metrics": metrics(llm)}
         llm.collective_rpc("remove_oracle")
         stop(llm)
@@ -814,6 +821,36 @@ def gpu_own_budgets() -> dict[str, Any]:
     return found
 
 
+def gpu_windows() -> dict[str, Any]:
+    """Layers with windows among those with full attention, which choose single tokens; eager, with the sampled oracle.
+
+    Heads as large as the kernels scan by bits.
+    """
+    return family("gemma3_wide", make_gpu_llm, SKETCH, enforce_eager=True, **GPU_ORACLE)
+
+
+def gpu_sinks() -> dict[str, Any]:
+    """The same with attention sinks and experts."""
+    return family("gpt_oss_wide", make_gpu_llm, SKETCH, enforce_eager=True, **GPU_ORACLE)
+
+
+def gpu_states() -> dict[str, Any]:
+    """Linear attention beside full layers by bounds, whose blocks hold several pages, and more tokens than a chunk."""
+    return family(
+        "qwen3_next",
+        make_gpu_llm,
+        {"metadata": "bounds"},
+        enforce_eager=True,
+        max_num_batched_tokens=2048,
+        **GPU_ORACLE,
+    )
+
+
+def gpu_states_by_sketches() -> dict[str, Any]:
+    """The same where single tokens are chosen."""
+    return family("qwen3_next", make_gpu_llm, SKETCH, enforce_eager=True, max_num_batched_tokens=2048, **GPU_ORACLE)
+
+
 def gpu_two_ranks() -> dict[str, Any]:
     """The same on two GPUs, a KV head each."""
     return gpu_graphs(2)
@@ -866,6 +903,10 @@ SCENARIOS = [
     gpu_speculation,
     gpu_graphs,
     gpu_own_budgets,
+    gpu_windows,
+    gpu_sinks,
+    gpu_states,
+    gpu_states_by_sketches,
     gpu_two_ranks,
 ]
 
