@@ -77,15 +77,16 @@ def measure_arm(options: dict[str, Any]) -> dict[str, Any]:
         "kv_cache_dtype": options["kv_cache_dtype"],
         "disable_log_stats": False,
         "seed": options["seed"],
+        "additional_config": dict(options["additional_config"]),
     }
     if is_gpu:
         settings |= {"gpu_memory_utilization": 0.92, "attention_backend": "FLASH_ATTN", "max_num_seqs": 128}
     else:
         settings |= {"enforce_eager": True, "block_size": 32}
     if options["budget"]:
+        settings["additional_config"]["quest"] = {"token_budget": options["budget"], **options["quest"]}
         settings |= {
             "attention_backend": "CUSTOM",
-            "additional_config": {"quest": {"token_budget": options["budget"], **options["quest"]}},
             "worker_extension_cls": "quest_attention.vllm.worker.QuestWorkerExtension",
         }
     with tempfile.TemporaryDirectory() as folder:
@@ -198,6 +199,21 @@ def check_arguments(
     return numbers, names, arms
 
 
+def read_object(name: str, text: str) -> dict[str, Any]:
+    """An object of JSON.
+
+    Raises:
+        QuestValueError: It is none.
+    """
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise QuestValueError(name, text, f"JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise QuestValueError(name, text, "an object of JSON")
+    return found
+
+
 def run_arm(options: dict[str, Any]) -> dict[str, Any]:
     """Measure an arm in a process of its own."""
     environment = {**os.environ, ARM: json.dumps(options), "HF_HUB_OFFLINE": "1"}
@@ -225,6 +241,9 @@ def main(
     ] = "",
     quantization: Annotated[str | None, typer.Option(help="Of weights, as vLLM names it: fp8.")] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help="Of keys and values, as vLLM names it: fp8.")] = "auto",
+    additional_config: Annotated[
+        str, typer.Option(help="vLLM's of all arms, as JSON; Quest's options are added to those of its arms.")
+    ] = "{}",
     tensor_parallel: Annotated[int, typer.Option(help="GPUs.", min=1)] = 1,
     device: Annotated[str, typer.Option(help="cuda, or cpu to try the script out.")] = "cuda",
     seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
@@ -241,6 +260,7 @@ def main(
         "quantization": quantization,
         "kv_cache_dtype": kv_cache_dtype,
         "tensor_parallel": tensor_parallel,
+        "additional_config": read_object("additional_config", additional_config),
         "device": device,
         "seed": seed,
     }

@@ -2,10 +2,9 @@
 
     python benchmarks/stock_gpu.py --output benchmarks/results/stock_gpu.json
 
-It answers why the stock backend's step grows by more than its cache from 4 to 6 sequences of 128K tokens. A batch of
-which vLLM has captured no graph is padded to the next one it has, with rows of length 0, and the scheduler shares the
-GPU out among all rows: 6 sequences run in a graph of 8. So each number of sequences is timed with as many rows, and
-padded to 8, with the splits that vLLM allows inside of graphs, and with those that FlashAttention chooses outside.
+It answers why the stock backend's step grows by more than its cache from 4 to 6 sequences of 128K tokens. Each number
+of sequences is timed with as many rows and padded to 8 with rows of length 0, as vLLM pads a batch of which it has
+captured no graph; with the splits that vLLM allows inside of graphs, and with those that FlashAttention chooses.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Print the tables of docs/vllm.md from the results of `serve_vllm.py`.
+"""Print the tables of docs/vllm.md from the results of `serve_vllm.py` and `stock_gpu.py`.
 
 python benchmarks/tables_vllm.py
 """
@@ -49,10 +49,20 @@ def latency_table(rows: Rows) -> str:
     return as_markdown(("context, sequences", "stock", *called, "tokens/s, stock", *called), cells)
 
 
+def stock_table(rows: Rows) -> str:
+    """Microseconds of stock attention by sequences, as vLLM calls it inside of graphs, and its rate of reading."""
+    most = max(row["splits"] for row in rows)
+    exact = [row for row in rows if row["rows"] == row["sequences"] and row["splits"] == most]
+    times = ["microseconds", *(f"{row['us']['p50']:,.0f}" for row in exact)]
+    rates = ["TB/s", *(f"{row['tb_per_second']:.2f}" for row in exact)]
+    return as_markdown(("sequences", *(f"{row['sequences']}" for row in exact)), [times, rates])
+
+
 def tables() -> list[str]:
     """All tables of docs/vllm.md, in order."""
-    names = ("", "_sketch", "_fp8_bounds", "_fp8_weights", "_fp8_kv", "_tp2", "_cpu")
-    return [latency_table(load(f"serve_vllm{name}.json")) for name in names]
+    names = ("_sketch", "_fp8_bounds", "_fp8_weights", "_fp8_kv", "_tp2", "_cpu")
+    served = [latency_table(load(f"serve_vllm{name}.json")) for name in names]
+    return [latency_table(load("serve_vllm.json")), stock_table(load("stock_gpu.json")), *served]
 
 
 if __name__ == "__main__":

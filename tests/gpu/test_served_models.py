@@ -30,19 +30,21 @@ class Served:
     """A model and what it is asked.
 
     Attributes:
+        chats: Whether it was trained for chats.
         characters: Of the book.
         quest: Options of Quest: its defaults, sketches at 512 tokens, but for what such a model wants.
         least: Keys that stock finds at least, of `QUESTIONS`; else Quest's answers show nothing.
     """
 
+    chats: bool
     characters: int
     quest: dict[str, Any]
     least: int = QUESTIONS - 2
 
 
 MODELS = {
-    "qwen": Served(110_000, {"token_budget": 512}),
-    "gemma": Served(32_000, {"token_budget": 512, "num_dense_layers": 0}),  # of three layers with full attention
+    "qwen": Served(True, 110_000, {"token_budget": 512}),
+    "gemma": Served(False, 32_000, {"token_budget": 512, "num_dense_layers": 0}),  # of three layers with full attention
 }
 OPTIONS = (
     "--dtype", "bfloat16", "--block-size", "16", "--max-model-len", "32768", "--kv-cache-memory-bytes", "4G",
@@ -56,9 +58,9 @@ MARGIN = 1
 def test_quest_finds_the_pass_keys_that_stock_finds(name: str, record_property: Callable[[str, object], None]) -> None:
     folder, served = Path(os.environ["QUEST_REAL_MODELS"]) / name, MODELS[name]
     assert (folder / "config.json").is_file(), f"{folder} holds no model: tools/unpack_gguf.py makes one"
-    stock = ask(folder, None, served.characters, *OPTIONS)
-    record_property("stock", stock)  # in the report that --junitxml writes
+    stock = ask(folder, None, served.characters, *OPTIONS, chats=served.chats)
+    record_property("stock", str(stock))  # in the report that --junitxml writes
     assert len(stock.found) >= served.least, stock
-    asked = ask(folder, served.quest, served.characters, *OPTIONS)
-    record_property("Quest", asked)
+    asked = ask(folder, served.quest, served.characters, *OPTIONS, chats=served.chats)
+    record_property("Quest", str(asked))
     assert_as_found(asked, stock, served.quest["token_budget"], MARGIN)

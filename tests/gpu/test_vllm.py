@@ -164,7 +164,7 @@ def test_requests_with_budgets_of_their_own() -> None:
 @pytest.mark.parametrize("name", ["windows", "sinks", "states", "states_by_sketches"])
 def test_layers_of_other_kinds_among_full_ones(name: str) -> None:
     found = scenario(f"gpu_{name}")
-    assert_sampled(found)
+    assert_sampled(found, 5)  # of 18 calls, as there is one such layer
     (whole,) = found["whole"]["counters"]
     assert whole["sparse_rows"] == 0 < whole["dense_rows"]
     # Rows read whole by another kernel. A random model's tokens are near one another, so its numbers are compared.

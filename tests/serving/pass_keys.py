@@ -51,7 +51,7 @@ def questions(characters: int) -> dict[str, str]:
     return made
 
 
-def ask(model: Path, quest: dict[str, Any] | None, characters: int, *options: str) -> Asked:
+def ask(model: Path, quest: dict[str, Any] | None, characters: int, *options: str, chats: bool = True) -> Asked:
     """All questions, one after another, to a server of its own.
 
     Args:
@@ -59,15 +59,22 @@ def ask(model: Path, quest: dict[str, Any] | None, characters: int, *options: st
         quest: Options of Quest; stock without.
         characters: Of the book.
         options: Of vLLM.
+        chats: Whether it is a model for chats. Else the answer is begun for it.
     """
     worker = ("--worker-extension-cls", "quest_attention.vllm.worker.QuestWorkerExtension")
     with serving(quest, *worker, *options, model=model) as server:
         if quest is not None:
             server.rpc("quest_reset")
-        done = {key: server.chat(text, TOKENS) for key, text in questions(characters).items()}
+        asked = questions(characters).items()
+        if chats:
+            done = {key: server.chat(text, TOKENS) for key, text in asked}
+            answers = {key: one.choices[0].message.content for key, one in done.items()}
+        else:
+            done = {key: server.complete(f"{text}\nThe pass key is", TOKENS) for key, text in asked}
+            answers = {key: one.choices[0].text for key, one in done.items()}
         counters = {} if quest is None else server.rpc("quest_counters")[0]
     return Asked(
-        {key: one.choices[0].message.content for key, one in done.items()},
+        answers,
         min(one.usage.prompt_tokens for one in done.values()),
         sum(one.usage.completion_tokens for one in done.values()),
         counters,

@@ -77,9 +77,11 @@ def make_llm(quest: dict[str, Any] | None, **options: Any) -> Any:
         "disable_log_stats": False,
         "seed": 0,
     }
+    more = options.pop("additional_config", {})
     if quest is not None:
-        settings |= {"attention_backend": "CUSTOM", "additional_config": {"quest": {"metadata": "bounds"} | quest}}
-    return LLM(**(settings | options))
+        settings["attention_backend"] = "CUSTOM"
+        more = {**more, "quest": {"metadata": "bounds"} | quest}
+    return LLM(**(settings | options), additional_config=more)
 
 
 def answers(llm: Any, texts: list[str], tokens: int = ANSWER, temperature: float = 0) -> list[list[int]]:
@@ -834,21 +836,24 @@ def gpu_sinks() -> dict[str, Any]:
     return family("gpt_oss_wide", make_gpu_llm, SKETCH, enforce_eager=True, **GPU_ORACLE)
 
 
+# A chunk holds a block, which is as large as a state. vLLM's prefill of linear attention asks for FlashInfer otherwise,
+# which not every machine has.
+WITH_STATES_ON_A_GPU = {
+    "enforce_eager": True,
+    "max_num_batched_tokens": 2048,
+    "additional_config": {"gdn_prefill_backend": "triton"},
+    **GPU_ORACLE,
+}
+
+
 def gpu_states() -> dict[str, Any]:
-    """Linear attention beside full layers by bounds, whose blocks hold several pages, and more tokens than a chunk."""
-    return family(
-        "qwen3_next",
-        make_gpu_llm,
-        {"metadata": "bounds"},
-        enforce_eager=True,
-        max_num_batched_tokens=2048,
-        **GPU_ORACLE,
-    )
+    """Linear attention beside full layers by bounds, whose blocks hold several pages."""
+    return family("qwen3_next", make_gpu_llm, {"metadata": "bounds"}, **WITH_STATES_ON_A_GPU)
 
 
 def gpu_states_by_sketches() -> dict[str, Any]:
     """The same where single tokens are chosen."""
-    return family("qwen3_next", make_gpu_llm, SKETCH, enforce_eager=True, max_num_batched_tokens=2048, **GPU_ORACLE)
+    return family("qwen3_next", make_gpu_llm, SKETCH, **WITH_STATES_ON_A_GPU)
 
 
 def gpu_two_ranks() -> dict[str, Any]:

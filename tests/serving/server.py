@@ -71,14 +71,16 @@ class Server:
 
     def ask(self, prompt: str, tokens: int = scenario.ANSWER, **xargs: Any) -> str:
         """As a client does, who may say more in `vllm_xargs`."""
-        done = self._client.completions.create(
-            model=NAME, prompt=prompt, max_tokens=tokens, temperature=0,
-            extra_body={"ignore_eos": True, "vllm_xargs": xargs},
-        )  # fmt: skip
-        return done.choices[0].text
+        return self.complete(prompt, tokens, ignore_eos=True, vllm_xargs=xargs).choices[0].text
+
+    def complete(self, prompt: str, tokens: int, **more: Any) -> Any:
+        """What a model writes behind a text: the whole reply, with what it took. `more` is what vLLM alone takes."""
+        return self._client.completions.create(
+            model=NAME, prompt=prompt, max_tokens=tokens, temperature=0, extra_body=more
+        )
 
     def chat(self, question: str, tokens: int) -> Any:
-        """A turn of a chat as a client asks for it: the whole reply, with what it took."""
+        """A turn of a chat as a client asks for it, likewise."""
         turns: Any = [{"role": "user", "content": question}]
         return self._client.chat.completions.create(model=NAME, messages=turns, max_tokens=tokens, temperature=0)
 
