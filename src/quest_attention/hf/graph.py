@@ -74,8 +74,8 @@ class DecodeGraphs:
             cache, ids = given_cache(given), given.get("input_ids")
             if not isinstance(cache, QuestCache) or not isinstance(ids, Tensor):
                 return self._forward(*args, **kwargs)
-            length, new = cache.get_seq_length(), ids.shape[1]
-            if Reading.of(new, length + new, cache.quest.token_budget) is not Reading.SPARSE:
+            length = cache.get_seq_length()
+            if cache.reading_of(ids.shape[1]) is not Reading.SPARSE:
                 return self._forward(*args, **kwargs)
             with self._lock:
                 reason = self._why_not(cache, length, given)

@@ -12,6 +12,7 @@ from quest_attention.errors import QuestStateError
 from quest_attention.hf.counters import LayerCounter
 from quest_attention.hf.reading import Reading
 from quest_attention.hf.reporting import OnSelect, StepReporter
+from quest_attention.hf.rows import RowLengths
 from quest_attention.hf.storage import KVStorage
 from quest_attention.hf.stored import StoredLayer
 from quest_attention.hf.tokens import check_alike, check_fits, refuse_gradients
@@ -50,6 +51,7 @@ class QuestLayer(StepReporter, StoredLayer):
         is_estimate: Whether fewer may come, as in `generate()`, which may end early: then there is room for twice the
             first tokens at most to begin with.
         on_select: Called after each sparse step.
+        rows: Of a lossless cache, shared with its other layers: the layer reads everything unless a token is drafted.
 
     Attributes:
         captured_lengths: While a decode step is captured as a CUDA graph, `[B]` int32, tokens per sequence with the
@@ -59,6 +61,7 @@ class QuestLayer(StepReporter, StoredLayer):
     def __init__(
         self, config: QuestConfig, counter: LayerCounter, *, is_dense: bool, workspaces: Workspaces,
         max_length: int | None = None, is_estimate: bool = False, on_select: OnSelect | None = None,
+        rows: RowLengths | None = None,
     ) -> None:  # fmt: skip
         StepReporter.__init__(self, counter, on_select)
         self.config = config
@@ -66,6 +69,7 @@ class QuestLayer(StepReporter, StoredLayer):
         self.workspaces = workspaces
         self.max_length = max_length
         self.is_estimate = is_estimate
+        self.rows = rows
         self.captured_lengths: Tensor | None = None
         StoredLayer.__init__(self)
 
@@ -96,7 +100,7 @@ class QuestLayer(StepReporter, StoredLayer):
         storage = KVStorage(
             key_states, value_states, batch=key_states.shape[0], length=max(new, self._first_room(new)),
             dtype=torch.promote_types(key_states.dtype, value_states.dtype), config=self.config,
-            has_metadata=not self.is_dense, workspaces=self.workspaces,
+            has_metadata=not self.is_dense, workspaces=self.workspaces, has_gaps=self.rows is not None,
         )  # fmt: skip
         self._hold(storage)
         self.is_initialized = True
@@ -140,20 +144,57 @@ class QuestLayer(StepReporter, StoredLayer):
         check_fits("key_states", key_states, self.storage.keys)
         check_fits("value_states", value_states, self.storage.values)
         new = key_states.shape[2]
-        start, end = self._length, self._length + new
+        start = self._length
+        if self.rows is not None and self.rows.lengths is not None:
+            start = max(self.rows.lengths)
+        end = start + new
         widest = self._widest(key_states, value_states)
         if end > self.capacity or widest != self.dtype:
             length = self.capacity if end <= self.capacity else max(end, GROWTH * self.capacity)
             self._hold(self.storage.moved(start, length=length, dtype=widest))
-        self.storage.write(key_states, value_states, start)
+        self._write(key_states, value_states, start)
         self._length = end
         self._begin(self._reading_of(new, end), new)
         keys, values = self.storage.keys[:, :, :end], self.storage.values[:, :, :end]
         setattr(keys, LAYER_ATTRIBUTE, self)
         return keys, values
 
+    def _write(self, keys: Tensor, values: Tensor, start: int) -> None:
+        """Write tokens after the first `start` ones, or where the rows of a lossless pass end.
+
+        What a check writes, `settle` takes into the metadata when it is known how much of it stays.
+        """
+        storage, rows = self.storage, self.rows
+        assert storage is not None, "storage allocated"
+        if rows is None or rows.lengths is None:
+            storage.write(keys, values, start)
+        elif not rows.is_drafting:
+            storage.put(keys, values, start if rows.ends is None else rows.ends.long() - keys.shape[2])
+        elif rows.ends is None:
+            storage.write(keys, values, start)
+        else:
+            storage.append(keys.to(storage.dtype), values.to(storage.dtype), rows.ends)
+
+    def settle(self, start: int | Tensor, end: int | Tensor, length: int) -> None:
+        """Take what stays of a check into the metadata.
+
+        Args:
+            start: Where the metadata is right up to, of every sequence or `[B]` int32 of each [tokens].
+            end: What stays, likewise [tokens].
+            length: Of the longest sequence [tokens].
+        """
+        if self.storage is not None:
+            self.storage.take(start, end)
+        self._length = length
+
+    @property
+    def seq_lens(self) -> int | Tensor:
+        """Tokens of every sequence, or `[B]` int32 of each where rows are not alike [tokens]."""
+        return self._length if self.rows is None or self.rows.ends is None else self.rows.ends
+
     def _reading_of(self, new: int, length: int) -> Reading:
-        return Reading.of(new, length, self.config.token_budget, is_dense=self.is_dense)
+        decide = Reading.of if self.rows is None else self.rows.reading_of
+        return decide(new, length, self.config.token_budget, is_dense=self.is_dense)
 
     def _widest(self, keys: Tensor, values: Tensor) -> torch.dtype:
         """The dtype that holds what is stored and these tokens, as `torch.cat` would choose it.
