@@ -125,6 +125,21 @@ def test_decode_cpu(tmp_path: Path) -> None:
     assert record["machine"]["torch"]
 
 
+def test_acceptance(tmp_path: Path) -> None:
+    """On the bundled model, which has no chat template: of every draft, and more with more drafts."""
+    output = tmp_path / "acceptance.json"
+    few = ("--context", "600", "--places", "2", "--arms", "bounds@64", "--kinds", "book,code,chat")
+    run("benchmarks/acceptance.py", *few, "--output", str(output))
+    rows = json.loads(output.read_text(encoding="utf-8"))["rows"]
+    assert [(row["text"], row["drafts"]) for row in rows] == [
+        (text, drafts) for text in ("book", "code") for drafts in ("greedy", "sampled")
+    ]
+    for row in rows:
+        assert row["places"] == len(row["accepted"]) == 2
+        assert row["tokens_a_check"] == sorted(row["tokens_a_check"])
+        assert row["tokens_a_check"][7] == 1 + sum(row["accepted"]) / 2
+
+
 def test_choice_cpu(tmp_path: Path) -> None:
     """On the bundled model: a loss of every choice, a time of each and of what none can be faster than."""
     output = tmp_path / "choice.json"
