@@ -181,9 +181,14 @@ def _check_plain(kwargs: dict[str, Any]) -> None:
 
 
 def _attend_captured(layer: QuestLayer, lengths: Tensor, query: Tensor, options: dict[str, Any]) -> Tensor:
-    """A decode step whose lengths are on the device, nothing padded: `[B, 1, HQ, DV]`."""
+    """A decode step or a check whose lengths are on the device, nothing padded: `[B, T, HQ, DV]`."""
     storage, backend = layer.storage, layer.config.backend
     assert storage is not None, "captured steps follow others"
+    if layer.reading is Reading.CHECK:
+        several = query.transpose(1, 2).to(storage.dtype)  # [B, T, HQ, D]
+        pages = storage.every_page
+        output, _ = sparse_decode_attention(several, storage.paged, lengths, pages, **options, backend=backend)
+        return output.to(query.dtype)
     rows = query[:, :, 0].to(storage.dtype)
     if layer.reading is Reading.DENSE_LAYER:
         pages = storage.every_page

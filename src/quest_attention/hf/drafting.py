@@ -46,11 +46,12 @@ class Drafting:
         length: How many tokens to draft.
         counter: Where drafts are counted.
         does_sample: Whether tokens are drawn, or the likeliest are taken.
+        keeps_sizes: Whether a check of a size seen once is worth nothing: a graph would be captured for it.
     """
 
     def __init__(
         self, model: Any, cache: QuestCache, emission: Emission, prefixes: Prefixes, length: DraftLength,
-        counter: DraftCounter, *, does_sample: bool,
+        counter: DraftCounter, *, does_sample: bool, keeps_sizes: bool,
     ) -> None:  # fmt: skip
         self._model = model
         self._cache = cache
@@ -59,6 +60,7 @@ class Drafting:
         self._length = length
         self._counter = counter
         self._does_sample = does_sample
+        self._keeps_sizes = keeps_sizes
         self._extra: dict[str, Any] = {}
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -80,6 +82,8 @@ class Drafting:
         if positions is not None and positions.dim() != 2:
             raise QuestValueError("position_ids.shape", list(positions.shape), "[B, T] with lossless=True")
         self._mask = None if mask is None or bool(mask.all()) else mask.bool()  # [B, start]
+        assert cache.rows is not None, "a lossless cache"
+        cache.rows.padding = self._mask
         last = torch.full((batch,), self._start - 1, device=logits.device) if positions is None else positions[:, -1]
         self._first_position = last.expand(batch) + 1
         self._extra = {name: value for name, value in arguments.items() if name not in _OURS and value is not None}
@@ -101,9 +105,8 @@ class Drafting:
         count, reason = self._length.next()
         if not cache.chooses_at(max(self._held) + 1):
             count, reason = 0, "within budget"
-        elif max(rooms) == 1:
-            count, reason = 0, "the end"
-        count = min(count, max(rooms) - 1)
+        elif count >= max(rooms):
+            count, reason = (0 if self._keeps_sizes else max(rooms) - 1), "the end"
         fed = emission.tokens.gather(1, self._places(-1))  # [B, 1]
         started = time.perf_counter()
         drafts, drafted_by = self._draft(fed, count)

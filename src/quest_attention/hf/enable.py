@@ -133,7 +133,7 @@ class QuestHandle:
         self.counters = QuestCounters([LayerCounter(index, kind, config) for index, kind in kinds.items()], drafts)
         self._lossless: Lossless | None = None
         if draft_tokens is not None and drafts is not None:
-            self._lossless = Lossless(self.model, draft_tokens, drafts)
+            self._lossless = Lossless(self.model, draft_tokens, drafts, has_graphs=capture)
         self.graphs = DecodeGraphs(model, must_capture=must_capture) if capture else None
         self._on_select = on_select
         self._is_entered = False

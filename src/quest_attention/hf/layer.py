@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -205,21 +206,36 @@ class QuestLayer(StepReporter, StoredLayer):
         return torch.promote_types(self.dtype, torch.promote_types(keys.dtype, values.dtype))
 
     def _update_captured(self, keys: Tensor, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one token of each sequence where the device says; what the host knows moves on at each replay."""
+        """Write the tokens of a step where the device says; what the host knows moves on at each replay."""
         assert self.storage is not None and self.dtype is not None, "storage allocated"
         if self._widest(keys, values) != self.dtype:
             raise StorageDtypeError(f"tokens of {self._widest(keys, values)} for a cache of {self.dtype}")
-        self.reading = self._reading_of(keys.shape[2], self._length + 1)
-        assert self.reading in (Reading.SPARSE, Reading.DENSE_LAYER), "graphs are of single tokens past the budget"
-        self.storage.append(keys.to(self.dtype), values.to(self.dtype), lengths)
+        start = self._length if self.rows is None or self.rows.lengths is None else max(self.rows.lengths)
+        self.reading = self._reading_of(keys.shape[2], start + keys.shape[2])
+        if self.reading is Reading.CHECK:
+            self.storage.put(keys, values, lengths.long() - keys.shape[2])
+        else:
+            assert self.reading in (Reading.SPARSE, Reading.DENSE_LAYER), "graphs are of tokens past the budget"
+            self.storage.append(keys.to(self.dtype), values.to(self.dtype), lengths)
         everything = self.storage.keys[:, :, :]
         setattr(everything, LAYER_ATTRIBUTE, self)
         return everything, self.storage.values
 
-    def count_captured_step(self, batch: int) -> None:
-        """A captured step of `batch` sequences ran: the length and the counters follow."""
-        self._length += 1
-        self._begin(self._reading_of(1, self._length), 1)
+    def take_again(self, lengths: Sequence[int]) -> None:
+        """Make the metadata of the last pages that of the first `lengths` tokens alone, B of them [tokens]."""
+        if self.storage is None:
+            return
+        if len(set(lengths)) == 1:
+            self.storage.cut(lengths[0])
+            return
+        size = self.config.page_size
+        ends = torch.tensor(list(lengths), dtype=torch.int32, device=self.device)
+        self.storage.take(ends // size * size, ends)
+
+    def count_captured_step(self, batch: int, start: int, new: int) -> None:
+        """A captured step of `new` tokens of `batch` sequences after `start` ones: length and counters follow."""
+        self._length = start + new
+        self._begin(self._reading_of(new, self._length), new)
         self.count_attention(batch)
         if self.reading is Reading.SPARSE:
             self.counter.count_sparse(batch * self.config.unit_budget * self.config.unit_size, batch * self.tokens_held)

@@ -73,9 +73,11 @@ class Lossless:
         model: On which Quest is being enabled.
         draft_tokens: Before each check [tokens].
         counter: Where drafts are counted.
+        has_graphs: Whether checks replay graphs, one for each number of drafts.
     """
 
-    def __init__(self, model: Any, draft_tokens: DraftTokens, counter: DraftCounter) -> None:
+    def __init__(self, model: Any, draft_tokens: DraftTokens, counter: DraftCounter, *, has_graphs: bool) -> None:
+        self._has_graphs = has_graphs
         self._model = model
         self._draft_tokens = draft_tokens
         self._counter = counter
@@ -145,7 +147,7 @@ class Lossless:
         )  # fmt: skip
         drafting = Drafting(
             model, cache, emission, prefixes, DraftLength(self._draft_tokens), self._counter,
-            does_sample=generation_config.do_sample is True,
+            does_sample=generation_config.do_sample is True, keeps_sizes=self._has_graphs,
         )  # fmt: skip
         has_failed = True
         try:

@@ -24,12 +24,14 @@ class RowLengths:
         is_drafting: Whether the tokens of the pass are drafts, and Quest may choose what it reads.
         ends: Tokens of each sequence with those of the pass, `[B]` int32 on the device [tokens]; None where all are
             alike, which `lengths` then says.
+        padding: `[B, T]` bool, False where the prompt has padding; None where nothing is padded.
     """
 
     def __init__(self) -> None:
         self.lengths: tuple[int, ...] | None = None
         self.is_drafting = False
         self.ends: Tensor | None = None
+        self.padding: Tensor | None = None
 
     def begin(self, lengths: Sequence[int], new: int, *, is_drafting: bool, device: torch.device) -> None:
         """The next pass has `new` tokens of each row, which come after the first `lengths` ones [tokens]."""
@@ -41,7 +43,7 @@ class RowLengths:
 
     def end(self) -> None:
         """No pass is open: rows are alike again, or soon will be."""
-        self.lengths, self.ends, self.is_drafting = None, None, False
+        self.lengths, self.ends, self.padding, self.is_drafting = None, None, None, False
 
     def reading_of(self, new: int, length: int, token_budget: int, *, is_dense: bool = False) -> Reading:
         """As `Reading.of`, but whole unless tokens are drafted."""
