@@ -16,6 +16,7 @@ from families import FAMILIES, build
 from quest_attention import QuestConfig, QuestStateError, QuestValueError, UnsupportedModelError, enable_quest
 from quest_attention.hf import QuestCache, QuestLayer, cache_argument
 from quest_attention.hf.draft_length import DraftLength
+from quest_attention.hf.drafting import Drafting
 from quest_attention.hf.naming import CACHE
 from quest_attention.ops import update_page_metadata
 from quest_attention.pages import PagedKV
@@ -132,6 +133,16 @@ def test_metadata_is_that_of_the_tokens_that_stayed(form: str, ids: Tensor, monk
         for layer in cache.layers:
             assert_metadata_is_of_keys(layer, after)
 
+    step = Drafting.run_round
+
+    def watch_round(drafting: Any) -> None:
+        before = list(drafting.held)
+        step(drafting)
+        ended = [old for old, new in zip(before, drafting.held, strict=True) if old == new]
+        for layer in drafting._cache.layers if not ended else ():  # the last page of those that end is read no more
+            assert_metadata_is_of_keys(layer, drafting.held)
+
+    monkeypatch.setattr(Drafting, "run_round", watch_round)
     monkeypatch.setattr(QuestCache, "settle", watch)
     both(make_llama(), ids, FORMS[form])
     assert len(checks) > 10

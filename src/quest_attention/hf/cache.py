@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,10 @@ from quest_attention.hf.reporting import OnSelect
 from quest_attention.hf.rows import RowLengths
 from quest_attention.hf.workspaces import Workspaces
 
-__all__ = ["QuestCache", "check_on_select", "layer_kinds"]
+OnTake = Callable[["QuestCache", Sequence[int], Sequence[int]], None]
+"""Takes the tokens of each sequence from the first number to the second into the metadata of a cache [tokens]."""
+
+__all__ = ["OnTake", "QuestCache", "check_on_select", "layer_kinds"]
 
 
 def layer_kinds(config: PretrainedConfig, quest: QuestConfig) -> dict[int, str]:
@@ -134,27 +137,33 @@ class QuestCache(DynamicCache):
         has_choice = any(counter.kind == "quest" for counter in self.counters.layers)
         return has_choice and Reading.of(1, length, self.quest.token_budget) is Reading.SPARSE
 
-    def settle(self, before: Sequence[int], after: Sequence[int], *, was_drafted: bool) -> None:
-        """Keep so much of what a check wrote, and make the metadata that of what is kept.
+    def settle(self, before: Sequence[int], after: Sequence[int], *, take: OnTake | None = None) -> None:
+        """Keep so much of what a check of several tokens wrote, and make the metadata that of what is kept.
+
+        Pages are taken anew from their beginnings: what is kept of a page holds every token that it was given, drafts
+        that were refused among them.
 
         Args:
             before: Tokens of each sequence before the check, B of them [tokens].
             after: What stays of each [tokens].
-            was_drafted: Whether drafts were taken into the metadata: then pages are taken anew from their beginnings,
-                for what is kept of a page holds every token that it was given.
+            take: Called in place of `take` of all layers' storage, with the cache.
         """
         start: int | Tensor
         end: int | Tensor
-        size = self.quest.page_size if was_drafted else 1
-        if len(set(before)) == len(set(after)) == 1:
-            start, end = before[0] // size * size, after[0]
+        size = self.quest.page_size
+        layers = [layer for layer in self.layers if isinstance(layer, QuestLayer)]
+        starts = [length // size * size for length in before]
+        if take is not None:
+            take(self, starts, after)
         else:
-            device = next(layer.device for layer in self.layers if isinstance(layer, QuestLayer))
-            starts = [length // size * size for length in before]
-            start, end = torch.tensor([starts, list(after)], dtype=torch.int32, device=device)
-        for layer in self.layers:
-            if isinstance(layer, QuestLayer):
-                layer.settle(start, end, max(after))
+            start, end = starts[0], after[0]
+            if len(set(starts)) > 1 or len(set(after)) > 1:
+                start, end = torch.tensor([starts, list(after)], dtype=torch.int32, device=layers[0].device)
+            for layer in layers:
+                if layer.storage is not None:
+                    layer.storage.take(start, end)
+        for layer in layers:
+            layer.settle(max(after))
 
     @kept_from_compilers
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:

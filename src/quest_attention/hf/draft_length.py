@@ -24,6 +24,10 @@ _MEMORY = 0.9
 """Of what was seen before each further check: a text may change after some ten of them."""
 _WARMUPS = 1
 """First passes of a kind that are not timed: they allocate, and a GPU's are captured."""
+_PLAIN_STEPS = 3
+"""Timed before the first draft: other work on the machine disturbs a single one."""
+_FREE_LOSS = 4
+"""Plain steps' worth of time that drafting may lose before it stops, for the same reason [steps]."""
 _MOST_LOSS = 0.02
 """Share of the time that finding out may take where drafting does not pay."""
 _RENEWAL = 64
@@ -58,7 +62,7 @@ class DraftLength:
         self._is_auto = draft_tokens == "auto"
         self._length = _AUTO_BEGINS if draft_tokens == "auto" else draft_tokens
         self._accepted, self._refused = _PRIOR
-        self._plain = _Seconds(warmups=_WARMUPS)
+        self._plain = _Seconds(warmups=_WARMUPS, least=_PLAIN_STEPS)
         self._draft = _Seconds()  # of one
         self._more = _Seconds()  # that a check takes more than a plain step, for each draft
         self._tried: set[int] = set()
@@ -113,6 +117,8 @@ class DraftLength:
             return
         rows = max(1.0, examined - accepted)
         self._lost += max(0.0, sum(seconds) - plain * (1 + accepted / rows))
+        if self._lost < _FREE_LOSS * plain:
+            return
         self._pause = self._lost / _MOST_LOSS
         seen = self._accepted + self._refused  # the next try is to count as much as all before it
         self._accepted, self._refused = self._accepted / seen, self._refused / seen
@@ -126,21 +132,27 @@ class DraftLength:
 
 
 class _Seconds:
-    """What a pass takes: a mean that forgets, without the first passes [s]."""
+    """What a pass takes: a mean that forgets, without the first passes [s].
 
-    def __init__(self, warmups: int = 0) -> None:
-        self._left = warmups + 1
+    Args:
+        warmups: Passes that are not counted.
+        least: Passes that are, before the mean is believed.
+    """
+
+    def __init__(self, warmups: int = 0, least: int = 1) -> None:
+        self._warmups = warmups
+        self._least = least
+        self._count = 0
         self.mean = 0.0
 
     @property
     def is_known(self) -> bool:
-        """Whether a pass was timed."""
-        return self._left <= 0
+        """Whether enough passes were timed."""
+        return self._count >= self._warmups + self._least
 
     def add(self, seconds: float) -> None:
         """One more pass."""
-        if self._left > 0:
-            self._left -= 1
-            self.mean = seconds
-        else:
-            self.mean += (seconds - self.mean) * (1 - _MEMORY)
+        self._count += 1
+        counted = self._count - self._warmups
+        if counted > 0:
+            self.mean += (seconds - self.mean) * max(1 / counted, 1 - _MEMORY)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quest_attention.errors import QuestValueError
-from quest_attention.hf.cache import QuestCache
+from quest_attention.hf.cache import OnTake, QuestCache
 from quest_attention.hf.draft_counter import DraftCounter
 from quest_attention.hf.draft_length import DraftLength
 from quest_attention.hf.emission import Emission
@@ -35,8 +35,9 @@ class Drafting:
         check   a dense pass over the newest token and the K drafts, whose keys and values take the place of those
         settle  each row keeps the drafts that its own check lets stay, and has one more token from the check
 
-    A row's `held` tokens in the cache are then all of its tokens but the newest. Rows accept different numbers, so each
-    is as long as it is, and a pass says by position and mask where a row's tokens belong.
+    Without drafts the check is a plain dense step, which takes its token into the metadata itself. A row's `held`
+    tokens in the cache are then all of its tokens but the newest. Rows accept different numbers, so each is as long as
+    it is, and a pass says by position and mask where a row's tokens belong.
 
     Args:
         model: On which Quest is enabled.
@@ -46,12 +47,16 @@ class Drafting:
         length: How many tokens to draft.
         counter: Where drafts are counted.
         does_sample: Whether tokens are drawn, or the likeliest are taken.
-        keeps_sizes: Whether a check of a size seen once is worth nothing: a graph would be captured for it.
+        take: Takes tokens into the metadata by a graph, where passes have graphs. Then a check of a size that is seen
+            once is worth nothing, as a graph would be captured for it.
+
+    Attributes:
+        held: Tokens of each row that the cache has, B of them [tokens].
     """
 
     def __init__(
         self, model: Any, cache: QuestCache, emission: Emission, prefixes: Prefixes, length: DraftLength,
-        counter: DraftCounter, *, does_sample: bool, keeps_sizes: bool,
+        counter: DraftCounter, *, does_sample: bool, take: OnTake | None,
     ) -> None:  # fmt: skip
         self._model = model
         self._cache = cache
@@ -60,7 +65,7 @@ class Drafting:
         self._length = length
         self._counter = counter
         self._does_sample = does_sample
-        self._keeps_sizes = keeps_sizes
+        self._take = take
         self._extra: dict[str, Any] = {}
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -77,7 +82,7 @@ class Drafting:
         emission, cache = self._emission, self._cache
         batch = logits.shape[0]
         self._start = cache.get_seq_length()  # tokens in the cache, also those of a prompt given as embeddings
-        self._held = [self._start] * batch
+        self.held = [self._start] * batch
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
         if positions is not None and positions.dim() != 2:
             raise QuestValueError("position_ids.shape", list(positions.shape), "[B, T] with lossless=True")
@@ -93,29 +98,30 @@ class Drafting:
     def run(self) -> None:
         """Write until everything has ended."""
         while not self._emission.has_ended:
-            self._round()
+            self.run_round()
             self._emission.emit()
 
-    def _round(self) -> None:
+    def run_round(self) -> None:
         """Draft, check, settle."""
         emission, cache = self._emission, self._cache
         emission.make_room()
-        rooms = [emission.room_of(row) for row in range(len(self._held))]
+        rooms = [emission.room_of(row) for row in range(len(self.held))]
         rows = sum(room > 0 for room in rooms)
         count, reason = self._length.next()
-        if not cache.chooses_at(max(self._held) + 1):
+        if not cache.chooses_at(max(self.held) + 1):
             count, reason = 0, "within budget"
         elif count >= max(rooms):
-            count, reason = (0 if self._keeps_sizes else max(rooms) - 1), "the end"
+            count, reason = (max(rooms) - 1 if self._take is None else 0), "the end"
         fed = emission.tokens.gather(1, self._places(-1))  # [B, 1]
         started = time.perf_counter()
         drafts, drafted_by = self._draft(fed, count)
         drafted = time.perf_counter()
         if drafts is not None:
             fed = torch.cat([fed, drafts], dim=1)
-        before = list(self._held)
+        before = list(self.held)
         accepted = self._accept(self._forward(fed, 0, is_drafting=False), drafts, drafted_by)
-        cache.settle(before, self._held, was_drafted=count > 0)
+        if count:
+            cache.settle(before, self.held, take=self._take)
         ended = time.perf_counter()
         if count == 0:
             self._counter.count_plain(reason, rows)
@@ -152,7 +158,7 @@ class Drafting:
     def _forward(self, fed: Tensor, nth: int, *, is_drafting: bool) -> Tensor:
         """A pass over tokens `[B, T]`, the first of which comes `nth` behind those held: logits `[B, T, V]`."""
         count, device = fed.shape[1], fed.device
-        starts = [held + nth for held in self._held]
+        starts = [held + nth for held in self.held]
         rows = self._cache.rows
         assert rows is not None, "a lossless cache"
         rows.begin(starts, count, is_drafting=is_drafting, device=device)
@@ -215,7 +221,7 @@ class Drafting:
             new = min(count + 1, emission.room_of(row))
             emission.take(row, new, {"scores": scores[row], "logits": logits[row]})
             if new:  # a row that has ended keeps what it holds
-                self._held[row] = self._holds(emission.lengths[row])
+                self.held[row] = self._holds(emission.lengths[row])
         return stayed
 
     def _holds(self, length: int) -> int:
@@ -235,12 +241,12 @@ class Drafting:
         target = max(self._start, self._holds(emission.length))  # which is less if nothing was written
         # What a row wrote past its end, before anybody looked, is not what follows there.
         right = [self._holds(length) for length in emission.ends.values()]
-        least = max(self._start, min([*self._held, *right, target]))
+        least = max(self._start, min([*self.held, *right, target]))
         cache.crop(least - cache.get_seq_length())
         if is_kept and least < target:
             missing = target - least
-            alike = [least] * len(self._held)
-            self._held = alike
+            alike = [least] * len(self.held)
+            self.held = alike
             self._forward(emission.tokens[:, emission.length - 1 - missing : emission.length - 1], 0, is_drafting=False)
-            cache.settle(alike, [target] * len(alike), was_drafted=False)
+            cache.settle(alike, [target] * len(alike))
             cache.rows.end()

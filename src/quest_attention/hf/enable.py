@@ -128,13 +128,13 @@ class QuestHandle:
         self.model = cast("Any", model)  # a module's attributes are Tensor or Module to a type checker
         self.config = config
         kinds = layer_kinds(model.config, config)
+        self.graphs = DecodeGraphs(model, must_capture=must_capture) if capture else None
         self.is_lossless = draft_tokens is not None
         drafts = DraftCounter() if self.is_lossless else None
         self.counters = QuestCounters([LayerCounter(index, kind, config) for index, kind in kinds.items()], drafts)
         self._lossless: Lossless | None = None
         if draft_tokens is not None and drafts is not None:
-            self._lossless = Lossless(self.model, draft_tokens, drafts, has_graphs=capture)
-        self.graphs = DecodeGraphs(model, must_capture=must_capture) if capture else None
+            self._lossless = Lossless(self.model, draft_tokens, drafts, self.graphs.take if self.graphs else None)
         self._on_select = on_select
         self._is_entered = False
         self._make_cache = self.model._prepare_cache_for_generation

@@ -8,7 +8,7 @@ import inspect
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -98,6 +98,7 @@ class DecodeGraphs:
         self._graphs: weakref.WeakKeyDictionary[QuestCache, dict[tuple[int, Reading], _CapturedStep]] = (
             weakref.WeakKeyDictionary()
         )
+        self._takes: weakref.WeakKeyDictionary[QuestCache, _CapturedTake] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
 
     def wrap(self) -> Callable[..., Any]:
@@ -208,6 +209,21 @@ class DecodeGraphs:
         self.eager_steps[reason] = self.eager_steps.get(reason, 0) + 1
         return self._forward(**kwargs)
 
+    def take(self, cache: QuestCache, starts: Sequence[int], ends: Sequence[int]) -> None:
+        """Take tokens into the metadata of all layers at once, after a check; see `QuestCache.settle`.
+
+        Args:
+            cache: A lossless one.
+            starts: Where pages begin that are taken anew, of each sequence [tokens].
+            ends: Tokens of each sequence [tokens].
+        """
+        with self._lock:
+            captured = self._takes.get(cache)
+            if captured is None or captured.storages != _storages(cache):
+                self._takes.pop(cache, None)
+                captured = self._takes[cache] = _CapturedTake(cache, starts, ends)
+            captured.replay(starts, ends)
+
     def _weights(self) -> StorageWeakRef | None:
         """The memory of the first weights, the embeddings as a rule: another once the model is moved, cast or resized.
 
@@ -240,7 +256,7 @@ class _CapturedStep:
         finally:
             for layer in layers:
                 layer.captured_lengths = None
-                if step.reading is Reading.SPARSE:
+                if step.new == 1:
                     layer.take_again(step.starts)  # a form that is no bound must not take in the token of each run
         self.outputs[CACHE] = None  # the graph must not keep the cache alive
 
@@ -265,6 +281,31 @@ class _CapturedStep:
             if isinstance(value, Tensor):
                 outputs[name] = value.clone()  # the next replay writes over ours
         return outputs
+
+
+class _CapturedTake:
+    """Taking tokens into the metadata of all layers of a cache, on fixed memory: a launch for each is spared."""
+
+    def __init__(self, cache: QuestCache, starts: Sequence[int], ends: Sequence[int]) -> None:
+        self.storages = _storages(cache)
+        layers = [layer.storage for layer in cache.layers if isinstance(layer, QuestLayer)]
+        held = [weakref.ref(storage) for storage in layers if storage is not None]
+        device = next(layer.device for layer in cache.layers if isinstance(layer, QuestLayer))
+        self.lengths = torch.tensor([list(starts), list(ends)], dtype=torch.int32, device=device)
+
+        def run() -> dict[str, Tensor]:
+            for storage in held:
+                kept = storage()
+                assert kept is not None, "the cache has it"
+                kept.take(self.lengths[0], self.lengths[1])
+            return {}
+
+        self._run, _ = _capture(run, device)  # again and again gives the same: pages start anew
+
+    def replay(self, starts: Sequence[int], ends: Sequence[int]) -> None:
+        """Take others."""
+        self.lengths.copy_(torch.tensor([list(starts), list(ends)], dtype=torch.int32))
+        self._run()
 
 
 def _capture(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:

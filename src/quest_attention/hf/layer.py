@@ -163,29 +163,21 @@ class QuestLayer(StepReporter, StoredLayer):
     def _write(self, keys: Tensor, values: Tensor, start: int) -> None:
         """Write tokens after the first `start` ones, or where the rows of a lossless pass end.
 
-        What a check writes, `settle` takes into the metadata when it is known how much of it stays.
+        What a check of drafts writes, `settle` takes into the metadata when it is known how much of it stays.
         """
         storage, rows = self.storage, self.rows
         assert storage is not None, "storage allocated"
         if rows is None or rows.lengths is None:
             storage.write(keys, values, start)
-        elif not rows.is_drafting:
+        elif keys.shape[2] > 1:
             storage.put(keys, values, start if rows.ends is None else rows.ends.long() - keys.shape[2])
         elif rows.ends is None:
             storage.write(keys, values, start)
         else:
             storage.append(keys.to(storage.dtype), values.to(storage.dtype), rows.ends)
 
-    def settle(self, start: int | Tensor, end: int | Tensor, length: int) -> None:
-        """Take what stays of a check into the metadata.
-
-        Args:
-            start: Where the metadata is right up to, of every sequence or `[B]` int32 of each [tokens].
-            end: What stays, likewise [tokens].
-            length: Of the longest sequence [tokens].
-        """
-        if self.storage is not None:
-            self.storage.take(start, end)
+    def settle(self, length: int) -> None:
+        """The longest sequence keeps so many tokens [tokens]."""
         self._length = length
 
     @property
@@ -212,10 +204,9 @@ class QuestLayer(StepReporter, StoredLayer):
             raise StorageDtypeError(f"tokens of {self._widest(keys, values)} for a cache of {self.dtype}")
         start = self._length if self.rows is None or self.rows.lengths is None else max(self.rows.lengths)
         self.reading = self._reading_of(keys.shape[2], start + keys.shape[2])
-        if self.reading is Reading.CHECK:
+        if keys.shape[2] > 1:
             self.storage.put(keys, values, lengths.long() - keys.shape[2])
         else:
-            assert self.reading in (Reading.SPARSE, Reading.DENSE_LAYER), "graphs are of tokens past the budget"
             self.storage.append(keys.to(self.dtype), values.to(self.dtype), lengths)
         everything = self.storage.keys[:, :, :]
         setattr(everything, LAYER_ATTRIBUTE, self)

@@ -13,7 +13,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from quest_attention.errors import QuestValueError, UnsupportedModelError
-from quest_attention.hf.cache import QuestCache, layer_kinds
+from quest_attention.hf.cache import OnTake, QuestCache, layer_kinds
 from quest_attention.hf.draft_counter import DraftCounter
 from quest_attention.hf.draft_length import MOST_DRAFTS, DraftLength, DraftTokens
 from quest_attention.hf.drafting import Drafting
@@ -73,11 +73,11 @@ class Lossless:
         model: On which Quest is being enabled.
         draft_tokens: Before each check [tokens].
         counter: Where drafts are counted.
-        has_graphs: Whether checks replay graphs, one for each number of drafts.
+        take: Takes tokens into the metadata by a graph, where passes have graphs.
     """
 
-    def __init__(self, model: Any, draft_tokens: DraftTokens, counter: DraftCounter, *, has_graphs: bool) -> None:
-        self._has_graphs = has_graphs
+    def __init__(self, model: Any, draft_tokens: DraftTokens, counter: DraftCounter, take: OnTake | None) -> None:
+        self._take = take
         self._model = model
         self._draft_tokens = draft_tokens
         self._counter = counter
@@ -147,7 +147,7 @@ class Lossless:
         )  # fmt: skip
         drafting = Drafting(
             model, cache, emission, prefixes, DraftLength(self._draft_tokens), self._counter,
-            does_sample=generation_config.do_sample is True, keeps_sizes=self._has_graphs,
+            does_sample=generation_config.do_sample is True, take=self._take,
         )  # fmt: skip
         has_failed = True
         try:
