@@ -19,7 +19,7 @@ from quest_attention.hf import QuestCache, cache_argument, drafting
 
 __all__ = ["imposed_acceptance", "measured_acceptance", "time_rounds"]
 
-FIRST_ROUNDS = 8
+_FIRST_ROUNDS = 8
 """Not counted: they allocate, are captured, and find out what steps take."""
 
 
@@ -107,11 +107,11 @@ def time_rounds(model: Any, cache: QuestCache, batch: int, length: int, tokens: 
         loop.run_round = run_round
     rounds = [
         ((now - before) * 1e3, sum(gains) / batch)
-        for (before, _), (now, gains) in list(itertools.pairwise(ends))[FIRST_ROUNDS:]
+        for (before, _), (now, gains) in list(itertools.pairwise(ends))[_FIRST_ROUNDS:]
         if all(gains)
     ]
     if not rounds:
-        raise RuntimeError(f"{tokens} tokens are too few: no round is left to count after {FIRST_ROUNDS}")
+        raise RuntimeError(f"{tokens} tokens are too few: no round is left to count after {_FIRST_ROUNDS}")
     ms, written = (sum(values) for values in zip(*rounds, strict=True))
     return {
         "ms_per_token": ms / written,

@@ -158,7 +158,7 @@ def demo(
     as_json: AsJson = False,
     is_quiet: Quiet = False,
 ) -> None:
-    """Hide a fact in a book, ask for it, and compare full attention, Quest and a sliding window.
+    """Hide a fact in a book, ask for it, and compare full attention, Quest, a sliding window and lossless decoding.
 
     The book is real and was held out from the bundled model's training. Every number shown is measured in the run: the
     answers, the tokens read per step, the share of the KV cache and the time per token. A picture shows which pages
