@@ -30,7 +30,7 @@ venv: $(NEWEST)/.installed ## Make the environment in .venv (PYTHON=python3.12 p
 
 venv-vllm: $(VLLM)/.installed ## Make the environment with vLLM's CPU build in .venv-vllm
 
-demo: $(NEWEST)/.installed ## Hide a fact in a book, ask for it with full attention, Quest and a sliding window
+demo: $(NEWEST)/.installed ## Hide a fact in a book, ask for it with full attention, Quest and others
 	$(NEWEST)/bin/quest demo
 
 real-models: $(NEWEST)/.installed ## Fetch a small public model into .models (98 MB; MODELS="smollm2 qwen gemma" for all)

@@ -9,6 +9,13 @@ Four arms in one run over the same keys and values, each a forward pass of one t
     quest-2   Quest, the first two layers dense, as in the paper
     quest-0   Quest in every layer
 
+With `--acceptance`, a result of `acceptance.py`, two more:
+
+    lossless-2, lossless-0   `generate()` whose tokens these draft and the model checks
+
+Random weights seldom agree with themselves, so as many drafts are accepted as that measurement has; all else runs as it
+does with any model. The time of a token is that of drafts, check and all that `generate()` does.
+
 Run it on a machine that does nothing else. The run fails if an arm did not take the path it is named for.
 """
 
@@ -30,6 +37,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicCache
 
 from quest_attention import QuestConfig, QuestWarning, enable_quest
+from quest_attention.bench.drafts import imposed_acceptance, measured_acceptance, time_rounds
 from quest_attention.bench.record import write_record
 from quest_attention.bench.shapes import SHAPES
 from quest_attention.bench.timing import percentiles, time_calls
@@ -42,12 +50,14 @@ PAGE_SIZE, TOKEN_BUDGET = 16, 1024
 WARMUP = 3
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ARMS = {"dynamic": None, "dense": LAYERS, "quest-2": 2, "quest-0": 0}  # number of dense layers
+LOSSLESS_ARMS = {"lossless-2": 2, "lossless-0": 0}
 
 
 def make_model(dtype: torch.dtype, seed: int) -> LlamaForCausalLM:
     """A random Llama of 8 layers."""
     torch.manual_seed(seed)
-    config = LlamaConfig(**SHAPE, head_dim=HEAD_DIM, max_position_embeddings=1 << 20)
+    no_ends = {"bos_token_id": None, "eos_token_id": None}
+    config = LlamaConfig(**SHAPE, head_dim=HEAD_DIM, max_position_embeddings=1 << 20, **no_ends)
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
@@ -95,28 +105,56 @@ def time_arm(model: LlamaForCausalLM, arm: str, length: int, repeats: int, seed:
             return row
 
 
+def time_lossless(
+    model: LlamaForCausalLM, arm: str, length: int, tokens: int, drafts: int, shares: list[float], seed: int
+) -> dict[str, Any]:
+    """Milliseconds per token of a lossless arm, and what became of its drafts."""
+    config = QuestConfig.paper(TOKEN_BUDGET, page_size=PAGE_SIZE, num_dense_layers=LOSSLESS_ARMS[arm])
+    with (
+        torch.inference_mode(),
+        imposed_acceptance(shares, seed),
+        enable_quest(model, config, lossless=True, draft_tokens=drafts) as handle,
+    ):
+        cache = handle.make_cache(length + tokens + 32)
+        fill(cache, length, model.dtype, seed)
+        row = time_rounds(model, cache, 1, length, tokens)
+        return {"ms": {"p50": row.pop("ms_per_token")}, **row, "drafts": handle.counters.to_dict()["drafts"]}
+
+
 def main(
     lengths: Annotated[str, typer.Option(help="Contexts, comma-separated [tokens].")] = "4096,8192,32768,65536",
     dtypes: Annotated[str, typer.Option(help="bf16, fp32 or both, comma-separated.")] = "bf16,fp32",
     repeats: Annotated[int, typer.Option(help="Counted steps per arm.")] = 15,
     seed: Annotated[int, typer.Option(help="Seed of the model and the cache.")] = 0,
+    acceptance: Annotated[Path | None, typer.Option(help="JSON of acceptance.py: lossless arms too.")] = None,
+    accepted_as: Annotated[str, typer.Option(help="Its text and arm.")] = "book bounds@1024",
+    drafts: Annotated[int, typer.Option(help="Before a check [tokens].")] = 4,
+    tokens: Annotated[int, typer.Option(help="That a lossless arm writes [tokens].")] = 160,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Time a decode step on one CPU thread."""
     torch.set_num_threads(1)
-    table = Table("dtype", "context", *ARMS, "quest-2 to dynamic", "quest-2 to dense", title="ms per token (p50)")
+    shares: list[float] = []
+    if acceptance is not None:
+        text, _, measured = accepted_as.partition(" ")
+        shares = measured_acceptance(acceptance, text=text, arm=measured)
+    arms = [*ARMS, *(LOSSLESS_ARMS if shares else ())]
+    table = Table("dtype", "context", *arms, "quest-2 to dynamic", "quest-2 to dense", title="ms per token (p50)")
     rows = []
     for dtype in dtypes.split(","):
         model = make_model(DTYPES[dtype], seed)
         for length in map(int, lengths.split(",")):
             ms = {}
-            for arm in ARMS:
-                row = time_arm(model, arm, length, repeats, seed)
+            for arm in arms:
+                if arm in ARMS:
+                    row = time_arm(model, arm, length, repeats, seed)
+                else:
+                    row = time_lossless(model, arm, length, tokens, drafts, shares, seed)
                 rows.append({"dtype": dtype, "context": length, "arm": arm, **row})
                 ms[arm] = row["ms"]["p50"]
             ratios = [f"{ms[arm] / ms['quest-2']:.2f}x" for arm in ("dynamic", "dense")]
-            table.add_row(dtype, str(length), *(f"{ms[arm]:.1f}" for arm in ARMS), *ratios)
-    Console().print(table)
+            table.add_row(dtype, str(length), *(f"{ms[arm]:.1f}" for arm in arms), *ratios)
+    Console(width=140).print(table)
     if output is not None:
         settings = {
             "layers": LAYERS,
@@ -130,6 +168,13 @@ def main(
             "warmup": WARMUP,
             "seed": seed,
         }
+        if shares:
+            settings |= {
+                "accepted_at_least": shares,  # imposed: random weights seldom agree
+                "accepted_as": accepted_as,
+                "draft_tokens": drafts,
+                "lossless_tokens": tokens,
+            }
         write_record(output, f"python {' '.join(sys.argv)}", settings, rows)
 
 

@@ -9,6 +9,14 @@ Arms, each over the same random keys and values:
     quest-N      Quest with a budget of N tokens, the first two layers dense, in CUDA graphs
     quest-N-fp8  the same with page metadata in 8 bits
 
+With `--lossless` two arms instead, in the same CUDA graphs:
+
+    dense        as above
+    lossless-N   lossless decoding, whose drafts are sparse steps with sketches and a budget of N tokens
+
+Random weights seldom agree with themselves, so checks accept as many drafts as `--acceptance` has, a result of
+`acceptance.py` on a public model: imposed, and in the record. All else runs as with any model.
+
 `dense` and `quest` differ in nothing but what they read. The time of a token is that between two calls of a logits
 processor, so it holds all that `generate()` does. `prefill` times a prompt without Quest, with bounds and with
 sketches; `--only-prefill` times nothing else. The run fails when an arm did not take the path it is named for. With
@@ -37,10 +45,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicCache
 
 from quest_attention import QuestConfig, QuestWarning, enable_quest
+from quest_attention.bench.drafts import imposed_acceptance, measured_acceptance, time_rounds
 from quest_attention.bench.record import write_record
 from quest_attention.bench.shapes import SHAPES, check_shape
 from quest_attention.bench.timing import percentiles
 from quest_attention.cli.app import split_list
+from quest_attention.errors import QuestValueError
 from quest_attention.hf import cache_argument
 
 PAGE_SIZE, NUM_DENSE_LAYERS = 16, 2
@@ -78,6 +88,13 @@ CASES = (
     *(Case("llama-2-7b-int4", 1, length, LONG_ARMS) for length in (8192, 16384, 32768, 131072)),
 )
 TRIES = tuple(Case("tiny", batch, 600, ("stock", "dense", "quest-512", "quest-512-fp8")) for batch in (1, 2))
+LOSSLESS_ARMS = ("dense", "lossless-512", "lossless-2048")
+LOSSLESS_CASES = (
+    *(Case("llama-3.1-8b", batch, length, LOSSLESS_ARMS) for batch, length in ((4, 32768), (1, 131072), (4, 131072))),
+    *(Case("tiny", batch, 600, ("dense", "lossless-512")) for batch in (1, 2)),
+)
+LOSSLESS_TOKENS = 200
+"""That a sequence writes, less than which rounds are too few."""
 PREFILL_LENGTHS = (8192, 32768)
 
 
@@ -125,9 +142,30 @@ def names_of(models: str) -> tuple[str, ...]:
     return names
 
 
-def cases_of(model: str, longest: int) -> list[Case]:
+def cases_of(model: str, longest: int, cases: tuple[Case, ...] | None = None) -> list[Case]:
     """What is timed of a model, up to a length."""
-    return [case for case in (*CASES, *TRIES) if case.model == model and case.context <= longest]
+    return [
+        case
+        for case in ((*CASES, *TRIES) if cases is None else cases)
+        if case.model == model and case.context <= longest
+    ]
+
+
+def imposed_by(acceptance: Path | None, accepted_as: str, drafts: int) -> dict[str, Any]:
+    """What lossless arms are made to accept, for the record; refused before anything is timed.
+
+    Raises:
+        QuestValueError: No measurement says it.
+    """
+    if acceptance is None:
+        raise QuestValueError("acceptance", None, "a JSON file of acceptance.py with --lossless")
+    text, _, arm = accepted_as.partition(" ")
+    return {
+        "accepted_at_least": measured_acceptance(acceptance, text=text, arm=arm),  # random weights seldom agree
+        "accepted_as": accepted_as,
+        "draft_tokens": drafts,
+        "lossless_tokens": LOSSLESS_TOKENS,
+    }
 
 
 def compile_layers(model: LlamaForCausalLM) -> None:
@@ -161,12 +199,16 @@ def decode(model: LlamaForCausalLM, cache: Cache, batch: int, length: int, token
     return between[WARMUP - 1 :]
 
 
-def time_arm(model: LlamaForCausalLM, case: Case, arm: str, tokens: int, seed: int) -> dict[str, Any]:
+def time_arm(
+    model: LlamaForCausalLM, case: Case, arm: str, tokens: int, seed: int, imposed: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Time per token of one arm, and what it read.
 
     Raises:
         RuntimeError: The arm did not take its path.
     """
+    if imposed is not None and arm.startswith("lossless"):
+        return time_lossless(model, case, arm, imposed, seed)
     room = case.context + WARMUP + tokens + 2
     if arm == "stock":
         cache: Cache = DynamicCache(config=model.config)
@@ -193,6 +235,33 @@ def time_arm(model: LlamaForCausalLM, case: Case, arm: str, tokens: int, seed: i
         if model.device.type == "cuda" and (graphs is None or graphs.replayed_steps != steps or graphs.captures != 1):
             raise RuntimeError(f"{case} {arm}: not all steps replayed one graph: {graphs and graphs.eager_steps}")
         return {"ms": percentiles(ms), "share_read": handle.counters.share_read}
+
+
+def time_lossless(model: LlamaForCausalLM, case: Case, arm: str, imposed: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Time per token of a lossless arm, and what became of its drafts.
+
+    Raises:
+        RuntimeError: The arm did not take its path.
+    """
+    config = QuestConfig(
+        int(arm.split("-")[1]), PAGE_SIZE, num_dense_layers=NUM_DENSE_LAYERS, metadata="sketch", selection_unit="token"
+    )
+    room = case.context + LOSSLESS_TOKENS + 32
+    with (
+        imposed_acceptance(imposed["accepted_at_least"], seed),
+        enable_quest(model, config, lossless=True, draft_tokens=imposed["draft_tokens"]) as handle,
+    ):
+        cache = handle.make_cache(room)
+        fill(cache, model, case.batch, case.context, seed)
+        row = time_rounds(model, cache, case.batch, case.context, LOSSLESS_TOKENS)
+        counters, graphs = handle.counters, handle.graphs
+        if not counters.sparse_steps:
+            raise RuntimeError(f"{case} {arm}: nothing was drafted: {counters.drafts}")
+        if model.device.type == "cuda" and (graphs is None or graphs.eager_steps):
+            raise RuntimeError(f"{case} {arm}: not all passes replayed a graph: {graphs and graphs.eager_steps}")
+        captures = None if graphs is None else graphs.captures
+        found = {"share_read": counters.share_read, "captures": captures, "drafts": counters.to_dict()["drafts"]}
+        return {"ms": {"p50": row.pop("ms_per_token")}, **row, **found}
 
 
 def time_prefill(model: LlamaForCausalLM, length: int, repeats: int) -> dict[str, float]:
@@ -234,11 +303,16 @@ def main(
     device: Annotated[str, typer.Option(help="Where to run.")] = "cuda",
     only_prefill: Annotated[bool, typer.Option("--only-prefill", help="Prompts alone.")] = False,
     compiled: Annotated[bool, typer.Option(help="Compile the decoder layers; no `stock`, no `prefill`.")] = False,
+    lossless: Annotated[bool, typer.Option("--lossless", help="Dense and lossless decoding alone.")] = False,
+    acceptance: Annotated[Path | None, typer.Option(help="JSON of acceptance.py, for --lossless.")] = None,
+    accepted_as: Annotated[str, typer.Option(help="Its text and arm.")] = "book sketch@512",
+    drafts: Annotated[int, typer.Option(help="Before a check, for --lossless [tokens].")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of weights and caches.")] = 0,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Time decoding and prefilling on one GPU."""
     names = names_of(models)
+    imposed = imposed_by(acceptance, accepted_as, drafts) if lossless else None
     where = torch.device(device)
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     table = Table("model", "batch", "context", "arm", "ms per token (p50)", "to dense", "read")
@@ -256,6 +330,7 @@ def main(
                 "compiled": compiled,
                 "seed": seed,
             }
+            settings |= imposed or {}
             write_record(output, f"python {' '.join(sys.argv)}", settings, rows)
 
     with torch.inference_mode():
@@ -263,12 +338,12 @@ def main(
             model = make_model(name, where, dtype, seed)
             if compiled:
                 compile_layers(model)
-            for case in () if only_prefill else cases_of(name, longest):
+            for case in () if only_prefill else cases_of(name, longest, LOSSLESS_CASES if lossless else None):
                 dense: float | None = None
                 for arm in case.arms:
                     if compiled and arm == "stock":
                         continue
-                    row = time_arm(model, case, arm, tokens, seed)
+                    row = time_arm(model, case, arm, tokens, seed, imposed)
                     gc.collect()
                     if where.type == "cuda":
                         torch.cuda.empty_cache()
@@ -279,7 +354,9 @@ def main(
                     numbers = (f"{row['ms']['p50']:.2f}", f"{ratio:.2f}x" if ratio else "", f"{row['share_read']:.1%}")
                     table.add_row(name, str(case.batch), str(case.context), arm, *numbers)
                     write()
-            lengths = () if name.endswith(INT4) or compiled else PREFILL_LENGTHS if name != "tiny" else (600,)
+            lengths = (
+                () if name.endswith(INT4) or compiled or lossless else PREFILL_LENGTHS if name != "tiny" else (600,)
+            )
             for length in lengths:  # kernels for 4-bit weights are made for decoding
                 if length <= longest:
                     seconds = time_prefill(model, length, repeats)

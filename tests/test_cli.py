@@ -274,6 +274,21 @@ def test_dense_runs_without_quest(quest: Cli, model_folder: str) -> None:
     assert report["quest"] is None and report["counters"] is None
 
 
+def test_lossless_gives_the_text_of_dense(quest: Cli, model_folder: str) -> None:
+    few = ("-m", model_folder, "-p", "ice " * 200, "-n", "40")
+    dense = json.loads(quest("generate", *few, "--dense", "--json").out)
+    arguments = ("generate", *few, "--token-budget", "64", "--lossless", "--draft-tokens", "2")
+    report = json.loads(quest(*arguments, "--json").out)
+    assert report["text"] == dense["text"]
+    drafts = report["counters"]["drafts"]
+    assert drafts["checks"] > 0
+    assert drafts["accepted"] + drafts["checks"] + sum(drafts["plain_steps"].values()) >= 39
+    shown = quest(*arguments)
+    assert shown.out.strip() == dense["text"].strip()
+    assert "drafts   " in shown.err and "tokens a check" in shown.err
+    assert "nothing drafted; 39 steps" in quest("generate", *few, "--lossless").err
+
+
 def test_a_budget_that_holds_everything_gives_the_text_of_dense(quest: Cli, model_folder: str) -> None:
     arguments = ("generate", "-m", model_folder, "-n", "6")
     text = SOUTH.text()[:800].encode()
@@ -362,6 +377,9 @@ def test_a_prompt_longer_than_the_positions_of_the_model(quest: Cli, model_folde
         ),
         (["-b", "abc"], "-b: got 'abc', expected a valid integer"),
         (["--page-size", "0"], "--page-size: got 0, expected a positive integer"),
+        (["--draft-tokens", "4"], "--draft-tokens: got '4', expected none without --lossless"),
+        (["--lossless", "--draft-tokens", "16"], '--draft-tokens: got 16, expected 1 to 15 tokens, or "auto"'),
+        (["--lossless", "--dense"], "--lossless: got True, expected False with --dense"),
         (["--dense-layers", "-1"], "--dense-layers: got -1, expected a non-negative integer"),
         (["--metadata", "mean"], "--metadata: got 'mean', expected one of bounds, moments"),
         (["--moments-coefficient=-1"], "--moments-coefficient: got -1.0, expected a number from 0 to 100"),
@@ -592,10 +610,12 @@ def demo_arguments(model_folder: str) -> list[str]:
     return ["demo", "-m", model_folder, "--length", "1024", "--token-budget", "64"]
 
 
-def test_the_demo_measures_three_methods_with_equal_budgets(quest: Cli, demo_arguments: list[str]) -> None:
+def test_the_demo_measures_methods_with_equal_budgets(quest: Cli, demo_arguments: list[str]) -> None:
     report = json.loads(quest(*demo_arguments, "--json").out)
-    full, sparse, window = report["results"]
+    full, sparse, window, lossless = report["results"]
     assert [full["method"], sparse["method"], window["method"]] == ["full", "quest", "sliding window"]
+    assert lossless["method"] == "lossless" and report["without_lossless"] is None
+    assert lossless["answer"] == full["answer"]
     assert sparse["tokens_per_step"] == window["tokens_per_step"] == 64
     assert full["share_read"] == full["share_read_all_layers"] == 1
     assert sparse["share_read"] < 0.1 < sparse["share_read_all_layers"] < 1
@@ -647,8 +667,13 @@ def test_the_picture_fits_the_terminal(
 def test_a_quiet_demo_shows_the_table_alone(quest: Cli, demo_arguments: list[str]) -> None:
     whole, table = quest(*demo_arguments), quest(*demo_arguments, "-q")
     assert table.code == 0 and table.err == ""
-    assert [line.split("  ")[0] for line in table.out.splitlines()[2:]] == ["full", "quest", "sliding window"]
-    assert len(table.out.splitlines()) == 5 < len(whole.out.splitlines())
+    assert [line.split("  ")[0] for line in table.out.splitlines()[2:]] == [
+        "full",
+        "quest",
+        "sliding window",
+        "lossless",
+    ]
+    assert len(table.out.splitlines()) == 6 < len(whole.out.splitlines())
 
 
 def test_a_model_that_cannot_answer_is_said_to_be_one(quest: Cli, demo_arguments: list[str]) -> None:
@@ -658,7 +683,8 @@ def test_a_model_that_cannot_answer_is_said_to_be_one(quest: Cli, demo_arguments
 @pytest.mark.slow
 def test_the_bundled_model_shows_the_point(quest: Cli) -> None:
     report = json.loads(quest("demo", "--json").out)
-    full, sparse, window = report["results"]
+    full, sparse, window, lossless = report["results"]
+    assert lossless["answer"] == full["answer"]
     assert full["is_right"] and sparse["is_right"] and not window["is_right"]
     assert report["length"] == 8192 and report["config"] == dataclasses.asdict(QuestConfig().resolved("cpu"))
 

@@ -115,6 +115,41 @@ def test_a_table_of_vllm_has_columns_for_each_arm(monkeypatch: pytest.MonkeyPatc
     assert line == f"| 8K x 16 | 8.00 | 4.00 | 2.00x | 3.20 | 2.50x | 2.00 | 4.00x | {rates} |"
 
 
+@pytest.fixture
+def acceptance(tmp_path: Path) -> Path:
+    """What `acceptance.py` may have found."""
+    file = tmp_path / "acceptance.json"
+    rows = [
+        {"text": "book", "arm": arm, "drafts": "greedy", "accepted_at_least": [0.9, 0.8, 0.7, 0.6]}
+        for arm in ("bounds@1024", "sketch@512")
+    ]
+    file.write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    return file
+
+
+def test_lossless_arms_on_a_cpu(tmp_path: Path, acceptance: Path) -> None:
+    output = tmp_path / "decode.json"
+    few = ("--lengths", "2048", "--dtypes", "fp32", "--repeats", "2", "--tokens", "120")
+    run("benchmarks/decode_cpu.py", *few, "--acceptance", str(acceptance), "--output", str(output))
+    record = json.loads(output.read_text(encoding="utf-8"))
+    assert [row["arm"] for row in record["rows"][4:]] == ["lossless-2", "lossless-0"]
+    assert record["settings"]["accepted_at_least"] == [0.9, 0.8, 0.7, 0.6]
+    for row in record["rows"][4:]:
+        assert row["ms"]["p50"] > 0
+        assert row["drafts"]["drafted"] >= 2  # whether more, the times of this machine say
+
+
+def test_lossless_arms_as_on_a_gpu(tmp_path: Path, acceptance: Path) -> None:
+    output = tmp_path / "decode.json"
+    few = ("--models", "tiny", "--device", "cpu", "--tokens", "2", "--lossless", "--acceptance", str(acceptance))
+    run("benchmarks/decode_gpu.py", *few, "--output", str(output))
+    rows = json.loads(output.read_text(encoding="utf-8"))["rows"]
+    assert [(row["batch"], row["arm"]) for row in rows] == [
+        (batch, arm) for batch in (1, 2) for arm in ("dense", "lossless-512")
+    ]
+    assert all(row["drafts"]["checks"] > 0 for row in rows[1::2])
+
+
 def test_decode_cpu(tmp_path: Path) -> None:
     output = tmp_path / "decode.json"
     run("benchmarks/decode_cpu.py", "--lengths", "2048", "--dtypes", "fp32", "--repeats", "2", "--output", str(output))
@@ -123,6 +158,21 @@ def test_decode_cpu(tmp_path: Path) -> None:
     assert record["rows"][3]["share_read"] < 0.6
     assert record["rows"][3]["metadata_to_kv_bytes"] == 1 / 16
     assert record["machine"]["torch"]
+
+
+def test_acceptance(tmp_path: Path) -> None:
+    """On the bundled model, which has no chat template: of every draft, and more with more drafts."""
+    output = tmp_path / "acceptance.json"
+    few = ("--context", "600", "--places", "2", "--arms", "bounds@64", "--kinds", "book,code,chat")
+    run("benchmarks/acceptance.py", *few, "--output", str(output))
+    rows = json.loads(output.read_text(encoding="utf-8"))["rows"]
+    assert [(row["text"], row["drafts"]) for row in rows] == [
+        (text, drafts) for text in ("book", "code") for drafts in ("greedy", "sampled")
+    ]
+    for row in rows:
+        assert row["places"] == len(row["accepted"]) == 2
+        assert row["tokens_a_check"] == sorted(row["tokens_a_check"])
+        assert row["tokens_a_check"][7] == 1 + sum(row["accepted"]) / 2
 
 
 def test_choice_cpu(tmp_path: Path) -> None:

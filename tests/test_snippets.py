@@ -33,6 +33,7 @@ EXCEPTIONS = {
     "CONTRIBUTING.md": {"cli  ->  eval": "a drawing of the layers"},
     "docs/cli.md": {
         "prefill ": "an output of a run, whose times differ; tests/test_cli.py checks its form",
+        "drafts ": "likewise, whose number of drafts follows from times",
         "quest: ": "messages; tests/test_cli.py has messages like them",
     },
     "docs/vllm.md": {

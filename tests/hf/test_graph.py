@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quest_attention import BackendError, QuestConfig, QuestStateError, QuestWarning, enable_quest
 from quest_attention.hf import cache_argument, enable, graph
+from quest_attention.hf.draft_length import DraftLength
 from quest_attention.hf.naming import CACHE
 from quest_attention.hf.reading import Reading
 from tiny import make_llama, prompt
@@ -41,12 +42,12 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         monkeypatch.setattr(graph, "_capture", run_again)
         wrapped = graph._CapturedStep.replay
 
-        def replay(step: Any, inputs: dict[str, Tensor], length: int) -> Any:
+        def replay(step: Any, inputs: dict[str, Tensor], what: Any) -> Any:
             layers = [layer for layer in step.cache_for_test() if not isinstance(layer, int)]
             for layer in layers:
                 layer.captured_lengths = step.lengths
             try:
-                return wrapped(step, inputs, length)
+                return wrapped(step, inputs, what)
             finally:
                 for layer in layers:
                     layer.captured_lengths = None
@@ -66,7 +67,8 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 def enabled(model: Any, device: str, config: QuestConfig = SMALL, **options: Any) -> Any:
     if device == "cuda":
         return enable_quest(model, config, **options)
-    return enable.QuestHandle(model, config, options.get("on_select"), capture=True)
+    drafts = 4 if options.pop("lossless", False) else None
+    return enable.QuestHandle(model, config, options.get("on_select"), capture=True, draft_tokens=drafts)
 
 
 def generate(model: Any, ids: Tensor, **options: Any) -> list[list[int]]:
@@ -126,6 +128,44 @@ def test_a_token_that_is_written_before_a_capture_is_in_no_mean_twice(
             torch.testing.assert_close(
                 ours.storage.metadata[:, :, :pages], expected.storage.metadata[:, :, :pages], rtol=1e-5, atol=1e-5
             )
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("form", ["bounds", "moments", "sketch"])
+def test_drafts_and_checks_are_replayed(device: str, batch: int, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lossless decoding: rows of their own lengths, checks of several sizes, tokens and counts of eager passes."""
+    monkeypatch.setattr(DraftLength, "next", lambda length: (length._length, "measuring"))
+    config = replace(SMALL, metadata=form)
+    if form == "sketch":
+        config = QuestConfig(32, 8, num_dense_layers=1, metadata="sketch", selection_unit="token", candidate_factor=0)
+    model: Any = make_llama().to(device)
+    ids = prompt(batch, 50).to(device)
+    alone = generate(model, ids)
+    with enable_quest(model, config, cuda_graphs=False, lossless=True) as quest:
+        assert generate(model, ids) == alone
+    with enabled(model, device, config, lossless=True) as quest:
+        assert generate(model, ids) == alone
+        drafts, graphs = quest.counters.drafts, quest.graphs
+        assert drafts.drafted > drafts.accepted > 0
+        eager = sum(graphs.eager_steps.values())
+        assert set(graphs.eager_steps) <= {"the storage is full and grows in this step"}
+        assert graphs.replayed_steps > 20 > eager
+        for layer in quest.counters.layers:
+            checks = layer.dense_steps_by_reason["check"]
+            assert layer.sparse_steps + layer.dense_steps == graphs.replayed_steps + eager
+            assert (layer.sparse_steps or layer.dense_steps - checks) == 4 * (checks - drafts.plain_steps["the end"])
+        assert quest.counters.bypassed_steps == 0
+
+
+def test_a_padded_batch_is_drafted_without_graphs(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DraftLength, "next", lambda length: (length._length, "measuring"))
+    model: Any = make_llama().to(device)
+    ids = prompt(2, 50).to(device)
+    ids[0, :9] = 0
+    alone = generate(model, ids, attention_mask=(ids != 0).long())
+    with enabled(model, device, lossless=True) as quest:
+        assert generate(model, ids, attention_mask=(ids != 0).long()) == alone
+        assert set(quest.graphs.eager_steps) == {"a batch with padding"}
 
 
 def test_storage_that_grows_is_captured_again(device: str) -> None:
@@ -247,7 +287,7 @@ def test_a_captured_step_belongs_to_the_storage_it_was_captured_over(
         cache = quest.make_cache(64)
         model(ids, **cache_argument(cache))
         steps(model, cache, ids, 1)
-        step, weights = quest.graphs._graphs[cache], quest.graphs._weights()
+        (step,), weights = quest.graphs._graphs[cache].values(), quest.graphs._weights()
         inputs = dict.fromkeys(("input_ids", "position_ids"), ids[:, :1])
         assert step.fits(cache, inputs, weights)
         cache.crop(-1)
@@ -266,8 +306,8 @@ def test_a_captured_step_belongs_to_the_weights_it_was_captured_with(monkeypatch
         cache = quest.make_cache(200)
         model(ids, **cache_argument(cache))
         inputs = dict.fromkeys(("input_ids", "position_ids"), ids[:, :1])
-        quest.graphs._replay(cache, 50, inputs)
-        step = quest.graphs._graphs[cache]
+        quest.graphs._replay(cache, graph._Pass((50,), 1, Reading.SPARSE), inputs)
+        (step,) = quest.graphs._graphs[cache].values()
         assert step.fits(cache, inputs, quest.graphs._weights())
         first = next(model.parameters())
         first.data = first.data.clone()  # as `to()` does

@@ -19,7 +19,7 @@ from quest_attention.hf.reading import Reading
 from tiny import PAGE_SIZE, SMALL, make_llama, prompt, quest_layers
 
 BUDGET = SMALL.token_budget
-SEVERAL, WITHIN, DENSE, SPARSE = Reading
+SEVERAL, WITHIN, DENSE, SPARSE, _ = Reading
 ALL_SEVERAL, ALL_WITHIN, STEP = [SEVERAL] * 3, [WITHIN] * 3, [DENSE, SPARSE, SPARSE]
 """Of the three layers of the tiny Llama, the first of which is dense."""
 

@@ -20,7 +20,14 @@ LARGE = dataclasses.replace(SMALL, token_budget=4096)
 
 
 def make_llama(
-    *, heads: int = 4, kv_heads: int = 2, dim: int = 8, layers: int = 3, seed: int = 0, **options: Any
+    *,
+    heads: int = 4,
+    kv_heads: int = 2,
+    dim: int = 8,
+    layers: int = 3,
+    seed: int = 0,
+    vocab: int = VOCABULARY,
+    **options: Any,
 ) -> LlamaForCausalLM:
     """A Llama of random weights, large enough that different tokens give clearly different logits."""
     torch.manual_seed(seed)
@@ -31,7 +38,7 @@ def make_llama(
         num_key_value_heads=kv_heads,
         head_dim=dim,
         intermediate_size=48,
-        vocab_size=VOCABULARY,
+        vocab_size=vocab,
         max_position_embeddings=512,
         initializer_range=0.3,
         bos_token_id=None,

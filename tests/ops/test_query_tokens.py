@@ -14,7 +14,7 @@ from caches import LAYOUTS, Cache, make_cache
 from quest_attention import QuestConfig, QuestValueError, quest_decode, update_page_metadata
 from quest_attention.config import Backend
 from quest_attention.forms import Bounds, MetadataForm, Moments, Sketch
-from quest_attention.ops import reference
+from quest_attention.ops import Selection, reference, sparse_decode_attention
 from quest_attention.ops.query_tokens import MOST_QUERY_TOKENS, QueryTokens
 
 PAGE = 8
@@ -185,3 +185,28 @@ def test_folded_queries_are_heads_of_their_kv_head() -> None:
     folded = QueryTokens(query, torch.tensor([3, 2]), cache.kv, cache.seq_lens).folded().view(2, 2, 3, 2, 16)
     assert torch.equal(folded[0, 1, 2], query[0, 2, 2:])
     assert torch.equal(folded[1, 0, 2], query[1, 1, :2]), "the last one again"
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("count", [1, 3, MOST_QUERY_TOKENS])
+def test_every_page_is_causal_attention(backend: Backend, count: int) -> None:
+    """`sparse_decode_attention` of several query tokens, which has no scores: what a dense check is, on the device."""
+    cache, _ = made([16, 40, 57])
+    kv = cache.kv
+    query = queries(cache, count)
+    pages = torch.arange(kv.max_pages, dtype=torch.int32).expand(kv.batch_size, kv.num_kv_heads, -1)
+    everything = Selection(pages, torch.full(pages.shape[:2], kv.max_pages, dtype=torch.int32), PAGE)
+    output, lse = sparse_decode_attention(query, kv, cache.seq_lens, everything, softcap=3.0, backend=backend)
+    assert lse is None
+    assert output.shape == (*query.shape[:3], kv.values.shape[3])
+    for nth in range(count):
+        lengths = cache.seq_lens - (count - 1 - nth)
+        alone, _ = sparse_decode_attention(query[:, nth], kv, lengths, everything, softcap=3.0, backend="reference")
+        torch.testing.assert_close(output[:, nth], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_several_query_tokens_have_no_log_sum_exp() -> None:
+    cache, _ = made([40])
+    pages = Selection(torch.zeros(1, 2, 1, dtype=torch.int32), torch.ones(1, 2, dtype=torch.int32), PAGE)
+    with pytest.raises(QuestValueError, match="return_lse: got True, expected False with several"):
+        sparse_decode_attention(queries(cache, 2), cache.kv, 40, pages, return_lse=True)

@@ -12,7 +12,7 @@ import typer
 
 from quest_attention.cli.console import say
 from quest_attention.cli.failures import INTERRUPTED, USAGE, one_line, reports_failures, usage_message
-from quest_attention.cli.options import check_seed, check_threads, check_workers, path_of
+from quest_attention.cli.options import check_seed, check_threads, check_workers, drafts_of, path_of
 from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestValueError
 
@@ -158,7 +158,7 @@ def demo(
     as_json: AsJson = False,
     is_quiet: Quiet = False,
 ) -> None:
-    """Hide a fact in a book, ask for it, and compare full attention, Quest and a sliding window.
+    """Hide a fact in a book, ask for it, and compare full attention, Quest, a sliding window and lossless decoding.
 
     The book is real and was held out from the bundled model's training. Every number shown is measured in the run: the
     answers, the tokens read per step, the share of the KV cache and the time per token. A picture shows which pages
@@ -205,6 +205,13 @@ def generate(
     candidate_factor: CandidateFactor = QuestConfig.candidate_factor,
     backend: Backend = QuestConfig.backend,
     dense: Annotated[bool, typer.Option("--dense", help="Read everything, without Quest, to compare.")] = False,
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="Write what --dense writes: Quest drafts, the whole model checks.")
+    ] = False,
+    draft_tokens: Annotated[
+        str | None,
+        typer.Option(help="Drafts before a check of --lossless, 1 to 15 or auto; 4 if left out.", show_default=False),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens to write at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above 0 samples.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
@@ -240,13 +247,15 @@ def generate(
             "backend": backend,
         }
     )
+    drafts = drafts_of(draft_tokens, is_lossless=lossless, is_dense=dense)
     text = read_prompt(prompt, prompt_file)
     from quest_attention.cli.generate import Sampling, stream_text  # likewise
 
     stream_text(
         text, None if dense else config,
         Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed), is_chat=chat,
-        model_name=model, device=device, dtype=dtype, threads=threads, as_json=as_json, is_quiet=is_quiet,
+        draft_tokens=drafts, model_name=model, device=device, dtype=dtype, threads=threads, as_json=as_json,
+        is_quiet=is_quiet,
     )  # fmt: skip
 
 

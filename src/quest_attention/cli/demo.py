@@ -151,7 +151,17 @@ def _remarks(demo: Demo, seconds: float) -> str:
         f"Measured in this run of {seconds:.0f} s: one question, every method on the same prefilled context; ms is the "
         f"median of {counted(quest.timed_steps, 'decode step')}. Tokens and share are those of a layer that may "
         f"choose; all layers include the {demo.config.num_dense_layers} that read everything. To choose, Quest also "
-        f"reads {_choosing(demo.config, pages)}. full is transformers' DynamicCache with sdpa."
+        f"reads {_choosing(demo.config, pages)}. full is transformers' DynamicCache with sdpa. {_lossless(demo)}"
+    )
+
+
+def _lossless(demo: Demo) -> str:
+    """What the row of lossless decoding is, or why there is none."""
+    if demo.without_lossless is not None:
+        return f"No row of lossless decoding: {demo.without_lossless}."
+    return (
+        "lossless writes what full writes: Quest drafts and the whole model checks; its numbers are of drafts and "
+        "checks together, over the tokens written. So short an answer is mostly written before drafting begins."
     )
 
 

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,10 @@ from quest_attention.eval.wording import chosen_by, counted
 from quest_attention.hf import QuestCounters, enable_quest
 from quest_attention.ops.dispatch import resolve_backend
 
-__all__ = ["Sampling", "stream_text"]
+__all__ = ["Drafts", "Sampling", "stream_text"]
+
+Drafts = int | Literal["auto"] | None
+"""Tokens to draft before a check [tokens]; None without `--lossless`."""
 
 LEAST_TEMPERATURE = 1e-6
 """Logits divided by far less than this are no numbers any more in float32; the likeliest token is sure before that."""
@@ -90,10 +93,10 @@ class Written:
 
 
 def stream_text(
-    prompt: str, config: QuestConfig | None, sampling: Sampling, *, is_chat: bool, model_name: str | None, device: str,
-    dtype: str, threads: int | None, as_json: bool, is_quiet: bool,
+    prompt: str, config: QuestConfig | None, sampling: Sampling, *, is_chat: bool, draft_tokens: Drafts,
+    model_name: str | None, device: str, dtype: str, threads: int | None, as_json: bool, is_quiet: bool,
 ) -> None:  # fmt: skip
-    """Do what `quest generate` does; `config` None is `--dense`.
+    """Do what `quest generate` does; `config` None is `--dense`, and `draft_tokens` are those of `--lossless`.
 
     Raises:
         QuestValueError: The prompt, the model or an option is wrong.
@@ -109,7 +112,9 @@ def stream_text(
     with contextlib.ExitStack() as stack:
         counters = None
         if config is not None:
-            handle = stack.enter_context(enable_quest(loaded.model, config))
+            is_lossless = draft_tokens is not None
+            handle = enable_quest(loaded.model, config, lossless=is_lossless, draft_tokens=draft_tokens)
+            stack.enter_context(handle)
             config, counters = handle.config, handle.counters  # with the form of its metadata
         written = _generate(loaded, ids, sampling, is_chat=is_chat, is_silent=as_json, is_quiet=is_quiet)
     if as_json:
@@ -248,6 +253,8 @@ def _summary(written: Written, config: QuestConfig | None, counters: QuestCounte
             f"{1e3 / written.decode_speed:.2f} ms a token"
         )
     lines.append(f"cache    {_reads(config, counters)}")
+    if counters is not None and counters.drafts is not None:
+        lines.append(f"drafts   {counters.drafts.summary()}")
     if config is not None and counters is not None and counters.sparse_steps:
         lines.append(f"chosen   by {chosen_by(config)}")
     return "\n".join(lines)
@@ -258,6 +265,8 @@ def _reads(config: QuestConfig | None, counters: QuestCounters | None) -> str:
         return "all of it read at every step: --dense"
     if counters.sparse_steps == 0:
         budget = counted(config.token_budget, "token")
+        if counters.drafts is not None and "within budget" not in counters.drafts.plain_steps:
+            return "all of it read at every step: nothing was drafted"
         return f"all of it read at every step: Quest never ran, the text stayed within {budget}"
     sparse = [layer for layer in counters.layers if layer.sparse_steps]
     share = sum(layer.tokens_read for layer in sparse) / sum(layer.tokens_held for layer in sparse)

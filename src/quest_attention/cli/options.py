@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal, cast
 
 from quest_attention.errors import QuestValueError
 
-__all__ = ["check_seed", "check_threads", "check_workers", "path_of"]
+__all__ = ["check_seed", "check_threads", "check_workers", "drafts_of", "path_of"]
 
 MOST_SEED = 2**64 - 1
 """The largest that PyTorch's generators take."""
@@ -40,6 +41,30 @@ def check_workers(workers: int) -> None:
         QuestValueError: As said.
     """
     _check_cores("workers", workers)
+
+
+def drafts_of(text: str | None, *, is_lossless: bool, is_dense: bool) -> int | Literal["auto"] | None:
+    """Tokens to draft before a check; None where nothing is drafted.
+
+    Raises:
+        QuestValueError: Drafts without --lossless, or --lossless with --dense; or it is no number of drafts.
+    """
+    if is_lossless and is_dense:
+        raise QuestValueError("lossless", True, "False with --dense, which has nothing to check")
+    if not is_lossless:
+        if text is not None:
+            raise QuestValueError("draft_tokens", text, "none without --lossless: nothing is drafted")
+        return None
+    from quest_attention.hf.draft_length import (
+        DEFAULT_DRAFTS,
+        check_draft_tokens,
+    )  # takes seconds, as transformers does
+
+    if text is None:
+        return DEFAULT_DRAFTS
+    drafts = int(text) if text.isdecimal() else text
+    check_draft_tokens(drafts)
+    return cast("int | Literal['auto']", drafts)
 
 
 def path_of(option: str, text: str) -> Path:

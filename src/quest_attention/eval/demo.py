@@ -11,12 +11,13 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quest_attention.config import QuestConfig
-from quest_attention.errors import QuestValueError
+from quest_attention.errors import QuestValueError, UnsupportedModelError
 from quest_attention.eval.context import read_context
 from quest_attention.eval.decode import Decoded, decode_answer
 from quest_attention.eval.dense_layers import check_dense_layers
 from quest_attention.eval.excerpt import SOUTH, Excerpt
 from quest_attention.eval.frame import plain_frame
+from quest_attention.eval.lossless import LosslessAnswer, answer_losslessly
 from quest_attention.eval.methods import Full, LayerReads, Method, Quest, SlidingWindow
 from quest_attention.eval.page_reads import PageReads
 from quest_attention.eval.tasks import Sample, is_correct, make_sample
@@ -78,10 +79,11 @@ class MethodResult:
         method: Its name.
         answer: What the model wrote.
         is_right: Whether that is the expected answer.
-        tokens_per_step: Read by a decode step in a layer where the method may choose, per KV head, mean [tokens].
+        tokens_per_step: Read by a decode step in a layer where the method may choose, per KV head, mean [tokens]. Of
+            lossless decoding for a token of the answer, by drafts and checks together.
         share_read: Share of the KV cache read in those layers, 0 to 1.
         share_read_all_layers: The same over all layers, the dense ones included.
-        ms_per_token: Median time of a decode step [ms].
+        ms_per_token: Median time of a decode step [ms]; of lossless decoding the time of the answer over its tokens.
         timed_steps: Decode steps that median is of [steps].
         sparse_layer_steps: Steps in which a layer could read less than everything, summed over layers [layer steps].
     """
@@ -104,14 +106,16 @@ class Demo:
     Attributes:
         case: What was asked.
         config: What Quest read.
-        results: One per method: full, quest, sliding window.
+        results: One per method: full, quest, sliding window; and lossless, where the model can take drafts back.
         pages: How much of which pages Quest read while it wrote the answer.
+        without_lossless: Why there is no result of lossless decoding; None where there is one.
     """
 
     case: DemoCase
     config: QuestConfig
     results: tuple[MethodResult, ...]
     pages: PageReads
+    without_lossless: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything measured, ready for JSON."""
@@ -129,6 +133,7 @@ class Demo:
             "expected": case.sample.answers[0],
             "config": asdict(self.config),
             "results": [asdict(result) for result in self.results],
+            "without_lossless": self.without_lossless,
             "page_reads": self.pages.to_dict(),
         }
 
@@ -209,7 +214,15 @@ def run_demo(
                 on_answer=pages.clear if isinstance(method, Quest) else None,  # the others record none
             )
             results.append(_result(method.name, tokenizer, case, decoded, session.reads()))
-    return Demo(case, config, tuple(results), pages)
+    on_progress("answering: lossless", len(methods), len(methods) + 1)
+    stop = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    try:
+        answer = answer_losslessly(
+            model, context, tokens, case.sample.question_ids, config, case.sample.max_new_tokens, stop_tokens=stop
+        )
+    except UnsupportedModelError as error:
+        return Demo(case, config, tuple(results), pages, str(error))
+    return Demo(case, config, (*results, _lossless_result(tokenizer, case, answer)), pages)
 
 
 def check_case(length: int, depth: float, config: QuestConfig) -> None:
@@ -265,6 +278,26 @@ def _result(
         ms_per_token=statistics.median(timed) * 1e3,
         timed_steps=len(timed),
         sparse_layer_steps=_total(sparse, "steps"),
+    )
+
+
+def _lossless_result(tokenizer: PreTrainedTokenizerBase, case: DemoCase, answer: LosslessAnswer) -> MethodResult:
+    text = str(tokenizer.decode(answer.tokens))
+    layers = answer.counters.layers
+    choosing = [layer for layer in layers if layer.kind == "quest"]
+    # The first token comes from the question's last, by a dense pass that is counted with the others.
+    held = case.length * answer.new_tokens
+    read = sum(layer.tokens_read for layer in choosing)
+    return MethodResult(
+        method="lossless",
+        answer=_first_sentence(text),
+        is_right=is_correct(case.sample, text),
+        tokens_per_step=read / (len(choosing) * answer.new_tokens),
+        share_read=read / (len(choosing) * held),
+        share_read_all_layers=answer.counters.tokens_read / (len(layers) * held),
+        ms_per_token=answer.seconds / answer.new_tokens * 1e3,
+        timed_steps=answer.new_tokens,
+        sparse_layer_steps=sum(layer.sparse_steps for layer in choosing),
     )
 
 

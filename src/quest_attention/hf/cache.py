@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
@@ -13,10 +15,15 @@ from quest_attention.errors import QuestValueError
 from quest_attention.hf.compiler import kept_from_compilers
 from quest_attention.hf.counters import LayerCounter, QuestCounters
 from quest_attention.hf.layer import QuestLayer
+from quest_attention.hf.reading import Reading
 from quest_attention.hf.reporting import OnSelect
+from quest_attention.hf.rows import RowLengths
 from quest_attention.hf.workspaces import Workspaces
 
-__all__ = ["QuestCache", "check_on_select", "layer_kinds"]
+OnTake = Callable[["QuestCache", Sequence[int], Sequence[int]], None]
+"""Takes the tokens of each sequence from the first number to the second into the metadata of a cache [tokens]."""
+
+__all__ = ["OnTake", "QuestCache", "check_on_select", "layer_kinds"]
 
 
 def layer_kinds(config: PretrainedConfig, quest: QuestConfig) -> dict[int, str]:
@@ -74,6 +81,11 @@ class QuestCache(DynamicCache):
         counters: Counters to go on counting in, of a cache of the same model and config; new ones by default.
         on_select: Called after each sparse decode step of a layer with its index, the selection and its pages.
         is_estimate: Whether fewer tokens than `max_length` may come: then there is room for twice the first at most.
+        is_lossless: Whether everything is read unless a token is drafted, as `enable_quest(lossless=True)` has it.
+
+    Attributes:
+        rows: Of a lossless cache what its layers share, else None.
+        is_kept: Whether somebody has the cache after `generate()`, as whoever gave it has.
 
     Raises:
         QuestValueError: An argument is wrong.
@@ -82,6 +94,7 @@ class QuestCache(DynamicCache):
     def __init__(
         self, config: PretrainedConfig, quest: QuestConfig | None = None, *, max_length: int | None = None,
         counters: QuestCounters | None = None, on_select: OnSelect | None = None, is_estimate: bool = False,
+        is_lossless: bool = False,
     ) -> None:  # fmt: skip
         self._given = QuestConfig() if quest is None else quest
         kinds = layer_kinds(config, self._given)
@@ -97,18 +110,60 @@ class QuestCache(DynamicCache):
             raise QuestValueError("counters", counted, f"those of this model and config: {kinds}")
         super().__init__(config=config)
         self.counters = counters
+        self.rows = RowLengths() if is_lossless else None
+        self.is_kept = True
         workspaces = Workspaces()
         for counter in self.counters.layers:
             if counter.kind in ("quest", "dense"):
                 self.layers[counter.layer] = QuestLayer(
                     self._given, counter, is_dense=counter.kind == "dense", workspaces=workspaces,
-                    max_length=max_length, is_estimate=is_estimate, on_select=on_select,
+                    max_length=max_length, is_estimate=is_estimate, on_select=on_select, rows=self.rows,
                 )  # fmt: skip
 
     @property
     def quest(self) -> QuestConfig:
         """What to read, with a form of metadata once there are tokens."""
         return next((layer.config for layer in self.layers if isinstance(layer, QuestLayer)), self._given)
+
+    def reading_of(self, new: int) -> Reading:
+        """What a pass of `new` tokens of each sequence will read in layers that may choose."""
+        if self.rows is None:
+            return Reading.of(new, self.get_seq_length() + new, self.quest.token_budget)
+        length = self.get_seq_length() if self.rows.lengths is None else max(self.rows.lengths)
+        return self.rows.reading_of(new, length + new, self.quest.token_budget)
+
+    def chooses_at(self, length: int) -> bool:
+        """Whether a decode step at `length` tokens, its own included, leaves something out in some layer."""
+        has_choice = any(counter.kind == "quest" for counter in self.counters.layers)
+        return has_choice and Reading.of(1, length, self.quest.token_budget) is Reading.SPARSE
+
+    def settle(self, before: Sequence[int], after: Sequence[int], *, take: OnTake | None = None) -> None:
+        """Keep so much of what a check of several tokens wrote, and make the metadata that of what is kept.
+
+        Pages are taken anew from their beginnings: what is kept of a page holds every token that it was given, drafts
+        that were refused among them.
+
+        Args:
+            before: Tokens of each sequence before the check, B of them [tokens].
+            after: What stays of each [tokens].
+            take: Called in place of `take` of all layers' storage, with the cache.
+        """
+        start: int | Tensor
+        end: int | Tensor
+        size = self.quest.page_size
+        layers = [layer for layer in self.layers if isinstance(layer, QuestLayer)]
+        starts = [length // size * size for length in before]
+        if take is not None:
+            take(self, starts, after)
+        else:
+            start, end = starts[0], after[0]
+            if len(set(starts)) > 1 or len(set(after)) > 1:
+                start, end = torch.tensor([starts, list(after)], dtype=torch.int32, device=layers[0].device)
+            for layer in layers:
+                if layer.storage is not None:
+                    layer.storage.take(start, end)
+        for layer in layers:
+            layer.settle(max(after))
 
     @kept_from_compilers
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from quest_attention.config import QuestConfig
+from quest_attention.hf.draft_counter import DraftCounter
 from quest_attention.hf.reading import Reading
 
 __all__ = ["LayerCounter", "QuestCounters"]
@@ -21,7 +22,8 @@ class LayerCounter:
         layer: Index in the model.
         kind: `"quest"`, `"dense"` (among the leading dense layers), `"windowed"` or another reason why it is untouched.
         sparse_steps: Steps that read the selected pages only [steps].
-        dense_steps: Steps that read everything [steps], by reason: `"dense layer"`, `"within budget"`.
+        dense_steps: Steps that read everything [steps], by reason: `"dense layer"`, `"within budget"`, and of lossless
+            decoding `"check"`: a check of drafts, which reads once for all of them, or a step without drafts.
         bypassed_steps: Steps whose keys the model never handed to Quest's attention [steps].
         prefill_tokens: Tokens per sequence that came in passes of several tokens (prefill, verification) [tokens].
         metadata: By what the sparse steps chose; "auto" until the device is known, by the first tokens.
@@ -148,10 +150,12 @@ class QuestCounters:
 
     Attributes:
         layers: One counter per attention layer, in the order of the model.
+        drafts: What became of drafted tokens, where decoding is lossless, else None.
     """
 
-    def __init__(self, layers: list[LayerCounter]) -> None:
+    def __init__(self, layers: list[LayerCounter], drafts: DraftCounter | None = None) -> None:
         self.layers = layers
+        self.drafts = drafts
 
     @property
     def sparse_steps(self) -> int:
@@ -207,6 +211,8 @@ class QuestCounters:
         """Forget everything counted, in every layer."""
         for layer in self.layers:
             layer.reset()
+        if self.drafts is not None:
+            self.drafts.reset()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything counted, ready for JSON."""
@@ -217,6 +223,7 @@ class QuestCounters:
             "metadata": self.metadata,
             **_reads(self),
             "share_read": self.share_read,
+            **({} if self.drafts is None else {"drafts": self.drafts.to_dict()}),
             "layers": [layer.to_dict() for layer in self.layers],
         }
 
@@ -234,6 +241,8 @@ class QuestCounters:
         lines = ["{:>5}  {:<12} {:>8} {:>8} {:>12} {:>12} {:>7}".format(*row) for row in rows]
         if self.sparse_steps:
             lines.append(f"sparse steps chose by {self.metadata}")
+        if self.drafts is not None:
+            lines.append(self.drafts.summary())
         if self.bypassed_steps:
             lines.append(f"{self.bypassed_steps} layer steps never reached Quest's attention and read everything")
         return "\n".join(lines)

@@ -14,7 +14,10 @@ from quest_attention.hf.attention import EAGER_NAME, SDPA_NAME, register_attenti
 from quest_attention.hf.cache import QuestCache, check_on_select, layer_kinds
 from quest_attention.hf.configs import PrivateConfigs
 from quest_attention.hf.counters import LayerCounter, QuestCounters
+from quest_attention.hf.draft_counter import DraftCounter
+from quest_attention.hf.draft_length import DEFAULT_DRAFTS, MOST_DRAFTS, DraftTokens, check_draft_tokens
 from quest_attention.hf.graph import DecodeGraphs
+from quest_attention.hf.lossless import Lossless, check_can_draft
 from quest_attention.hf.naming import CACHE
 from quest_attention.hf.reporting import OnSelect
 from quest_attention.hf.support import REFUSED_METHODS, check_supported, needs_eager
@@ -29,7 +32,7 @@ _ABSENT = object()
 
 def enable_quest(
     model: PreTrainedModel, config: QuestConfig | None = None, *, on_select: OnSelect | None = None,
-    cuda_graphs: bool | None = None,
+    cuda_graphs: bool | None = None, lossless: bool = False, draft_tokens: DraftTokens | None = None,
 ) -> QuestHandle:  # fmt: skip
     """Make `model.generate()` and forward passes with a `QuestCache` decode with Quest.
 
@@ -46,13 +49,18 @@ def enable_quest(
             and the Triton kernels run, which is where launching kernels would take longer than running them. A step
             that a graph cannot hold (padding, say) runs eagerly; `handle.graphs` counts both, with reasons. A model
             that cannot be captured at all warns once and stays eager, or raises `QuestStateError` if True was given.
+        lossless: Whether `generate()` writes what the model writes without Quest: sparse steps only draft tokens, a
+            dense pass checks several at once, and what it refuses is taken back. Greedy decoding gives the same tokens,
+            sampling tokens of the same distribution. Everything else reads the whole cache.
+        draft_tokens: With `lossless`, tokens to draft before a check, 1 to 15, or "auto", as many as make most tokens a
+            second; None is 4 [tokens]. Where drafting takes longer than it saves, nothing is drafted.
 
     Returns:
         A handle with counters. Use it in a `with` statement, or call `disable()`.
 
     Raises:
         UnsupportedModelError: Quest cannot serve the model; it is left as it was. A model that somebody wrapped is
-            named, with the attribute that holds the model inside.
+            named, with the attribute that holds the model inside. Or its layers cannot take drafted tokens back.
         QuestValueError: Another argument is wrong.
         QuestStateError: Quest is enabled on the model already.
         BackendError: The backend asked for cannot run on the model's device, or cuda_graphs=True has no GPU.
@@ -78,7 +86,15 @@ def enable_quest(
     check_on_select(on_select)
     if cuda_graphs is not None and not isinstance(cuda_graphs, bool):
         raise QuestValueError("cuda_graphs", cuda_graphs, "True, False or None")
+    if not isinstance(lossless, bool):
+        raise QuestValueError("lossless", lossless, "True or False")
+    if draft_tokens is not None:
+        check_draft_tokens(draft_tokens)
+        if not lossless:
+            raise QuestValueError("draft_tokens", draft_tokens, "None without lossless=True: nothing is drafted")
     check_supported(model, config)
+    if lossless:
+        check_can_draft(model, config)
     if getattr(model, _HANDLE, None) is not None:
         raise QuestStateError("Quest is enabled on this model already: call disable() on its handle first")
     backend = resolve_backend(config.backend, model.device, model.dtype)
@@ -90,7 +106,8 @@ def enable_quest(
             "expected an NVIDIA GPU with the triton one"
         )
     capture = can_capture if cuda_graphs is None else cuda_graphs
-    return QuestHandle(model, config, on_select, capture=capture, must_capture=bool(cuda_graphs))
+    drafts = (DEFAULT_DRAFTS if draft_tokens is None else draft_tokens) if lossless else None
+    return QuestHandle(model, config, on_select, capture=capture, must_capture=bool(cuda_graphs), draft_tokens=drafts)
 
 
 class QuestHandle:
@@ -101,17 +118,23 @@ class QuestHandle:
         config: What decode steps read, with the form of its metadata.
         counters: Steps and pages of every cache that `generate()` made since.
         graphs: Decode steps that replayed a CUDA graph, and why others did not; None without graphs.
+        is_lossless: Whether sparse steps only draft.
     """
 
     def __init__(
         self, model: PreTrainedModel, config: QuestConfig, on_select: OnSelect | None, *, capture: bool = False,
-        must_capture: bool = False,
+        must_capture: bool = False, draft_tokens: DraftTokens | None = None,
     ) -> None:  # fmt: skip
         self.model = cast("Any", model)  # a module's attributes are Tensor or Module to a type checker
         self.config = config
         kinds = layer_kinds(model.config, config)
-        self.counters = QuestCounters([LayerCounter(index, kind, config) for index, kind in kinds.items()])
         self.graphs = DecodeGraphs(model, must_capture=must_capture) if capture else None
+        self.is_lossless = draft_tokens is not None
+        drafts = DraftCounter() if self.is_lossless else None
+        self.counters = QuestCounters([LayerCounter(index, kind, config) for index, kind in kinds.items()], drafts)
+        self._lossless: Lossless | None = None
+        if draft_tokens is not None and drafts is not None:
+            self._lossless = Lossless(self.model, draft_tokens, drafts, self.graphs.take if self.graphs else None)
         self._on_select = on_select
         self._is_entered = False
         self._make_cache = self.model._prepare_cache_for_generation
@@ -120,6 +143,8 @@ class QuestHandle:
         self._watch = Watch(model, config, self._configs)
         self._put: dict[str, tuple[Any, Any]] = {}  # attributes of the model: ours, and what was there
         ours = {_HANDLE: self, "_prepare_cache_for_generation": self._prepare_cache_for_generation, **REFUSED_METHODS}
+        if self._lossless is not None:
+            ours |= self._lossless.methods()
         if self.graphs is not None:
             ours["forward"] = self.graphs.wrap()
         for name, value in ours.items():
@@ -181,7 +206,7 @@ class QuestHandle:
         self._require_enabled("make_cache")
         return QuestCache(
             self.model.config, self.config, max_length=max_length, counters=self.counters, on_select=self._on_select,
-            is_estimate=is_estimate,
+            is_estimate=is_estimate, is_lossless=self.is_lossless,
         )  # fmt: skip
 
     def _prepare_cache_for_generation(
@@ -190,7 +215,12 @@ class QuestHandle:
     ) -> None:  # fmt: skip
         """Stands in for the method of `generate()` that makes the cache."""
         given = model_kwargs.get(CACHE)
+        if self._lossless is not None:
+            self._lossless.check(generation_config, given, generation_mode)
+            max_cache_length += MOST_DRAFTS + 1  # drafts that are taken back have been somewhere
         if given is not None:
+            if isinstance(given, QuestCache):
+                given.is_kept = True
             if isinstance(given, Cache) and not isinstance(given, QuestCache):
                 self._watch.has_warned = True
                 _warn_dense(
@@ -204,6 +234,7 @@ class QuestHandle:
             )
         else:
             model_kwargs[CACHE] = self._new_cache(max(1, max_cache_length), is_estimate=True)
+            model_kwargs[CACHE].is_kept = False
             if generation_config.is_assistant:
                 model_kwargs[CACHE].activate_past_recording()
             return

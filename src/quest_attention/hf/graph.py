@@ -1,4 +1,4 @@
-"""`DecodeGraphs`: decode steps of a model as captured CUDA graphs, so that launching costs nothing."""
+"""`DecodeGraphs`: decode steps of a model as captured CUDA graphs, so that launching costs nothing; checks too."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import inspect
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,22 +30,55 @@ _HANDLED = {*_INPUTS, *CACHE_NAMES, "attention_mask", "use_cache", "return_dict"
 _WARMUPS = 2
 """Eager runs before a capture: kernels are compiled and libraries make their handles, which a capture forbids."""
 _MOST_GRAPHS = 4
-"""Caches that have a graph at a time; with more in turn, capturing would cost more than it spares."""
+"""Caches that have graphs at a time; with more in turn, capturing would cost more than it spares."""
+_MOST_KINDS = 10
+"""Graphs of a cache: one of a decode step, where decoding is lossless one of each number of tokens in a check."""
+
+
+class _Pass(NamedTuple):
+    """What a graph is of.
+
+    Attributes:
+        starts: Tokens of each sequence before it, B of them [tokens].
+        new: Tokens of each sequence that it writes [tokens].
+        reading: What layers read that may choose: `SPARSE`, or `CHECK` with several tokens or one.
+    """
+
+    starts: tuple[int, ...]
+    new: int
+    reading: Reading
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence before it [tokens]."""
+        return max(self.starts)
+
+    @property
+    def kind(self) -> tuple[int, Reading]:
+        """What one graph serves: any lengths, which it reads on the device."""
+        return self.new, self.reading
+
+    def set_ends(self, lengths: Tensor) -> None:
+        """Write to `[B]` int32 how long the sequences are with it."""
+        if len(set(self.starts)) == 1:
+            lengths.fill_(self.starts[0] + self.new)
+        else:
+            lengths.copy_(torch.tensor([start + self.new for start in self.starts], dtype=lengths.dtype))
 
 
 class DecodeGraphs:
     """Wraps a model's forward pass: decode steps past the budget replay a graph captured once for each cache.
 
-    A captured step reads its length on the device, so it stays right while the sequence grows; another is captured only
-    when the cache moves to larger storage. Steps that a graph cannot hold run as before and are counted with the
-    reason.
+    Where decoding is lossless, so do checks past the budget, with a graph for each number of tokens. A captured step
+    reads its lengths on the device, so it stays right while sequences grow; another is captured only when the cache
+    moves to larger storage. Steps that a graph cannot hold run as before and are counted with the reason.
 
     Args:
         model: The model, whose forward pass is left as it is: see `wrap`.
         must_capture: Whether a step that cannot be captured is an error, not a reason to go on without graphs.
 
     Attributes:
-        replayed_steps: Decode steps that replayed a graph [model steps].
+        replayed_steps: Decode steps and checks that replayed a graph [model steps].
         captures: Graphs captured.
         eager_steps: Decode steps past the budget that ran without a graph, by reason [model steps].
     """
@@ -62,7 +95,10 @@ class DecodeGraphs:
         # A model of somebody's own may know the older name alone, and leave a cache by the other unused.
         self._cache_name = next((name for name in CACHE_NAMES if name in self._names), CACHE)
         self._devices = {parameter.device for parameter in model.parameters()}
-        self._graphs: weakref.WeakKeyDictionary[QuestCache, _CapturedStep] = weakref.WeakKeyDictionary()
+        self._graphs: weakref.WeakKeyDictionary[QuestCache, dict[tuple[int, Reading], _CapturedStep]] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._takes: weakref.WeakKeyDictionary[QuestCache, _CapturedTake] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
 
     def wrap(self) -> Callable[..., Any]:
@@ -74,19 +110,24 @@ class DecodeGraphs:
             cache, ids = given_cache(given), given.get("input_ids")
             if not isinstance(cache, QuestCache) or not isinstance(ids, Tensor):
                 return self._forward(*args, **kwargs)
-            length, new = cache.get_seq_length(), ids.shape[1]
-            if Reading.of(new, length + new, cache.quest.token_budget) is not Reading.SPARSE:
+            reading = cache.reading_of(ids.shape[1])
+            is_drafting = cache.rows is not None and cache.rows.lengths is not None
+            if reading is not Reading.SPARSE and not (is_drafting and reading is Reading.CHECK):
                 return self._forward(*args, **kwargs)
+            starts = (cache.get_seq_length(),) * ids.shape[0]
+            if cache.rows is not None and cache.rows.lengths is not None:
+                starts = cache.rows.lengths
+            step = _Pass(starts, ids.shape[1], reading)
             with self._lock:
-                reason = self._why_not(cache, length, given)
+                reason = self._why_not(cache, step, given)
                 if reason is None:
-                    return self._replay(cache, length, given)
+                    return self._replay(cache, step, given)
                 self.eager_steps[reason] = self.eager_steps.get(reason, 0) + 1
             return self._forward(*args, **kwargs)
 
         return forward
 
-    def _why_not(self, cache: QuestCache, length: int, kwargs: dict[str, Any]) -> str | None:
+    def _why_not(self, cache: QuestCache, step: _Pass, kwargs: dict[str, Any]) -> str | None:
         """What keeps a step from a graph, or None."""
         set_ones = {name for name, value in kwargs.items() if value is not None and value is not False}
         others = sorted(set_ones - _HANDLED)
@@ -103,30 +144,37 @@ class DecodeGraphs:
             return "the cache has layers of transformers' own, whose steps depend on a length known to the host"
         if any(isinstance(layer, QuestLayer) and layer.has_listeners for layer in layers):
             return "on_select or on_read is called at every step"
-        if any(isinstance(layer, QuestLayer) and layer.capacity <= length for layer in layers):
+        if any(isinstance(layer, QuestLayer) and layer.capacity < step.length + step.new for layer in layers):
             return "the storage is full and grows in this step"
         if kwargs.get("use_cache") is False or kwargs.get("return_dict") is False:
             return "the forward pass was given use_cache=False or return_dict=False"
-        mask = kwargs.get("attention_mask")
-        # Waits for the device, as generate() does itself after each step to see whether all sequences have ended.
-        if mask is not None and (mask.dim() != 2 or not bool(mask.all())):
+        graphs = self._graphs.get(cache)
+        if graphs is not None and step.kind not in graphs and len(graphs) >= _MOST_KINDS:
+            return f"{_MOST_KINDS} other numbers of tokens have graphs"
+        if _has_padding(cache, kwargs.get("attention_mask")):
             return "a batch with padding"
-        if cache not in self._graphs and len(self._graphs) >= _MOST_GRAPHS:
+        if graphs is None and len(self._graphs) >= _MOST_GRAPHS:
             return f"{_MOST_GRAPHS} other caches have graphs"
         return None
 
-    def _replay(self, cache: QuestCache, length: int, kwargs: dict[str, Any]) -> Any:
+    def _replay(self, cache: QuestCache, step: _Pass, kwargs: dict[str, Any]) -> Any:
         inputs = {name: kwargs[name] for name in _INPUTS if kwargs.get(name) is not None}
         batch = inputs["input_ids"].shape[0]
         if "position_ids" not in inputs:  # nothing is padded, so the position is the length
-            inputs["position_ids"] = torch.full((batch, 1), length, device=inputs["input_ids"].device)
-        step = self._graphs.get(cache)
+            inputs["position_ids"] = torch.full((batch, 1), step.length, device=inputs["input_ids"].device)
+        graphs = self._graphs.setdefault(cache, {})
         weights = self._weights()
-        if step is None or not step.fits(cache, inputs, weights):
-            self._graphs.pop(cache, None)  # its memory goes before the next one's comes
+        captured = graphs.get(step.kind)
+        if captured is None or not captured.fits(cache, inputs, weights):
+            for kind, graph in list(graphs.items()):  # their memory goes before the next one's comes
+                if kind == step.kind or not graph.has_memory_of(cache, weights):
+                    del graphs[kind]
+            del captured
+            if not graphs:
+                del self._graphs[cache]
             try:
-                step = _CapturedStep(
-                    self._forward, cache, inputs, length, weights, kwargs.get("logits_to_keep", 0), self._cache_name
+                captured = _CapturedStep(
+                    self._forward, cache, inputs, step, weights, kwargs.get("logits_to_keep", 0), self._cache_name
                 )
             except StorageDtypeError:
                 return self._run_eagerly("the storage takes another dtype in this step", kwargs)
@@ -134,13 +182,13 @@ class DecodeGraphs:
                 raise
             except RuntimeError as error:
                 return self._give_up(error, kwargs)
-            self._graphs[cache] = step
+            self._graphs.setdefault(cache, {})[step.kind] = captured
             self.captures += 1
-        outputs = step.replay(inputs, length)
+        outputs = captured.replay(inputs, step)
         self.replayed_steps += 1
         for layer in cache.layers:
             assert isinstance(layer, QuestLayer), "checked before"
-            layer.count_captured_step(batch)
+            layer.count_captured_step(batch, step.length, step.new)
         outputs[CACHE] = cache
         return outputs
 
@@ -161,6 +209,21 @@ class DecodeGraphs:
         self.eager_steps[reason] = self.eager_steps.get(reason, 0) + 1
         return self._forward(**kwargs)
 
+    def take(self, cache: QuestCache, starts: Sequence[int], ends: Sequence[int]) -> None:
+        """Take tokens into the metadata of all layers at once, after a check; see `QuestCache.settle`.
+
+        Args:
+            cache: A lossless one.
+            starts: Where pages begin that are taken anew, of each sequence [tokens].
+            ends: Tokens of each sequence [tokens].
+        """
+        with self._lock:
+            captured = self._takes.get(cache)
+            if captured is None or captured.storages != _storages(cache):
+                self._takes.pop(cache, None)
+                captured = self._takes[cache] = _CapturedTake(cache, starts, ends)
+            captured.replay(starts, ends)
+
     def _weights(self) -> StorageWeakRef | None:
         """The memory of the first weights, the embeddings as a rule: another once the model is moved, cast or resized.
 
@@ -174,12 +237,13 @@ class _CapturedStep:
     """One decode step of a model over one cache, on fixed memory."""
 
     def __init__(
-        self, forward: Callable[..., Any], cache: QuestCache, inputs: dict[str, Tensor], length: int,
+        self, forward: Callable[..., Any], cache: QuestCache, inputs: dict[str, Tensor], step: _Pass,
         weights: StorageWeakRef | None, logits_to_keep: int | Tensor, cache_name: str,
     ) -> None:  # fmt: skip
         self.inputs = {name: value.clone() for name, value in inputs.items()}
         ids = self.inputs["input_ids"]
-        self.lengths = torch.full((ids.shape[0],), length + 1, dtype=torch.int32, device=ids.device)
+        self.lengths = torch.empty(ids.shape[:1], dtype=torch.int32, device=ids.device)
+        step.set_ends(self.lengths)
         self.storages = _storages(cache)
         self.weights = weights
         layers = [layer for layer in cache.layers if isinstance(layer, QuestLayer)]
@@ -192,27 +256,56 @@ class _CapturedStep:
         finally:
             for layer in layers:
                 layer.captured_lengths = None
-                if layer.storage is not None:
-                    layer.storage.cut(length)  # a form that is no bound must not take in the token of each run
+                if step.new == 1:
+                    layer.take_again(step.starts)  # a form that is no bound must not take in the token of each run
         self.outputs[CACHE] = None  # the graph must not keep the cache alive
 
     def fits(self, cache: QuestCache, inputs: dict[str, Tensor], weights: StorageWeakRef | None) -> bool:
         """Whether cache, inputs and weights are still those that were captured."""
         shapes = {name: value.shape for name, value in inputs.items()}
-        same_memory = (self.storages, self.weights) == (_storages(cache), weights)
-        return same_memory and shapes == {name: value.shape for name, value in self.inputs.items()}
+        same_shapes = shapes == {name: value.shape for name, value in self.inputs.items()}
+        return same_shapes and self.has_memory_of(cache, weights)
 
-    def replay(self, inputs: dict[str, Tensor], length: int) -> Any:
-        """Run the step for the token after `length` others; the outputs are the caller's."""
+    def has_memory_of(self, cache: QuestCache, weights: StorageWeakRef | None) -> bool:
+        """Whether the memory that was captured is still that of the cache and the weights."""
+        return (self.storages, self.weights) == (_storages(cache), weights)
+
+    def replay(self, inputs: dict[str, Tensor], step: _Pass) -> Any:
+        """Run it for other tokens and lengths; the outputs are the caller's."""
         for name, value in inputs.items():
             self.inputs[name].copy_(value)
-        self.lengths.fill_(length + 1)
+        step.set_ends(self.lengths)
         self.run()
         outputs = copy.copy(self.outputs)
         for name, value in self.outputs.items():
             if isinstance(value, Tensor):
                 outputs[name] = value.clone()  # the next replay writes over ours
         return outputs
+
+
+class _CapturedTake:
+    """Taking tokens into the metadata of all layers of a cache, on fixed memory: a launch for each is spared."""
+
+    def __init__(self, cache: QuestCache, starts: Sequence[int], ends: Sequence[int]) -> None:
+        self.storages = _storages(cache)
+        layers = [layer.storage for layer in cache.layers if isinstance(layer, QuestLayer)]
+        held = [weakref.ref(storage) for storage in layers if storage is not None]
+        device = next(layer.device for layer in cache.layers if isinstance(layer, QuestLayer))
+        self.lengths = torch.tensor([list(starts), list(ends)], dtype=torch.int32, device=device)
+
+        def run() -> dict[str, Tensor]:
+            for storage in held:
+                kept = storage()
+                assert kept is not None, "the cache has it"
+                kept.take(self.lengths[0], self.lengths[1])
+            return {}
+
+        self._run, _ = _capture(run, device)  # again and again gives the same: pages start anew
+
+    def replay(self, starts: Sequence[int], ends: Sequence[int]) -> None:
+        """Take others."""
+        self.lengths.copy_(torch.tensor([list(starts), list(ends)], dtype=torch.int32))
+        self._run()
 
 
 def _capture(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
@@ -229,6 +322,14 @@ def _capture(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[],
     with torch.cuda.device(device), torch.cuda.graph(graph):
         outputs = run()
     return graph.replay, outputs
+
+
+def _has_padding(cache: QuestCache, mask: Tensor | None) -> bool:
+    """Whether a mask says more than lengths do."""
+    if cache.rows is not None and cache.rows.lengths is not None:
+        return cache.rows.padding is not None  # the mask of such a pass is made of lengths, for layers without a graph
+    # Waits for the device, as generate() does itself after each step to see whether all sequences have ended.
+    return mask is not None and (mask.dim() != 2 or not bool(mask.all()))
 
 
 def _storages(cache: QuestCache) -> list[weakref.ref[KVStorage] | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from quest_attention.errors import QuestStateError
 from quest_attention.hf.counters import LayerCounter
 from quest_attention.hf.reading import Reading
 from quest_attention.hf.reporting import OnSelect, StepReporter
+from quest_attention.hf.rows import RowLengths
 from quest_attention.hf.storage import KVStorage
 from quest_attention.hf.stored import StoredLayer
 from quest_attention.hf.tokens import check_alike, check_fits, refuse_gradients
@@ -50,6 +52,7 @@ class QuestLayer(StepReporter, StoredLayer):
         is_estimate: Whether fewer may come, as in `generate()`, which may end early: then there is room for twice the
             first tokens at most to begin with.
         on_select: Called after each sparse step.
+        rows: Of a lossless cache, shared with its other layers: the layer reads everything unless a token is drafted.
 
     Attributes:
         captured_lengths: While a decode step is captured as a CUDA graph, `[B]` int32, tokens per sequence with the
@@ -59,6 +62,7 @@ class QuestLayer(StepReporter, StoredLayer):
     def __init__(
         self, config: QuestConfig, counter: LayerCounter, *, is_dense: bool, workspaces: Workspaces,
         max_length: int | None = None, is_estimate: bool = False, on_select: OnSelect | None = None,
+        rows: RowLengths | None = None,
     ) -> None:  # fmt: skip
         StepReporter.__init__(self, counter, on_select)
         self.config = config
@@ -66,6 +70,7 @@ class QuestLayer(StepReporter, StoredLayer):
         self.workspaces = workspaces
         self.max_length = max_length
         self.is_estimate = is_estimate
+        self.rows = rows
         self.captured_lengths: Tensor | None = None
         StoredLayer.__init__(self)
 
@@ -96,7 +101,7 @@ class QuestLayer(StepReporter, StoredLayer):
         storage = KVStorage(
             key_states, value_states, batch=key_states.shape[0], length=max(new, self._first_room(new)),
             dtype=torch.promote_types(key_states.dtype, value_states.dtype), config=self.config,
-            has_metadata=not self.is_dense, workspaces=self.workspaces,
+            has_metadata=not self.is_dense, workspaces=self.workspaces, has_gaps=self.rows is not None,
         )  # fmt: skip
         self._hold(storage)
         self.is_initialized = True
@@ -140,20 +145,49 @@ class QuestLayer(StepReporter, StoredLayer):
         check_fits("key_states", key_states, self.storage.keys)
         check_fits("value_states", value_states, self.storage.values)
         new = key_states.shape[2]
-        start, end = self._length, self._length + new
+        start = self._length
+        if self.rows is not None and self.rows.lengths is not None:
+            start = max(self.rows.lengths)
+        end = start + new
         widest = self._widest(key_states, value_states)
         if end > self.capacity or widest != self.dtype:
             length = self.capacity if end <= self.capacity else max(end, GROWTH * self.capacity)
             self._hold(self.storage.moved(start, length=length, dtype=widest))
-        self.storage.write(key_states, value_states, start)
+        self._write(key_states, value_states, start)
         self._length = end
         self._begin(self._reading_of(new, end), new)
         keys, values = self.storage.keys[:, :, :end], self.storage.values[:, :, :end]
         setattr(keys, LAYER_ATTRIBUTE, self)
         return keys, values
 
+    def _write(self, keys: Tensor, values: Tensor, start: int) -> None:
+        """Write tokens after the first `start` ones, or where the rows of a lossless pass end.
+
+        What a check of drafts writes, `settle` takes into the metadata when it is known how much of it stays.
+        """
+        storage, rows = self.storage, self.rows
+        assert storage is not None, "storage allocated"
+        if rows is None or rows.lengths is None:
+            storage.write(keys, values, start)
+        elif keys.shape[2] > 1:
+            storage.put(keys, values, start if rows.ends is None else rows.ends.long() - keys.shape[2])
+        elif rows.ends is None:
+            storage.write(keys, values, start)
+        else:
+            storage.append(keys.to(storage.dtype), values.to(storage.dtype), rows.ends)
+
+    def settle(self, length: int) -> None:
+        """The longest sequence keeps so many tokens [tokens]."""
+        self._length = length
+
+    @property
+    def seq_lens(self) -> int | Tensor:
+        """Tokens of every sequence, or `[B]` int32 of each where rows are not alike [tokens]."""
+        return self._length if self.rows is None or self.rows.ends is None else self.rows.ends
+
     def _reading_of(self, new: int, length: int) -> Reading:
-        return Reading.of(new, length, self.config.token_budget, is_dense=self.is_dense)
+        decide = Reading.of if self.rows is None else self.rows.reading_of
+        return decide(new, length, self.config.token_budget, is_dense=self.is_dense)
 
     def _widest(self, keys: Tensor, values: Tensor) -> torch.dtype:
         """The dtype that holds what is stored and these tokens, as `torch.cat` would choose it.
@@ -164,21 +198,35 @@ class QuestLayer(StepReporter, StoredLayer):
         return torch.promote_types(self.dtype, torch.promote_types(keys.dtype, values.dtype))
 
     def _update_captured(self, keys: Tensor, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one token of each sequence where the device says; what the host knows moves on at each replay."""
+        """Write the tokens of a step where the device says; what the host knows moves on at each replay."""
         assert self.storage is not None and self.dtype is not None, "storage allocated"
         if self._widest(keys, values) != self.dtype:
             raise StorageDtypeError(f"tokens of {self._widest(keys, values)} for a cache of {self.dtype}")
-        self.reading = self._reading_of(keys.shape[2], self._length + 1)
-        assert self.reading in (Reading.SPARSE, Reading.DENSE_LAYER), "graphs are of single tokens past the budget"
-        self.storage.append(keys.to(self.dtype), values.to(self.dtype), lengths)
+        start = self._length if self.rows is None or self.rows.lengths is None else max(self.rows.lengths)
+        self.reading = self._reading_of(keys.shape[2], start + keys.shape[2])
+        if keys.shape[2] > 1:
+            self.storage.put(keys, values, lengths.long() - keys.shape[2])
+        else:
+            self.storage.append(keys.to(self.dtype), values.to(self.dtype), lengths)
         everything = self.storage.keys[:, :, :]
         setattr(everything, LAYER_ATTRIBUTE, self)
         return everything, self.storage.values
 
-    def count_captured_step(self, batch: int) -> None:
-        """A captured step of `batch` sequences ran: the length and the counters follow."""
-        self._length += 1
-        self._begin(self._reading_of(1, self._length), 1)
+    def take_again(self, lengths: Sequence[int]) -> None:
+        """Make the metadata of the last pages that of the first `lengths` tokens alone, B of them [tokens]."""
+        if self.storage is None:
+            return
+        if len(set(lengths)) == 1:
+            self.storage.cut(lengths[0])
+            return
+        size = self.config.page_size
+        ends = torch.tensor(list(lengths), dtype=torch.int32, device=self.device)
+        self.storage.take(ends // size * size, ends)
+
+    def count_captured_step(self, batch: int, start: int, new: int) -> None:
+        """A captured step of `new` tokens of `batch` sequences after `start` ones: length and counters follow."""
+        self._length = start + new
+        self._begin(self._reading_of(new, self._length), new)
         self.count_attention(batch)
         if self.reading is Reading.SPARSE:
             self.counter.count_sparse(batch * self.config.unit_budget * self.config.unit_size, batch * self.tokens_held)

@@ -18,6 +18,7 @@ class Reading(Enum):
     WITHIN_BUDGET = "within budget"  # before the layer is asked: a short generation is the model's own in all of them
     DENSE_LAYER = "dense layer"
     SPARSE = "sparse"
+    CHECK = "check"  # of a lossless cache: drafted tokens are checked, or the next one is not drafted
 
     @classmethod
     def of(cls, new: int, length: int, token_budget: int, *, is_dense: bool = False) -> Reading:
@@ -40,5 +41,5 @@ class Reading(Enum):
 
     @property
     def is_step(self) -> bool:
-        """Whether the pass is a decode step."""
+        """Whether the pass is a decode step, a check of drafted tokens among them, which reads once for all of them."""
         return self is not Reading.SEVERAL_TOKENS

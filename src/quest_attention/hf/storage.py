@@ -33,6 +33,8 @@ class KVStorage:
         config: What to read.
         has_metadata: Whether what is read is chosen. Otherwise no metadata is kept.
         workspaces: Scratch memory shared with the other layers of the cache.
+        has_gaps: Whether sequences may end before others, and what lies behind an end is read and masked. It is 0 then:
+            memory that nobody wrote may hold NaN, which a mask lets through.
 
     Attributes:
         keys: `[B, HKV, capacity, D]`.
@@ -42,15 +44,19 @@ class KVStorage:
 
     def __init__(
         self, keys: Tensor, values: Tensor, *, batch: int, length: int, dtype: torch.dtype, config: QuestConfig,
-        has_metadata: bool, workspaces: Workspaces,
+        has_metadata: bool, workspaces: Workspaces, has_gaps: bool = False,
     ) -> None:  # fmt: skip
         self._config = config
         self._workspaces = workspaces
+        self._has_gaps = has_gaps
         heads, pages = keys.shape[1], num_pages(length, config.page_size)
         # What is made under inference mode could not be written outside of it, by the next turn of a conversation.
         with torch.inference_mode(False):
             self.keys = keys.new_empty(batch, heads, pages * config.page_size, keys.shape[3], dtype=dtype)
             self.values = values.new_empty(batch, heads, pages * config.page_size, values.shape[3], dtype=dtype)
+            if has_gaps and batch > 1:
+                self.keys.zero_()
+                self.values.zero_()
             self.metadata: Tensor | None = None
             if has_metadata:
                 shape = form_of(config).shape(config.page_size, keys.shape[3])
@@ -122,11 +128,35 @@ class KVStorage:
             values: `[B, HKV, T, DV]`, likewise.
             start: Tokens per sequence before them [tokens].
         """
+        self.put(keys, values, start)
+        self.take(start, start + keys.shape[2])
+
+    def put(self, keys: Tensor, values: Tensor, start: int | Tensor) -> None:
+        """Write tokens and leave the metadata as it is, until `take`.
+
+        Args:
+            keys: `[B, HKV, T, D]`, of any dtype that `dtype` holds.
+            values: `[B, HKV, T, DV]`, likewise.
+            start: Tokens before them, of every sequence or `[B]` int64 of each [tokens].
+        """
         new = keys.shape[2]
-        self.keys[:, :, start : start + new] = keys
-        self.values[:, :, start : start + new] = values
+        if not isinstance(start, Tensor):
+            self.keys[:, :, start : start + new] = keys
+            self.values[:, :, start : start + new] = values
+            return
+        where = (start[:, None] + torch.arange(new, device=start.device))[:, None, :, None]
+        self.keys.scatter_(2, where.expand_as(keys), keys.to(self.dtype))
+        self.values.scatter_(2, where.expand_as(values), values.to(self.dtype))
+
+    def take(self, start: int | Tensor, end: int | Tensor) -> None:
+        """Take the tokens from `start` to `end` into the metadata of their pages.
+
+        Args:
+            start: Of every sequence or `[B]` int32 of each [tokens]. A page that begins at or after it starts anew.
+            end: Likewise [tokens].
+        """
         if self.metadata is not None:
-            update_page_metadata(self.paged, start + new, new, self._config.backend)
+            update_page_metadata(self.paged, end, end - start, self._config.backend)
 
     def cut(self, length: int) -> None:
         """Take the metadata of a page anew of which only the tokens before `length` remain [tokens].
@@ -193,7 +223,7 @@ class KVStorage:
         """Another storage, with those sequences that `pick` chooses."""
         other = KVStorage(
             self.keys, self.values, batch=batch, length=length, dtype=dtype, config=self._config,
-            has_metadata=self.metadata is not None, workspaces=self._workspaces,
+            has_metadata=self.metadata is not None, workspaces=self._workspaces, has_gaps=self._has_gaps,
         )  # fmt: skip
         for (old, filled), (new, _) in zip(self._used(used), other._used(used), strict=True):
             new[:, :, :filled] = pick(old[:, :, :filled])

@@ -59,8 +59,12 @@ class Watch:
         tokens = next((given[name] for name in _TOKENS if given.get(name) is not None), None)  # [B, T] or [B, T, D]
         if not isinstance(cache, Cache) or not isinstance(tokens, Tensor) or tokens.dim() < 2:
             return
-        quest, new = cache.quest if isinstance(cache, QuestCache) else self._quest, tokens.shape[1]
-        if Reading.of(new, cache.get_seq_length() + new, quest.token_budget) is not Reading.SPARSE:
+        new = tokens.shape[1]
+        if isinstance(cache, QuestCache):
+            reading = cache.reading_of(new)
+        else:
+            reading = Reading.of(new, cache.get_seq_length() + new, self._quest.token_budget)
+        if reading is not Reading.SPARSE:
             return
         if isinstance(cache, QuestCache):
             if any(counter.kind == "quest" for counter in cache.counters.layers):

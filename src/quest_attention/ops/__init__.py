@@ -372,7 +372,9 @@ def sparse_decode_attention(
     """Attend to the tokens of the selected units alone.
 
     Args:
-        query: `[B, HQ, D]`, dtype as `append_token` takes it, HQ a multiple of HKV.
+        query: `[B, HQ, D]`, dtype as `append_token` takes it, HQ a multiple of HKV. Or `[B, T, HQ, D]`, the last T
+            tokens of each sequence, up to 16: each attends to what is selected and lies before them all, and to those
+            of them that are no later than itself.
         kv: The cache.
         seq_lens: Tokens per sequence [tokens].
         selected: Units to read, from `select_pages` or chosen otherwise: see `Selection`.
@@ -385,12 +387,24 @@ def sparse_decode_attention(
 
     Returns:
         The output `[B, HQ, DV]` in the dtype of the query, zero where a sequence has no token to attend to; and the
-        log-sum-exp `[B, HQ]` in float32 (natural logarithm), or None.
+        log-sum-exp `[B, HQ]` in float32 (natural logarithm), or None. Of several query tokens `[B, T, HQ, DV]`, and no
+        log-sum-exp.
 
     Raises:
         QuestValueError: A shape, dtype, device or number is wrong.
         BackendError: The backend cannot run here, or does not read such units.
     """
+    if getattr(query, "ndim", None) == 4:
+        if return_lse:
+            raise QuestValueError("return_lse", True, "False with several query tokens")
+        check_kinds(kv, query, _config(kv.page_size, backend))
+        tokens = QueryTokens(query, None, kv, seq_lens)
+        step = Step(
+            query=tokens.folded(), kv=kv, seq_lens=seq_lens, config=_config(kv.page_size, backend),
+            sm_scale=sm_scale, softcap=softcap, sinks=tokens.folded_sinks(sinks), token_mask=token_mask,
+        )  # fmt: skip
+        check_selected(selected, kv)
+        return tokens.attend(step, selected, _verbs(backend, kv.keys)), None
     step = Step(
         query=query, kv=kv, seq_lens=seq_lens, config=_config(kv.page_size, backend),
         sm_scale=sm_scale, softcap=softcap, sinks=sinks, token_mask=token_mask,

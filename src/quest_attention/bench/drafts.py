@@ -1,0 +1,121 @@
+"""Lossless decoding of a model of random weights: the acceptance of its drafts imposed, its rounds timed."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quest_attention.bench.timing import percentiles
+from quest_attention.errors import QuestValueError
+from quest_attention.hf import QuestCache, cache_argument, drafting
+
+__all__ = ["imposed_acceptance", "measured_acceptance", "time_rounds"]
+
+_FIRST_ROUNDS = 8
+"""Not counted: they allocate, are captured, and find out what steps take."""
+
+
+def measured_acceptance(path: Path, *, text: str, arm: str) -> list[float]:
+    """How many drafts the model accepted at least, 1 to 8 of them, as shares of the checks of a measurement.
+
+    Args:
+        path: What `benchmarks/acceptance.py` wrote.
+        text: Of which kind, such as "book".
+        arm: What drafted, such as "bounds@1024".
+
+    Raises:
+        QuestValueError: It holds no such row.
+    """
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    for row in rows:
+        if (row["text"], row["arm"], row["drafts"]) == (text, arm, "greedy"):
+            shares: list[float] = row["accepted_at_least"]
+            return shares
+    known = sorted({f"{row['text']} {row['arm']}" for row in rows})
+    raise QuestValueError("acceptance", f"{text} {arm}", f"one of {', '.join(known)}, as {path.name} has")
+
+
+@contextlib.contextmanager
+def imposed_acceptance(shares: Sequence[float], seed: int) -> Iterator[None]:
+    """Let checks accept as many drafts as a measurement says, whatever they are: random weights seldom agree.
+
+    Everything else runs as it would: a row of a batch accepts a number of its own, drawn for it.
+
+    Args:
+        shares: Of checks that accept so many drafts at least, from one draft on.
+        seed: Of the draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    module: Any = drafting
+    before = module.accept_likeliest
+
+    def accept(drafts: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        at_least = torch.tensor(list(shares[: drafts.shape[1]]))
+        drawn = torch.rand(len(drafts), 1, generator=generator)
+        accepted = (drawn < at_least).sum(1).to(scores.device)
+        return accepted, scores.argmax(-1).gather(1, accepted[:, None])[:, 0]
+
+    module.accept_likeliest = accept
+    try:
+        yield
+    finally:
+        module.accept_likeliest = before
+
+
+def time_rounds(model: Any, cache: QuestCache, batch: int, length: int, tokens: int) -> dict[str, Any]:
+    """Milliseconds a token of a lossless `generate()` after a cache of `length` tokens.
+
+    A round's time is that between the ends of two rounds, so it holds all that `generate()` does. Counted are rounds in
+    which all sequences go on, after the first ones. Time over tokens is that of all of them together: a round of few
+    tokens counts as much as it takes.
+
+    Args:
+        model: On which Quest is enabled, lossless.
+        cache: Of the handle's `make_cache()`, filled.
+        batch: Sequences.
+        length: Tokens in the cache [tokens].
+        tokens: To write of each sequence [tokens].
+
+    Raises:
+        RuntimeError: There are too few rounds to count.
+    """
+    ends: list[tuple[float, list[int]]] = []
+    loop: Any = drafting.Drafting
+    run_round = loop.run_round  # the class is patched: nothing else sees where a round ends
+
+    def note(self: Any) -> None:
+        before = list(self.held)
+        run_round(self)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        ends.append((time.perf_counter(), [new - old for old, new in zip(before, self.held, strict=True)]))
+
+    ids = torch.ones(batch, length + 1, dtype=torch.long, device=model.device)
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    loop.run_round = note
+    try:
+        model.generate(ids, **cache_argument(cache), **options)
+    finally:
+        loop.run_round = run_round
+    rounds = [
+        ((now - before) * 1e3, sum(gains) / batch)
+        for (before, _), (now, gains) in list(itertools.pairwise(ends))[_FIRST_ROUNDS:]
+        if all(gains)
+    ]
+    if not rounds:
+        raise RuntimeError(f"{tokens} tokens are too few: no round is left to count after {_FIRST_ROUNDS}")
+    ms, written = (sum(values) for values in zip(*rounds, strict=True))
+    return {
+        "ms_per_token": ms / written,
+        "round_ms": percentiles([took for took, _ in rounds]),
+        "tokens_a_round": written / len(rounds),
+        "rounds": len(rounds),
+    }

@@ -1,0 +1,75 @@
+"""How many tokens are drafted, by times that are given here and not measured."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from quest_attention.hf.draft_length import DraftLength
+
+
+def write(
+    draft_tokens: Any, *, draft: float, more: float, agreement: float, tokens: int = 4000, switch: float | None = None
+) -> tuple[float, list[int]]:
+    """Time for some tokens against plain steps of a second each, and the drafts of each round.
+
+    A draft takes `draft` seconds, a check a second and `more` for each draft, and a draft stays with probability
+    `agreement`, in the second half `switch`.
+    """
+    chance = random.Random(0)
+    length, seconds, written, rounds = DraftLength(draft_tokens), 0.0, 0, []
+    while written < tokens:
+        if switch is not None and written > tokens / 2:
+            agreement = switch
+        count, reason = length.next()
+        rounds.append(count)
+        if not count:
+            assert reason in ("measuring", "drafting does not pay")
+            length.tell_plain(1.0)
+            seconds, written = seconds + 1, written + 1
+            continue
+        accepted = 0
+        while accepted < count and chance.random() < agreement:
+            accepted += 1
+        took = count * draft, 1 + count * more
+        length.tell_check(count, accepted, min(accepted + 1, count), took)
+        seconds, written = seconds + sum(took), written + accepted + 1
+    return seconds / written, rounds
+
+
+def test_it_drafts_where_that_pays() -> None:
+    ratio, rounds = write(4, draft=0.2, more=0.05, agreement=0.9)
+    assert ratio < 0.52  # 2 seconds for 4.1 tokens
+    assert rounds[:6] == [0, 0, 0, 0, 1, 1]  # what a plain step and a draft take, after a first of each
+    assert rounds.count(4) > 0.95 * len(rounds)
+
+
+@pytest.mark.parametrize(
+    ("draft", "agreement"), [(1.0, 0.9), (1.0, 0.0), (0.3, 0.1), (0.5, 0.5)], ids=["dear", "both", "wrong", "half"]
+)
+@pytest.mark.parametrize("draft_tokens", [1, 4, 15, "auto"])
+def test_it_never_costs_more_than_three_per_cent(draft: float, agreement: float, draft_tokens: Any) -> None:
+    ratio, rounds = write(draft_tokens, draft=draft, more=0.1, agreement=agreement)
+    assert ratio < 1.03
+    assert any(rounds[len(rounds) // 2 :])  # it is tried again, ever more seldom
+
+
+def test_it_goes_on_when_the_text_changes() -> None:
+    _, rounds = write(4, draft=0.1, more=0.05, agreement=0.0, switch=0.95)
+    late = rounds[-100:]
+    assert sum(count > 0 for count in late) > 80
+    _, rounds = write(4, draft=0.3, more=0.1, agreement=0.95, switch=0.0)
+    assert sum(count > 0 for count in rounds[-100:]) < 10
+
+
+@pytest.mark.parametrize(
+    ("draft", "agreement", "least", "most"), [(0.05, 0.95, 6, 15), (0.3, 0.8, 1, 3)], ids=["cheap", "dear"]
+)
+def test_auto_finds_how_many(draft: float, agreement: float, least: int, most: int) -> None:
+    ratio, rounds = write("auto", draft=draft, more=0.02, agreement=agreement)
+    late = sorted(count for count in rounds[-200:] if count)
+    assert least <= late[len(late) // 2] <= most
+    fixed, _ = write(4, draft=draft, more=0.02, agreement=agreement)
+    assert ratio < fixed * 1.02
