@@ -18,7 +18,7 @@ from triton.runtime import driver
 
 from quest_attention import QuestConfig
 from quest_attention.forms import FP8, Bounds, Moments, Sketch
-from quest_attention.ops import Step
+from quest_attention.ops import Selection, Step
 from quest_attention.ops import triton as backend
 from quest_attention.ops.triton import (
     attention,
@@ -27,6 +27,7 @@ from quest_attention.ops.triton import (
     decode,
     masks,
     metadata,
+    query_tokens,
     received,
     scores,
     sketch,
@@ -108,6 +109,26 @@ def run_all(
     )
 
 
+def run_query_tokens(
+    dtype: torch.dtype, tokens: int, group: int, dim: int, *, is_quantised: bool = False, host: bool = False
+) -> None:
+    """Several query tokens, folded and attended to over every page."""
+    heads, page_size, pages, batch = 2, 16, 256, 1
+    keys = torch.empty(1, page_size, heads, dim, dtype=FP8 if is_quantised else dtype).expand(pages, -1, -1, -1)
+    scale = torch.ones(heads) if is_quantised else None
+    kept = torch.empty(1, heads, 2, dim, dtype=keys.dtype).expand(pages, -1, -1, -1)
+    table = torch.zeros(batch, pages, dtype=torch.int32)
+    kv = PagedKV(keys, keys, kept, table, form=Bounds(), key_scale=scale, value_scale=scale)
+    length: Any = pages * page_size if host else torch.full((batch,), pages * page_size, dtype=torch.int32)
+    query = torch.empty(batch, tokens, heads * group, dim, dtype=dtype)
+    lens = None if host else torch.full((batch,), tokens, dtype=torch.int64)
+    asked = backend.TritonQueryTokens(query, lens, kv, length)
+    config = QuestConfig(512, page_size, metadata="bounds")
+    step = Step(query=asked.folded(), kv=kv, seq_lens=length, config=config, softcap=20.0 if host else None)
+    every = Selection(torch.zeros(batch, heads, pages, dtype=torch.int32), torch.ones(batch, heads), page_size)
+    asked.attend_folded(step, replace(step, seq_lens=length - tokens), every, backend)
+
+
 def run_sketches(dtype: torch.dtype, group: int, dim: int, *, is_quantised: bool = False) -> None:
     """The kernels of sketches, and those of the verbs for single tokens."""
     heads, page_size, pages, batch = 2, 16, 9000, 1
@@ -165,7 +186,9 @@ def main() -> None:
     driver.set_active(NoGpu())
     # As vLLM sets one: whoever does has Triton write the constants of a kernel as JSON, which holds no function.
     triton.knobs.runtime.jit_post_compile_hook = lambda **_: None
-    for module in (attention, counts, decode, masks, metadata, scores, choice, received, sketch, token_decode):
+    for module in (
+        attention, counts, decode, masks, metadata, query_tokens, scores, choice, received, sketch, token_decode
+    ):  # fmt: skip
         module.launch = compile_only  # type: ignore[attr-defined]
     run_all(torch.bfloat16, 1, narrow=False, host=False, pages=256, budget=512)
     run_all(torch.bfloat16, 4, narrow=True, host=True, pages=256, budget=512)
@@ -174,6 +197,9 @@ def main() -> None:
     run_all(torch.bfloat16, 1, narrow=False, host=False, pages=256, budget=512, is_quantised=True, moments=True)
     run_all(torch.bfloat16, 4, narrow=True, host=True, pages=9000, budget=512, is_quantised=True)
     run_all(torch.bfloat16, 4, narrow=False, host=False, pages=256, budget=512, moments=True)
+    run_query_tokens(torch.bfloat16, 5, 4, 128)
+    run_query_tokens(torch.bfloat16, 16, 8, 128, is_quantised=True)
+    run_query_tokens(torch.float16, 3, 1, 80, host=True)
     run_sketches(torch.bfloat16, 4, 128)
     run_sketches(torch.float16, 1, 80, is_quantised=True)
     run_tokens(torch.bfloat16, 7, 64, scans=True, host=True)

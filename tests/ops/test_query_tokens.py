@@ -72,7 +72,10 @@ def causal(
             for head in range(query.shape[2]):
                 at = cache.lengths[b] - have + t
                 chosen = [u * size + i for u in units[b][head // group] for i in range(size) if u * size + i <= at]
-                where = [(int(kv.page_table[b, token // PAGE]), token % PAGE, head // group) for token in chosen]
+                where = [
+                    (int(kv.page_table[b, token // kv.page_size]), token % kv.page_size, head // group)
+                    for token in chosen
+                ]
                 keys, values = (torch.stack([part[one] for one in where]).double() for part in (kv.keys, kv.values))
                 logits = keys @ query[b, t, head].double() * kv.head_dim**-0.5
                 if softcap is not None:

@@ -398,7 +398,7 @@ def sparse_decode_attention(
         if return_lse:
             raise QuestValueError("return_lse", True, "False with several query tokens")
         check_kinds(kv, query, _config(kv.page_size, backend))
-        tokens = QueryTokens(query, None, kv, seq_lens)
+        tokens = resolve_backend(backend, kv.keys.device, kv.keys.dtype).query_tokens(query, None, kv, seq_lens)
         step = Step(
             query=tokens.folded(), kv=kv, seq_lens=seq_lens, config=_config(kv.page_size, backend),
             sm_scale=sm_scale, softcap=softcap, sinks=tokens.folded_sinks(sinks), token_mask=token_mask,
@@ -470,7 +470,8 @@ def quest_decode(
     if getattr(query, "ndim", None) == 4:  # what is no tensor is named below, or by a step
         check_kinds(kv, query, config)
         given = {"sm_scale": sm_scale, "softcap": softcap, "token_mask": token_mask, "workspace": workspace}
-        return _decode_several(QueryTokens(query, query_lens, kv, seq_lens), config, sinks, out, given)
+        backend = resolve_backend(config.backend, kv.keys.device, kv.keys.dtype)
+        return _decode_several(backend.query_tokens(query, query_lens, kv, seq_lens), config, sinks, out, given)
     if query_lens is not None:
         raise QuestValueError("query_lens", "a tensor", "None with queries [B, HQ, D], of one token each")
     step = Step(
@@ -531,6 +532,10 @@ def run_step(
         if done is not None:
             return QuestOutput(*done)
     verbs = backend.verbs
+    if attend is not None and backend.choose is not None and score is None:
+        chosen = backend.choose(step)
+        if chosen is not None:
+            return QuestOutput(attend(step, chosen), chosen)
     if score is None:
         scores = verbs.score_pages(step, step.scratch)
     else:

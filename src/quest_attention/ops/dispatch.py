@@ -14,6 +14,7 @@ from quest_attention.config import Backend, QuestConfig
 from quest_attention.errors import BackendError, QuestValueError
 from quest_attention.forms import MetadataForm
 from quest_attention.ops import candidates, reference_backend, torch_backend
+from quest_attention.ops.query_tokens import QueryTokens
 from quest_attention.ops.selection import DecodeWorkspace, Selection, Workspace
 from quest_attention.ops.step import Rows, Step
 from quest_attention.pages import PagedKV
@@ -62,6 +63,8 @@ class ResolvedBackend(NamedTuple):
         verbs: The implementation.
         fused: The decode step as a whole, where the backend has a way that is faster than its verbs one after the
             other, as in one launch; it gives None for what that cannot hold.
+        choose: Likewise its choice alone, for those who attend in a way of their own.
+        query_tokens: How several query tokens of a sequence become those of one group, and attend.
         make_workspace: Allocates scratch memory for decode steps of a shape.
     """
 
@@ -69,6 +72,8 @@ class ResolvedBackend(NamedTuple):
     reason: str
     verbs: Verbs
     fused: Callable[[Step], tuple[Tensor, Selection] | None] | None
+    choose: Callable[[Step], Selection | None] | None
+    query_tokens: type[QueryTokens]
     make_workspace: Callable[[PagedKV, int, QuestConfig, Iterable[int] | None], Workspace | None]
 
 
@@ -93,7 +98,8 @@ def resolve_backend(name: Backend, device: torch.device | str, dtype: torch.dtyp
         return _torch("asked for by name")
     if name == "reference":
         reason = "asked for by name: the oracle, far too slow to serve"
-        return ResolvedBackend("reference", reason, reference_backend, None, DecodeWorkspace.for_cache)
+        make = DecodeWorkspace.for_cache
+        return ResolvedBackend("reference", reason, reference_backend, None, None, QueryTokens, make)
     if name == "triton":
         missing = _why_no_triton(kind)
         if missing is not None:
@@ -111,14 +117,16 @@ def resolve_backend(name: Backend, device: torch.device | str, dtype: torch.dtyp
 
 @cache
 def _torch(reason: str) -> ResolvedBackend:
-    return ResolvedBackend("torch", reason, torch_backend, candidates.quest_decode, DecodeWorkspace.for_cache)
+    fused, make = candidates.quest_decode, DecodeWorkspace.for_cache
+    return ResolvedBackend("torch", reason, torch_backend, fused, None, QueryTokens, make)
 
 
 @cache  # or an import is looked up at every step
 def _triton(reason: str) -> ResolvedBackend:
     from quest_attention.ops import triton as backend
 
-    return ResolvedBackend("triton", reason, backend, backend.quest_decode, backend.make_workspace)
+    fused, choose, make = backend.quest_decode, backend.choose_tokens, backend.make_workspace
+    return ResolvedBackend("triton", reason, backend, fused, choose, backend.TritonQueryTokens, make)
 
 
 @cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,11 +17,13 @@ from torch import Tensor
 from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestValueError
 from quest_attention.ops.checks import check_lengths
-from quest_attention.ops.dispatch import Verbs
 from quest_attention.ops.gathering import gather_keys, gather_values
 from quest_attention.ops.selection import Selection
 from quest_attention.ops.step import Step
 from quest_attention.pages import PagedKV, check_like
+
+if TYPE_CHECKING:
+    from quest_attention.ops.dispatch import Verbs
 
 __all__ = ["MOST_QUERY_TOKENS", "QueryTokens"]
 
@@ -128,18 +131,29 @@ class QueryTokens:
         """
         begin = self.seq_lens - (self.count if self.lens is None else self.lens)
         before = replace(step, seq_lens=begin, workspace=None, out=None)
-        output, lse = verbs.sparse_decode_attention(before, selected, return_lse=True)
-        assert lse is not None, "as asked"
-        own, own_lse = self._attend_own(step, begin)
-        total = torch.logaddexp(lse, own_lse)
-        precise = own.dtype
-        merged = output.to(precise) * (lse - total).exp()[..., None] + own * (own_lse - total).exp()[..., None]
-        grouped = merged.to(output.dtype).unflatten(1, (self.kv.num_kv_heads, self.count, -1))
+        grouped = self.attend_folded(step, before, selected, verbs).unflatten(1, (self.kv.num_kv_heads, self.count, -1))
         back: Tensor = grouped.transpose(1, 2).flatten(2, 3)  # [B, T, HQ, DV]
         if self.lens is None:
             return back
         nth = torch.arange(self.count, device=back.device)
         return back.masked_fill((nth >= self.lens[:, None])[:, :, None, None], 0)
+
+    def attend_folded(self, step: Step, before: Step, selected: Selection, verbs: Verbs) -> Tensor:
+        """Attention of the folded queries: `[B, HKV * T * G, DV]`.
+
+        Args:
+            step: Of the folded queries.
+            before: The same over what lies before the tokens of the step.
+            selected: What they chose.
+            verbs: Of the backend.
+        """
+        output, lse = verbs.sparse_decode_attention(before, selected, return_lse=True)
+        assert lse is not None, "as asked"
+        own, own_lse = self._attend_own(step, before.seq_lens)
+        total = torch.logaddexp(lse, own_lse)
+        precise = own.dtype
+        merged = output.to(precise) * (lse - total).exp()[..., None] + own * (own_lse - total).exp()[..., None]
+        return merged.to(output.dtype)
 
     def _attend_own(self, step: Step, begin: Tensor | int) -> tuple[Tensor, Tensor]:
         """Of the folded queries over the tokens of the step, each to those up to its own, without sinks.

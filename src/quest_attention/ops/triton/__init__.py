@@ -7,12 +7,16 @@ from quest_attention.ops.triton.choice import select_pages
 from quest_attention.ops.triton.counts import count_reads
 from quest_attention.ops.triton.decode import quest_decode
 from quest_attention.ops.triton.metadata import append_slots, append_token, update_page_metadata, update_slot_metadata
+from quest_attention.ops.triton.query_tokens import TritonQueryTokens
 from quest_attention.ops.triton.scores import score_pages
+from quest_attention.ops.triton.token_decode import choose_tokens
 from quest_attention.ops.triton.workspace import make_workspace
 
 __all__ = [
+    "TritonQueryTokens",
     "append_slots",
     "append_token",
+    "choose_tokens",
     "count_reads",
     "make_workspace",
     "quest_decode",

@@ -14,6 +14,7 @@ from torch import Tensor
 from quest_attention.ops.selection import Selection
 from quest_attention.ops.step import Step
 from quest_attention.ops.triton.arguments import (
+    Shape,
     by_head,
     keys_argument,
     length_of,
@@ -28,7 +29,7 @@ from quest_attention.ops.triton.launch import check_kernel_dtype, launch
 from quest_attention.ops.triton.merge import LOWEST, Partial, merge_kernel, store_partial
 from quest_attention.ops.triton.tuning import ATTEND_STAGES, attended_block, attending_programs
 
-__all__ = ["attend_slots", "place_of", "sparse_decode_attention"]
+__all__ = ["attend_slots", "attend_splits", "merge_found", "place_of", "sparse_decode_attention"]
 
 _LISTED = 128
 """Units a program looks up in the page table at a time."""
@@ -38,18 +39,21 @@ def sparse_decode_attention(
     step: Step, selected: Selection, *, return_lse: bool = False, is_own: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """See `ops.sparse_decode_attention`; whoever chose the units, the kernel looks."""
-    kv, token_mask, softcap, sinks = step.kv, step.token_mask, step.softcap, step.sinks
+    return merge_found(step, *attend_splits(step, selected), return_lse=return_lse)
+
+
+def attend_splits(step: Step, selected: Selection, *, room: int = 0) -> tuple[Partial, Shape]:
+    """What the splits of each row found, not merged yet; `room` is for so many more, which are left to be written."""
+    kv, token_mask, softcap = step.kv, step.token_mask, step.softcap
     check_kernel_dtype(kv.keys)
     query, table, units = side_by_side(step.query), side_by_side(kv.page_table), side_by_side(selected.units)
     batch, heads = kv.batch_size, kv.num_kv_heads
     group, width, device = query.shape[1] // heads, kv.values.shape[-1], query.device
     slots = units.shape[2]
-    output = torch.empty(batch, query.shape[1], width, dtype=query.dtype, device=device)
-    lse = torch.empty(batch, query.shape[1], dtype=torch.float32, device=device) if return_lse else None
     splits = attending_programs(slots, selected.unit_size, batch * heads, device)
     found = Partial(
-        torch.empty(batch * heads, splits, group, width, dtype=torch.float32, device=device),
-        torch.empty(batch * heads, splits, group, dtype=torch.float32, device=device),
+        torch.empty(batch * heads, splits + room, group, width, dtype=torch.float32, device=device),
+        torch.empty(batch * heads, splits + room, group, dtype=torch.float32, device=device),
     )
     places = torch.empty(batch * heads, slots, dtype=torch.int32, device=device)
     mask = None if token_mask is None else side_by_side(token_mask)
@@ -59,10 +63,19 @@ def sparse_decode_attention(
         by_head(query), keys_argument(kv), values_argument(kv), table, table.stride(0),
         lengths_argument(step.seq_lens), by_head(units), mask, 0 if mask is None else mask.stride(0),
         0 if mask is None else mask.shape[1], places, None if mask is None else torch.empty_like(places), found,
-        float(step.scale), None if softcap is None else float(softcap), heads, slots, splits,
+        float(step.scale), None if softcap is None else float(softcap), heads, slots, splits, splits + room,
         triton.cdiv(slots, splits),
         SHAPE=shape, BLOCK_L=_LISTED, BLOCK_T=attended_block(kv), STAGES=ATTEND_STAGES, num_warps=4,
     )  # fmt: skip
+    return found, shape
+
+
+def merge_found(step: Step, found: Partial, shape: Shape, *, return_lse: bool = False) -> tuple[Tensor, Tensor | None]:
+    """The output `[B, HQ, DV]` of all splits together, with sinks, and the log-sum-exp where it is asked for."""
+    query, sinks, heads = step.query, step.sinks, step.kv.num_kv_heads
+    batch, group, splits = query.shape[0], query.shape[1] // heads, found.partial.shape[1]
+    output = torch.empty(*query.shape[:2], shape.value_dim, dtype=query.dtype, device=query.device)
+    lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device) if return_lse else None
     launch(
         merge_kernel, (batch * heads * triton.cdiv(group, shape.merged),),
         by_head(output), found, None if sinks is None else side_by_side(sinks), lse, heads, splits,
@@ -202,10 +215,10 @@ def _look_up(
     return tl.where(count > 0, count.to(tl.int32) * SHAPE.unit - past, 0)
 
 
-@triton.jit(do_not_specialize=["lengths", "mask_width", "slots", "splits", "units_per_split"])
+@triton.jit(do_not_specialize=["lengths", "mask_width", "slots", "splits", "all_splits", "units_per_split"])
 def _attend_kernel(
     query, keys, values, page_table, table_stride, lengths, units, token_mask, mask_stride, mask_width, places,
-    logical, found, scale, softcap, num_kv_heads, slots, splits, units_per_split,
+    logical, found, scale, softcap, num_kv_heads, slots, splits, all_splits, units_per_split,
     SHAPE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -231,4 +244,4 @@ def _attend_kernel(
         q, keys, values, h, row_places, row_logical, first * SHAPE.unit, first * SHAPE.unit + held,
         mask_row, mask_width, scale, softcap, SHAPE, BLOCK_T, STAGES,
     )  # fmt: skip
-    store_partial(found, row, split, splits, largest, total, gathered, SHAPE)
+    store_partial(found, row, split, all_splits, largest, total, gathered, SHAPE)

@@ -48,12 +48,13 @@ from quest_attention.ops.triton.token_workspace import (
     RANKED_PAGES,
     SAMPLE_PARTS,
     SAMPLED_RANKS,
+    Plan,
     TokenWorkspace,
     make_token_workspace,
     plan_of,
 )
 
-__all__ = ["decode_tokens"]
+__all__ = ["choose_tokens", "decode_tokens"]
 
 _FEWEST = 8
 """Sampled ranks that pass the threshold at least: of fewer none says much about a row."""
@@ -73,20 +74,54 @@ _SAMPLE = 128
 
 def decode_tokens(step: Step) -> tuple[Tensor, Selection] | None:
     """See `ops.quest_decode`. None where these kernels cannot hold the problem; the single verbs can."""
-    query, kv, config, workspace = step.query, step.kv, step.config, step.workspace
-    check_kernel_dtype(kv.keys)
-    plan = plan_of(kv, query.shape[1], config)
-    if plan is None:
+    planned = _plan(step)
+    if planned is None:
         return None
-    batch, heads, device = kv.batch_size, kv.num_kv_heads, query.device
-    group, width, rows = query.shape[1] // heads, kv.values.shape[-1], batch * heads
-    if workspace is None:
-        workspace = make_token_workspace(kv, query.shape[1], config)
-    if not isinstance(workspace, TokenWorkspace):
-        raise QuestValueError("workspace", type(workspace).__name__, "what make_workspace gives for this backend")
+    plan, workspace = planned
+    query, kv, sinks = step.query, step.kv, step.sinks
+    batch, heads, width = kv.batch_size, kv.num_kv_heads, kv.values.shape[-1]
+    group = query.shape[1] // heads
+    selected = _choose(step, plan, workspace)
     output = step.out
     if output is None:
-        output = torch.empty(batch, query.shape[1], width, dtype=query.dtype, device=device)
+        output = torch.empty(batch, query.shape[1], width, dtype=query.dtype, device=query.device)
+    shape = shape_of(kv.page_size, group, kv.head_dim, width, unit=1)
+    launch(
+        _attend_kernel, (batch * heads * plan.splits,), by_head(side_by_side(query)), keys_argument(kv),
+        values_argument(kv), workspace, selected.counts, None if sinks is None else side_by_side(sinks), output,
+        float(step.scale), None if step.softcap is None else float(step.softcap), heads, plan.splits, plan.slots,
+        SHAPE=shape, BLOCK_T=max(16, _ATTENDED // max(shape.block_d, shape.block_dv)),
+        STAGES=1 if group == 1 else _STAGES, BLOCK_S=max(2, triton.next_power_of_2(plan.splits)),
+        num_warps=4, **starts_early(query),
+    )  # fmt: skip
+    return output, selected
+
+
+def choose_tokens(step: Step) -> Selection | None:
+    """What `decode_tokens` attends to, for those who attend in a way of their own; None where that is None."""
+    planned = _plan(step)
+    return None if planned is None else _choose(step, *planned)
+
+
+def _plan(step: Step) -> tuple[Plan, TokenWorkspace] | None:
+    """How a step runs, and its scratch memory; None where these kernels cannot hold the problem."""
+    check_kernel_dtype(step.kv.keys)
+    plan = plan_of(step.kv, step.query.shape[1], step.config)
+    if plan is None:
+        return None
+    workspace = step.workspace
+    if workspace is None:
+        workspace = make_token_workspace(step.kv, step.query.shape[1], step.config)
+    if not isinstance(workspace, TokenWorkspace):
+        raise QuestValueError("workspace", type(workspace).__name__, "what make_workspace gives for this backend")
+    return plan, workspace
+
+
+def _choose(step: Step, plan: Plan, workspace: TokenWorkspace) -> Selection:
+    """All launches but the last."""
+    query, kv, config = step.query, step.kv, step.config
+    batch, heads, device = kv.batch_size, kv.num_kv_heads, query.device
+    group, width, rows = query.shape[1] // heads, kv.values.shape[-1], batch * heads
     units = torch.empty(batch, heads, plan.slots, dtype=torch.int32, device=device)
     counts = torch.empty(batch, heads, dtype=torch.int32, device=device)
     by_heads, table, lengths = (
@@ -141,15 +176,7 @@ def decode_tokens(step: Step) -> tuple[Tensor, Selection] | None:
         recent_pages, plan.pick_parts, plan.slots, plan.listed, plan.most,
         PAGE=kv.page_size, PARTS=parts, HELD=plan.held, num_warps=min(32, max(4, plan.held // _HELD)), **follows,
     )  # fmt: skip
-    shape = shape_of(kv.page_size, group, kv.head_dim, width, unit=1)
-    launch(
-        _attend_kernel, (rows * plan.splits,), by_heads, keys, values_argument(kv), workspace, counts, sinks, output,
-        scale, softcap, heads, plan.splits, plan.slots,
-        SHAPE=shape, BLOCK_T=max(16, _ATTENDED // max(shape.block_d, shape.block_dv)),
-        STAGES=1 if group == 1 else _STAGES, BLOCK_S=max(2, triton.next_power_of_2(plan.splits)),
-        num_warps=4, **follows,
-    )  # fmt: skip
-    return output, Selection(units, counts, 1)
+    return Selection(units, counts, 1)
 
 
 @triton.jit(do_not_specialize=["num_kv_heads", "splits", "slots"])

@@ -1,0 +1,41 @@
+"""The kernels of several query tokens beside what PyTorch has in their place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is for Linux")
+
+from backends import available, interpreted
+from caches import make_cache
+from quest_attention import QuestConfig, quest_decode, update_page_metadata
+from quest_attention.forms import Sketch
+from quest_attention.ops import Step, make_workspace, resolve_backend
+from quest_attention.ops.query_tokens import QueryTokens
+from test_query_tokens import PAGE, as_lists, causal, queries
+from token_choice import assert_choice
+
+
+@interpreted
+def test_kernels_that_choose_among_candidates_choose_for_all_tokens() -> None:
+    cache = make_cache([300, 70, 20], page_size=16, dim=64, form=Sketch(16))
+    update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens, backend="reference")
+    config = QuestConfig(64, 16, metadata="sketch", selection_unit="token", backend=available("triton"))
+    query, lens = queries(cache, 3), torch.tensor([3, 1, 2], dtype=torch.int32)
+    workspace = make_workspace(cache.kv, 3 * query.shape[2], config)
+    given = {"seq_lens": cache.seq_lens, "workspace": workspace}
+    output, selected = quest_decode(query, cache.kv, config=config, query_lens=lens, **given)
+    tokens = QueryTokens(query, lens, cache.kv, cache.seq_lens)
+    assert_choice(Step(query=tokens.folded(), kv=cache.kv, config=tokens.config(config), **given), selected)
+    expected = causal(cache, query, lens.tolist(), as_lists(selected.units), 1)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=2e-6)
+
+
+@interpreted
+def test_kernels_fold_as_pytorch_does() -> None:
+    cache = make_cache([40, 9], page_size=PAGE)
+    query = queries(cache, 5, group=3).transpose(0, 1).contiguous().transpose(0, 1)
+    lens = torch.tensor([2, 5])
+    ours = resolve_backend(available("triton"), "cpu").query_tokens(query, lens, cache.kv, cache.seq_lens)
+    assert torch.equal(ours.folded(), QueryTokens(query, lens, cache.kv, cache.seq_lens).folded())
