@@ -247,7 +247,10 @@ class _CapturedStep:
         self.storages = _storages(cache)
         self.weights = weights
         layers = [layer for layer in cache.layers if isinstance(layer, QuestLayer)]
-        given = {**self.inputs, cache_name: cache, "attention_mask": None, "logits_to_keep": logits_to_keep}
+        # Of several tokens a model would make a mask for a length; one that is made already it takes as it is, and the
+        # attention of a captured pass asks the lengths alone.
+        mask = None if step.new == 1 else torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
+        given = {**self.inputs, cache_name: cache, "attention_mask": mask, "logits_to_keep": logits_to_keep}
         run = functools.partial(forward, **given, use_cache=True, return_dict=True)
         for layer in layers:
             layer.captured_lengths = self.lengths
