@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from families import FAMILIES, build
 from quest_attention import QuestConfig, QuestStateError, QuestValueError, UnsupportedModelError, enable_quest
@@ -18,6 +18,7 @@ from quest_attention.hf import QuestCache, QuestLayer, cache_argument
 from quest_attention.hf.draft_length import DraftLength
 from quest_attention.hf.drafting import Drafting
 from quest_attention.hf.naming import CACHE
+from quest_attention.models import bundled_model_path
 from quest_attention.ops import update_page_metadata
 from quest_attention.pages import PagedKV
 from tiny import make_llama, prompt
@@ -541,3 +542,42 @@ def test_other_caches() -> None:
         quest.disable()
         with pytest.raises(QuestStateError):
             quest.make_cache()
+
+
+# Other attention, other dtypes, stop strings
+
+
+def test_eager_attention_is_checked_by_itself() -> None:
+    model = make_llama()
+    model.set_attn_implementation("eager")
+    alone, ours, counters = both(model, padded())
+    assert torch.equal(alone, ours)
+    assert counters.drafts.accepted > 0
+
+
+def test_autocast() -> None:
+    """Rounded sums may choose another of two near tokens, so that lengths and drafts are what is looked at."""
+    with torch.autocast("cpu", torch.bfloat16):
+        alone, ours, counters = both(make_llama(), padded())
+    assert alone.shape == ours.shape
+    assert counters.drafts.accepted > 0
+
+
+def test_stop_strings() -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(bundled_model_path())
+    tokenizer = AutoTokenizer.from_pretrained(bundled_model_path())
+    inputs = tokenizer("The grass is green. The sky is blue. " * 12, return_tensors="pt")
+    options = {"max_new_tokens": 40, "do_sample": False, "stop_strings": ["blue"], "tokenizer": tokenizer}
+    alone = model.generate(**inputs, **options)
+    assert alone.shape[1] - inputs.input_ids.shape[1] < 40
+    with enable_quest(model, QuestConfig(64), lossless=True) as quest:
+        assert torch.equal(model.generate(**inputs, **options), alone)
+        assert quest.counters.drafts.checks > 0
+
+
+def test_several_answers_to_a_prompt() -> None:
+    model = make_llama()
+    with enable_quest(model, LOW, lossless=True) as quest:
+        made = generate(model, prompt(2), 20, do_sample=True, num_return_sequences=3)
+        assert made.shape == (6, 80)
+        assert quest.counters.drafts.accepted > 0
