@@ -329,6 +329,30 @@ def test_a_check_that_fails_leaves_a_cache_that_can_be_used() -> None:
             assert_metadata_is_of_keys(layer, [length] * 3)
 
 
+def test_a_pass_that_fails_between_layers() -> None:
+    """Some layers have its tokens and some do not; all have the same afterwards, and the text can go on from there."""
+    model: Any = make_llama()
+    ids, passes = padded(), []
+    alone = generate(model, ids)
+
+    def fail(*_: Any) -> None:
+        passes.append(1)
+        if len(passes) == 30:
+            raise RuntimeError("no memory")
+
+    hook = model.model.layers[1].self_attn.q_proj.register_forward_pre_hook(fail)
+    with enable_quest(model, LOW, lossless=True) as quest:
+        cache = quest.make_cache()
+        with pytest.raises(RuntimeError, match="no memory"):
+            generate(model, ids, **cache_argument(cache))
+        hook.remove()
+        (length,) = {layer.get_seq_length() for layer in cache.layers}
+        assert 60 <= length < 110
+        mask = torch.cat([(ids != 0).long(), torch.ones(3, length + 1 - 60).long()], dim=1)
+        options = {"attention_mask": mask, "max_new_tokens": 110 - length - 1, **cache_argument(cache)}
+        assert torch.equal(generate(model, alone[:, : length + 1], **options), alone)
+
+
 # Sampling
 
 

@@ -249,7 +249,7 @@ class Drafting:
         # What a row wrote past its end, before anybody looked, is not what follows there.
         right = [self._holds(length) for length in emission.ends.values()]
         least = max(self._start, min([*self.held, *right, target]))
-        cache.crop(least - cache.get_seq_length())
+        cache.keep(least)
         if is_kept and least < target:
             missing = target - least
             alike = [least] * len(self.held)
