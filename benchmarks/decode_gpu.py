@@ -14,6 +14,8 @@ With `--lossless` two arms instead, in the same CUDA graphs:
     dense        as above
     lossless-N   lossless decoding, whose drafts are sparse steps with sketches and a budget of N tokens
 
+    python benchmarks/decode_gpu.py --lossless --models llama-3.1-8b --acceptance acceptance.json
+
 Random weights seldom agree with themselves, so checks accept as many drafts as `--acceptance` has, a result of
 `acceptance.py` on a public model: imposed, and in the record. All else runs as with any model.
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from families import FAMILIES, build
 from quest_attention import QuestConfig, QuestStateError, QuestValueError, UnsupportedModelError, enable_quest
@@ -18,6 +18,7 @@ from quest_attention.hf import QuestCache, QuestLayer, cache_argument
 from quest_attention.hf.draft_length import DraftLength
 from quest_attention.hf.drafting import Drafting
 from quest_attention.hf.naming import CACHE
+from quest_attention.models import bundled_model_path
 from quest_attention.ops import update_page_metadata
 from quest_attention.pages import PagedKV
 from tiny import make_llama, prompt
@@ -328,6 +329,30 @@ def test_a_check_that_fails_leaves_a_cache_that_can_be_used() -> None:
             assert_metadata_is_of_keys(layer, [length] * 3)
 
 
+def test_a_pass_that_fails_between_layers() -> None:
+    """Some layers have its tokens and some do not; all have the same afterwards, and the text can go on from there."""
+    model: Any = make_llama()
+    ids, passes = padded(), []
+    alone = generate(model, ids)
+
+    def fail(*_: Any) -> None:
+        passes.append(1)
+        if len(passes) == 30:
+            raise RuntimeError("no memory")
+
+    hook = model.model.layers[1].self_attn.q_proj.register_forward_pre_hook(fail)
+    with enable_quest(model, LOW, lossless=True) as quest:
+        cache = quest.make_cache()
+        with pytest.raises(RuntimeError, match="no memory"):
+            generate(model, ids, **cache_argument(cache))
+        hook.remove()
+        (length,) = {layer.get_seq_length() for layer in cache.layers}
+        assert 60 <= length < 110
+        mask = torch.cat([(ids != 0).long(), torch.ones(3, length + 1 - 60).long()], dim=1)
+        options = {"attention_mask": mask, "max_new_tokens": 110 - length - 1, **cache_argument(cache)}
+        assert torch.equal(generate(model, alone[:, : length + 1], **options), alone)
+
+
 # Sampling
 
 
@@ -541,3 +566,42 @@ def test_other_caches() -> None:
         quest.disable()
         with pytest.raises(QuestStateError):
             quest.make_cache()
+
+
+# Other attention, other dtypes, stop strings
+
+
+def test_eager_attention_is_checked_by_itself() -> None:
+    model = make_llama()
+    model.set_attn_implementation("eager")
+    alone, ours, counters = both(model, padded())
+    assert torch.equal(alone, ours)
+    assert counters.drafts.accepted > 0
+
+
+def test_autocast() -> None:
+    """Rounded sums may choose another of two near tokens, so that lengths and drafts are what is looked at."""
+    with torch.autocast("cpu", torch.bfloat16):
+        alone, ours, counters = both(make_llama(), padded())
+    assert alone.shape == ours.shape
+    assert counters.drafts.accepted > 0
+
+
+def test_stop_strings() -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(bundled_model_path())
+    tokenizer = AutoTokenizer.from_pretrained(bundled_model_path())
+    inputs = tokenizer("The grass is green. The sky is blue. " * 12, return_tensors="pt")
+    options = {"max_new_tokens": 40, "do_sample": False, "stop_strings": ["blue"], "tokenizer": tokenizer}
+    alone = model.generate(**inputs, **options)
+    assert alone.shape[1] - inputs.input_ids.shape[1] < 40
+    with enable_quest(model, QuestConfig(64), lossless=True) as quest:
+        assert torch.equal(model.generate(**inputs, **options), alone)
+        assert quest.counters.drafts.checks > 0
+
+
+def test_several_answers_to_a_prompt() -> None:
+    model = make_llama()
+    with enable_quest(model, LOW, lossless=True) as quest:
+        made = generate(model, prompt(2), 20, do_sample=True, num_return_sequences=3)
+        assert made.shape == (6, 80)
+        assert quest.counters.drafts.accepted > 0

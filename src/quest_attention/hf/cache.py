@@ -165,6 +165,12 @@ class QuestCache(DynamicCache):
         for layer in layers:
             layer.settle(max(after))
 
+    def keep(self, length: int) -> None:
+        """Let every layer have the first `length` tokens of each sequence, whatever a pass left it that failed."""
+        for layer in self.layers:
+            if isinstance(layer, QuestLayer):
+                layer.crop(min(0, length - layer.get_seq_length()))
+
     @kept_from_compilers
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """See transformers' `Cache`. `torch.compile` leaves it as it is and compiles what is around it.

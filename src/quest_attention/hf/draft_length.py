@@ -117,18 +117,23 @@ class DraftLength:
             return
         rows = max(1.0, examined - accepted)
         self._lost += max(0.0, sum(seconds) - plain * (1 + accepted / rows))
-        if self._lost < _FREE_LOSS * plain:
+        # What the next try would lose counts too: a single one of many drafts takes as long as many plain steps.
+        risked = self._lost + max(0.0, self._tokens(best) / self._speed(best) - plain * self._tokens(best))
+        if risked < _FREE_LOSS * plain:
             return
-        self._pause = self._lost / _MOST_LOSS
+        self._pause = risked / _MOST_LOSS
         seen = self._accepted + self._refused  # the next try is to count as much as all before it
         self._accepted, self._refused = self._accepted / seen, self._refused / seen
 
+    def _tokens(self, drafts: int) -> float:
+        """Tokens that a round of so many drafts is likely to give [tokens]."""
+        p = min(self.acceptance, 1 - 1e-6)
+        return (1 - p ** (drafts + 1)) / (1 - p)
+
     def _speed(self, drafts: int) -> float:
         """Tokens a second with so many drafts; checks take longer in proportion to theirs."""
-        p = min(self.acceptance, 1 - 1e-6)
-        tokens = (1 - p ** (drafts + 1)) / (1 - p)
         seconds = self._plain.mean + drafts * (self._draft.mean + self._more.mean)
-        return tokens / max(1e-9, seconds)
+        return self._tokens(drafts) / max(1e-9, seconds)
 
 
 class _Seconds:

@@ -92,6 +92,7 @@ class Drafting:
         last = torch.full((batch,), self._start - 1, device=logits.device) if positions is None else positions[:, -1]
         self._first_position = last.expand(batch) + 1
         self._extra = {name: value for name, value in arguments.items() if name not in _OURS and value is not None}
+        self._go_there()
         self._accept(logits[:, None], drafts=None)
         emission.emit()
 
@@ -105,6 +106,7 @@ class Drafting:
         """Draft, check, settle."""
         emission, cache = self._emission, self._cache
         emission.make_room()
+        self._go_there()
         rooms = [emission.room_of(row) for row in range(len(self.held))]
         rows = sum(room > 0 for room in rooms)
         count, reason = self._length.next()
@@ -161,8 +163,8 @@ class Drafting:
         starts = [held + nth for held in self.held]
         rows = self._cache.rows
         assert rows is not None, "a lossless cache"
-        rows.begin(starts, count, is_drafting=is_drafting, device=device)
-        ahead = torch.tensor(starts, device=device)[:, None] + torch.arange(count, device=device)  # [B, T]
+        ahead = self._held_there + (nth + torch.arange(count, device=device))  # [B, T]
+        rows.begin(starts, ahead[:, -1] + 1, is_drafting=is_drafting)
         mask = None
         if rows.ends is not None or self._mask is not None or count > 1:
             mask = self._mask_of(ahead, max(starts) + count)
@@ -178,6 +180,11 @@ class Drafting:
         )  # fmt: skip
         return made.logits[:, -count:].to(torch.float32)  # type: ignore[no-any-return]
 
+    def _go_there(self) -> None:
+        """Tell the device how long the rows are: once, as each such copy waits until it has done all before it."""
+        both = torch.tensor([self.held, self._emission.lengths], device=self._emission.tokens.device)
+        self._held_there, self._lengths_there = both[:, :, None]  # [B, 1] each
+
     def _mask_of(self, ahead: Tensor, length: int) -> Tensor:
         """`[B, 1, T, length]` bool: every token sees those before it in its row, but padding."""
         column = torch.arange(length, device=ahead.device)
@@ -188,8 +195,8 @@ class Drafting:
 
     def _places(self, nth: int) -> Tensor:
         """`[B, 1]` int64, the place in a row of the `nth` token behind its own; -1 is its newest [tokens]."""
-        lengths = torch.tensor(self._emission.lengths, device=self._emission.tokens.device)
-        return lengths[:, None] + nth
+        places: Tensor = self._lengths_there + nth
+        return places
 
     def _asked(self, nth: int) -> list[int | None]:
         """Tokens before the `nth` place behind a row's own; None for rows that have ended [tokens]."""
@@ -242,11 +249,12 @@ class Drafting:
         # What a row wrote past its end, before anybody looked, is not what follows there.
         right = [self._holds(length) for length in emission.ends.values()]
         least = max(self._start, min([*self.held, *right, target]))
-        cache.crop(least - cache.get_seq_length())
+        cache.keep(least)
         if is_kept and least < target:
             missing = target - least
             alike = [least] * len(self.held)
             self.held = alike
+            self._go_there()
             self._forward(emission.tokens[:, emission.length - 1 - missing : emission.length - 1], 0, is_drafting=False)
             cache.settle(alike, [target] * len(alike))
             cache.rows.end()

@@ -42,11 +42,13 @@ class _Pass(NamedTuple):
         starts: Tokens of each sequence before it, B of them [tokens].
         new: Tokens of each sequence that it writes [tokens].
         reading: What layers read that may choose: `SPARSE`, or `CHECK` with several tokens or one.
+        ends: Tokens of each sequence with it, `[B]` int32 on the device [tokens]; None where all are alike.
     """
 
     starts: tuple[int, ...]
     new: int
     reading: Reading
+    ends: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -60,10 +62,10 @@ class _Pass(NamedTuple):
 
     def set_ends(self, lengths: Tensor) -> None:
         """Write to `[B]` int32 how long the sequences are with it."""
-        if len(set(self.starts)) == 1:
+        if self.ends is None:
             lengths.fill_(self.starts[0] + self.new)
         else:
-            lengths.copy_(torch.tensor([start + self.new for start in self.starts], dtype=lengths.dtype))
+            lengths.copy_(self.ends)
 
 
 class DecodeGraphs:
@@ -114,10 +116,10 @@ class DecodeGraphs:
             is_drafting = cache.rows is not None and cache.rows.lengths is not None
             if reading is not Reading.SPARSE and not (is_drafting and reading is Reading.CHECK):
                 return self._forward(*args, **kwargs)
-            starts = (cache.get_seq_length(),) * ids.shape[0]
+            starts, ends = (cache.get_seq_length(),) * ids.shape[0], None
             if cache.rows is not None and cache.rows.lengths is not None:
-                starts = cache.rows.lengths
-            step = _Pass(starts, ids.shape[1], reading)
+                starts, ends = cache.rows.lengths, cache.rows.ends
+            step = _Pass(starts, ids.shape[1], reading, ends)
             with self._lock:
                 reason = self._why_not(cache, step, given)
                 if reason is None:
@@ -247,7 +249,10 @@ class _CapturedStep:
         self.storages = _storages(cache)
         self.weights = weights
         layers = [layer for layer in cache.layers if isinstance(layer, QuestLayer)]
-        given = {**self.inputs, cache_name: cache, "attention_mask": None, "logits_to_keep": logits_to_keep}
+        # Of several tokens a model would make a mask for a length; one that is made already it takes as it is, and the
+        # attention of a captured pass asks the lengths alone.
+        mask = None if step.new == 1 else torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
+        given = {**self.inputs, cache_name: cache, "attention_mask": mask, "logits_to_keep": logits_to_keep}
         run = functools.partial(forward, **given, use_cache=True, return_dict=True)
         for layer in layers:
             layer.captured_lengths = self.lengths

@@ -33,13 +33,11 @@ class RowLengths:
         self.ends: Tensor | None = None
         self.padding: Tensor | None = None
 
-    def begin(self, lengths: Sequence[int], new: int, *, is_drafting: bool, device: torch.device) -> None:
-        """The next pass has `new` tokens of each row, which come after the first `lengths` ones [tokens]."""
+    def begin(self, lengths: Sequence[int], ends: Tensor, *, is_drafting: bool) -> None:
+        """The next pass takes rows from `lengths` to `ends`, the former for the host, the latter `[B]` [tokens]."""
         self.lengths = tuple(lengths)
         self.is_drafting = is_drafting
-        self.ends = None
-        if len(set(self.lengths)) > 1:
-            self.ends = torch.tensor([length + new for length in lengths], dtype=torch.int32, device=device)
+        self.ends = None if len(set(self.lengths)) == 1 else ends.to(torch.int32)
 
     def end(self) -> None:
         """No pass is open: rows are alike again, or soon will be."""

@@ -1,0 +1,44 @@
+"""Print the tables of docs/transformers.md on lossless decoding, of `acceptance.py` and `decode_cpu.py`.
+
+python benchmarks/tables_lossless.py
+"""
+
+from __future__ import annotations
+
+from tables_gpu import Rows, as_markdown, load
+
+MEASURED = ("acceptance_smollm2.json", "acceptance_qwen.json")
+DRAFTS = (1, 2, 4, 8)
+ARMS = ("dynamic", "dense", "lossless-2", "lossless-0")
+HEAD = ("dtype", "context", "DynamicCache + sdpa", "ours, dense", "lossless, 2 dense layers", "lossless, none")
+
+
+def acceptance_table(rows: Rows) -> str:
+    """Tokens that a check gives, its own included, by the number of drafts."""
+    cells = []
+    for row in rows:
+        form, _, budget = row["arm"].partition("@")
+        counts = [f"{row['tokens_a_check'][drafts - 1]:.2f}" for drafts in DRAFTS]
+        what = (row["model"], f"{row['context']:,}", row["text"], form, f"{int(budget):,}", row["drafts"])
+        cells.append([*what, str(row["places"]), *counts])
+    head = ("model", "context", "text", "chosen by", "budget", "tokens are", "places")
+    return as_markdown((*head, *(f"{drafts} draft{'s'[: drafts > 1]}" for drafts in DRAFTS)), cells)
+
+
+def cpu_table(rows: Rows) -> str:
+    """Milliseconds a token, and how many times faster lossless decoding is, by the dense layers of its drafts."""
+    ms = {(row["dtype"], row["context"], row["arm"]): row["ms"]["p50"] for row in rows}
+    cells = []
+    for dtype, context in dict.fromkeys((row["dtype"], row["context"]) for row in rows):
+        times = [ms[dtype, context, arm] for arm in ARMS]
+        dynamic, dense, two, none = times
+        ratios = (f"{dynamic / two:.1f}x", f"{dense / two:.2f}x", f"{dynamic / none:.1f}x", f"{dense / none:.2f}x")
+        cells.append([dtype, f"{context:,}", *(f"{time:.1f}" for time in times), *ratios])
+    to = ("2 layers to DynamicCache", "to ours, dense", "none to DynamicCache", "to ours, dense")
+    return as_markdown((*HEAD, *to), cells)
+
+
+if __name__ == "__main__":
+    print(acceptance_table([row for name in MEASURED for row in load(name)]))
+    print()
+    print(cpu_table(load("lossless_cpu.json")))
