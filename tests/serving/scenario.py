@@ -506,6 +506,116 @@ def speculation() -> dict[str, Any]:
     return checked(llm, [prompts(3, 500)], tokens=40, temperature=0.7)
 
 
+VERIFY = {"verify": "sparse"}
+
+
+def save_eagle(folder: Path) -> None:
+    """An EAGLE head of a layer for the bundled model: it drafts what the model wrote last, but for a little noise."""
+    config = json.loads((bundled_model_path() / "config.json").read_text())
+    hidden, inner, dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    wide, narrow = (dim * config[f"num_{name}_heads"] for name in ("attention", "key_value"))
+    shapes = {
+        "layers.0.self_attn.q_proj": (wide, hidden),
+        "layers.0.self_attn.k_proj": (narrow, hidden),
+        "layers.0.self_attn.v_proj": (narrow, hidden),
+        "layers.0.self_attn.o_proj": (hidden, wide),
+        "layers.0.mlp.gate_proj": (inner, hidden),
+        "layers.0.mlp.up_proj": (inner, hidden),
+        "layers.0.mlp.down_proj": (hidden, inner),
+    }
+    draw = torch.Generator().manual_seed(0)
+    weights = {f"{name}.weight": torch.randn(shape, generator=draw) / shape[1] ** 0.5 for name, shape in shapes.items()}
+    weights["fc.weight"] = torch.cat([torch.zeros(hidden, hidden), torch.eye(hidden)], 1)  # of token and model
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        weights[f"layers.0.{name}.weight"] /= 32
+    weights["layers.0.post_attention_layernorm.weight"] = torch.ones(hidden)
+    weights["embed_tokens.weight"] = torch.randn(config["vocab_size"], hidden, generator=draw)
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+
+
+def eagle(quest: dict[str, Any] | None = None, **oracle: Any) -> dict[str, Any]:
+    """An EAGLE head drafts: stock, or beside Quest, with the backend of each layer."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_eagle(Path(folder))
+        drafts = {"method": "eagle", "model": folder, "num_speculative_tokens": 3}
+        llm = make_llm(quest, speculative_config=drafts, max_num_batched_tokens=192, **oracle)
+        texts = prompts(3, 400) + prompts(1, 40)
+        found = checked(llm, [texts], tokens=30) if oracle else {"answers": [answers(llm, texts, 30)]}
+        layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+        return {**found, "backends": {name: layer.attn_backend.__name__ for name, layer in layers.items()}}
+
+
+def sparse_eagle() -> dict[str, Any]:
+    """Its drafts are checked sparse."""
+    return eagle({"token_budget": BUDGET, **VERIFY}, **ORACLE)
+
+
+def eagle_of_the_context() -> dict[str, Any]:
+    """The same with a budget that these rows fit."""
+    return eagle({"token_budget": MAX_MODEL_LEN - BLOCK, **VERIFY}, **ORACLE)
+
+
+def sparse_verification(oracle: dict[str, Any] = ORACLE, **kept: Any) -> dict[str, Any]:
+    """Rows that check drafts choose: of different numbers of tokens, beside decode rows and prompts in chunks."""
+    options = {"speculative_config": FROM_PROMPT, "max_num_batched_tokens": 192, **oracle}
+    llm = make_llm({"token_budget": BUDGET, **VERIFY, **kept}, **options)
+    return checked(llm, [repetitive(3, 400) + prompts(1, 40), repetitive(2, 400)], tokens=40)
+
+
+def sparse_verification_of_sketches() -> dict[str, Any]:
+    """The same where single tokens are chosen."""
+    return sparse_verification(**SKETCH)
+
+
+def sparse_verification_in_the_adapter_of_a_gpu(**kept: Any) -> dict[str, Any]:
+    """The same in a GPU's adapter, and what it plans for a graph."""
+    from quest_attention.vllm import plugin
+
+    plugin._BACKENDS["cpu"] = "gpu_on_cpu.SimulatedBackend"
+    options = {"speculative_config": FROM_PROMPT, "max_num_batched_tokens": 192, "dtype": "bfloat16", "block_size": 16}
+    llm = make_llm({"token_budget": BUDGET, **VERIFY, **kept}, **options, **SIMULATED_ORACLE)
+    found = checked(llm, [repetitive(3, 400) + prompts(1, 40)], tokens=40)
+    return {**found, "planned": llm.collective_rpc("plan_a_capture", args=(1 + FROM_PROMPT["num_speculative_tokens"],))}
+
+
+def sparse_verification_of_sketches_in_the_adapter_of_a_gpu() -> dict[str, Any]:
+    """The same with single tokens by sketches."""
+    return sparse_verification_in_the_adapter_of_a_gpu(**SKETCH)
+
+
+def stock_verification(quest: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Answers of stock with drafts. An engine of its own: vLLM 0.32 cannot make a second one that speculates."""
+    worker = {"worker_extension_cls": "quest_attention.vllm.worker.QuestWorkerExtension"}
+    llm = make_llm(quest, speculative_config=FROM_PROMPT, **worker)
+    given = answers(llm, repetitive(3, 400) + prompts(1, 40), 40)
+    return {"answers": given, "counters": llm.collective_rpc("quest_counters")}
+
+
+def sparse_verification_of_the_context() -> dict[str, Any]:
+    """The same with Quest and a budget that these rows fit."""
+    return stock_verification({"token_budget": MAX_MODEL_LEN - BLOCK, **VERIFY})
+
+
+def sparse_verification_of_the_context_by_sketches() -> dict[str, Any]:
+    """The same by sketches."""
+    return stock_verification({"token_budget": MAX_MODEL_LEN - BLOCK, **VERIFY, **SKETCH})
+
+
+def sparse_verification_of_own_budgets() -> dict[str, Any]:
+    """Requests with budgets of their own whose rows check drafts."""
+    llm = make_llm({"token_budget": BUDGET, **VERIFY}, speculative_config=FROM_PROMPT, **ORACLE)
+    llm.collective_rpc("install_oracle")
+    texts = repetitive(len(OWN_BUDGETS), 300)
+    found = ask_own(llm, texts, [slice(None)])
+    return {**found, "oracle": llm.collective_rpc("oracle_report"), "metrics": metrics(llm)}
+
+
+def repetitive(count: int, words: int) -> list[str]:
+    """Different passages of the book that end as they began, so that n-grams of what is written are found in them."""
+    return [f"{text[:300]} {text} {text[:250]}" for text in prompts(count, words)]
+
+
 def adapter_of_a_gpu() -> dict[str, Any]:
     """What a GPU runs, but for the kernels: blocks of 16, prompts in chunks beside decoding rows, prefix hits."""
     from quest_attention.vllm import plugin
@@ -842,6 +952,17 @@ SCENARIOS = [
     sketch_preemption,
     sketch_pages,
     sketch_speculation,
+    sparse_verification,
+    sparse_verification_of_sketches,
+    sparse_verification_in_the_adapter_of_a_gpu,
+    sparse_verification_of_sketches_in_the_adapter_of_a_gpu,
+    eagle,
+    sparse_eagle,
+    eagle_of_the_context,
+    stock_verification,
+    sparse_verification_of_the_context,
+    sparse_verification_of_the_context_by_sketches,
+    sparse_verification_of_own_budgets,
     windowed,
     with_states,
     adapter_of_a_gpu,

@@ -415,6 +415,14 @@ CPU = SimpleNamespace(device_type="cpu")
 BOUNDS = {"quest": {"metadata": "bounds"}}
 MOMENTS = {"quest": {"metadata": "moments"}}
 AUTO = {"quest": {"metadata": "auto"}}
+SPARSE_CHECKS = {"quest": {"metadata": "bounds", "verify": "sparse"}}
+
+
+def a_head(method: str, kind: str = "llama", **changes: Any) -> SimpleNamespace:
+    """vLLM's `SpeculativeConfig` of an EAGLE or MTP head."""
+    draft = SimpleNamespace(hf_config=SimpleNamespace(model_type=kind))
+    given = {"num_speculative_tokens": 3, "attention_backend": None, "draft_model_config": draft, **changes}
+    return SimpleNamespace(method=method, **given)
 
 
 @pytest.mark.parametrize(
@@ -447,6 +455,8 @@ def test_a_plain_server_is_taken() -> None:
     check_vllm_config(a_server(additional_config={}, model_config={"use_mla": True}), CPU)  # nobody asks
     ngram = SimpleNamespace(method="ngram")
     check_vllm_config(a_server(additional_config=BOUNDS, speculative_config=ngram), CPU)
+    for method in ("eagle", "eagle3", "mtp"):
+        check_vllm_config(a_server(additional_config=SPARSE_CHECKS, speculative_config=a_head(method)), CPU)
     eager = {"enforce_eager": True}  # for PyTorch's verbs, in want of a GPU
     check_vllm_config(a_server(speculative_config=ngram, model_config=eager), SimpleNamespace(device_type="cuda"))
     check_vllm_config(a_server(additional_config=MOMENTS), CPU)
@@ -605,7 +615,35 @@ def test_a_backend_that_cannot_be_captured_is_refused_on_a_gpu() -> None:
         ({"model_config": {"is_mm_prefix_lm": True}}, "read in both directions, .* with --language-model-only"),
         ({"cache_config": {"kv_sharing_fast_prefill": True}}, "kv_sharing_fast_prefill: got True, expected False"),
         ({"speculative_config": SimpleNamespace(method="suffix")}, "speculative_config.method: got 'suffix'"),
-        ({"speculative_config": SimpleNamespace(method="eagle3")}, "speculative_config.method: got 'eagle3'"),
+        ({"speculative_config": SimpleNamespace(method="draft_model")}, "speculative_config.method: got 'draft_model'"),
+        (
+            {"additional_config": BOUNDS, "speculative_config": a_head("mtp", kind="gemma4_mtp")},
+            "speculative_config.method: got 'mtp', expected .* not with gemma4_mtp, whose layers read keys of the",
+        ),
+        (
+            {
+                "additional_config": BOUNDS,
+                "speculative_config": a_head("eagle", attention_backend=SimpleNamespace(name="CUSTOM")),
+            },
+            "speculative_config.attention_backend: got 'CUSTOM', expected none, or vLLM's own",
+        ),
+        ({"additional_config": SPARSE_CHECKS}, "quest.verify: got 'sparse', expected 'dense', or --speculative-config"),
+        (
+            {"additional_config": SPARSE_CHECKS, "speculative_config": a_head("eagle", num_speculative_tokens=16)},
+            "speculative_config.num_speculative_tokens: got 16, expected at most 15 with quest.verify 'sparse'",
+        ),
+        (
+            {
+                "additional_config": {"quest": {"metadata": "bounds", "verify": "sparse", "token_budget": 47}},
+                "speculative_config": a_head("eagle", num_speculative_tokens=4),
+                "cache_config": {"block_size": 32},
+            },
+            r"quest.token_budget: got 47, expected at least 64: 2 forced pages of 32 tokens \(a page is a block",
+        ),
+        (
+            {"additional_config": SPARSE_CHECKS, "speculative_config": a_head("eagle", enable_adaptive_verification=1)},
+            "speculative_config.enable_adaptive_verification: got 1, expected none with quest.verify 'sparse'",
+        ),
         ({"model_config": {"use_mla": True}}, "with MLA"),
         ({"model_config": {"is_encoder_decoder": True}}, "an encoder and decoder"),
         ({"model_config": {"is_attention_free": True}}, "without attention"),

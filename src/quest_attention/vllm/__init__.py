@@ -11,6 +11,8 @@
     layout.py    where page metadata lies: inside vLLM's own blocks, so that it travels and is paid for with them
     scales.py    caches in 8 bits, and the scales of a layer
     step.py      the rows of a batch that run Quest; builder.py finds them, for any device
+    batches.py   batches of vLLM: how long their rows are, and batches of some of the rows
+    row_tokens.py  where the query tokens of rows lie in a batch, where they check drafts
     impl.py      the attention of a layer, for any device: which rows go where
     cpu.py, gpu.py  the attention backends: the stock one, with Quest for decode rows past the budget
     requests.py  budgets that requests ask for themselves

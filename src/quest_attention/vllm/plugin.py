@@ -16,7 +16,14 @@ from quest_attention.errors import BackendError, QuestValueError, UnsupportedMod
 from quest_attention.serving.options import KEY
 from quest_attention.vllm.kinds import other_layers
 from quest_attention.vllm.options import near_misses, read_options
-from quest_attention.vllm.refusals import BACKEND_NAME, check_block_size, check_request, check_vllm_config
+from quest_attention.vllm.ranks import mark_target
+from quest_attention.vllm.refusals import (
+    BACKEND_NAME,
+    check_block_size,
+    check_request,
+    check_vllm_config,
+    drafts_by_heads,
+)
 from quest_attention.vllm.transfers import check_transfer
 
 __all__ = ["RELEASES", "register", "vllm_version"]
@@ -91,6 +98,8 @@ def _wrap_check(platform: Any) -> None:
         original.__func__(cls, vllm_config)
         for miss in near_misses(vllm_config.additional_config):
             _warn(miss)
+        if _is_of_draft(cls, vllm_config):
+            return  # made of one that was looked at
         if read_options(vllm_config, cls.device_type) is not None:
             _check_installation(cls)
             check_vllm_config(vllm_config, cls)
@@ -98,12 +107,29 @@ def _wrap_check(platform: Any) -> None:
             _check_groups(vllm_config.model_config)
             _check_blocks(vllm_config, cls)
             _wrap_requests(cls.device_type)
+            _give_drafts_stock(vllm_config, cls)
         elif _is_ours(cls, vllm_config.attention_config.backend):
             found, neither = vllm_config.additional_config, f"or no --attention-backend {BACKEND_NAME} either"
             raise QuestValueError("additional_config", found, f"one with {KEY!r} in it, {neither}")
 
     setattr(check_and_update_config, _WRAPPED, True)
     platform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def _is_of_draft(platform: Any, vllm_config: Any) -> bool:
+    """Whether a configuration is the one by which vLLM makes the layers of a draft, in a worker with Quest."""
+    if _is_ours(platform, vllm_config.attention_config.backend) or not drafts_by_heads(vllm_config.speculative_config):
+        return False
+    return mark_target(vllm_config.compilation_config.static_forward_context)
+
+
+def _give_drafts_stock(vllm_config: Any, platform: Any) -> None:
+    """Have vLLM give the layers of a draft the stock backend: some of its runners would give them the model's."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    speculation = vllm_config.speculative_config
+    if drafts_by_heads(speculation) and speculation.attention_backend is None:
+        speculation.attention_backend = AttentionBackendEnum[_STOCK[platform.device_type]]
 
 
 def _wrap_requests(device: str) -> None:
