@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,11 +62,11 @@ def questions() -> dict[str, str]:
     return made
 
 
-def ask(model: Path, quest: dict[str, Any] | None) -> Asked:
-    """All questions, one after another, to a server of its own."""
+def ask(model: Path, quest: dict[str, Any] | None, *more: str) -> Asked:
+    """All questions, one after another, to a server of its own with more options."""
     options = ["--dtype", "float32", "--block-size", str(scenario.BLOCK)]
     options += ["--worker-extension-cls", "quest_attention.vllm.worker.QuestWorkerExtension"]
-    with serving(quest, *options, model=model) as server:
+    with serving(quest, *options, *more, model=model) as server:
         if quest is not None:
             server.rpc("quest_reset")
         done = {key: server.chat(text, TOKENS) for key, text in questions().items()}
@@ -99,3 +100,12 @@ def test_quest_finds_the_pass_keys_that_stock_finds(name: str, stock: Asked, mod
     assert counters["sparse_rows"] == rows > 0 == counters["dense_rows"]
     assert counters["tokens_read"] <= budget * rows
     assert counters["tokens_held"] >= asked.prompt_tokens * rows
+
+
+def test_a_model_that_drafts_with_quest_answers_as_stock_does(stock: Asked, model_folder: Path) -> None:
+    """Character by character, though Quest reads a sixth of the context where it drafts."""
+    asked = ask(model_folder, ARMS["sketch"], "--speculative-config", json.dumps(scenario.DRAFTED))
+    assert asked.answers == stock.answers
+    counters = asked.counters
+    assert counters["verified_sparse_rows"] == 0 < counters["verified_rows"] < stock.answer_tokens - QUESTIONS
+    assert counters["sparse_rows"] > counters["verified_rows"]

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 import quest_attention
-from mixed_models import ALL, FAMILIES, WITH_STATES, save, token_prompts
+from mixed_models import ALL, BASE, FAMILIES, WITH_STATES, save, token_prompts
 from quest_attention.models import bundled_model_path
 
 MAX_MODEL_LEN = 2048
@@ -584,6 +584,98 @@ def sparse_verification_of_sketches_in_the_adapter_of_a_gpu() -> dict[str, Any]:
     return sparse_verification_in_the_adapter_of_a_gpu(**SKETCH)
 
 
+MTP = {
+    "model_type": "glm4_moe",
+    "architectures": ["Glm4MoeForCausalLM"],
+    "partial_rotary_factor": 0.5,
+    "first_k_dense_replace": 3,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 2,
+    "num_experts_per_tok": 1,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_nextn_predict_layers": 1,
+}
+"""A family of full attention with a layer that predicts one token more."""
+
+
+def sparse_mtp() -> dict[str, Any]:
+    """A model's own layer drafts, with random weights; its drafts are checked sparse."""
+    from quest_attention.bench.weights import spread_weights
+
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # of a function to the worker
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps({**BASE, **MTP}))
+        llm = make_llm(
+            {"token_budget": BUDGET, "num_dense_layers": 1, **VERIFY}, model=folder, load_format="dummy",
+            skip_tokenizer_init=True, speculative_config={"method": "mtp", "num_speculative_tokens": 1},
+            max_model_len=1024, **CHUNKS, **ORACLE,
+        )  # fmt: skip
+        llm.apply_model(spread_weights)
+        llm.collective_rpc("install_oracle")
+        llm.collective_rpc("quest_reset")
+        found = greedy(llm, token_prompts(FAMILY_LENGTHS))
+        asked = {"oracle": "oracle_report", "counters": "quest_counters"}
+        layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+        backends = {
+            name: layer.attn_backend.__name__ for name, layer in layers.items() if hasattr(layer, "attn_backend")
+        }
+        found |= {name: llm.collective_rpc(method) for name, method in asked.items()}
+        return {**found, "backends": backends, "metrics": metrics(llm)}
+
+
+DRAFTED = {
+    "method": "custom_class",
+    "model": "quest_attention.vllm.proposer.QuestProposer",
+    "num_speculative_tokens": 3,
+}
+
+
+def drafts_by_quest(oracle: dict[str, Any] = ORACLE, **kept: Any) -> dict[str, Any]:
+    """The model drafts for itself with Quest: rows that stop being alike, prompts in chunks, then prefix hits."""
+    options = {"speculative_config": DRAFTED, "max_num_batched_tokens": 192, **oracle}
+    llm = make_llm({"token_budget": BUDGET, **kept}, **options)
+    return checked(llm, [draft_texts(), draft_texts()[:2]], tokens=60)
+
+
+def draft_texts() -> list[str]:
+    """Rows past the budget and one within it."""
+    return prompts(3, 400) + prompts(1, 40)
+
+
+def without_drafts() -> dict[str, Any]:
+    """Stock, without speculation, for the same texts."""
+    llm = make_llm(None, max_num_batched_tokens=192)
+    return {"answers": [answers(llm, texts, 60) for texts in (draft_texts(), draft_texts()[:2])]}
+
+
+def drafts_by_sketches() -> dict[str, Any]:
+    """The same with single tokens."""
+    return drafts_by_quest(**SKETCH)
+
+
+def drafts_in_the_adapter_of_a_gpu() -> dict[str, Any]:
+    """The same in a GPU's adapter."""
+    from quest_attention.vllm import plugin
+
+    plugin._BACKENDS["cpu"] = "gpu_on_cpu.SimulatedBackend"
+    options = {"speculative_config": DRAFTED, "max_num_batched_tokens": 192, "dtype": "bfloat16", "block_size": 16}
+    llm = make_llm({"token_budget": BUDGET, **SKETCH}, **options, **SIMULATED_ORACLE)
+    return checked(llm, [draft_texts()], tokens=20)
+
+
+def drafts_where_blocks_run_out() -> dict[str, Any]:
+    """Rows that are preempted while drafts hold blocks ahead of them, and that end at the longest sequence."""
+    llm = make_llm({"token_budget": BUDGET}, speculative_config=DRAFTED, **small_pool(28), **ORACLE)
+    return checked(llm, [prompts(4, 230)], tokens=60)
+
+
+def without_drafts_where_blocks_run_out() -> dict[str, Any]:
+    """Stock, without speculation, likewise."""
+    return {"answers": [answers(make_llm(None, **small_pool(28)), prompts(4, 230), 60)]}
+
+
 def stock_verification(quest: dict[str, Any] | None = None) -> dict[str, Any]:
     """Answers of stock with drafts. An engine of its own: vLLM 0.32 cannot make a second one that speculates."""
     worker = {"worker_extension_cls": "quest_attention.vllm.worker.QuestWorkerExtension"}
@@ -959,6 +1051,13 @@ SCENARIOS = [
     eagle,
     sparse_eagle,
     eagle_of_the_context,
+    sparse_mtp,
+    drafts_by_quest,
+    drafts_by_sketches,
+    without_drafts,
+    drafts_in_the_adapter_of_a_gpu,
+    drafts_where_blocks_run_out,
+    without_drafts_where_blocks_run_out,
     stock_verification,
     sparse_verification_of_the_context,
     sparse_verification_of_the_context_by_sketches,

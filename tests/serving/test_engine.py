@@ -278,6 +278,48 @@ def test_the_layers_of_an_eagle_head_are_stock_and_its_drafts_are_checked(name: 
         assert counters["verified_sparse_rows"] == 0
 
 
+def test_the_layer_of_a_model_that_predicts_tokens_is_stock_and_its_drafts_are_checked() -> None:
+    found = scenario("sparse_mtp")
+    *ours, last = found["backends"].values()
+    assert set(ours) == {"QuestCPUBackend"} and last == "CPUAttentionBackend"
+    (counters,), (oracle,) = found["counters"], found["oracle"]
+    assert oracle["failures"] == [] and 0 < oracle["worst"] <= 1
+    assert oracle["seen"]["rows past the budget"] == 3 * counters["verified_sparse_rows"] > 0
+    checked = counters["verified_sparse_rows"] + counters["verified_rows"]
+    assert checked == found["metrics"]["spec_decode_num_drafts"]
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("drafts_by_quest", "without_drafts"),
+        ("drafts_by_sketches", "without_drafts"),
+        ("drafts_where_blocks_run_out", "without_drafts_where_blocks_run_out"),
+    ],
+)
+def test_a_model_that_drafts_with_quest_answers_as_stock_does(name: str, plain: str) -> None:
+    found = scenario(name)
+    assert found["answers"] == scenario(plain)["answers"]
+    (counters,), (oracle,) = found["counters"], found["oracle"]
+    assert oracle["failures"] == [] and 0 < oracle["worst"] <= 1
+    assert oracle["seen"]["rows past the budget"] == NUM_SPARSE_LAYERS * counters["sparse_rows"] > 0
+    assert counters["verified_sparse_rows"] == 0, "what is kept was read whole"
+    # The runner of the last step near the longest sequence drafts in Quest's place.
+    assert 0 < counters["verified_rows"] <= found["metrics"]["spec_decode_num_drafts"] < counters["sparse_rows"]
+    drafted, accepted = (found["metrics"][f"spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted"))
+    assert drafted / 2 < accepted <= drafted
+    if "run_out" in name:
+        assert found["metrics"]["num_preemptions"] > 0
+
+
+def test_drafts_with_quest_in_the_adapter_of_a_gpu() -> None:
+    found = scenario("drafts_in_the_adapter_of_a_gpu")
+    (counters,), (oracle,) = found["counters"], found["oracle"]
+    assert oracle["failures"] == [] and 0 < oracle["worst"] <= 1
+    assert oracle["seen"]["rows past the budget"] == NUM_SPARSE_LAYERS * counters["sparse_rows"] > 0
+    assert counters["verified_sparse_rows"] == 0 < counters["verified_rows"]
+
+
 def test_rows_that_check_drafts_with_budgets_of_their_own() -> None:
     found = scenario("sparse_verification_of_own_budgets")
     (oracle,), counters = found["oracle"], found["counters"]

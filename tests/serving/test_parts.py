@@ -418,6 +418,11 @@ AUTO = {"quest": {"metadata": "auto"}}
 SPARSE_CHECKS = {"quest": {"metadata": "bounds", "verify": "sparse"}}
 
 
+DRAFTS_BY_QUEST = SimpleNamespace(
+    method="custom_class", model="quest_attention.vllm.proposer.QuestProposer", num_speculative_tokens=3
+)
+
+
 def a_head(method: str, kind: str = "llama", **changes: Any) -> SimpleNamespace:
     """vLLM's `SpeculativeConfig` of an EAGLE or MTP head."""
     draft = SimpleNamespace(hf_config=SimpleNamespace(model_type=kind))
@@ -455,6 +460,7 @@ def test_a_plain_server_is_taken() -> None:
     check_vllm_config(a_server(additional_config={}, model_config={"use_mla": True}), CPU)  # nobody asks
     ngram = SimpleNamespace(method="ngram")
     check_vllm_config(a_server(additional_config=BOUNDS, speculative_config=ngram), CPU)
+    check_vllm_config(a_server(additional_config=BOUNDS, speculative_config=DRAFTS_BY_QUEST), CPU)
     for method in ("eagle", "eagle3", "mtp"):
         check_vllm_config(a_server(additional_config=SPARSE_CHECKS, speculative_config=a_head(method)), CPU)
     eager = {"enforce_eager": True}  # for PyTorch's verbs, in want of a GPU
@@ -626,6 +632,35 @@ def test_a_backend_that_cannot_be_captured_is_refused_on_a_gpu() -> None:
                 "speculative_config": a_head("eagle", attention_backend=SimpleNamespace(name="CUSTOM")),
             },
             "speculative_config.attention_backend: got 'CUSTOM', expected none, or vLLM's own",
+        ),
+        (
+            {
+                "additional_config": BOUNDS,
+                "speculative_config": SimpleNamespace(method="custom_class", model="a.Class"),
+            },
+            r"speculative_config.model: got 'a.Class', expected quest_attention\.vllm\.proposer\.QuestProposer",
+        ),
+        (
+            {"additional_config": SPARSE_CHECKS, "speculative_config": DRAFTS_BY_QUEST},
+            "quest.verify: got 'sparse', expected 'dense' with speculative_config.model .* is checked by stock",
+        ),
+        (
+            {
+                "additional_config": BOUNDS,
+                "speculative_config": DRAFTS_BY_QUEST,
+                "parallel_config": {"tensor_parallel_size": 2},
+            },
+            "tensor_parallel_size: got 2, expected 1 with speculative_config.model",
+        ),
+        (
+            {
+                "additional_config": BOUNDS,
+                "speculative_config": DRAFTS_BY_QUEST,
+                "model_config": {
+                    "hf_text_config": SimpleNamespace(layer_types=["sliding_attention", "full_attention"])
+                },
+            },
+            "with layers of sliding_attention, expected full attention over text alone with speculative_config.model",
         ),
         ({"additional_config": SPARSE_CHECKS}, "quest.verify: got 'sparse', expected 'dense', or --speculative-config"),
         (

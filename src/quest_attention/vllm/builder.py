@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +32,7 @@ from quest_attention.vllm.layout import check_full, page_size
 from quest_attention.vllm.metrics import publisher
 from quest_attention.vllm.options import read_options
 from quest_attention.vllm.ranks import is_bounded, is_of_draft, sparse_layers
-from quest_attention.vllm.refusals import BACKEND_NAME
+from quest_attention.vllm.refusals import BACKEND_NAME, drafts_by_quest
 from quest_attention.vllm.requests import budgets_of_step, watch_requests
 from quest_attention.vllm.row_tokens import RowTokens
 from quest_attention.vllm.step import Part, QuestStep
@@ -92,6 +94,7 @@ class QuestMetadataBuilder:
         speculation = vllm_config.speculative_config
         self._num_speculated = 0 if speculation is None else speculation.num_speculative_tokens
         self._query_tokens = options.query_tokens
+        self._chooses = not drafts_by_quest(speculation)
         self.reorder_batch_threshold = self._query_tokens  # rows that may choose come first
         # vLLM 0.32 and newer have this runner for n-gram drafts; 0.25 has none, and CPUs never have it.
         is_second = device.type == "cuda" and vllm_config.use_v2_model_runner
@@ -116,6 +119,15 @@ class QuestMetadataBuilder:
         metadata = self._build_stock(common_prefix_len, common_attn_metadata, fast_build)
         metadata.quest = self._plan(common_attn_metadata)
         return metadata
+
+    @contextmanager
+    def drafting(self) -> Iterator[None]:
+        """While batches are steps of a draft, in which rows choose that read everything elsewhere."""
+        before, self._chooses = self._chooses, True
+        try:
+            yield
+        finally:
+            self._chooses = before
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
         """Metadata of a batch whose lengths will be the device's: every row may be past the budget."""
@@ -144,7 +156,8 @@ class QuestMetadataBuilder:
         configs = None if asked is None else asked.of_rows(rows, self.config)
         if configs is not None:
             budgets = [None if config is None else config.token_budget for config in configs]
-        if not self._row_planner.runs_quest(lengths, budgets):
+        runs_quest = self._row_planner.runs_quest(lengths, budgets)
+        if not runs_quest or not self._chooses:
             rows = 0
         if self._num_speculated and not self._row_planner.is_capturing:  # after what forgets the rows of a capture
             counters.count_verified(checking_lengths(batch, first_behind, self._num_speculated))

@@ -23,6 +23,7 @@ from quest_attention.vllm.refusals import (
     check_request,
     check_vllm_config,
     drafts_by_heads,
+    drafts_by_quest,
 )
 from quest_attention.vllm.transfers import check_transfer
 
@@ -69,6 +70,7 @@ def register() -> None:
         return  # the check says so, if somebody asks
     _claim_custom(path)
     _wrap_choice(platform)
+    _wrap_lookahead()
 
 
 def _is_known() -> bool:
@@ -105,6 +107,7 @@ def _wrap_check(platform: Any) -> None:
             check_vllm_config(vllm_config, cls)
             check_transfer(vllm_config, cls.device_type, vllm_version())
             _check_groups(vllm_config.model_config)
+            _check_lookahead(vllm_config.speculative_config)
             _check_blocks(vllm_config, cls)
             _wrap_requests(cls.device_type)
             _give_drafts_stock(vllm_config, cls)
@@ -192,6 +195,18 @@ def _check_groups(model: Any) -> None:
         )
 
 
+def _check_lookahead(speculation: Any) -> None:
+    """Whether this vLLM can be told to keep blocks for the tokens of drafts.
+
+    Raises:
+        QuestValueError: It cannot, and the model is to draft for itself.
+    """
+    version = vllm_version()
+    if drafts_by_quest(speculation) and version < _GROUPS:
+        expected = f"another in vLLM {version[0]}.{version[1]}, which keeps no blocks for what such a class drafts"
+        raise QuestValueError("speculative_config.model", speculation.model, expected)
+
+
 def _check_blocks(vllm_config: Any, platform: Any) -> None:
     """Whether the backend that Quest's stands on has blocks of the size that is asked for; on a GPU vLLM looks itself.
 
@@ -240,6 +255,24 @@ def _wrap_choice(platform: Any) -> None:
 
     setattr(get_attn_backend_cls, _WRAPPED, True)
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+def _wrap_lookahead() -> None:
+    """Have vLLM keep blocks for the tokens of drafts by Quest, as it does for other drafts that write to the cache."""
+    from vllm.config import VllmConfig
+
+    original = getattr(VllmConfig, "num_lookahead_tokens", None)
+    if original is None or getattr(original.fget, _WRAPPED, False):
+        return  # 0.25 has none: its scheduler looks at names of its own
+
+    @wraps(original.fget)
+    def num_lookahead_tokens(self: Any) -> int:
+        if drafts_by_quest(self.speculative_config):
+            return int(self.speculative_config.num_speculative_tokens)
+        return int(original.fget(self))
+
+    setattr(num_lookahead_tokens, _WRAPPED, True)
+    VllmConfig.num_lookahead_tokens = property(num_lookahead_tokens)
 
 
 def _wrap_chunks() -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "check_request",
     "check_vllm_config",
     "drafts_by_heads",
+    "drafts_by_quest",
 ]
 
 BACKEND_NAME = "CUSTOM"
@@ -33,6 +34,10 @@ _DRAFT_FREE = ("ngram",)
 _HEADS = ("eagle", "eagle3", "mtp")
 """Ways to speculate with layers that vLLM makes from a configuration of their own, in which a backend is named: theirs
 is the stock one, so that nothing of Quest is in them."""
+_FROM_OUTSIDE = "custom_class"
+"""vLLM's name for drafts by a class from outside."""
+PROPOSER = "quest_attention.vllm.proposer.QuestProposer"
+"""The one that is known here."""
 _SHARING_HEADS = ("gemma4_mtp", "step3p5_mtp")
 """Of these, types of drafts whose layers read the target's keys and values, or take its backend whatever is named."""
 _FP8_CAPABILITY = 89
@@ -81,6 +86,15 @@ def drafts_by_heads(speculation: Any) -> bool:
         speculation: vLLM's `SpeculativeConfig`, or None.
     """
     return speculation is not None and speculation.method in _HEADS
+
+
+def drafts_by_quest(speculation: Any) -> bool:
+    """Whether the model drafts for itself with Quest, so that it reads everything in all other steps.
+
+    Args:
+        speculation: vLLM's `SpeculativeConfig`, or None.
+    """
+    return speculation is not None and speculation.method == _FROM_OUTSIDE and speculation.model == PROPOSER
 
 
 def check_block_size(cache: Any, model: Any, multiple: int) -> None:
@@ -209,11 +223,15 @@ def _check_settings(options: QuestOptions, vllm_config: Any) -> None:
         raise config.mistake("speculative_config.method", speculation.method, reason)
     if speculation is not None:
         _check_drafts(speculation)
+    if drafts_by_quest(speculation):
+        _check_proposer(options, vllm_config)
 
 
 def _check_drafts(speculation: Any) -> None:
-    method, names = speculation.method, ", ".join((*_DRAFT_FREE, *_HEADS))
-    if method not in (*_DRAFT_FREE, *_HEADS):
+    method, names = speculation.method, ", ".join((*_DRAFT_FREE, *_HEADS, _FROM_OUTSIDE))
+    if method == _FROM_OUTSIDE and not drafts_by_quest(speculation):
+        raise QuestValueError("speculative_config.model", speculation.model, f"{PROPOSER} with method {_FROM_OUTSIDE}")
+    if method not in (*_DRAFT_FREE, *_HEADS, _FROM_OUTSIDE):
         raise QuestValueError("speculative_config.method", method, f"one of {names}: other drafts are not tested")
     draft = getattr(getattr(speculation, "draft_model_config", None), "hf_config", None)
     kind = getattr(draft, "model_type", None)
@@ -227,6 +245,37 @@ def _check_drafts(speculation: Any) -> None:
     if backend == BACKEND_NAME:
         expected = "none, or vLLM's own: the layers of a draft have one token to look ahead, and run without Quest"
         raise QuestValueError("speculative_config.attention_backend", backend, expected)
+
+
+def _check_proposer(options: QuestOptions, vllm_config: Any) -> None:
+    """What does not go with drafts of the model itself.
+
+    Raises:
+        QuestValueError: Something of it is asked for.
+    """
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    method = f"with speculative_config.model {PROPOSER}"
+    if options.verify != "dense":
+        raise QuestValueError(
+            f"{KEY}.verify", options.verify, f"'dense' {method}: what Quest drafts is checked by stock"
+        )
+    for name in ("tensor_parallel_size", "data_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            raise QuestValueError(name, getattr(parallel, name), f"1 {method}: more is not tested")
+    for name, found in (
+        ("enable_lora", getattr(vllm_config, "lora_config", None)),
+        ("kv_transfer_config", vllm_config.kv_transfer_config),
+    ):
+        if found is not None:
+            raise QuestValueError(name, "one", f"none {method}: not tested")
+    if model is None:
+        return
+    others = other_layers(model)
+    if others is not None or getattr(model, "is_multimodal_model", False) or getattr(model, "uses_mrope", False):
+        what = others or "images or several positions a token"
+        raise UnsupportedModelError(
+            f"model: got {model.model} with {what}, expected full attention over text alone {method}"
+        )
 
 
 def _check_verify(options: QuestOptions, speculation: Any) -> None:
