@@ -989,6 +989,64 @@ def gpu_speculation() -> dict[str, Any]:
     return checked(llm, [prompts(3, 500)], tokens=40, temperature=0.7)
 
 
+GPU_HEAD_TOKENS = 3
+"""Drafts of a step by an EAGLE head on a GPU."""
+
+
+def gpu_eagle(quest: dict[str, Any] | None, batches: int = 1, **options: Any) -> dict[str, Any]:
+    """An EAGLE head drafts, in the runner that vLLM takes by itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_eagle(Path(folder))
+        drafts = {"method": "eagle", "model": folder, "num_speculative_tokens": GPU_HEAD_TOKENS}
+        llm = make_gpu_llm(quest, speculative_config=drafts, **options)
+        if options.get("enforce_eager"):
+            return checked(llm, [gpu_texts()] * batches, tokens=40)
+        if quest is not None:
+            llm.collective_rpc("quest_reset")
+        found = {"answers": answers(llm, gpu_texts(), 40), "metrics": metrics(llm)}
+        return found if quest is None else {**found, "counters": llm.collective_rpc("quest_counters")}
+
+
+def gpu_sparse_verification() -> dict[str, Any]:
+    """Rows that check drafts choose: eager, with the sampled oracle, prompts in chunks, then prefix hits."""
+    quest = {"token_budget": 256, **VERIFY}
+    return gpu_eagle(quest, 2, enforce_eager=True, max_num_batched_tokens=512, **GPU_ORACLE)
+
+
+def gpu_sparse_verification_of_sketches() -> dict[str, Any]:
+    """The same where single tokens are chosen."""
+    quest = {"token_budget": 256, **VERIFY, **SKETCH}
+    return gpu_eagle(quest, 2, enforce_eager=True, max_num_batched_tokens=512, **GPU_ORACLE)
+
+
+def gpu_sparse_verification_graphs() -> dict[str, Any]:
+    """Batches of rows that check drafts from full CUDA graphs."""
+    return gpu_eagle({"token_budget": 256, **VERIFY}, **GPU_ORACLE)
+
+
+def gpu_sparse_verification_of_sketches_graphs() -> dict[str, Any]:
+    """The same where single tokens are chosen."""
+    return gpu_eagle({"token_budget": 256, **VERIFY, **SKETCH}, **GPU_ORACLE)
+
+
+def gpu_stock_verification() -> dict[str, Any]:
+    """FlashAttention with the same drafts."""
+    return gpu_eagle(None)
+
+
+def gpu_sparse_verification_of_the_context() -> dict[str, Any]:
+    """A budget that these rows fit, from graphs that hold Quest."""
+    return gpu_eagle({"token_budget": 8192 - BUDGET, **VERIFY, **SKETCH}, **GPU_ORACLE)
+
+
+def gpu_drafts_by_quest() -> dict[str, Any]:
+    """The model drafts for itself with Quest; FlashAttention checks."""
+    llm = make_gpu_llm({"token_budget": 256, **SKETCH}, speculative_config=DRAFTED, **GPU_ORACLE)
+    llm.collective_rpc("quest_reset")
+    found = {"answers": answers(llm, gpu_texts(), 40), "metrics": metrics(llm)}
+    return {**found, "counters": llm.collective_rpc("quest_counters")}
+
+
 def gpu_graphs(ranks: int = 1, **quest: Any) -> dict[str, Any]:
     """Decode batches from full CUDA graphs."""
     llm = make_gpu_llm({"token_budget": 256, **quest}, tensor_parallel_size=ranks, **GPU_ORACLE)
@@ -1085,6 +1143,13 @@ SCENARIOS = [
     gpu_preemption,
     gpu_speculation,
     gpu_graphs,
+    gpu_sparse_verification,
+    gpu_sparse_verification_of_sketches,
+    gpu_sparse_verification_graphs,
+    gpu_sparse_verification_of_sketches_graphs,
+    gpu_stock_verification,
+    gpu_sparse_verification_of_the_context,
+    gpu_drafts_by_quest,
     gpu_own_budgets,
     gpu_two_ranks,
 ]
