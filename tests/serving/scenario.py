@@ -703,6 +703,41 @@ def sparse_verification_of_own_budgets() -> dict[str, Any]:
     return {**found, "oracle": llm.collective_rpc("oracle_report"), "metrics": metrics(llm)}
 
 
+def sparse_verification_of(name: str) -> dict[str, Any]:
+    """The same in a model of several kinds of layers, which drafts often: a token that was there before is enough."""
+    from vllm import ModelRegistry
+
+    one = ALL[name]
+    with tempfile.TemporaryDirectory() as folder:
+        architecture = save(one, Path(folder))
+        ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
+        often = FROM_PROMPT | {"prompt_lookup_max": 1, "prompt_lookup_min": 1}
+        options = {"model": folder, "skip_tokenizer_init": True, "max_model_len": 1024, "max_num_seqs": 4, **one.engine}
+        llm = make_llm(
+            {"token_budget": BUDGET, "num_dense_layers": 1, **VERIFY, **one.quest}, speculative_config=often,
+            num_gpu_blocks_override=256, **CHUNKS, **options, **ORACLE,
+        )  # fmt: skip
+        llm.collective_rpc("install_oracle")
+        llm.collective_rpc("quest_reset")
+        found: dict[str, Any] = greedy(llm, token_prompts(FAMILY_LENGTHS))
+        asked = {"oracle": "oracle_report", "counters": "quest_counters", "groups": "quest_groups"}
+        return {
+            **found,
+            **{what: llm.collective_rpc(method) for what, method in asked.items()},
+            "metrics": metrics(llm),
+        }
+
+
+def sparse_verification_of_gpt_oss() -> dict[str, Any]:
+    """With sinks and windows."""
+    return sparse_verification_of("gpt_oss")
+
+
+def sparse_verification_of_gemma2() -> dict[str, Any]:
+    """With softcap and windows."""
+    return sparse_verification_of("gemma2")
+
+
 def repetitive(count: int, words: int) -> list[str]:
     """Different passages of the book that end as they began, so that n-grams of what is written are found in them."""
     return [f"{text[:300]} {text} {text[:250]}" for text in prompts(count, words)]
@@ -1120,6 +1155,8 @@ SCENARIOS = [
     sparse_verification_of_the_context,
     sparse_verification_of_the_context_by_sketches,
     sparse_verification_of_own_budgets,
+    sparse_verification_of_gpt_oss,
+    sparse_verification_of_gemma2,
     windowed,
     with_states,
     adapter_of_a_gpu,

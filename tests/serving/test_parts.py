@@ -24,8 +24,9 @@ from quest_attention.vllm.folding import Fold
 from quest_attention.vllm.layout import BlockLayout, PaddedBlocks, Room, RowedBlocks, ask_for_room, layout_of, page_size
 from quest_attention.vllm.options import VLLMOptions, read_options
 from quest_attention.vllm.places import Places, read_places
-from quest_attention.vllm.ranks import sparse_layers
+from quest_attention.vllm.ranks import is_of_draft, mark_target, sparse_layers
 from quest_attention.vllm.refusals import check_vllm_config
+from quest_attention.vllm.row_tokens import RowTokens
 from quest_attention.vllm.scales import check_cache_dtype, unquantized
 from quest_attention.vllm.transfers import check_transfer
 from quest_attention.vllm.worker import worker_label
@@ -455,6 +456,35 @@ def test_a_worker_says_its_replica() -> None:
     assert label(1, 1) == "replica 1, worker 3"  # of a model whose replicas know nothing of one another
 
 
+@pytest.mark.parametrize("lens", [[3, 3], [1, 4, 2], [2, 1]])
+def test_tokens_of_rows_are_found_and_put_back(lens: list[int]) -> None:
+    starts = torch.tensor([0, *itertools.accumulate(lens), 99], dtype=torch.int32)  # of a row behind
+    tokens = RowTokens.of(lens, starts)
+    assert tokens is not None and (tokens.count, tokens.most) == (sum(lens), max(lens))
+    flat = torch.arange(sum(lens))
+    by_row = tokens.by_row(flat)
+    expected = [list(range(begin, begin + has)) for begin, has in zip(starts.tolist(), lens, strict=False)]
+    assert [row[:has] for row, has in zip(by_row.tolist(), lens, strict=True)] == expected
+    assert torch.equal(tokens.flat(by_row), flat)
+    row, nth = tokens.row_and_place(len(lens))
+    assert torch.equal(by_row[row, nth], flat)
+    single = tokens.with_one()
+    assert (None if single is None else single.tolist()) == ([has == 1 for has in lens] if len(set(lens)) > 1 else None)
+    assert RowTokens.of([1, 1], starts) is None
+
+
+def test_layers_of_a_draft_are_those_that_came_after_the_models() -> None:
+    ours, stock = (SimpleNamespace(get_name=lambda name=name: name) for name in ("CUSTOM", "CPU_ATTN"))
+    layers = {"model.layers.0.attn": SimpleNamespace(attn_backend=ours)}
+    assert not mark_target({"model.layers.0.attn": SimpleNamespace(attn_backend=stock)}), "Quest is in none"
+    assert not is_of_draft(layers["model.layers.0.attn"], layers)
+    assert mark_target(layers)
+    layers["model.layers.1.attn"] = SimpleNamespace(attn_backend=stock)
+    assert mark_target(layers), "a draft may make configurations in between"
+    assert [is_of_draft(layer, layers) for layer in layers.values()] == [False, True]
+    assert sparse_layers(layers, 0, lambda name: int(name.split(".")[2])) == ["model.layers.0.attn"]
+
+
 def test_a_plain_server_is_taken() -> None:
     check_vllm_config(a_server(), CPU)
     check_vllm_config(a_server(additional_config={}, model_config={"use_mla": True}), CPU)  # nobody asks
@@ -661,6 +691,14 @@ def test_a_backend_that_cannot_be_captured_is_refused_on_a_gpu() -> None:
                 },
             },
             "with layers of sliding_attention, expected full attention over text alone with speculative_config.model",
+        ),
+        (
+            {
+                "additional_config": BOUNDS,
+                "speculative_config": a_head("mtp"),
+                "model_config": {"hf_text_config": SimpleNamespace(layer_types=["linear_attention", "full_attention"])},
+            },
+            "with layers of linear_attention, expected full attention in every layer with method mtp",
         ),
         ({"additional_config": SPARSE_CHECKS}, "quest.verify: got 'sparse', expected 'dense', or --speculative-config"),
         (

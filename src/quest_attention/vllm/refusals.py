@@ -222,12 +222,12 @@ def _check_settings(options: QuestOptions, vllm_config: Any) -> None:
         reason = f"none with {KEY}.metadata moments, in which tokens taken back would stay: use bounds or sketch"
         raise config.mistake("speculative_config.method", speculation.method, reason)
     if speculation is not None:
-        _check_drafts(speculation)
+        _check_drafts(speculation, vllm_config.model_config)
     if drafts_by_quest(speculation):
         _check_proposer(options, vllm_config)
 
 
-def _check_drafts(speculation: Any) -> None:
+def _check_drafts(speculation: Any, model: Any) -> None:
     method, names = speculation.method, ", ".join((*_DRAFT_FREE, *_HEADS, _FROM_OUTSIDE))
     if method == _FROM_OUTSIDE and not drafts_by_quest(speculation):
         raise QuestValueError("speculative_config.model", speculation.model, f"{PROPOSER} with method {_FROM_OUTSIDE}")
@@ -241,6 +241,10 @@ def _check_drafts(speculation: Any) -> None:
             method,
             f"one of {names}, not with {kind}, whose layers read keys of the model's or take its backend",
         )
+    others = None if model is None or method not in _HEADS else other_layers(model)
+    if others is not None:
+        expected = f"full attention in every layer with method {method}: in others it is not tested"
+        raise UnsupportedModelError(f"model: got {model.model} with {others}, expected {expected}")
     backend = getattr(getattr(speculation, "attention_backend", None), "name", None)
     if backend == BACKEND_NAME:
         expected = "none, or vLLM's own: the layers of a draft have one token to look ahead, and run without Quest"
