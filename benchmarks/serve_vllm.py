@@ -84,12 +84,8 @@ def speculation(options: dict[str, Any], head: Path) -> dict[str, Any]:
     return found
 
 
-def measure_arm(options: dict[str, Any]) -> dict[str, Any]:
-    """All cases of an arm, in this process."""
-    import vllm  # noqa: PLC0415 (the parent must not touch the GPU)
-    from vllm import LLM, SamplingParams  # noqa: PLC0415
-
-    longest = max(options["contexts"]) + ROOM
+def settings_of(options: dict[str, Any], longest: int) -> dict[str, Any]:
+    """What an arm's engine is made with, but for the model and its drafts."""
     is_gpu = options["device"] == "cuda"
     settings: dict[str, Any] = {
         "load_format": "dummy",
@@ -103,7 +99,8 @@ def measure_arm(options: dict[str, Any]) -> dict[str, Any]:
         "seed": options["seed"],
     }
     if is_gpu:
-        settings |= {"gpu_memory_utilization": 0.92, "attention_backend": "FLASH_ATTN", "max_num_seqs": 128}
+        memory, most = options["gpu_memory_utilization"], options["max_num_seqs"]
+        settings |= {"gpu_memory_utilization": memory, "attention_backend": "FLASH_ATTN", "max_num_seqs": most}
     else:
         settings |= {"enforce_eager": True, "block_size": 32}
     if options["budget"]:
@@ -112,6 +109,16 @@ def measure_arm(options: dict[str, Any]) -> dict[str, Any]:
             "additional_config": {"quest": {"token_budget": options["budget"], **options["quest"]}},
             "worker_extension_cls": "quest_attention.vllm.worker.QuestWorkerExtension",
         }
+    return settings
+
+
+def measure_arm(options: dict[str, Any]) -> dict[str, Any]:
+    """All cases of an arm, in this process."""
+    import vllm  # noqa: PLC0415 (the parent must not touch the GPU)
+    from vllm import LLM, SamplingParams  # noqa: PLC0415
+
+    longest, is_gpu = max(options["contexts"]) + ROOM, options["device"] == "cuda"
+    settings = settings_of(options, longest)
     with tempfile.TemporaryDirectory() as folder:
         write_config(Path(folder) / "model", options["model"], longest)
         if options["drafts"]:
@@ -322,6 +329,12 @@ def main(
         bool, typer.Option(help="Arms whose drafts are Quest's and whose answers are stock's.")
     ] = False,
     device: Annotated[str, typer.Option(help="cuda, or cpu to try the script out.")] = "cuda",
+    max_num_seqs: Annotated[
+        int, typer.Option(help="Sequences of a step at most, on a GPU: checks by sketches take memory for all.", min=1)
+    ] = 128,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(help="Share of the GPU's memory for weights, cache and what vLLM counts.", min=0.1, max=1)
+    ] = 0.92,
     seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
@@ -342,6 +355,8 @@ def main(
         "seed": seed,
         "speculate": speculate,
         "accept": accept,
+        "max_num_seqs": max_num_seqs,
+        "gpu_memory_utilization": gpu_memory_utilization,
     }
     asked = {arm["name"]: {"token_budget": arm["budget"], **arm["quest"]} for arm in arms if arm["budget"]}
     settings = {**shared, "token_budget": budget, "num_dense_layers": 2, "arms": asked}

@@ -579,6 +579,27 @@ def sparse_verification_in_the_adapter_of_a_gpu(**kept: Any) -> dict[str, Any]:
     return {**found, "planned": llm.collective_rpc("plan_a_capture", args=(1 + FROM_PROMPT["num_speculative_tokens"],))}
 
 
+def sparse_verification_in_8_bits(**kept: Any) -> dict[str, Any]:
+    """The same with keys and values in 8 bits, by scales."""
+    from vllm.v1.attention.backends import flash_attn
+
+    from quest_attention.vllm import plugin, scales
+
+    plugin._BACKENDS["cpu"] = "gpu_on_cpu.SimulatedBackend"
+    scales._DEVICES = ("cpu",)
+    flash_attn.flash_attn_supports_kv_cache_dtype = lambda *_, **__: True  # which asks for a GPU
+    options = {"dtype": "bfloat16", "block_size": 16, "kv_cache_dtype": "fp8", "max_num_batched_tokens": 192}
+    quest = {"token_budget": BUDGET, **VERIFY, **kept}
+    llm = make_llm(quest, speculative_config=FROM_PROMPT, **options, **SIMULATED_ORACLE)
+    llm.collective_rpc("set_scales", args=(0.5, 0.25, 0.125))
+    return checked(llm, [repetitive(2, 300) + prompts(1, 40)], tokens=30)
+
+
+def sparse_verification_of_sketches_in_8_bits() -> dict[str, Any]:
+    """The same with single tokens by sketches."""
+    return sparse_verification_in_8_bits(**SKETCH)
+
+
 def sparse_verification_of_sketches_in_the_adapter_of_a_gpu() -> dict[str, Any]:
     """The same with single tokens by sketches."""
     return sparse_verification_in_the_adapter_of_a_gpu(**SKETCH)
@@ -1141,6 +1162,8 @@ SCENARIOS = [
     sparse_verification_of_sketches,
     sparse_verification_in_the_adapter_of_a_gpu,
     sparse_verification_of_sketches_in_the_adapter_of_a_gpu,
+    sparse_verification_in_8_bits,
+    sparse_verification_of_sketches_in_8_bits,
     eagle,
     sparse_eagle,
     eagle_of_the_context,

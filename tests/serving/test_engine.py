@@ -226,6 +226,8 @@ SPARSE_VERIFICATION = (
     "sparse_verification_of_sketches",
     "sparse_verification_in_the_adapter_of_a_gpu",
     "sparse_verification_of_sketches_in_the_adapter_of_a_gpu",
+    "sparse_verification_in_8_bits",
+    "sparse_verification_of_sketches_in_8_bits",
 )
 
 

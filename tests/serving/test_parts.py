@@ -766,6 +766,20 @@ def test_a_model_of_several_kinds_is_taken_where_groups_were_tested(monkeypatch:
         plugin._check_groups(server.model_config)
 
 
+def test_drafts_that_an_older_release_does_not_take_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    ngram = SimpleNamespace(method="ngram")
+    monkeypatch.setattr(plugin, "vllm_version", lambda: (0, 32))
+    for speculation in (None, ngram, DRAFTS_BY_QUEST, a_head("eagle")):
+        plugin._check_drafts(speculation)
+    monkeypatch.setattr(plugin, "vllm_version", lambda: (0, 25))
+    for speculation in (None, ngram):
+        plugin._check_drafts(speculation)
+    with pytest.raises(QuestValueError, match=r"speculative_config\.model: .* in vLLM 0\.25, which keeps no blocks"):
+        plugin._check_drafts(DRAFTS_BY_QUEST)
+    with pytest.raises(QuestValueError, match=r"speculative_config\.method: got 'eagle', .* tested from 0\.32 on"):
+        plugin._check_drafts(a_head("eagle"))
+
+
 def test_layers_that_choose_are_counted_among_full_attention_layers() -> None:
     """Windows, states and layers without attention stand before and between them; experts have names of their own."""
 

@@ -21,12 +21,15 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from quest_attention.config import QuestConfig
+from quest_attention.forms import form_of
 from quest_attention.ops import Selection, Workspace, append_slots, make_workspace, quest_decode
 from quest_attention.vllm.builder import QuestMetadataBuilder
 from quest_attention.vllm.impl import OpenCache, QuestAttentionImpl, QuestBackend
 from quest_attention.vllm.step import QuestStep, steps_of
 
 _logger = logging.getLogger("vllm.quest_attention")
+_ESTIMATE_BYTES = 4
+"""Of the estimate of a logit."""
 
 __all__ = ["QuestGPUBackend", "QuestGPUImpl", "QuestGPUMetadataBuilder"]
 
@@ -87,6 +90,16 @@ class QuestGPUMetadataBuilder(QuestMetadataBuilder, FlashAttentionMetadataBuilde
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._workspaces: dict[int, Workspace | None] = {}  # by width of the block table; graphs hold their addresses
         self._outgrown: set[QuestConfig] = set()
+        if self._query_tokens > 1 and self.counters is not None and form_of(self.config).scores == "token":
+            settings, tokens = vllm_config, self._query_tokens
+            rows = settings.scheduler_config.max_num_seqs
+            heads = settings.model_config.get_num_attention_heads(settings.parallel_config)
+            size = rows * tokens * heads * settings.model_config.max_model_len * _ESTIMATE_BYTES
+            _logger.warning(
+                "Quest: a step in which %d rows check drafts takes %.1f GB and copies of it for estimates by sketches: "
+                "set --max-num-seqs and --max-model-len no larger than needed, or take bounds, which have none.",
+                rows, size / 1e9,
+            )  # fmt: skip
 
     def _plan(self, batch: Any) -> QuestStep | None:
         step = super()._plan(batch)

@@ -107,7 +107,7 @@ def _wrap_check(platform: Any) -> None:
             check_vllm_config(vllm_config, cls)
             check_transfer(vllm_config, cls.device_type, vllm_version())
             _check_groups(vllm_config.model_config)
-            _check_lookahead(vllm_config.speculative_config)
+            _check_drafts(vllm_config.speculative_config)
             _check_blocks(vllm_config, cls)
             _wrap_requests(cls.device_type)
             _give_drafts_stock(vllm_config, cls)
@@ -195,16 +195,23 @@ def _check_groups(model: Any) -> None:
         )
 
 
-def _check_lookahead(speculation: Any) -> None:
-    """Whether this vLLM can be told to keep blocks for the tokens of drafts.
+def _check_drafts(speculation: Any) -> None:
+    """Whether drafts go with this vLLM as they go with later ones.
 
     Raises:
-        QuestValueError: It cannot, and the model is to draft for itself.
+        QuestValueError: They do not.
     """
     version = vllm_version()
-    if drafts_by_quest(speculation) and version < _GROUPS:
+    if version >= _GROUPS:
+        return
+    if drafts_by_quest(speculation):
         expected = f"another in vLLM {version[0]}.{version[1]}, which keeps no blocks for what such a class drafts"
         raise QuestValueError("speculative_config.model", speculation.model, expected)
+    if drafts_by_heads(speculation):
+        expected = (
+            f"another in vLLM {version[0]}.{version[1]}: such drafts were tested from {_GROUPS[0]}.{_GROUPS[1]} on"
+        )
+        raise QuestValueError("speculative_config.method", speculation.method, expected)
 
 
 def _check_blocks(vllm_config: Any, platform: Any) -> None:
