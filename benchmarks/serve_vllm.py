@@ -2,6 +2,7 @@
 
     python benchmarks/serve_vllm.py --output benchmarks/results/serve_vllm.json
     python benchmarks/serve_vllm.py --bounds kv --sketch 512 --batches 1,4,16,most  # and single tokens by sketches
+    python benchmarks/serve_vllm.py --bounds "" --sketch 512 --speculate 4 --accept 3 --lossless  # and with drafts
 
 An engine for each arm, in a process of its own. Its random weights are spread as those of a model are when training
 begins: with vLLM's own, which are all nearly zero, every token weighs the same, and no choice among them is one. Each
@@ -11,6 +12,11 @@ time between two tokens of a sequence, throughput that of all. The run fails whe
 decode steps were not replayed from graphs, or where sequences were preempted. "most" is as many sequences as the cache
 of Quest, which is the smaller one, holds of a context and ROOM tokens each; with sketches, which take more of it than
 bounds, the cache of theirs. A case of more than that is left out, which the table and the record say.
+
+With `--speculate` every arm is run a second time with so many drafts a step, by an EAGLE head of one layer and random
+weights, which Quest checks sparse; and with `--lossless` each arm of Quest a third time, as the model's own proposer,
+whose drafts stock attention checks. Random weights say nothing of how many drafts a model keeps: `--accept` says how
+many tokens a step writes in the mean, and vLLM then keeps drafts at random (`rejection_sample_method` "synthetic").
 """
 
 from __future__ import annotations
@@ -46,6 +52,11 @@ STOCK = "stock"
 QUEST = "quest"
 SKETCH = "sketch"
 """What the names of the arms with bounds and with sketches begin with."""
+EAGLE = "eagle"
+LOSSLESS = "lossless"
+"""How the names of arms go on that check an EAGLE head's drafts, and of those that draft with Quest."""
+MOST_DRAFTS = 15
+"""Of a step: a row that chooses has 16 tokens at most."""
 DEVICES = ("cuda", "cpu")
 MOST_EAGER = 8
 """Decode steps of a timed pass that may run outside of a graph: those that prompts share with decoding rows."""
@@ -53,19 +64,28 @@ ARM = "QUEST_BENCHMARK_ARM"
 """Environment variable that makes this script the process of an arm; holds its options as JSON."""
 
 
-def write_config(folder: Path, model: str, positions: int) -> None:
+def write_config(folder: Path, model: str, positions: int, **changes: Any) -> None:
     """A model without weights or tokenizer."""
     shape = {"torch_dtype": "bfloat16", "max_position_embeddings": positions, "bos_token_id": 1, "eos_token_id": 2}
     config = {**SERVED_SHAPES[model], **shape}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
 
 
-def measure_arm(options: dict[str, Any]) -> dict[str, Any]:
-    """All cases of an arm, in this process."""
-    import vllm  # noqa: PLC0415 (the parent must not touch the GPU)
-    from vllm import LLM, SamplingParams  # noqa: PLC0415
+def speculation(options: dict[str, Any], head: Path) -> dict[str, Any]:
+    """What vLLM is told of an arm's drafts, with the folder of an EAGLE head."""
+    found: dict[str, Any] = {"num_speculative_tokens": options["speculate"]}
+    if options["drafts"] == LOSSLESS:
+        found |= {"method": "custom_class", "model": "quest_attention.vllm.proposer.QuestProposer"}
+    else:
+        found |= {"method": EAGLE, "model": str(head)}
+    if options["accept"]:
+        found |= {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": options["accept"]}
+    return found
 
-    longest = max(options["contexts"]) + ROOM
+
+def settings_of(options: dict[str, Any], longest: int) -> dict[str, Any]:
+    """What an arm's engine is made with, but for the model and its drafts."""
     is_gpu = options["device"] == "cuda"
     settings: dict[str, Any] = {
         "load_format": "dummy",
@@ -80,7 +100,8 @@ def measure_arm(options: dict[str, Any]) -> dict[str, Any]:
         "additional_config": dict(options["additional_config"]),
     }
     if is_gpu:
-        settings |= {"gpu_memory_utilization": 0.92, "attention_backend": "FLASH_ATTN", "max_num_seqs": 128}
+        memory, most = options["gpu_memory_utilization"], options["max_num_seqs"]
+        settings |= {"gpu_memory_utilization": memory, "attention_backend": "FLASH_ATTN", "max_num_seqs": most}
     else:
         settings |= {"enforce_eager": True, "block_size": 32}
     if options["budget"]:
@@ -89,9 +110,22 @@ def measure_arm(options: dict[str, Any]) -> dict[str, Any]:
             "attention_backend": "CUSTOM",
             "worker_extension_cls": "quest_attention.vllm.worker.QuestWorkerExtension",
         }
+    return settings
+
+
+def measure_arm(options: dict[str, Any]) -> dict[str, Any]:
+    """All cases of an arm, in this process."""
+    import vllm  # noqa: PLC0415 (the parent must not touch the GPU)
+    from vllm import LLM, SamplingParams  # noqa: PLC0415
+
+    longest, is_gpu = max(options["contexts"]) + ROOM, options["device"] == "cuda"
+    settings = settings_of(options, longest)
     with tempfile.TemporaryDirectory() as folder:
-        write_config(Path(folder), options["model"], longest)
-        llm = LLM(model=folder, **settings)
+        write_config(Path(folder) / "model", options["model"], longest)
+        if options["drafts"]:
+            write_config(Path(folder) / EAGLE, options["model"], longest, num_hidden_layers=1)
+            settings["speculative_config"] = speculation(options, Path(folder) / EAGLE)
+        llm = LLM(model=str(Path(folder) / "model"), **settings)
         llm.apply_model(spread_weights)
         cache = llm.llm_engine.vllm_config.cache_config
         pool = cache.num_gpu_blocks * cache.block_size
@@ -113,13 +147,16 @@ def measure_arm(options: dict[str, Any]) -> dict[str, Any]:
                 if options["budget"]:
                     llm.collective_rpc("quest_reset")
                 params = SamplingParams(max_tokens=options["tokens"], **params)
+                before = counted(llm)
                 passes = [decode_together(llm, prompts, params) for _ in range(options["repeats"])]
                 row = {"context": context, "batch": batch, **times_of(passes)}
+                if options["drafts"]:
+                    row["drafts"] = {name: number - before[name] for name, number in counted(llm).items()}
                 if options["budget"]:
                     row["counters"] = check_counters(llm, batch, options, is_gpu=is_gpu)
                 print(json.dumps(row), file=sys.stderr, flush=True)
                 rows.append(row)
-        preempted = sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+        preempted = metric(llm, "num_preemptions")
     graphs = str(llm.llm_engine.vllm_config.compilation_config.cudagraph_mode)
     if preempted:
         raise RuntimeError(f"{preempted} sequences were preempted: the cases do not fit the cache")
@@ -128,6 +165,17 @@ def measure_arm(options: dict[str, Any]) -> dict[str, Any]:
     said = {name: settings.get(name) for name in ("gpu_memory_utilization", "max_num_seqs", "max_model_len")}
     engine = {"vllm": vllm.__version__, "pool_tokens": pool, "block_size": cache.block_size, "cudagraph_mode": graphs}
     return {"rows": rows, "left_out": left_out, **engine, **said}
+
+
+def metric(llm: Any, name: str) -> int:
+    """One of vLLM's counters."""
+    return int(sum(one.value for one in llm.get_metrics() if one.name == f"vllm:{name}"))
+
+
+def counted(llm: Any) -> dict[str, int]:
+    """Rows that checked drafts, drafts, and those that were kept."""
+    names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
+    return {name: metric(llm, f"spec_decode_{name}") for name in names}
 
 
 def decode_together(llm: Any, prompts: list[Any], params: Any) -> list[Any]:
@@ -154,18 +202,30 @@ def check_counters(llm: Any, batch: int, options: dict[str, Any], *, is_gpu: boo
         RuntimeError: Quest did not run, or ran outside of graphs.
     """
     counters: list[dict[str, int]] = llm.collective_rpc("quest_counters")
-    repeats = options["repeats"]
+    repeats, rows = options["repeats"], options["tokens"]
+    if options["drafts"] == EAGLE:
+        rows = -(-rows // (1 + options["speculate"]))  # of so many tokens, if all drafts are kept
     for worker in counters:
-        if worker["sparse_rows"] < batch * repeats * (options["tokens"] - MOST_EAGER):
-            wanted = f"{repeats} x {batch} x {options['tokens']}"
-            raise RuntimeError(f"Quest ran for {worker['sparse_rows']} rows of {wanted}")
-        if is_gpu and worker["eager_steps"] > repeats * MOST_EAGER:
+        ran = worker["sparse_rows"] + worker["verified_sparse_rows"]
+        # The last drafts of an answer may be more than it has tokens left.
+        if ran < batch * repeats * (rows - MOST_EAGER) or not ran:
+            raise RuntimeError(f"Quest ran for {ran} rows of {repeats} x {batch} x {rows}")
+        # What drafts with Quest does so outside of graphs.
+        if is_gpu and options["drafts"] != LOSSLESS and worker["eager_steps"] > repeats * MOST_EAGER:
             raise RuntimeError(f"{worker['eager_steps']} decode steps were not replayed from a graph")
     return counters
 
 
 def check_arguments(
-    contexts: str, batches: str, bounds: str, sketch: str, budget: int, device: str
+    contexts: str,
+    batches: str,
+    bounds: str,
+    sketch: str,
+    budget: int,
+    device: str,
+    speculate: int = 0,
+    accept: float = 0,
+    lossless: bool = False,
 ) -> tuple[list[int], tuple[str, ...], list[dict[str, Any]]]:
     """Contexts, batches and arms of Quest, before an engine starts.
 
@@ -188,7 +248,8 @@ def check_arguments(
         if name != MOST:
             integers("batches", name)
     if not kinds and not budgets:
-        raise QuestValueError("bounds", bounds, "'kv', 'fp8' or both where there are no arms with sketches")
+        raise QuestValueError("bounds", bounds, "'kv', 'fp8' or both, or budgets for --sketch")
+    check_drafts(speculate, accept, device, lossless=lossless)
     by_token = {"metadata": "sketch", "selection_unit": "token"}
     arms = [{"name": f"{SKETCH}-{tokens}", "budget": tokens, "quest": by_token} for tokens in budgets]
     for kind in kinds:
@@ -196,7 +257,41 @@ def check_arguments(
         arms.append({"name": name, "budget": budget, "quest": {"metadata": "bounds", "metadata_dtype": kind}})
     for arm in arms:
         QuestConfig.from_dict({"token_budget": arm["budget"], **arm["quest"]})
-    return numbers, names, arms
+    arms.append({"name": STOCK, "budget": 0, "quest": {}})
+    if speculate:
+        arms = [other for arm in arms for other in with_drafts(arm, speculate, lossless=lossless)]
+        arms.sort(key=lambda arm: not arm["drafts"])  # what drafts leaves less of the cache
+        arms.sort(key=lambda arm: arm["name"].split("-")[0] == STOCK)
+    return numbers, names, [{"drafts": "", **arm} for arm in arms]
+
+
+def check_drafts(speculate: int, accept: float, device: str, *, lossless: bool) -> None:
+    """Options of arms with drafts.
+
+    Raises:
+        QuestValueError: One is wrong.
+    """
+    if (accept or lossless) and not speculate:
+        name, got = ("accept", accept) if accept else ("lossless", lossless)
+        raise QuestValueError(name, got, "--speculate with it, how many drafts a step has")
+    if accept and device == "cpu":
+        raise QuestValueError("accept", accept, "0 on a cpu: vLLM's engine for it keeps drafts as the model says alone")
+    if accept and not 1 <= accept <= 1 + speculate:
+        raise QuestValueError(
+            "accept", accept, f"1 to {1 + speculate} tokens a step: one and those drafts that are kept"
+        )
+
+
+def with_drafts(arm: dict[str, Any], speculate: int, *, lossless: bool) -> list[dict[str, Any]]:
+    """An arm, and how it is run with drafts."""
+    quest = {**arm["quest"], "verify": "sparse"} if arm["budget"] else {}
+    made = [
+        {**arm, "drafts": ""},
+        {**arm, "name": f"{arm['name']}-{EAGLE}-{speculate}", "quest": quest, "drafts": EAGLE},
+    ]
+    if lossless and arm["budget"]:
+        made.append({**arm, "name": f"{arm['name']}-{LOSSLESS}-{speculate}", "drafts": LOSSLESS})
+    return made
 
 
 def read_object(name: str, text: str) -> dict[str, Any]:
@@ -245,12 +340,29 @@ def main(
         str, typer.Option(help="vLLM's of all arms, as JSON; Quest's options are added to those of its arms.")
     ] = "{}",
     tensor_parallel: Annotated[int, typer.Option(help="GPUs.", min=1)] = 1,
+    speculate: Annotated[
+        int, typer.Option(help="Drafts of a step in arms that have some; 0 for none.", min=0, max=MOST_DRAFTS)
+    ] = 0,
+    accept: Annotated[
+        float, typer.Option(help="Tokens a step with drafts writes in the mean; 0 for what the model keeps.", min=0)
+    ] = 0,
+    lossless: Annotated[
+        bool, typer.Option(help="Arms whose drafts are Quest's and whose answers are stock's.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cuda, or cpu to try the script out.")] = "cuda",
+    max_num_seqs: Annotated[
+        int, typer.Option(help="Sequences of a step at most, on a GPU: checks by sketches take memory for all.", min=1)
+    ] = 128,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(help="Share of the GPU's memory for weights, cache and what vLLM counts.", min=0.1, max=1)
+    ] = 0.92,
     seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Time vLLM with and without Quest."""
-    lengths, sequences, quest = check_arguments(contexts, batches, bounds, sketch, budget, device)
+    lengths, sequences, arms = check_arguments(
+        contexts, batches, bounds, sketch, budget, device, speculate, accept, lossless
+    )
     shared: dict[str, Any] = {
         "model": check_shape(model, SERVED_SHAPES),
         "contexts": lengths,
@@ -263,12 +375,16 @@ def main(
         "additional_config": read_object("additional_config", additional_config),
         "device": device,
         "seed": seed,
+        "speculate": speculate,
+        "accept": accept,
+        "max_num_seqs": max_num_seqs,
+        "gpu_memory_utilization": gpu_memory_utilization,
     }
-    asked = {arm["name"]: {"token_budget": arm["budget"], **arm["quest"]} for arm in quest}
+    asked = {arm["name"]: {"token_budget": arm["budget"], **arm["quest"]} for arm in arms if arm["budget"]}
     settings = {**shared, "token_budget": budget, "num_dense_layers": 2, "arms": asked}
     most: dict[str, int] = {}
     found: dict[str, Any] = {}
-    for arm in [*quest, {"name": STOCK, "budget": 0, "quest": {}}]:  # Quest first: it says how many sequences fit
+    for arm in arms:  # Quest first: it says how many sequences fit
         found[arm["name"]] = run_arm({**shared, **arm, "most": most})
         for row in found[arm["name"]]["rows"]:
             most[str(row["context"])] = max(row["batch"], most.get(str(row["context"]), 0))
@@ -288,16 +404,31 @@ def main(
 
 
 def compare(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of all arms, case by case, stock first, with how many times faster each is; None before stock ran."""
-    stock = {(row["context"], row["batch"]): row for row in found.get(STOCK, {"rows": []})["rows"]}
+    """The rows of all arms, case by case, stock first, with how many times faster each is than stock.
+
+    And than stock with the same drafts, where arms have some. None before such an arm ran.
+    """
+    of_stock = {name: arm["rows"] for name, arm in found.items() if name.split("-")[0] == STOCK}
+    plain, drafting = of_stock.pop(STOCK, []), [row for rows in of_stock.values() for row in rows]
     rows = []
     for name, arm in found.items():
         for row in arm["rows"]:
-            base = stock.get((row["context"], row["batch"]))
-            ratio = None if base is None else base["ms_between_tokens"]["p50"] / row["ms_between_tokens"]["p50"]
-            rows.append({"arm": name, **row, "ratio_to_stock": ratio})
+            made = {"arm": name, **row, "ratio_to_stock": times_faster(row, plain)}
+            if "drafts" in row:
+                made["ratio_to_stock_with_drafts"] = times_faster(row, drafting)
+            rows.append(made)
     kinds = (STOCK, QUEST, SKETCH)
-    return sorted(rows, key=lambda row: (row["context"], row["batch"], kinds.index(row["arm"].split("-")[0])))
+    return sorted(
+        rows, key=lambda row: (row["context"], row["batch"], kinds.index(row["arm"].split("-")[0]), row["arm"])
+    )
+
+
+def times_faster(row: dict[str, Any], stock: list[dict[str, Any]]) -> float | None:
+    """Than the same case of stock, or None where that is not there."""
+    for base in stock:
+        if (base["context"], base["batch"]) == (row["context"], row["batch"]):
+            return float(base["ms_between_tokens"]["p50"] / row["ms_between_tokens"]["p50"])
+    return None
 
 
 if __name__ == "__main__":

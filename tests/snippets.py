@@ -33,6 +33,7 @@ OF_THE_SERVER = {
     "--model",
     "--port",
     "--served-model-name",
+    "--speculative-config",
 }
 """Options of vLLM's server that the pages name; tests/serving/test_pages.py holds them to vLLM's own."""
 

@@ -175,6 +175,45 @@ def test_layers_of_other_kinds_among_full_ones(name: str) -> None:
     assert [int(layer.split(".")[2]) for group in groups for layer in group["layers"]] == [3]
 
 
+@pytest.mark.parametrize("name", ["gpu_sparse_verification", "gpu_sparse_verification_of_sketches"])
+def test_rows_that_check_drafts_are_the_oracles(name: str) -> None:
+    found = scenario(name)
+    (oracle,), (counters,) = found["oracle"], found["counters"]
+    assert oracle["failures"] == [] and 0 < oracle["worst"] <= 1
+    assert oracle["seen"]["rows of several tokens"] > 50
+    assert counters["verified_sparse_rows"] > 100
+    assert counters["tokens_read"] < counters["tokens_held"]
+    drafted, accepted = (found["metrics"][f"spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted"))
+    assert 0 < accepted < drafted
+
+
+@pytest.mark.parametrize("name", ["gpu_sparse_verification", "gpu_sparse_verification_of_sketches"])
+def test_rows_that_check_drafts_are_replayed_from_graphs(name: str) -> None:
+    found = scenario(f"{name}_graphs")
+    (counters,) = found["counters"]
+    assert counters["verified_sparse_rows"] > 50
+    assert counters["eager_steps"] < 10  # steps in which prompts joined
+    assert counters["tokens_read"] < counters["tokens_held"] / 2
+    assert found_keys(found["answers"]) == found_keys(scenario(name)["answers"][0])
+
+
+def test_a_budget_of_the_context_checks_drafts_as_stock_does() -> None:
+    found = scenario("gpu_sparse_verification_of_the_context")
+    (counters,) = found["counters"]
+    assert counters["verified_sparse_rows"] == 0 < counters["verified_rows"]
+    assert found_keys(found["answers"]) == found_keys(scenario("gpu_stock_verification")["answers"])
+
+
+def test_a_model_that_drafts_with_quest_answers_as_stock_does() -> None:
+    found = scenario("gpu_drafts_by_quest")
+    (counters,) = found["counters"]
+    assert counters["verified_sparse_rows"] == 0 < counters["verified_rows"] < counters["sparse_rows"]
+    # Other numbers of rows in a product are summed in another order, so that close calls may fall otherwise later on.
+    assert found_keys(found["answers"]) == found_keys(scenario("gpu_stock")["answers"])
+    drafted, accepted = (found["metrics"][f"spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted"))
+    assert drafted / 2 < accepted
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_ranks_give_the_tokens_of_one() -> None:
     found = scenario("gpu_two_ranks")

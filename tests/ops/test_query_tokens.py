@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -108,6 +109,21 @@ def test_one_choice_serves_all_and_nobody_sees_what_is_later(backend: Backend, f
     assert as_lists(whole.selected.units) == everything, "within the budget"
     exact = causal(cache, query[:, :2], [2, 2, 2], everything, config.unit_size)
     torch.testing.assert_close(whole.output.double(), exact, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_that_only_pads_a_batch_gives_zeros_whatever_its_table_holds(backend: Backend, form: str) -> None:
+    cache, config = made([90, 33, 0], form, backend=available(backend))
+    kv, query = cache.kv, queries(cache, 4)
+    kv.page_table[2] = 1 << 20
+    step = quest_decode(query, kv, torch.tensor([90, 33, 0], dtype=torch.int32), config)
+    assert not step.output[2].any() and not step.selected.counts[2].any()
+    alone = replace(kv, page_table=kv.page_table[:2])
+    expected = quest_decode(query[:2], alone, torch.tensor([90, 33], dtype=torch.int32), config)
+    torch.testing.assert_close(step.output[:2], expected.output)
+    with pytest.raises(QuestValueError, match=r"seq_lens: got 0, expected at least the query tokens, or none at all"):
+        quest_decode(query, kv, torch.tensor([90, 3, 0], dtype=torch.int32), config)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

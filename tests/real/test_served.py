@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,13 @@ def test_stock_finds_the_pass_keys(stock: Asked) -> None:
 def test_quest_finds_the_pass_keys_that_stock_finds(name: str, stock: Asked, model_folder: Path) -> None:
     asked = ask(model_folder, ARMS[name], CHARACTERS, *OPTIONS)
     assert_as_found(asked, stock, ARMS[name]["token_budget"], MARGIN)
+
+
+def test_a_model_that_drafts_with_quest_answers_as_stock_does(stock: Asked, model_folder: Path) -> None:
+    """Character by character, though Quest reads a sixth of the context where it drafts."""
+    drafting = ("--speculative-config", json.dumps(scenario.DRAFTED))
+    asked = ask(model_folder, ARMS["sketch"], CHARACTERS, *OPTIONS, *drafting)
+    assert asked.answers == stock.answers
+    counters = asked.counters
+    assert counters["verified_sparse_rows"] == 0 < counters["verified_rows"] < stock.answer_tokens - QUESTIONS
+    assert counters["sparse_rows"] > counters["verified_rows"]

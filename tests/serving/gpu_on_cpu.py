@@ -81,20 +81,20 @@ class SimulatedImpl(QuestGPUImpl):
 class SimulatedOracle(OracleExtension):
     """The oracle for this adapter: the same checks, its output held to PyTorch's attention alone."""
 
-    def plan_a_capture(self) -> list[int]:
-        """Rows that run Quest in a batch of four single tokens: as a step of short rows, and as one to be captured."""
+    def plan_a_capture(self, tokens: int = 1) -> list[int]:
+        """Rows that run Quest in a batch of four rows of so many tokens: as a short step, and as one to be captured."""
         builder = self.model_runner.attn_groups[0][0].get_metadata_builder()  # type: ignore[attr-defined]
-        starts, lengths = torch.arange(5, dtype=torch.int32), torch.ones(4, dtype=torch.int32)
+        starts, lengths = torch.arange(5, dtype=torch.int32) * tokens, torch.full((4,), tokens, dtype=torch.int32)
         batch = CommonAttentionMetadata(
             query_start_loc=starts,
             query_start_loc_cpu=starts,
             seq_lens=lengths,
             num_reqs=4,
-            num_actual_tokens=4,
-            max_query_len=1,
-            max_seq_len=1,
+            num_actual_tokens=4 * tokens,
+            max_query_len=tokens,
+            max_seq_len=tokens,
             block_table_tensor=torch.zeros(4, 128, dtype=torch.int32),
-            slot_mapping=torch.full((4,), -1),
+            slot_mapping=torch.full((4 * tokens,), -1),
         )
         plans = builder.build(0, batch), builder.build_for_cudagraph_capture(batch), builder.build(0, batch)
         return [metadata.quest.num_rows for metadata in plans]

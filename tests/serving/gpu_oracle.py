@@ -5,6 +5,7 @@ There keys and values can be read back from vLLM's cache, so nothing is kept a s
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from quest_attention.config import QuestConfig
 from quest_attention.ops import Selection, Step, resolve_backend
 from quest_attention.ops.masses import NO_CANDIDATE
+from quest_attention.ops.query_tokens import QueryTokens
 from quest_attention.pages import PagedKV, num_pages
 from quest_attention.vllm.gpu import QuestGPUImpl
 from quest_attention.vllm.impl import OpenCache
@@ -67,17 +69,29 @@ class GPUOracleExtension(QuestWorkerExtension):
     def _check(
         self, layer: str, kv: PagedKV, query: Tensor, step: QuestStep, selected: Selection, output: Tensor, impl: Any
     ) -> None:
+        tokens = step.tokens
+        by_row = query[:, None] if tokens is None else tokens.by_row(query)  # [R, T, HQ, D]
+        attended = output[:, None] if tokens is None else tokens.by_row(output)
+        lens = None if tokens is None else tokens.lens
+        has = [by_row.shape[1]] * len(by_row) if lens is None else lens.tolist()
+        several = QueryTokens(by_row, lens, kv, step.seq_lens)
         asked = Step(
-            query=query, kv=kv, seq_lens=step.seq_lens, config=step.config, sm_scale=impl.scale, softcap=impl._softcap,
-            sinks=impl.sinks, workspace=step.workspace,
+            query=several.folded(), kv=kv, seq_lens=step.seq_lens, config=several.config(step.config),
+            sm_scale=impl.scale, softcap=impl._softcap, sinks=several.folded_sinks(impl.sinks),
+            workspace=step.workspace,
         )  # fmt: skip
-        wrong = _wrong_tokens(asked, selected) if selected.unit_size == 1 else _wrong_units(asked, selected)
+        is_whole = (
+            selected.unit_size == 1 and step.workspace is not None
+        )  # a step of few launches, which left its notes
+        wrong = _wrong_tokens(asked, selected) if is_whole else _wrong_units(asked, selected)
         self._failures.extend(f"{layer}, {one}" for one in wrong)
-        group, size = query.shape[1] // kv.num_kv_heads, selected.unit_size
+        group, size = by_row.shape[2] // kv.num_kv_heads, selected.unit_size
+        rounded = 1 if by_row.shape[1] == 1 else 2  # what lies before several tokens of a step is rounded by itself
         for b, length in enumerate(step.seq_lens.tolist()):
             if length == 0:
                 continue
             self._seen["rows"] += 1
+            self._seen["rows of several tokens"] += by_row.shape[1] > 1
             table = kv.page_table[b, : num_pages(length, kv.page_size)].long()
             keys, values = (
                 part[table].flatten(0, 1)[:length]
@@ -88,18 +102,18 @@ class GPUOracleExtension(QuestWorkerExtension):
             if not is_right(kv.form, kv.metadata[table], kv.keys[table], length).all():
                 self._failures.append(f"{layer}, row {b}: a page's {kv.form.name} are not those of its keys")
             ours = plain = 0.0
-            for h in range(kv.num_kv_heads):
+            for h, nth in itertools.product(range(kv.num_kv_heads), range(has[b])):
                 units = selected.units[b, h][selected.units[b, h] >= 0].long()
-                tokens = (units[:, None] * size + torch.arange(size, device=units.device)).flatten()
-                tokens = tokens[tokens < length]
+                read = (units[:, None] * size + torch.arange(size, device=units.device)).flatten()
+                read = read[read < length - has[b] + nth + 1]  # none that is later
                 heads = slice(h * group, (h + 1) * group)
                 sinks = None if impl.sinks is None else impl.sinks[heads]
-                q, k, v = query[b, heads], keys[tokens, h], values[tokens, h]
+                q, k, v = by_row[b, nth, heads], keys[read, h], values[read, h]
                 exact = _attend(q.double(), k.double(), v.double(), impl.scale, impl._softcap, sinks)
-                ours = max(ours, float((output[b, heads] - exact).abs().nan_to_num(1e9).max()))
+                ours = max(ours, float((attended[b, nth, heads] - exact).abs().nan_to_num(1e9).max()))
                 by_torch = _attend(q, k, v, impl.scale, impl._softcap, sinks)
                 rounding = torch.finfo(output.dtype).eps / 2 * float(exact.abs().max())  # of an output that is right
-                plain = max(plain, rounding, float((by_torch - exact).abs().max()))
+                plain = max(plain, rounded * rounding, float((by_torch - exact).abs().max()))
             allowed = 2 * plain + torch.finfo(torch.float32).eps
             self._worst = max(self._worst, ours / allowed)
             if ours > allowed:

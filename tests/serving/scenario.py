@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 import quest_attention
-from mixed_models import ALL, FAMILIES, WITH_STATES, save, token_prompts
+from mixed_models import ALL, BASE, FAMILIES, WITH_STATES, save, token_prompts
 from quest_attention.models import bundled_model_path
 
 MAX_MODEL_LEN = 2048
@@ -515,6 +515,264 @@ def speculation() -> dict[str, Any]:
     return checked(llm, [prompts(3, 500)], tokens=40, temperature=0.7)
 
 
+VERIFY = {"verify": "sparse"}
+
+
+def save_eagle(folder: Path) -> None:
+    """An EAGLE head of a layer for the bundled model: it drafts what the model wrote last, but for a little noise."""
+    config = json.loads((bundled_model_path() / "config.json").read_text())
+    hidden, inner, dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    wide, narrow = (dim * config[f"num_{name}_heads"] for name in ("attention", "key_value"))
+    shapes = {
+        "layers.0.self_attn.q_proj": (wide, hidden),
+        "layers.0.self_attn.k_proj": (narrow, hidden),
+        "layers.0.self_attn.v_proj": (narrow, hidden),
+        "layers.0.self_attn.o_proj": (hidden, wide),
+        "layers.0.mlp.gate_proj": (inner, hidden),
+        "layers.0.mlp.up_proj": (inner, hidden),
+        "layers.0.mlp.down_proj": (hidden, inner),
+    }
+    draw = torch.Generator().manual_seed(0)
+    weights = {f"{name}.weight": torch.randn(shape, generator=draw) / shape[1] ** 0.5 for name, shape in shapes.items()}
+    weights["fc.weight"] = torch.cat([torch.zeros(hidden, hidden), torch.eye(hidden)], 1)  # of token and model
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        weights[f"layers.0.{name}.weight"] /= 32
+    weights["layers.0.post_attention_layernorm.weight"] = torch.ones(hidden)
+    weights["embed_tokens.weight"] = torch.randn(config["vocab_size"], hidden, generator=draw)
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+
+
+def eagle(quest: dict[str, Any] | None = None, **oracle: Any) -> dict[str, Any]:
+    """An EAGLE head drafts: stock, or beside Quest, with the backend of each layer."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_eagle(Path(folder))
+        drafts = {"method": "eagle", "model": folder, "num_speculative_tokens": 3}
+        llm = make_llm(quest, speculative_config=drafts, max_num_batched_tokens=192, **oracle)
+        texts = prompts(3, 400) + prompts(1, 40)
+        found = checked(llm, [texts], tokens=30) if oracle else {"answers": [answers(llm, texts, 30)]}
+        layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+        return {**found, "backends": {name: layer.attn_backend.__name__ for name, layer in layers.items()}}
+
+
+def sparse_eagle() -> dict[str, Any]:
+    """Its drafts are checked sparse."""
+    return eagle({"token_budget": BUDGET, **VERIFY}, **ORACLE)
+
+
+def eagle_of_the_context() -> dict[str, Any]:
+    """The same with a budget that these rows fit."""
+    return eagle({"token_budget": MAX_MODEL_LEN - BLOCK, **VERIFY}, **ORACLE)
+
+
+def sparse_verification(oracle: dict[str, Any] = ORACLE, **kept: Any) -> dict[str, Any]:
+    """Rows that check drafts choose: of different numbers of tokens, beside decode rows and prompts in chunks."""
+    options = {"speculative_config": FROM_PROMPT, "max_num_batched_tokens": 192, **oracle}
+    llm = make_llm({"token_budget": BUDGET, **VERIFY, **kept}, **options)
+    return checked(llm, [repetitive(3, 400) + prompts(1, 40), repetitive(2, 400)], tokens=40)
+
+
+def sparse_verification_of_sketches() -> dict[str, Any]:
+    """The same where single tokens are chosen."""
+    return sparse_verification(**SKETCH)
+
+
+def sparse_verification_in_the_adapter_of_a_gpu(**kept: Any) -> dict[str, Any]:
+    """The same in a GPU's adapter, and what it plans for a graph."""
+    from quest_attention.vllm import plugin
+
+    plugin._BACKENDS["cpu"] = "gpu_on_cpu.SimulatedBackend"
+    options = {"speculative_config": FROM_PROMPT, "max_num_batched_tokens": 192, "dtype": "bfloat16", "block_size": 16}
+    llm = make_llm({"token_budget": BUDGET, **VERIFY, **kept}, **options, **SIMULATED_ORACLE)
+    found = checked(llm, [repetitive(3, 400) + prompts(1, 40)], tokens=40)
+    return {**found, "planned": llm.collective_rpc("plan_a_capture", args=(1 + FROM_PROMPT["num_speculative_tokens"],))}
+
+
+def sparse_verification_in_8_bits(**kept: Any) -> dict[str, Any]:
+    """The same with keys and values in 8 bits, by scales."""
+    from vllm.v1.attention.backends import flash_attn
+
+    from quest_attention.vllm import plugin, scales
+
+    plugin._BACKENDS["cpu"] = "gpu_on_cpu.SimulatedBackend"
+    scales._DEVICES = ("cpu",)
+    flash_attn.flash_attn_supports_kv_cache_dtype = lambda *_, **__: True  # which asks for a GPU
+    options = {"dtype": "bfloat16", "block_size": 16, "kv_cache_dtype": "fp8", "max_num_batched_tokens": 192}
+    quest = {"token_budget": BUDGET, **VERIFY, **kept}
+    llm = make_llm(quest, speculative_config=FROM_PROMPT, **options, **SIMULATED_ORACLE)
+    llm.collective_rpc("set_scales", args=(0.5, 0.25, 0.125))
+    return checked(llm, [repetitive(2, 300) + prompts(1, 40)], tokens=30)
+
+
+def sparse_verification_of_sketches_in_8_bits() -> dict[str, Any]:
+    """The same with single tokens by sketches."""
+    return sparse_verification_in_8_bits(**SKETCH)
+
+
+def sparse_verification_of_sketches_in_the_adapter_of_a_gpu() -> dict[str, Any]:
+    """The same with single tokens by sketches."""
+    return sparse_verification_in_the_adapter_of_a_gpu(**SKETCH)
+
+
+MTP = {
+    "model_type": "glm4_moe",
+    "architectures": ["Glm4MoeForCausalLM"],
+    "partial_rotary_factor": 0.5,
+    "first_k_dense_replace": 3,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 2,
+    "num_experts_per_tok": 1,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_nextn_predict_layers": 1,
+}
+"""A family of full attention with a layer that predicts one token more."""
+
+
+def sparse_mtp() -> dict[str, Any]:
+    """A model's own layer drafts, with random weights; its drafts are checked sparse."""
+    from quest_attention.bench.weights import spread_weights
+
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # of a function to the worker
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps({**BASE, **MTP}))
+        llm = make_llm(
+            {"token_budget": BUDGET, "num_dense_layers": 1, **VERIFY}, model=folder, load_format="dummy",
+            skip_tokenizer_init=True, speculative_config={"method": "mtp", "num_speculative_tokens": 1},
+            max_model_len=1024, **CHUNKS, **ORACLE,
+        )  # fmt: skip
+        llm.apply_model(spread_weights)
+        llm.collective_rpc("install_oracle")
+        llm.collective_rpc("quest_reset")
+        found = greedy(llm, token_prompts(FAMILY_LENGTHS))
+        asked = {"oracle": "oracle_report", "counters": "quest_counters"}
+        layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+        backends = {
+            name: layer.attn_backend.__name__ for name, layer in layers.items() if hasattr(layer, "attn_backend")
+        }
+        found |= {name: llm.collective_rpc(method) for name, method in asked.items()}
+        return {**found, "backends": backends, "metrics": metrics(llm)}
+
+
+DRAFTED = {
+    "method": "custom_class",
+    "model": "quest_attention.vllm.proposer.QuestProposer",
+    "num_speculative_tokens": 3,
+}
+
+
+def drafts_by_quest(oracle: dict[str, Any] = ORACLE, **kept: Any) -> dict[str, Any]:
+    """The model drafts for itself with Quest: rows that stop being alike, prompts in chunks, then prefix hits."""
+    options = {"speculative_config": DRAFTED, "max_num_batched_tokens": 192, **oracle}
+    llm = make_llm({"token_budget": BUDGET, **kept}, **options)
+    return checked(llm, [draft_texts(), draft_texts()[:2]], tokens=60)
+
+
+def draft_texts() -> list[str]:
+    """Rows past the budget and one within it."""
+    return prompts(3, 400) + prompts(1, 40)
+
+
+def without_drafts() -> dict[str, Any]:
+    """Stock, without speculation, for the same texts."""
+    llm = make_llm(None, max_num_batched_tokens=192)
+    return {"answers": [answers(llm, texts, 60) for texts in (draft_texts(), draft_texts()[:2])]}
+
+
+def drafts_by_sketches() -> dict[str, Any]:
+    """The same with single tokens."""
+    return drafts_by_quest(**SKETCH)
+
+
+def drafts_in_the_adapter_of_a_gpu() -> dict[str, Any]:
+    """The same in a GPU's adapter."""
+    from quest_attention.vllm import plugin
+
+    plugin._BACKENDS["cpu"] = "gpu_on_cpu.SimulatedBackend"
+    options = {"speculative_config": DRAFTED, "max_num_batched_tokens": 192, "dtype": "bfloat16", "block_size": 16}
+    llm = make_llm({"token_budget": BUDGET, **SKETCH}, **options, **SIMULATED_ORACLE)
+    return checked(llm, [draft_texts()], tokens=20)
+
+
+def drafts_where_blocks_run_out() -> dict[str, Any]:
+    """Rows that are preempted while drafts hold blocks ahead of them, and that end at the longest sequence."""
+    llm = make_llm({"token_budget": BUDGET}, speculative_config=DRAFTED, **small_pool(28), **ORACLE)
+    return checked(llm, [prompts(4, 230)], tokens=60)
+
+
+def without_drafts_where_blocks_run_out() -> dict[str, Any]:
+    """Stock, without speculation, likewise."""
+    return {"answers": [answers(make_llm(None, **small_pool(28)), prompts(4, 230), 60)]}
+
+
+def stock_verification(quest: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Answers of stock with drafts. An engine of its own: vLLM 0.32 cannot make a second one that speculates."""
+    worker = {"worker_extension_cls": "quest_attention.vllm.worker.QuestWorkerExtension"}
+    llm = make_llm(quest, speculative_config=FROM_PROMPT, **worker)
+    given = answers(llm, repetitive(3, 400) + prompts(1, 40), 40)
+    return {"answers": given, "counters": llm.collective_rpc("quest_counters")}
+
+
+def sparse_verification_of_the_context() -> dict[str, Any]:
+    """The same with Quest and a budget that these rows fit."""
+    return stock_verification({"token_budget": MAX_MODEL_LEN - BLOCK, **VERIFY})
+
+
+def sparse_verification_of_the_context_by_sketches() -> dict[str, Any]:
+    """The same by sketches."""
+    return stock_verification({"token_budget": MAX_MODEL_LEN - BLOCK, **VERIFY, **SKETCH})
+
+
+def sparse_verification_of_own_budgets() -> dict[str, Any]:
+    """Requests with budgets of their own whose rows check drafts."""
+    llm = make_llm({"token_budget": BUDGET, **VERIFY}, speculative_config=FROM_PROMPT, **ORACLE)
+    llm.collective_rpc("install_oracle")
+    texts = repetitive(len(OWN_BUDGETS), 300)
+    found = ask_own(llm, texts, [slice(None)])
+    return {**found, "oracle": llm.collective_rpc("oracle_report"), "metrics": metrics(llm)}
+
+
+def sparse_verification_of(name: str) -> dict[str, Any]:
+    """The same in a model of several kinds of layers, which drafts often: a token that was there before is enough."""
+    from vllm import ModelRegistry
+
+    one = ALL[name]
+    with tempfile.TemporaryDirectory() as folder:
+        architecture = save(one, Path(folder))
+        ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
+        often = FROM_PROMPT | {"prompt_lookup_max": 1, "prompt_lookup_min": 1}
+        options = {"model": folder, "skip_tokenizer_init": True, "max_model_len": 1024, "max_num_seqs": 4, **one.engine}
+        llm = make_llm(
+            {"token_budget": BUDGET, "num_dense_layers": 1, **VERIFY, **one.quest}, speculative_config=often,
+            num_gpu_blocks_override=256, **CHUNKS, **options, **ORACLE,
+        )  # fmt: skip
+        llm.collective_rpc("install_oracle")
+        llm.collective_rpc("quest_reset")
+        found: dict[str, Any] = greedy(llm, token_prompts(FAMILY_LENGTHS))
+        asked = {"oracle": "oracle_report", "counters": "quest_counters", "groups": "quest_groups"}
+        return {
+            **found,
+            **{what: llm.collective_rpc(method) for what, method in asked.items()},
+            "metrics": metrics(llm),
+        }
+
+
+def sparse_verification_of_gpt_oss() -> dict[str, Any]:
+    """With sinks and windows."""
+    return sparse_verification_of("gpt_oss")
+
+
+def sparse_verification_of_gemma2() -> dict[str, Any]:
+    """With softcap and windows."""
+    return sparse_verification_of("gemma2")
+
+
+def repetitive(count: int, words: int) -> list[str]:
+    """Different passages of the book that end as they began, so that n-grams of what is written are found in them."""
+    return [f"{text[:300]} {text} {text[:250]}" for text in prompts(count, words)]
+
+
 def adapter_of_a_gpu() -> dict[str, Any]:
     """What a GPU runs, but for the kernels: blocks of 16, prompts in chunks beside decoding rows, prefix hits."""
     from quest_attention.vllm import plugin
@@ -796,6 +1054,64 @@ def gpu_speculation() -> dict[str, Any]:
     return checked(llm, [prompts(3, 500)], tokens=40, temperature=0.7)
 
 
+GPU_HEAD_TOKENS = 3
+"""Drafts of a step by an EAGLE head on a GPU."""
+
+
+def gpu_eagle(quest: dict[str, Any] | None, batches: int = 1, **options: Any) -> dict[str, Any]:
+    """An EAGLE head drafts, in the runner that vLLM takes by itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_eagle(Path(folder))
+        drafts = {"method": "eagle", "model": folder, "num_speculative_tokens": GPU_HEAD_TOKENS}
+        llm = make_gpu_llm(quest, speculative_config=drafts, **options)
+        if options.get("enforce_eager"):
+            return checked(llm, [gpu_texts()] * batches, tokens=40)
+        if quest is not None:
+            llm.collective_rpc("quest_reset")
+        found = {"answers": answers(llm, gpu_texts(), 40), "metrics": metrics(llm)}
+        return found if quest is None else {**found, "counters": llm.collective_rpc("quest_counters")}
+
+
+def gpu_sparse_verification() -> dict[str, Any]:
+    """Rows that check drafts choose: eager, with the sampled oracle, prompts in chunks, then prefix hits."""
+    quest = {"token_budget": 256, **VERIFY}
+    return gpu_eagle(quest, 2, enforce_eager=True, max_num_batched_tokens=512, **GPU_ORACLE)
+
+
+def gpu_sparse_verification_of_sketches() -> dict[str, Any]:
+    """The same where single tokens are chosen."""
+    quest = {"token_budget": 256, **VERIFY, **SKETCH}
+    return gpu_eagle(quest, 2, enforce_eager=True, max_num_batched_tokens=512, **GPU_ORACLE)
+
+
+def gpu_sparse_verification_graphs() -> dict[str, Any]:
+    """Batches of rows that check drafts from full CUDA graphs."""
+    return gpu_eagle({"token_budget": 256, **VERIFY}, **GPU_ORACLE)
+
+
+def gpu_sparse_verification_of_sketches_graphs() -> dict[str, Any]:
+    """The same where single tokens are chosen."""
+    return gpu_eagle({"token_budget": 256, **VERIFY, **SKETCH}, **GPU_ORACLE)
+
+
+def gpu_stock_verification() -> dict[str, Any]:
+    """FlashAttention with the same drafts."""
+    return gpu_eagle(None)
+
+
+def gpu_sparse_verification_of_the_context() -> dict[str, Any]:
+    """A budget that these rows fit, from graphs that hold Quest."""
+    return gpu_eagle({"token_budget": 8192 - BUDGET, **VERIFY, **SKETCH}, **GPU_ORACLE)
+
+
+def gpu_drafts_by_quest() -> dict[str, Any]:
+    """The model drafts for itself with Quest; FlashAttention checks."""
+    llm = make_gpu_llm({"token_budget": 256, **SKETCH}, speculative_config=DRAFTED, **GPU_ORACLE)
+    llm.collective_rpc("quest_reset")
+    found = {"answers": answers(llm, gpu_texts(), 40), "metrics": metrics(llm)}
+    return {**found, "counters": llm.collective_rpc("quest_counters")}
+
+
 def gpu_graphs(ranks: int = 1, **quest: Any) -> dict[str, Any]:
     """Decode batches from full CUDA graphs."""
     llm = make_gpu_llm({"token_budget": 256, **quest}, tensor_parallel_size=ranks, **GPU_ORACLE)
@@ -884,6 +1200,28 @@ SCENARIOS = [
     sketch_preemption,
     sketch_pages,
     sketch_speculation,
+    sparse_verification,
+    sparse_verification_of_sketches,
+    sparse_verification_in_the_adapter_of_a_gpu,
+    sparse_verification_of_sketches_in_the_adapter_of_a_gpu,
+    sparse_verification_in_8_bits,
+    sparse_verification_of_sketches_in_8_bits,
+    eagle,
+    sparse_eagle,
+    eagle_of_the_context,
+    sparse_mtp,
+    drafts_by_quest,
+    drafts_by_sketches,
+    without_drafts,
+    drafts_in_the_adapter_of_a_gpu,
+    drafts_where_blocks_run_out,
+    without_drafts_where_blocks_run_out,
+    stock_verification,
+    sparse_verification_of_the_context,
+    sparse_verification_of_the_context_by_sketches,
+    sparse_verification_of_own_budgets,
+    sparse_verification_of_gpt_oss,
+    sparse_verification_of_gemma2,
     windowed,
     with_states,
     adapter_of_a_gpu,
@@ -907,6 +1245,13 @@ SCENARIOS = [
     gpu_preemption,
     gpu_speculation,
     gpu_graphs,
+    gpu_sparse_verification,
+    gpu_sparse_verification_of_sketches,
+    gpu_sparse_verification_graphs,
+    gpu_sparse_verification_of_sketches_graphs,
+    gpu_stock_verification,
+    gpu_sparse_verification_of_the_context,
+    gpu_drafts_by_quest,
     gpu_own_budgets,
     gpu_windows,
     gpu_sinks,

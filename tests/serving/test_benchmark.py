@@ -43,6 +43,23 @@ def test_all_arms_are_timed_and_what_does_not_fit_is_said(tmp_path: Path) -> Non
     assert "left out" in done.stdout
 
 
+def test_arms_with_drafts_are_timed(tmp_path: Path) -> None:
+    output = tmp_path / "served.json"
+    more = ("--bounds", "", "--sketch", "96", "--batches", "2", "--repeats", "1", "--speculate", "3", "--lossless")
+    done = run(*TINY[:-2], *more, "--tokens", "40", "--output", str(output))
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = {row["arm"]: row for row in json.loads(output.read_text(encoding="utf-8"))["rows"]}
+    kinds = ("stock", "stock-eagle-3", "sketch-96", "sketch-96-eagle-3", "sketch-96-lossless-3")
+    assert tuple(rows) == kinds
+    for name, row in rows.items():
+        assert ("drafts" in row) == ("ratio_to_stock_with_drafts" in row) == name.endswith("-3")
+    (counters,) = rows["sketch-96-eagle-3"]["counters"]
+    assert counters["verified_sparse_rows"] == rows["sketch-96-eagle-3"]["drafts"]["num_drafts"] > 0
+    (counters,) = rows["sketch-96-lossless-3"]["counters"]
+    assert counters["verified_rows"] == rows["sketch-96-lossless-3"]["drafts"]["num_drafts"] > 0
+    assert counters["verified_sparse_rows"] == 0 < counters["sparse_rows"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -56,6 +73,10 @@ def test_all_arms_are_timed_and_what_does_not_fit_is_said(tmp_path: Path) -> Non
         (("--sketch", "8192"), "contexts: got 8192, expected more than the budget of 8192"),
         (("--sketch", "16"), "token_budget: got 16, expected at least 32"),
         (("--bounds", "int4"), "metadata_dtype: got 'int4'"),
+        (("--accept", "2"), "accept: got 2.0, expected --speculate with it"),
+        (("--lossless",), "lossless: got True, expected --speculate with it"),
+        (("--speculate", "2", "--accept", "4"), "accept: got 4.0, expected 1 to 3 tokens a step"),
+        (("--speculate", "2", "--accept", "2", "--device", "cpu"), "accept: got 2.0, expected 0 on a cpu"),
     ],
 )
 def test_wrong_arguments_are_named_before_an_engine_starts(arguments: tuple[str, ...], message: str) -> None:

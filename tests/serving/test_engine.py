@@ -42,8 +42,8 @@ def assert_checked(found: dict[str, Any], *, ranks: int = 1, layers: int = NUM_S
     for oracle, counters in zip(found["oracle"], found["counters"], strict=True):
         assert oracle["failures"] == []
         assert 0 < oracle["worst"] <= 1
-        assert counters["sparse_rows"] > 0
-        assert oracle["seen"]["rows past the budget"] == layers * counters["sparse_rows"]
+        rows = counters["sparse_rows"] + counters["verified_sparse_rows"]
+        assert oracle["seen"]["rows past the budget"] == layers * rows > 0
         assert counters["tokens_read"] < counters["tokens_held"]
 
 
@@ -219,6 +219,125 @@ def test_speculated_tokens_that_are_taken_back_are_in_no_sketch() -> None:
     assert_checked(found)
     drafted, accepted = (found["metrics"][f"spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted"))
     assert accepted < drafted
+
+
+SPARSE_VERIFICATION = (
+    "sparse_verification",
+    "sparse_verification_of_sketches",
+    "sparse_verification_in_the_adapter_of_a_gpu",
+    "sparse_verification_of_sketches_in_the_adapter_of_a_gpu",
+    "sparse_verification_in_8_bits",
+    "sparse_verification_of_sketches_in_8_bits",
+)
+
+
+@pytest.mark.parametrize("name", SPARSE_VERIFICATION)
+def test_rows_that_check_drafts_choose_where_the_server_asks_for_it(name: str) -> None:
+    """Of different numbers of tokens, beside rows of one and prompts in chunks, and after tokens were taken back."""
+    found = scenario(name)
+    assert_checked(found)
+    (counters,), (oracle,) = found["counters"], found["oracle"]
+    assert counters["verified_sparse_rows"] > counters["verified_rows"]
+    checked = counters["verified_sparse_rows"] + counters["verified_rows"]
+    assert checked == found["metrics"]["spec_decode_num_drafts"]
+    drafted, accepted = (found["metrics"][f"spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted"))
+    assert 0 < accepted < drafted
+    seen = oracle["seen"]
+    assert all(seen[f"rows of {count}"] > 0 for count in (1, 2, 4))
+    assert seen["selections"] > 0
+    if "planned" in found:
+        assert found["planned"] == [[0, 4, 0]], "a batch to be captured runs Quest whatever its lengths are"
+
+
+@pytest.mark.parametrize("name", ["sparse_verification_of_gpt_oss", "sparse_verification_of_gemma2"])
+def test_rows_that_check_drafts_choose_in_layers_with_full_attention_among_others(name: str) -> None:
+    found = scenario(name)
+    assert_checked(found, layers=1)
+    assert found["counters"][0]["verified_sparse_rows"] > 5
+    assert found["oracle"][0]["seen"]["rows of 4"] > 5
+
+
+@pytest.mark.parametrize(
+    "name", ["sparse_verification_of_the_context", "sparse_verification_of_the_context_by_sketches"]
+)
+def test_a_budget_of_the_context_checks_drafts_as_stock_does(name: str) -> None:
+    found = scenario(name)
+    assert found["answers"] == scenario("stock_verification")["answers"]
+    (counters,) = found["counters"]
+    assert counters["verified_sparse_rows"] == counters["sparse_rows"] == 0 < counters["verified_rows"]
+    assert counters["tokens_read"] == counters["tokens_held"]
+
+
+@pytest.mark.parametrize("name", ["sparse_eagle", "eagle_of_the_context"])
+def test_the_layers_of_an_eagle_head_are_stock_and_its_drafts_are_checked(name: str) -> None:
+    found = scenario(name)
+    *ours, last = found["backends"].values()
+    assert set(ours) == {"QuestCPUBackend"} and last == "CPUAttentionBackend"
+    drafted, accepted = (found["metrics"][f"spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted"))
+    assert 0 < accepted < drafted
+    (counters,), (oracle,) = found["counters"], found["oracle"]
+    checked = counters["verified_sparse_rows"] + counters["verified_rows"]
+    assert checked == found["metrics"]["spec_decode_num_drafts"]
+    if name == "sparse_eagle":
+        assert oracle["failures"] == [] and 0 < oracle["worst"] <= 1
+        rows = counters["sparse_rows"] + counters["verified_sparse_rows"]
+        assert oracle["seen"]["rows past the budget"] == NUM_SPARSE_LAYERS * rows > 0
+    else:
+        assert found["answers"] == scenario("eagle")["answers"]
+        assert counters["verified_sparse_rows"] == 0
+
+
+def test_the_layer_of_a_model_that_predicts_tokens_is_stock_and_its_drafts_are_checked() -> None:
+    found = scenario("sparse_mtp")
+    *ours, last = found["backends"].values()
+    assert set(ours) == {"QuestCPUBackend"} and last == "CPUAttentionBackend"
+    (counters,), (oracle,) = found["counters"], found["oracle"]
+    assert oracle["failures"] == [] and 0 < oracle["worst"] <= 1
+    assert oracle["seen"]["rows past the budget"] == 3 * counters["verified_sparse_rows"] > 0
+    checked = counters["verified_sparse_rows"] + counters["verified_rows"]
+    assert checked == found["metrics"]["spec_decode_num_drafts"]
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("drafts_by_quest", "without_drafts"),
+        ("drafts_by_sketches", "without_drafts"),
+        ("drafts_where_blocks_run_out", "without_drafts_where_blocks_run_out"),
+    ],
+)
+def test_a_model_that_drafts_with_quest_answers_as_stock_does(name: str, plain: str) -> None:
+    found = scenario(name)
+    assert found["answers"] == scenario(plain)["answers"]
+    (counters,), (oracle,) = found["counters"], found["oracle"]
+    assert oracle["failures"] == [] and 0 < oracle["worst"] <= 1
+    assert oracle["seen"]["rows past the budget"] == NUM_SPARSE_LAYERS * counters["sparse_rows"] > 0
+    assert counters["verified_sparse_rows"] == 0, "what is kept was read whole"
+    # The runner of the last step near the longest sequence drafts in Quest's place.
+    assert 0 < counters["verified_rows"] <= found["metrics"]["spec_decode_num_drafts"] < counters["sparse_rows"]
+    drafted, accepted = (found["metrics"][f"spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted"))
+    assert drafted / 2 < accepted <= drafted
+    if "run_out" in name:
+        assert found["metrics"]["num_preemptions"] > 0
+
+
+def test_drafts_with_quest_in_the_adapter_of_a_gpu() -> None:
+    found = scenario("drafts_in_the_adapter_of_a_gpu")
+    (counters,), (oracle,) = found["counters"], found["oracle"]
+    assert oracle["failures"] == [] and 0 < oracle["worst"] <= 1
+    assert oracle["seen"]["rows past the budget"] == NUM_SPARSE_LAYERS * counters["sparse_rows"] > 0
+    assert counters["verified_sparse_rows"] == 0 < counters["verified_rows"]
+
+
+def test_rows_that_check_drafts_with_budgets_of_their_own() -> None:
+    found = scenario("sparse_verification_of_own_budgets")
+    (oracle,), counters = found["oracle"], found["counters"]
+    assert oracle["failures"] == [] and 0 < oracle["worst"] <= 1
+    rows = counters["sparse_rows"] + counters["verified_sparse_rows"]
+    assert oracle["seen"]["rows past the budget"] == NUM_SPARSE_LAYERS * rows
+    assert counters["verified_sparse_rows"] > 0 < counters["verified_rows"], "one asks to be read whole"
+    assert counters["verified_sparse_rows"] + counters["verified_rows"] == found["metrics"]["spec_decode_num_drafts"]
+    assert counters["tokens_read"] < counters["tokens_held"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -24,7 +24,7 @@ with warnings.catch_warnings():
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
     from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-    from quest_attention.vllm import builder
+    from quest_attention.vllm import batches
     from quest_attention.vllm.cpu import QuestCPUImpl
     from quest_attention.vllm.impl import OpenCache, QuestAttentionImpl, QuestBackend
 
@@ -69,10 +69,7 @@ def a_layer(name: str, **changes: Any) -> Any:
 
 def a_step(rows: int = 1) -> Any:
     """Metadata of a batch, of whose rows so many run Quest."""
-    counters = SimpleNamespace(count_quest=lambda *_: None, count_stock=lambda *_: None, count_step=lambda: None)
-    step = SimpleNamespace(
-        num_rows=rows, rest=None, counters=counters, counted_layer="", seq_lens=torch.ones(1), lengths=[1], parts=[]
-    )
+    step = SimpleNamespace(num_rows=rows, num_tokens=rows, rest=None, counted_layer="", parts=[])
     return SimpleNamespace(quest=step)
 
 
@@ -146,9 +143,9 @@ def test_a_batch_padded_for_a_graph_is_split_where_nobody_tells_of_the_padding(l
     )  # fmt: skip
     with pytest.raises(RuntimeError, match="size"):  # so it must be told
         split_decodes_and_prefills(batch, decode_threshold=1, treat_short_extends_as_decodes=False)
-    told = builder._told_of_every_row(batch)
+    told = batches.told_of_every_row(batch)
     assert told.is_prefilling.tolist() == [False, False, last_is_prompt, False]
-    assert builder._told_of_every_row(told) is told
+    assert batches.told_of_every_row(told) is told
     rows, *_ = split_decodes_and_prefills(told, decode_threshold=1, treat_short_extends_as_decodes=False)
     assert rows == (2 if last_is_prompt else 4)
 
@@ -161,6 +158,6 @@ def test_rows_that_check_speculated_tokens_are_told_from_pieces_of_prompts() -> 
         is_prefilling=torch.tensor([False, False, True, True, False, False]),
         num_reqs=6,
     )
-    assert builder._verified(batch, 1, 3) == [104]
+    assert batches.checking_lengths(batch, 1, 3) == [104]
     batch.is_prefilling = None  # then a short piece of a prompt passes for one
-    assert builder._verified(batch, 1, 3) == [104, 67]
+    assert batches.checking_lengths(batch, 1, 3) == [104, 67]

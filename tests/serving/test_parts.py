@@ -24,8 +24,9 @@ from quest_attention.vllm.folding import Fold
 from quest_attention.vllm.layout import BlockLayout, PaddedBlocks, Room, RowedBlocks, ask_for_room, layout_of, page_size
 from quest_attention.vllm.options import VLLMOptions, read_options
 from quest_attention.vllm.places import Places, read_places
-from quest_attention.vllm.ranks import sparse_layers
+from quest_attention.vllm.ranks import is_of_draft, mark_target, sparse_layers
 from quest_attention.vllm.refusals import check_vllm_config
+from quest_attention.vllm.row_tokens import RowTokens
 from quest_attention.vllm.scales import check_cache_dtype, unquantized
 from quest_attention.vllm.transfers import check_transfer
 from quest_attention.vllm.worker import worker_label
@@ -415,6 +416,19 @@ CPU = SimpleNamespace(device_type="cpu")
 BOUNDS = {"quest": {"metadata": "bounds"}}
 MOMENTS = {"quest": {"metadata": "moments"}}
 AUTO = {"quest": {"metadata": "auto"}}
+SPARSE_CHECKS = {"quest": {"metadata": "bounds", "verify": "sparse"}}
+
+
+DRAFTS_BY_QUEST = SimpleNamespace(
+    method="custom_class", model="quest_attention.vllm.proposer.QuestProposer", num_speculative_tokens=3
+)
+
+
+def a_head(method: str, kind: str = "llama", **changes: Any) -> SimpleNamespace:
+    """vLLM's `SpeculativeConfig` of an EAGLE or MTP head."""
+    draft = SimpleNamespace(hf_config=SimpleNamespace(model_type=kind))
+    given = {"num_speculative_tokens": 3, "attention_backend": None, "draft_model_config": draft, **changes}
+    return SimpleNamespace(method=method, **given)
 
 
 @pytest.mark.parametrize(
@@ -442,11 +456,43 @@ def test_a_worker_says_its_replica() -> None:
     assert label(1, 1) == "replica 1, worker 3"  # of a model whose replicas know nothing of one another
 
 
+@pytest.mark.parametrize("lens", [[3, 3], [1, 4, 2], [2, 1]])
+def test_tokens_of_rows_are_found_and_put_back(lens: list[int]) -> None:
+    starts = torch.tensor([0, *itertools.accumulate(lens), 99], dtype=torch.int32)  # of a row behind
+    tokens = RowTokens.of(lens, starts)
+    assert tokens is not None and (tokens.count, tokens.most) == (sum(lens), max(lens))
+    flat = torch.arange(sum(lens))
+    by_row = tokens.by_row(flat)
+    expected = [list(range(begin, begin + has)) for begin, has in zip(starts.tolist(), lens, strict=False)]
+    assert [row[:has] for row, has in zip(by_row.tolist(), lens, strict=True)] == expected
+    assert torch.equal(tokens.flat(by_row), flat)
+    row, nth = tokens.row_and_place(len(lens))
+    assert torch.equal(by_row[row, nth], flat)
+    single = tokens.with_one()
+    assert (None if single is None else single.tolist()) == ([has == 1 for has in lens] if len(set(lens)) > 1 else None)
+    assert RowTokens.of([1, 1], starts) is None
+
+
+def test_layers_of_a_draft_are_those_that_came_after_the_models() -> None:
+    ours, stock = (SimpleNamespace(get_name=lambda name=name: name) for name in ("CUSTOM", "CPU_ATTN"))
+    layers = {"model.layers.0.attn": SimpleNamespace(attn_backend=ours)}
+    assert not mark_target({"model.layers.0.attn": SimpleNamespace(attn_backend=stock)}), "Quest is in none"
+    assert not is_of_draft(layers["model.layers.0.attn"], layers)
+    assert mark_target(layers)
+    layers["model.layers.1.attn"] = SimpleNamespace(attn_backend=stock)
+    assert mark_target(layers), "a draft may make configurations in between"
+    assert [is_of_draft(layer, layers) for layer in layers.values()] == [False, True]
+    assert sparse_layers(layers, 0, lambda name: int(name.split(".")[2])) == ["model.layers.0.attn"]
+
+
 def test_a_plain_server_is_taken() -> None:
     check_vllm_config(a_server(), CPU)
     check_vllm_config(a_server(additional_config={}, model_config={"use_mla": True}), CPU)  # nobody asks
     ngram = SimpleNamespace(method="ngram")
     check_vllm_config(a_server(additional_config=BOUNDS, speculative_config=ngram), CPU)
+    check_vllm_config(a_server(additional_config=BOUNDS, speculative_config=DRAFTS_BY_QUEST), CPU)
+    for method in ("eagle", "eagle3", "mtp"):
+        check_vllm_config(a_server(additional_config=SPARSE_CHECKS, speculative_config=a_head(method)), CPU)
     eager = {"enforce_eager": True}  # for PyTorch's verbs, in want of a GPU
     check_vllm_config(a_server(speculative_config=ngram, model_config=eager), SimpleNamespace(device_type="cuda"))
     check_vllm_config(a_server(additional_config=MOMENTS), CPU)
@@ -605,7 +651,72 @@ def test_a_backend_that_cannot_be_captured_is_refused_on_a_gpu() -> None:
         ({"model_config": {"is_mm_prefix_lm": True}}, "read in both directions, .* with --language-model-only"),
         ({"cache_config": {"kv_sharing_fast_prefill": True}}, "kv_sharing_fast_prefill: got True, expected False"),
         ({"speculative_config": SimpleNamespace(method="suffix")}, "speculative_config.method: got 'suffix'"),
-        ({"speculative_config": SimpleNamespace(method="eagle3")}, "speculative_config.method: got 'eagle3'"),
+        ({"speculative_config": SimpleNamespace(method="draft_model")}, "speculative_config.method: got 'draft_model'"),
+        (
+            {"additional_config": BOUNDS, "speculative_config": a_head("mtp", kind="gemma4_mtp")},
+            "speculative_config.method: got 'mtp', expected .* not with gemma4_mtp, whose layers read keys of the",
+        ),
+        (
+            {
+                "additional_config": BOUNDS,
+                "speculative_config": a_head("eagle", attention_backend=SimpleNamespace(name="CUSTOM")),
+            },
+            "speculative_config.attention_backend: got 'CUSTOM', expected none, or vLLM's own",
+        ),
+        (
+            {
+                "additional_config": BOUNDS,
+                "speculative_config": SimpleNamespace(method="custom_class", model="a.Class"),
+            },
+            r"speculative_config.model: got 'a.Class', expected quest_attention\.vllm\.proposer\.QuestProposer",
+        ),
+        (
+            {"additional_config": SPARSE_CHECKS, "speculative_config": DRAFTS_BY_QUEST},
+            "quest.verify: got 'sparse', expected 'dense' with speculative_config.model .* is checked by stock",
+        ),
+        (
+            {
+                "additional_config": BOUNDS,
+                "speculative_config": DRAFTS_BY_QUEST,
+                "parallel_config": {"tensor_parallel_size": 2},
+            },
+            "tensor_parallel_size: got 2, expected 1 with speculative_config.model",
+        ),
+        (
+            {
+                "additional_config": BOUNDS,
+                "speculative_config": DRAFTS_BY_QUEST,
+                "model_config": {
+                    "hf_text_config": SimpleNamespace(layer_types=["sliding_attention", "full_attention"])
+                },
+            },
+            "with layers of sliding_attention, expected full attention over text alone with speculative_config.model",
+        ),
+        (
+            {
+                "additional_config": BOUNDS,
+                "speculative_config": a_head("mtp"),
+                "model_config": {"hf_text_config": SimpleNamespace(layer_types=["linear_attention", "full_attention"])},
+            },
+            "with layers of linear_attention, expected full attention in every layer with method mtp",
+        ),
+        ({"additional_config": SPARSE_CHECKS}, "quest.verify: got 'sparse', expected 'dense', or --speculative-config"),
+        (
+            {"additional_config": SPARSE_CHECKS, "speculative_config": a_head("eagle", num_speculative_tokens=16)},
+            "speculative_config.num_speculative_tokens: got 16, expected at most 15 with quest.verify 'sparse'",
+        ),
+        (
+            {
+                "additional_config": {"quest": {"metadata": "bounds", "verify": "sparse", "token_budget": 47}},
+                "speculative_config": a_head("eagle", num_speculative_tokens=4),
+                "cache_config": {"block_size": 32},
+            },
+            r"quest.token_budget: got 47, expected at least 64: 2 forced pages of 32 tokens \(a page is a block",
+        ),
+        (
+            {"additional_config": SPARSE_CHECKS, "speculative_config": a_head("eagle", enable_adaptive_verification=1)},
+            "speculative_config.enable_adaptive_verification: got 1, expected none with quest.verify 'sparse'",
+        ),
         ({"model_config": {"use_mla": True}}, "with MLA"),
         ({"model_config": {"is_encoder_decoder": True}}, "an encoder and decoder"),
         ({"model_config": {"is_attention_free": True}}, "without attention"),
@@ -653,6 +764,20 @@ def test_a_model_of_several_kinds_is_taken_where_groups_were_tested(monkeypatch:
     message = r"a model with layers of sliding_attention in vLLM 0\.25, expected full .*, or vLLM 0\.32, on which such"
     with pytest.raises(UnsupportedModelError, match=message):
         plugin._check_groups(server.model_config)
+
+
+def test_drafts_that_an_older_release_does_not_take_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    ngram = SimpleNamespace(method="ngram")
+    monkeypatch.setattr(plugin, "vllm_version", lambda: (0, 32))
+    for speculation in (None, ngram, DRAFTS_BY_QUEST, a_head("eagle")):
+        plugin._check_drafts(speculation)
+    monkeypatch.setattr(plugin, "vllm_version", lambda: (0, 25))
+    for speculation in (None, ngram):
+        plugin._check_drafts(speculation)
+    with pytest.raises(QuestValueError, match=r"speculative_config\.model: .* in vLLM 0\.25, which keeps no blocks"):
+        plugin._check_drafts(DRAFTS_BY_QUEST)
+    with pytest.raises(QuestValueError, match=r"speculative_config\.method: got 'eagle', .* tested from 0\.32 on"):
+        plugin._check_drafts(a_head("eagle"))
 
 
 def test_layers_that_choose_are_counted_among_full_attention_layers() -> None:

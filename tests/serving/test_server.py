@@ -67,7 +67,7 @@ def test_eight_clients_get_what_one_gets_and_every_step_is_the_oracles(
     assert lines, "".join(server.log)[-3000:]
     rows, tokens = (
         {kind: _told(told, name, kind) for kind in kinds}
-        for name, kinds in (("rows", ("sparse", "dense", "verified")), ("tokens", ("read", "held")))
+        for name, kinds in (("rows", ("sparse", "dense", "verified_sparse", "verified")), ("tokens", ("read", "held")))
     )
     assert rows["sparse"] == counters["sparse_rows"] and rows["verified"] == 0
     assert rows["dense"] >= counters["dense_rows"]

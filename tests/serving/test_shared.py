@@ -92,6 +92,8 @@ def test_a_mistake_with_auto_says_what_auto_is(device: str, given: dict[str, Any
         ({"page_size": 16}, "quest.page_size: got 16, expected nothing: a page is the engine's$"),
         ({"num_dense_layer": 1}, "did you mean num_dense_layers"),
         ({"log_interval": "10"}, "quest.log_interval: got '10'"),
+        ({"verify": "exact"}, "quest.verify: got 'exact', expected 'dense' or 'sparse'"),
+        ({"verify": True}, "quest.verify: got True, expected 'dense' or 'sparse'"),
         ({"num_recent_pages": -1}, "num_recent_pages: got -1"),
         ({"token_budget": 0}, "token_budget: got 0"),
         ({"metadata": "moment"}, r"^quest\.metadata: got 'moment', expected one of bounds, moments, sketch, auto$"),
@@ -148,7 +150,7 @@ def test_counters_of_rows_on_host_and_device() -> None:
     counters.count_stock([20, 0])
     counters.count_step()
     counters.count_step()
-    rows = {"sparse_rows": 1, "dense_rows": 2, "verified_rows": 0, "eager_steps": 2}
+    rows = {"sparse_rows": 1, "dense_rows": 2, "verified_rows": 0, "verified_sparse_rows": 0, "eager_steps": 2}
     pages = {"pages_read": 5, "pages_held": 10, "tokens_read": 80, "tokens_held": 160}
     assert counters.snapshot() == rows | pages
     counters.reset()
@@ -162,11 +164,28 @@ def test_counters_of_units_count_tokens_and_say_so(unit: SelectionUnit, size: in
     selected = Selection(torch.zeros(2, 1, 8, dtype=torch.int32), torch.tensor([[8], [3]], dtype=torch.int32), size)
     counters.count_quest(selected, torch.tensor([100, 3 * size], dtype=torch.int32))
     counters.count_stock([20])
-    rows = {"sparse_rows": 1, "dense_rows": 2, "verified_rows": 0, "eager_steps": 0}
+    rows = {"sparse_rows": 1, "dense_rows": 2, "verified_rows": 0, "verified_sparse_rows": 0, "eager_steps": 0}
     assert counters.snapshot() == rows | {"tokens_read": 11 * size + 20, "tokens_held": 100 + 3 * size + 20}
     counters.plan(1)
     counters.plan(1)
     assert f"1 of 3 decode rows sparse, {11 * size + 20} of {120 + 3 * size} tokens read (" in lines[0]
+
+
+def test_rows_that_check_tokens_and_choose_are_counted_apart_from_decode_rows() -> None:
+    selected = Selection(torch.zeros(3, 1, 2, dtype=torch.int32), torch.tensor([[2], [1], [2]], dtype=torch.int32), 16)
+    lengths = torch.tensor([100, 10, 48], dtype=torch.int32)
+    lines: list[str] = []
+    every = make_counters(lines)
+    every.count_quest(selected, lengths, query_tokens=4)
+    found = every.snapshot()
+    names = ("sparse_rows", "dense_rows", "verified_sparse_rows", "verified_rows", "tokens_read", "tokens_held")
+    assert [found[name] for name in names] == [0, 0, 2, 1, 5 * 16, 11 * 16]
+    every.plan(3)
+    every.plan(1)
+    assert "0 of 0 decode rows sparse and 2 of 3 rows of speculated tokens, 5 of 11 pages read" in lines[0]
+    some = make_counters([])
+    some.count_quest(selected, lengths, query_tokens=4, is_single=torch.tensor([True, False, False]))
+    assert [some.snapshot()[name] for name in names] == [1, 0, 1, 1, 5 * 16, 11 * 16]
 
 
 def test_rows_of_speculated_tokens_are_counted_and_all_that_is_new_is_published() -> None:
@@ -178,7 +197,7 @@ def test_rows_of_speculated_tokens_are_counted_and_all_that_is_new_is_published(
     counters.count_stock([20])
     counters.count_verified([100, 40])
     counters.plan(1)
-    assert "0 of 1 decode rows sparse and 2 rows of speculated tokens, 12 of 12 pages read (100.0 %)" in lines[0]
+    assert "0 of 1 decode rows sparse and 0 of 2 rows of speculated tokens, 12 of 12 pages read (100.0 %)" in lines[0]
     counters.count_verified([16])
     counters.plan(0)
     counters.count_verified([16])

@@ -100,16 +100,34 @@ class Oracle:
         self.seen["calls"] += 1
         self._check_metadata(layer, kv, lengths)
         chosen = [[[unit for unit in head if unit >= 0] for head in row] for row in selected.units.tolist()]
-        for length in lengths:
+        has = tokens_of_rows(step)
+        for length, count in zip(lengths, has, strict=True):
             self.seen["rows past the budget" if length > config.token_budget else "rows within it"] += 1
+            self.seen[f"rows of {count}"] += 1
         if kv.form.scores == "page" or self.seen["calls"] % _EVERY == 0:
-            self._check_selection(layer, replace(step, block_table=kv.page_table), query, kv, chosen, impl)
+            together = one_group(query, has, kv.num_kv_heads)
+            self._check_selection(layer, replace(step, block_table=kv.page_table), together, kv, chosen, impl)
+        # From here on each token is a row: it sees what its row chose and no token behind itself.
+        row_of = [row for row, count in enumerate(has) for _ in range(count)]
+        lengths = [
+            max(0, length - count + 1 + at) for length, count in zip(lengths, has, strict=True) for at in range(count)
+        ]
+        kv = replace(kv, page_table=kv.page_table[row_of])
+        chosen = [
+            [[unit for unit in head if unit * selected.unit_size < length] for head in chosen[row]]
+            for row, length in zip(row_of, lengths, strict=True)
+        ]
         exact, _ = reference.sparse_decode_attention(
             query, kv, lengths, chosen, impl.scale, impl._softcap, impl.sinks, unit_size=selected.unit_size
         )
         error = float((output.double() - exact).abs().max()) if output.isfinite().all() else float("inf")
         stock = 0.0 if yardstick is None else float((yardstick.double() - exact).abs().max())
-        allowed = 2 * max(stock, self._plain_error(query, kv, lengths, chosen, selected.unit_size, exact, impl))
+        # Where the verbs merge two parts, that before the tokens of the step was rounded to its dtype once more.
+        merged = step.tokens is not None and yardstick is None and query.dtype != torch.float32
+        rounding = torch.finfo(query.dtype).eps / 2 * float(exact.abs().max()) if merged else 0.0
+        allowed = rounding + 2 * max(
+            stock, self._plain_error(query, kv, lengths, chosen, selected.unit_size, exact, impl)
+        )
         self.worst = max(self.worst, error / allowed)
         if error > allowed:
             self._fail(f"{layer}: output off by {error:.2e}, expected at most {allowed:.2e}")
@@ -119,12 +137,16 @@ class Oracle:
     ) -> None:
         """The units of each row and head are those with the best scores, but for scores that lie together."""
         config, lengths = step.config, step.seq_lens.tolist()
+        recent = max(config.num_recent_pages, 1 + -(-(max(tokens_of_rows(step)) - 1) // config.page_size))
+        sinks = impl.sinks
+        if sinks is not None:
+            sinks = sinks.unflatten(0, (kv.num_kv_heads, -1)).repeat(1, query.shape[1] // sinks.shape[0]).flatten()
         scores = reference.score_pages(
             query, kv, lengths, group_reduction=config.group_reduction, sm_scale=impl.scale, softcap=impl._softcap,
-            sinks=impl.sinks, unit_size=config.unit_size, candidates=config.candidate_budget or None,
+            sinks=sinks, unit_size=config.unit_size, candidates=config.candidate_budget or None,
         )  # fmt: skip
         expected = reference.select_pages(
-            scores, lengths, config.page_size, config.token_budget, config.num_sink_pages, config.num_recent_pages,
+            scores, lengths, config.page_size, config.token_budget, config.num_sink_pages, recent,
             unit_size=config.unit_size,
         )  # fmt: skip
         for b, row in enumerate(chosen):
@@ -160,10 +182,13 @@ class Oracle:
         CPUAttentionBackendImpl.do_kv_cache_update(impl, layer, keys, values, cache, where)
         table = torch.arange(rows * slots, dtype=torch.int32).view(rows, slots)
         metadata = replace(step.folded, block_table=table)
-        grouped = query.reshape(rows, -1, query.shape[-1])
+        by_head = query.unflatten(1, (page.shape[1], -1))  # [N, HKV, G, D]
+        parts = by_head.split(tokens_of_rows(step))
+        grouped = torch.cat([part.transpose(0, 1).flatten(0, 1) for part in parts])  # of a row head after head
         output = torch.empty_like(grouped)
         CPUAttentionBackendImpl.forward(impl, layer, grouped, None, None, cache, metadata, output)
-        return output.view(query.shape)
+        back = output.split([len(part) * page.shape[1] for part in parts])
+        return torch.cat([one.unflatten(0, (page.shape[1], -1)).transpose(0, 1) for one in back]).view(query.shape)
 
     def _check_metadata(self, layer: str, kv: PagedKV, lengths: list[int]) -> None:
         """What is kept of live pages is right; and whether bounds are as narrow as can be."""
@@ -209,6 +234,28 @@ class Oracle:
     def _fail(self, what: str) -> None:
         if len(self.failures) < 20:
             self.failures.append(what)
+
+
+def tokens_of_rows(step: QuestStep) -> list[int]:
+    """How many tokens each row of a step has."""
+    if step.tokens is None:
+        return [1] * step.num_rows
+    if step.tokens.lens is None:
+        return [step.tokens.most] * step.num_rows
+    found: list[int] = step.tokens.lens.tolist()
+    return found
+
+
+def one_group(query: Tensor, has: list[int], num_kv_heads: int) -> Tensor:
+    """Of the tokens `[N, HQ, D]` of rows one `[R, HKV * T * G, D]`, each KV head with those of all of a row's tokens.
+
+    What a row lacks is its last token again.
+    """
+    rows = []
+    for part in query.unflatten(1, (num_kv_heads, -1)).split(has):
+        padded = torch.cat([part, part[-1:].expand(max(has) - len(part), *part.shape[1:])])  # [T, HKV, G, D]
+        rows.append(padded.transpose(0, 1).flatten(0, 2))
+    return torch.stack(rows)
 
 
 def _source(layer: Any) -> str:

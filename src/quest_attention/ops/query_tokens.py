@@ -25,10 +25,23 @@ from quest_attention.pages import PagedKV, check_like
 if TYPE_CHECKING:
     from quest_attention.ops.dispatch import Verbs
 
-__all__ = ["MOST_QUERY_TOKENS", "QueryTokens"]
+__all__ = ["MOST_QUERY_TOKENS", "QueryTokens", "with_pages_of"]
 
 MOST_QUERY_TOKENS = 16
 """Of a sequence in a step."""
+
+
+def with_pages_of(config: QuestConfig, query_tokens: int) -> QuestConfig:
+    """The config that forces every page in which so many last tokens of a sequence may lie.
+
+    Raises:
+        QuestValueError: The budget cannot hold them.
+
+    >>> with_pages_of(QuestConfig(token_budget=64), 4).num_recent_pages
+    2
+    """
+    pages = 1 + -(-(query_tokens - 1) // config.page_size)
+    return replace(config, num_recent_pages=max(config.num_recent_pages, pages))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,7 +54,7 @@ class QueryTokens:
         query: `[B, T, HQ, D]`.
         lens: `[B]` int32/int64, how many of them each sequence has, the first ones of its row; None where all have T.
         kv: The cache, in which their keys and values are.
-        seq_lens: As of a step, these tokens included [tokens].
+        seq_lens: As of a step, these tokens included; 0 of a row that only pads a batch [tokens].
 
     Raises:
         QuestValueError: A shape, dtype, device or number is wrong.
@@ -64,8 +77,10 @@ class QueryTokens:
         if self.lens is not None:
             least = self._check_lens(self.lens)
         on_host = not isinstance(self.seq_lens, Tensor) or self.seq_lens.device.type == "cpu"
-        if on_host and kv.batch_size and bool(torch.any(torch.as_tensor(self.seq_lens) < torch.as_tensor(least))):
-            raise QuestValueError("seq_lens", int(torch.as_tensor(self.seq_lens).min()), "at least the query tokens")
+        if on_host and kv.batch_size:
+            lengths = torch.as_tensor(self.seq_lens)
+            if bool(torch.any((lengths < torch.as_tensor(least)) & (lengths > 0))):
+                raise QuestValueError("seq_lens", int(lengths.min()), "at least the query tokens, or none at all")
 
     def _check_lens(self, lens: Tensor) -> Tensor | int:
         """How many tokens each sequence has at least; 0 where the host does not know."""
@@ -94,7 +109,7 @@ class QueryTokens:
         query = self.query
         if self.lens is not None:
             nth = torch.arange(self.count, device=query.device)
-            last = torch.minimum(nth, self.lens[:, None] - 1)  # [B, T]
+            last = torch.minimum(nth, self.lens[:, None] - 1).clamp(min=0)  # [B, T]
             query = query.gather(1, last[:, :, None, None].expand_as(query))
         grouped = query.unflatten(2, (self.kv.num_kv_heads, -1))  # [B, T, HKV, G, D]
         folded: Tensor = grouped.transpose(1, 2).flatten(1, 3)
@@ -118,8 +133,7 @@ class QueryTokens:
         Raises:
             QuestValueError: The budget cannot hold them.
         """
-        pages = 1 + -(-(self.count - 1) // config.page_size)
-        return replace(config, num_recent_pages=max(config.num_recent_pages, pages))
+        return with_pages_of(config, self.count)
 
     def attend(self, step: Step, selected: Selection, verbs: Verbs) -> Tensor:
         """Attention of each token: `[B, T, HQ, DV]`, zero for tokens that a sequence does not have.
@@ -130,16 +144,24 @@ class QueryTokens:
             verbs: Of the backend.
         """
         begin = self.seq_lens - (self.count if self.lens is None else self.lens)
+        begin = begin.clamp(min=0) if isinstance(begin, Tensor) else max(0, begin)  # of rows that only pad
         before = replace(step, seq_lens=begin, workspace=None, out=None)
         grouped = self.attend_folded(step, before, selected, verbs).unflatten(1, (self.kv.num_kv_heads, self.count, -1))
         back: Tensor = grouped.transpose(1, 2).flatten(2, 3)  # [B, T, HQ, DV]
-        if self.lens is None:
-            return back
-        nth = torch.arange(self.count, device=back.device)
-        return back.masked_fill((nth >= self.lens[:, None])[:, :, None, None], 0)
+        return back
+
+    def _missing(self) -> Tensor | None:
+        """`[B, T]` or `[B, 1]` bool, which tokens sequences do not have; None where they have all."""
+        missing = None
+        if isinstance(self.seq_lens, Tensor):
+            missing = self.seq_lens[:, None] == 0
+        if self.lens is not None:
+            behind = torch.arange(self.count, device=self.lens.device) >= self.lens[:, None]
+            missing = behind if missing is None else missing | behind
+        return missing
 
     def attend_folded(self, step: Step, before: Step, selected: Selection, verbs: Verbs) -> Tensor:
-        """Attention of the folded queries: `[B, HKV * T * G, DV]`.
+        """Attention of the folded queries: `[B, HKV * T * G, DV]`, zero for tokens that a sequence does not have.
 
         Args:
             step: Of the folded queries.
@@ -153,6 +175,10 @@ class QueryTokens:
         total = torch.logaddexp(lse, own_lse)
         precise = own.dtype
         merged = output.to(precise) * (lse - total).exp()[..., None] + own * (own_lse - total).exp()[..., None]
+        missing = self._missing()
+        if missing is not None:
+            of_tokens = merged.unflatten(1, (self.kv.num_kv_heads, self.count, -1))  # [B, HKV, T, G, DV]
+            merged = of_tokens.masked_fill(missing[:, None, :, None, None], 0).flatten(1, 3)
         return merged.to(output.dtype)
 
     def _attend_own(self, step: Step, begin: Tensor | int) -> tuple[Tensor, Tensor]:
@@ -166,11 +192,13 @@ class QueryTokens:
         lens = torch.full_like(kv.page_table[:, 0], count) if self.lens is None else self.lens
         has = nth < lens[:, None]  # [B, T]
         first = begin if isinstance(begin, Tensor) else torch.full_like(lens, begin)
-        position = (first[:, None] + torch.minimum(nth, lens[:, None] - 1)).long()
+        position = (first[:, None] + torch.minimum(nth, lens[:, None] - 1)).long().clamp(min=0)
         units = position[:, None].expand(-1, kv.num_kv_heads, -1)
+        # The page table of a row that only pads a batch may hold anything.
+        is_unit = (self.seq_lens > 0)[:, None, None].expand_as(units) if isinstance(self.seq_lens, Tensor) else None
         precise = torch.promote_types(query.dtype, torch.float32)
-        keys, values = (gather(kv, units, 1).to(precise) for gather in (gather_keys, gather_values))  # [B, HKV, T, D]
-        grouped = query.to(precise).unflatten(1, (kv.num_kv_heads, -1))  # [B, HKV, T * G, D]
+        keys, values = (gather(kv, units, 1, is_unit).to(precise) for gather in (gather_keys, gather_values))
+        grouped = query.to(precise).unflatten(1, (kv.num_kv_heads, -1))  # [B, HKV, T * G, D], keys [B, HKV, T, D]
         logits = grouped @ keys.transpose(2, 3) * step.scale
         if step.softcap is not None:
             logits = step.softcap * torch.tanh(logits / step.softcap)

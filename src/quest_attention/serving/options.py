@@ -9,8 +9,9 @@ from typing import Any, ClassVar, cast
 
 from quest_attention.config import Backend, QuestConfig
 from quest_attention.errors import QuestValueError
+from quest_attention.ops.query_tokens import with_pages_of
 
-__all__ = ["KEY", "KNOWN", "READING", "QuestOptions", "advice_on_budget"]
+__all__ = ["KEY", "KNOWN", "READING", "VERIFY", "QuestOptions", "advice_on_budget"]
 
 KEY = "quest"
 """Where the options stand in what an engine takes as JSON."""
@@ -22,7 +23,10 @@ docs/results.md measures lost facts."""
 _WORTH_OF_TOKENS = 4
 """Of single tokens by sketches in pages by bounds, with which these were measured: docs/choosing.md."""
 _PAGE_SIZE = "page_size"
-_OF_SERVING = ("log_interval",)
+VERIFY = ("dense", "sparse")
+"""What rows that check speculated tokens read: everything, so that their answers are those without speculation, or what
+they choose, as decode rows do."""
+_OF_SERVING = ("log_interval", "verify")
 READING = tuple(one.name for one in fields(QuestConfig) if one.name != _PAGE_SIZE)
 """Options of `QuestConfig` that a server takes."""
 KNOWN = (*READING, *_OF_SERVING)
@@ -37,6 +41,9 @@ class QuestOptions:
         reading: Options of `QuestConfig`, all but the page size, which is the engine's.
         device: Type of the device that the server runs on, which says what metadata "auto" is.
         log_interval: Seconds between lines of counters in a worker's log; 0 for none [s].
+        verify: One of `VERIFY`.
+        query_tokens: Of a row that chooses at most, which is the engine's to say: 1 plus those it speculates where they
+            are checked sparse [tokens].
 
     Raises:
         QuestValueError: A value is out of range.
@@ -49,11 +56,15 @@ class QuestOptions:
     reading: Mapping[str, Any] = field(default_factory=dict)
     device: str = field(kw_only=True)
     log_interval: float = _LOG_INTERVAL
+    verify: str = VERIFY[0]
+    query_tokens: int = 1
 
     def __post_init__(self) -> None:
         number: object = self.log_interval
         if not isinstance(number, int | float) or isinstance(number, bool) or not 0 <= number < float("inf"):
             raise QuestValueError(f"{KEY}.log_interval", number, "seconds, 0 for no such lines")
+        if self.verify not in VERIFY:
+            raise QuestValueError(f"{KEY}.verify", self.verify, " or ".join(map(repr, VERIFY)))
         self.least_config()  # checks everything but whether the budget holds pages of the real size
 
     @property
@@ -88,6 +99,7 @@ class QuestOptions:
         """
         try:
             config = QuestConfig.from_dict({**self.reading, **instead, _PAGE_SIZE: page_size}, self.device)
+            with_pages_of(config, self.query_tokens)
         except QuestValueError as error:
             hint = self.page_size_hint if "forced page" in error.expected else ""
             raise QuestValueError(f"{KEY}.{error.argument}", error.got, error.expected + hint) from None

@@ -6,6 +6,7 @@ from typing import Any
 
 from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestValueError
+from quest_attention.ops.query_tokens import with_pages_of
 from quest_attention.serving.options import QuestOptions
 
 __all__ = ["ASKED", "EVERYTHING", "config_asked"]
@@ -44,7 +45,8 @@ def config_asked(asked: Any, options: QuestOptions, page_size: int, max_length: 
     most = server.token_budget
     if most >= max_length:
         raise QuestValueError(ASKED, asked, f"{EVERYTHING!r}: this server reads everything")
-    least = (server.num_sink_pages + max(1, server.num_recent_pages)) * page_size
+    recent = with_pages_of(server, options.query_tokens).num_recent_pages
+    least = (server.num_sink_pages + max(1, recent)) * page_size
     if type(asked) is not int or not least <= asked <= most:
         raise QuestValueError(ASKED, asked, f"{EVERYTHING!r} or {least} to {most} tokens")
     config = options.config(page_size, token_budget=asked)

@@ -20,7 +20,7 @@ from quest_attention.serving.options import advice_on_budget
 __all__ = ["DECODE_TOKENS", "RowPlanner", "read_lengths"]
 
 DECODE_TOKENS = 1
-"""Tokens of a decode row, which alone may choose. The check of speculated tokens has more and stays dense."""
+"""Tokens of a decode row, which alone may choose unless a server asks that rows that check speculated tokens do too."""
 
 
 class RowPlanner:

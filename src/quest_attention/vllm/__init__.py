@@ -11,8 +11,11 @@
     layout.py    where page metadata lies: inside vLLM's own blocks, so that it travels and is paid for with them
     scales.py    caches in 8 bits, and the scales of a layer
     step.py      the rows of a batch that run Quest; builder.py finds them, for any device
+    batches.py   batches of vLLM: how long their rows are, and batches of some of the rows
+    row_tokens.py  where the query tokens of rows lie in a batch, where they check drafts
     impl.py      the attention of a layer, for any device: which rows go where
     cpu.py, gpu.py  the attention backends: the stock one, with Quest for decode rows past the budget
+    proposer.py  drafts of the model itself with Quest, which stock attention checks
     requests.py  budgets that requests ask for themselves
     folding.py   KV heads folded into blocks, for the stock kernel of a CPU
     places.py    where a token's numbers lie in a block of a CPU's cache, for who reads them back

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
@@ -12,17 +15,26 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from quest_attention.config import QuestConfig
-from quest_attention.errors import QuestValueError, UnsupportedModelError
-from quest_attention.serving.options import KEY
+from quest_attention.errors import UnsupportedModelError
 from quest_attention.serving.rows import DECODE_TOKENS, RowPlanner
+from quest_attention.vllm.batches import (
+    SomeRows,
+    by_kind,
+    checking_lengths,
+    fresh_tokens,
+    lengths_of,
+    rows_from,
+    told_of_every_row,
+)
 from quest_attention.vllm.break_even import break_even_note
 from quest_attention.vllm.kinds import note_on_others, other_layers
 from quest_attention.vllm.layout import check_full, page_size
 from quest_attention.vllm.metrics import publisher
 from quest_attention.vllm.options import read_options
-from quest_attention.vllm.ranks import is_bounded, sparse_layers
-from quest_attention.vllm.refusals import BACKEND_NAME
+from quest_attention.vllm.ranks import is_bounded, is_of_draft, sparse_layers
+from quest_attention.vllm.refusals import BACKEND_NAME, drafts_by_quest
 from quest_attention.vllm.requests import budgets_of_step, watch_requests
+from quest_attention.vllm.row_tokens import RowTokens
 from quest_attention.vllm.step import Part, QuestStep
 from quest_attention.vllm.worker import worker_label
 
@@ -41,7 +53,7 @@ class QuestMetadataBuilder:
         sparse_layers: Names of the layers of this group that choose what they read, in the order of the model.
     """
 
-    reorder_batch_threshold = DECODE_TOKENS  # decode rows come first
+    reorder_batch_threshold = DECODE_TOKENS  # decode rows come first; a server may have more in those that choose
     supports_update_block_table = False  # a step holds the table too
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
@@ -81,9 +93,16 @@ class QuestMetadataBuilder:
         watch_requests(vllm_config)
         speculation = vllm_config.speculative_config
         self._num_speculated = 0 if speculation is None else speculation.num_speculative_tokens
+        self._query_tokens = options.query_tokens
+        self._chooses = not drafts_by_quest(speculation)
+        self.reorder_batch_threshold = self._query_tokens  # rows that may choose come first
         # vLLM 0.32 and newer have this runner for n-gram drafts; 0.25 has none, and CPUs never have it.
-        if self._num_speculated and device.type == "cuda" and vllm_config.use_v2_model_runner:
-            _logger.warning("Quest reads everything in rows with drafts, which vLLM's V2 runner gives to every row.")
+        is_second = device.type == "cuda" and vllm_config.use_v2_model_runner
+        if self._num_speculated and options.verify == "dense" and is_second:
+            every = "which vLLM's V2 runner gives to every row"
+            _logger.warning(
+                'Quest reads everything in rows with drafts, %s: with "verify": "sparse" they choose.', every
+            )
         if self.counters is not None and self.sparse_layers[0] == sparse[0]:  # once a worker
             name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
             _logger.info("Quest: %s.", break_even_note(name, self.config.metadata))
@@ -101,6 +120,15 @@ class QuestMetadataBuilder:
         metadata.quest = self._plan(common_attn_metadata)
         return metadata
 
+    @contextmanager
+    def drafting(self) -> Iterator[None]:
+        """While batches are steps of a draft, in which rows choose that read everything elsewhere."""
+        before, self._chooses = self._chooses, True
+        try:
+            yield
+        finally:
+            self._chooses = before
+
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
         """Metadata of a batch whose lengths will be the device's: every row may be past the budget."""
         with self._row_planner.capturing():
@@ -114,53 +142,68 @@ class QuestMetadataBuilder:
         counters = self.counters
         if counters is None:
             return None
-        batch = _told_of_every_row(batch)
+        batch = told_of_every_row(batch)
         # The last token of a prompt may come alone; where vLLM tells, and no graph is replayed, it is no decode row.
         tells = batch.is_prefilling is not None and not self._row_planner.is_capturing
         rows, _, tokens, _ = split_decodes_and_prefills(
-            batch, decode_threshold=DECODE_TOKENS, treat_short_extends_as_decodes=not tells
+            batch, decode_threshold=self._query_tokens, treat_short_extends_as_decodes=not tells
         )
-        rows = min(rows, tokens)  # rows that only pad an eager batch have no token and come last
-        lengths = _lengths(batch, rows)
-        first_verified = rows
+        fresh = fresh_tokens(batch, rows)
+        rows = len(fresh)
+        lengths = lengths_of(batch, rows)
+        first_behind = rows
         asked, budgets = budgets_of_step(), None
         configs = None if asked is None else asked.of_rows(rows, self.config)
         if configs is not None:
             budgets = [None if config is None else config.token_budget for config in configs]
-        if not self._row_planner.runs_quest(lengths, budgets):
+        runs_quest = self._row_planner.runs_quest(lengths, budgets)
+        if not runs_quest or not self._chooses:
             rows = 0
         if self._num_speculated and not self._row_planner.is_capturing:  # after what forgets the rows of a capture
-            counters.count_verified(_verified(batch, first_verified, self._num_speculated))
+            counters.count_verified(checking_lengths(batch, first_behind, self._num_speculated))
+        of_one, of_several = by_kind(lengths, fresh)
         step = QuestStep(
-            self.config, counters, self._row_planner.counted_layer, lengths, rows, batch.seq_lens[:rows],
-            batch.block_table_tensor[:rows],
+            self.config, counters, self._row_planner.counted_layer, of_one, rows, batch.seq_lens[:rows],
+            batch.block_table_tensor[:rows], of_several,
         )  # fmt: skip
+        if rows > 0:
+            step.tokens = RowTokens.of(fresh, batch.query_start_loc)
+            is_uniform = step.tokens is None or step.tokens.lens is None
+            assert is_uniform or not self._row_planner.is_capturing, f"a graph of rows of {set(fresh)} tokens"
         if rows > 0 and tokens < batch.num_actual_tokens:
-            step.rest = self._build_stock(0, _rows_from(batch, rows, tokens), True)
+            step.rest = self._build_stock(0, rows_from(batch, rows, tokens), True)
         if rows > 0 and configs is not None:
             first = configs[0]
             if first is not None and all(config == first for config in configs):
                 step.config = first
             else:
-                step.parts = self._parts(batch, step, configs)
+                step.parts = self._parts(batch, step, configs, lengths, fresh)
         return step
 
-    def _parts(self, batch: Any, step: QuestStep, configs: list[QuestConfig | None]) -> list[Part]:
-        """The decode rows of a step by how they are read."""
-        parts = []
+    def _parts(
+        self, batch: Any, step: QuestStep, configs: list[QuestConfig | None], lengths: list[int], fresh: list[int]
+    ) -> list[Part]:
+        """The rows of a step that may choose, by how they are read; so long, and of so many tokens in this step."""
+        parts, begin, device = [], [0, *itertools.accumulate(fresh)], step.seq_lens.device
         for config in dict.fromkeys(configs):
             of_part = [row for row, one in enumerate(configs) if one == config]
-            rows = torch.tensor(of_part, device=step.seq_lens.device)
-            lengths = [step.lengths[row] for row in of_part]
+            on_host = [token for row in of_part for token in range(begin[row], begin[row + 1])]
+            rows, where = torch.tensor(of_part, device=device), torch.tensor(on_host, device=device)
+            of_rows, has = [lengths[row] for row in of_part], [fresh[row] for row in of_part]
+            kinds = by_kind(of_rows, has)
+            starts = torch.tensor([0, *itertools.accumulate(has)], dtype=batch.query_start_loc.dtype)
             if config is None:
-                stock = self._build_stock(0, _decode_rows(batch, of_part, rows, lengths), True)
-                parts.append(Part(rows, None, stock, lengths))
+                some = SomeRows(of_part, rows, on_host, where, starts)
+                parts.append(
+                    Part(where, None, self._build_stock(0, some.of(batch, max(has), max(of_rows)), True), *kinds)
+                )
             else:
                 alike = replace(
-                    step, config=config, lengths=lengths, num_rows=len(rows), seq_lens=step.seq_lens[rows],
-                    block_table=step.block_table[rows], rest=None,
+                    step, config=config, lengths=kinds[0], checked=kinds[1], num_rows=len(rows),
+                    seq_lens=step.seq_lens[rows], block_table=step.block_table[rows],
+                    tokens=RowTokens.of(has, starts.to(device)), rest=None,
                 )  # fmt: skip
-                parts.append(Part(rows, alike, None, lengths))
+                parts.append(Part(where, alike, None, *kinds))
         return parts
 
 
@@ -169,87 +212,17 @@ def _indices(layers: list[str]) -> str:
     return ", ".join(str(extract_layer_index(name)) for name in layers)
 
 
-def _lengths(batch: Any, rows: int) -> list[int]:
-    """Of the first rows, as far as the host knows them: never too short [tokens]."""
-    known = batch.seq_lens_cpu_upper_bound
-    return [batch.max_seq_len] * rows if known is None else cast("list[int]", known[:rows].tolist())
-
-
-def _told_of_every_row(batch: Any) -> Any:
-    """A batch that tells of every row whether it is in its prompt.
-
-    vLLM's V2 runner leaves out rows that only pad a batch for a graph. Its own look at the rows wants as many as there
-    are in the batch.
-    """
-    told = batch.is_prefilling
-    if told is None or len(told) == batch.num_reqs:
-        return batch
-    return batch.replace(is_prefilling=torch.nn.functional.pad(told, (0, batch.num_reqs - len(told)), value=False))
-
-
-def _verified(batch: Any, first: int, most: int) -> list[int]:
-    """Lengths of the rows from `first` on that check up to `most` speculated tokens [tokens]."""
-    fresh = batch.query_start_loc_cpu.diff()[first : batch.num_reqs]
-    checks = (fresh > 1) & (fresh <= 1 + most)
-    if batch.is_prefilling is not None:
-        checks &= ~batch.is_prefilling[first : batch.num_reqs].to(checks.device)
-    lengths = _lengths(batch, batch.num_reqs)[first:]
-    return [length for length, is_checked in zip(lengths, checks.tolist(), strict=True) if is_checked]
-
-
 def _check_backends(vllm_config: Any) -> None:
     """Whether every layer with full attention took the backend that was asked for.
 
     Raises:
         UnsupportedModelError: One brings a backend of its own.
     """
-    for name, layer in vllm_config.compilation_config.static_forward_context.items():
+    layers = vllm_config.compilation_config.static_forward_context
+    for name, layer in layers.items():
         backend = getattr(layer, "attn_backend", None)
-        if backend is not None and backend.get_name() != BACKEND_NAME and not is_bounded(layer):
+        if backend is None or is_bounded(layer) or is_of_draft(layer, layers):
+            continue
+        if backend.get_name() != BACKEND_NAME:
             expected = "Quest in every layer with full attention"
             raise UnsupportedModelError(f"model: got {backend.get_name()} in {name}, expected {expected}")
-
-
-def _decode_rows(batch: Any, on_host: list[int], rows: torch.Tensor, lengths: list[int]) -> Any:
-    """Some rows of a batch, of one token each, that come before all others; `rows` is where they are on the device."""
-
-    def some(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor[rows if tensor.device == rows.device else on_host]
-
-    starts = torch.arange(len(rows) + 1, dtype=batch.query_start_loc.dtype)
-    return batch.replace(
-        query_start_loc=starts.to(rows.device),
-        query_start_loc_cpu=starts,
-        seq_lens=some(batch.seq_lens),
-        seq_lens_cpu_upper_bound=some(batch.seq_lens_cpu_upper_bound),
-        num_reqs=len(rows),
-        num_actual_tokens=len(rows),
-        max_query_len=1,
-        max_seq_len=max(lengths),
-        block_table_tensor=some(batch.block_table_tensor),
-        slot_mapping=some(batch.slot_mapping),
-        positions=some(batch.positions),
-        is_prefilling=some(batch.is_prefilling),
-    )
-
-
-def _rows_from(batch: Any, first: int, first_token: int) -> Any:
-    """The rows of a batch from `first` on, whose tokens begin at `first_token`."""
-
-    def tail(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor[first:]
-
-    if isinstance(batch.causal, torch.Tensor):
-        raise QuestValueError(KEY, "a batch that is causal row by row", "a plain decoder")
-    return batch.replace(
-        query_start_loc=batch.query_start_loc[first:] - first_token,
-        query_start_loc_cpu=batch.query_start_loc_cpu[first:] - first_token,
-        seq_lens=batch.seq_lens[first:],
-        seq_lens_cpu_upper_bound=tail(batch.seq_lens_cpu_upper_bound),
-        num_reqs=batch.num_reqs - first,
-        num_actual_tokens=batch.num_actual_tokens - first_token,
-        block_table_tensor=batch.block_table_tensor[first:],
-        slot_mapping=batch.slot_mapping[first_token:],
-        positions=None if batch.positions is None else batch.positions[first_token:],
-        is_prefilling=tail(batch.is_prefilling),
-    )

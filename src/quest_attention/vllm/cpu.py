@@ -32,6 +32,7 @@ from quest_attention.ops import (
     update_slot_metadata,
 )
 from quest_attention.ops.masses import score_masses
+from quest_attention.ops.query_tokens import QueryTokens
 from quest_attention.pages import PagedKV, num_pages
 from quest_attention.serving.rows import read_lengths
 from quest_attention.vllm.builder import QuestMetadataBuilder
@@ -39,6 +40,7 @@ from quest_attention.vllm.folding import Fold
 from quest_attention.vllm.impl import OpenCache, QuestAttentionImpl, QuestBackend
 from quest_attention.vllm.layout import page_in
 from quest_attention.vllm.places import Places, read_places
+from quest_attention.vllm.row_tokens import RowTokens
 from quest_attention.vllm.step import QuestStep, steps_of
 
 __all__ = ["QuestCPUBackend", "QuestCPUImpl", "QuestCPUMetadataBuilder"]
@@ -72,27 +74,30 @@ class QuestCPUMetadataBuilder(QuestMetadataBuilder, CPUAttentionMetadataBuilder)
         step = super()._plan(batch)
         if step is not None and step.num_rows:
             for one in steps_of(step):
-                longest = num_pages(max(one.lengths), one.config.page_size)
+                longest = num_pages(max(one.lengths + one.checked), one.config.page_size)
                 one.block_table = one.block_table[:, :longest]  # here the host knows
                 if one.config.selection_unit == "page":
                     one.folded = self._fold(batch, one)
         return step
 
     def _fold(self, batch: Any, step: QuestStep) -> Any:
-        """Stock metadata of one row for each decode row and KV head, the group's queries its heads."""
+        """Stock metadata of one row for each row and KV head, the group's queries its heads."""
         folded = copy.copy(self)
         folded.num_heads, folded.num_kv_heads = self.num_heads // self.num_kv_heads, 1
+        # What is read last are the tokens of the step, so that the stock kernel lets none see what is later.
         lengths = read_lengths(step.seq_lens, step.config).repeat_interleave(self.num_kv_heads)
-        rows = lengths.shape[0]
-        starts = torch.arange(rows + 1, dtype=torch.int32)
+        rows, tokens = lengths.shape[0], step.tokens
+        starts = torch.arange(rows + 1, dtype=torch.int32) * (1 if tokens is None else tokens.most)
+        if tokens is not None and tokens.lens is not None:
+            starts[1:] = tokens.lens.repeat_interleave(self.num_kv_heads).cumsum(0)
         rows_batch = batch.replace(
             query_start_loc=starts,
             query_start_loc_cpu=starts,
             seq_lens=lengths,
             seq_lens_cpu_upper_bound=lengths,
             num_reqs=rows,
-            num_actual_tokens=rows,
-            max_query_len=1,
+            num_actual_tokens=int(starts[-1]),
+            max_query_len=1 if tokens is None else tokens.most,
             max_seq_len=int(lengths.max()),
             block_table_tensor=step.block_table,  # each layer puts its own in this place
             slot_mapping=batch.slot_mapping[:0],
@@ -132,21 +137,30 @@ class QuestCPUImpl(QuestAttentionImpl, CPUAttentionBackendImpl):
 
     def attend(self, layer: Any, query: Tensor, opened: OpenCache, step: QuestStep, output: Tensor) -> Selection:
         """See `QuestAttentionImpl`."""
+        kv, tokens = opened.with_table(step.block_table), step.tokens
+        several = None if tokens is None else QueryTokens(tokens.by_row(query), tokens.lens, kv, step.seq_lens)
         asked = Step(
-            query=query, kv=opened.with_table(step.block_table), seq_lens=step.seq_lens, config=step.config,
-            sm_scale=self.scale, softcap=self._softcap, sinks=self.sinks,
+            query=query if several is None else several.folded(), kv=kv, seq_lens=step.seq_lens,
+            config=step.config if several is None else several.config(step.config), sm_scale=self.scale,
+            softcap=self._softcap, sinks=self.sinks if several is None else several.folded_sinks(self.sinks),
         )  # fmt: skip
 
         def attend_pages(_: Step, selected: Selection) -> Tensor:
             fold = self._fold_of(opened)
             metadata = replace(step.folded, block_table=fold.table(step.block_table, selected.units))
             group = query.shape[1] // self.num_kv_heads
-            rows = query.reshape(-1, group, self.head_size)
-            self._forward_stock(layer, rows, None, None, fold.cache, metadata, output.view(rows.shape))
+            rows = query.reshape(-1, group, self.head_size)  # of each token its heads, by KV head
+            order = None if tokens is None else self._by_fold(step)
+            if order is None:
+                self._forward_stock(layer, rows, None, None, fold.cache, metadata, output.view(rows.shape))
+                return output
+            attended = torch.empty_like(rows)
+            self._forward_stock(layer, rows[order], None, None, fold.cache, metadata, attended)
+            output.view(rows.shape)[order] = attended
             return output
 
         def attend_tokens(_: Step, selected: Selection) -> Tensor:
-            return output.copy_(self._attend_tokens(layer, opened, asked, selected))
+            return output.copy_(self._attend_tokens(layer, opened, asked, selected, query, tokens))
 
         def score_tokens(_: Step) -> Tensor:
             def keys_of(units: Tensor) -> Tensor:
@@ -174,8 +188,17 @@ class QuestCPUImpl(QuestAttentionImpl, CPUAttentionBackendImpl):
             return
         update_slot_metadata(kv.metadata, key, slots, page_size=kv.page_size, form=kv.form, backend=backend)
 
-    def _attend_tokens(self, layer: Any, opened: OpenCache, asked: Step, selected: Selection) -> Tensor:
-        """Attention over the selected units, copied out of the cache: the output `[R, HQ, D]`."""
+    def _by_fold(self, step: QuestStep) -> Tensor:
+        """`[N * HKV]`: of tokens by KV head, those of a row and a KV head side by side, as folded rows have them."""
+        assert step.tokens is not None, "rows of one token are in order"
+        heads = torch.arange(self.num_kv_heads)
+        of_rows = torch.arange(step.tokens.count).split(step.folded.query_start_loc.diff()[:: len(heads)].tolist())
+        return torch.cat([(row * len(heads) + heads[:, None]).flatten() for row in of_rows])
+
+    def _attend_tokens(
+        self, layer: Any, opened: OpenCache, asked: Step, selected: Selection, query: Tensor, of_rows: RowTokens | None
+    ) -> Tensor:
+        """Attention over the selected units, copied out of the cache, of each token `[N, HQ, D]`: the output."""
         size = selected.unit_size
         units = selected.units.clamp(min=0).long()  # unused slots come last
         keys, values = self._read_units(layer, opened, asked.kv, units, size)
@@ -183,11 +206,16 @@ class QuestCPUImpl(QuestAttentionImpl, CPUAttentionBackendImpl):
         lengths = (selected.counts[:, 0] - 1) * size + (asked.seq_lens - 1) % size + 1
         rows, heads, tokens = keys.shape[:3]
         table = torch.arange(rows, dtype=torch.int32)[:, None]  # what is read of a row is one page
+        if of_rows is not None:  # what was copied ends with the tokens of the step, each of which sees up to itself
+            row, nth = of_rows.row_and_place(rows)
+            has = of_rows.most if of_rows.lens is None else of_rows.lens[row]
+            lengths, table = lengths[row] - has + nth + 1, table[row]
         nothing = keys.new_empty(rows, heads, *Bounds().shape(tokens, self.head_size))
         chosen = PagedKV.from_hnd(keys, values, nothing, table)
-        whole = Selection(table.new_zeros(rows, heads, 1), table.new_ones(rows, heads), tokens)
+        each = len(query), heads
+        whole = Selection(table.new_zeros(*each, 1), table.new_ones(each), tokens)
         attended, _ = sparse_decode_attention(
-            asked.query, chosen, lengths, whole, sm_scale=asked.scale, softcap=asked.softcap, sinks=asked.sinks,
+            query, chosen, lengths, whole, sm_scale=asked.scale, softcap=asked.softcap, sinks=self.sinks,
             backend=self._options.backend,
         )  # fmt: skip
         return attended

@@ -21,12 +21,15 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from quest_attention.config import QuestConfig
+from quest_attention.forms import form_of
 from quest_attention.ops import Selection, Workspace, append_slots, make_workspace, quest_decode
 from quest_attention.vllm.builder import QuestMetadataBuilder
 from quest_attention.vllm.impl import OpenCache, QuestAttentionImpl, QuestBackend
 from quest_attention.vllm.step import QuestStep, steps_of
 
 _logger = logging.getLogger("vllm.quest_attention")
+_ESTIMATE_BYTES = 4
+"""Of the estimate of a logit."""
 
 __all__ = ["QuestGPUBackend", "QuestGPUImpl", "QuestGPUMetadataBuilder"]
 
@@ -72,10 +75,31 @@ class QuestGPUMetadataBuilder(QuestMetadataBuilder, FlashAttentionMetadataBuilde
     # A batch of single tokens is captured whole; others run in pieces between which attention is eager.
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """With speculation vLLM captures batches in which every row checks as many tokens, and no others.
+
+        Whether such rows choose or are read whole does not change in a graph.
+        """
+        del kv_cache_spec
+        if vllm_config.speculative_config is not None:
+            return AttentionCGSupport.UNIFORM_BATCH
+        return cls._cudagraph_support
+
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._workspaces: dict[int, Workspace | None] = {}  # by width of the block table; graphs hold their addresses
         self._outgrown: set[QuestConfig] = set()
+        if self._query_tokens > 1 and self.counters is not None and form_of(self.config).scores == "token":
+            settings, tokens = vllm_config, self._query_tokens
+            rows = settings.scheduler_config.max_num_seqs
+            heads = settings.model_config.get_num_attention_heads(settings.parallel_config)
+            size = rows * tokens * heads * settings.model_config.max_model_len * _ESTIMATE_BYTES
+            _logger.warning(
+                "Quest: a step in which %d rows check drafts takes %.1f GB and copies of it for estimates by sketches: "
+                "set --max-num-seqs and --max-model-len no larger than needed, or take bounds, which have none.",
+                rows, size / 1e9,
+            )  # fmt: skip
 
     def _plan(self, batch: Any) -> QuestStep | None:
         step = super()._plan(batch)
@@ -87,7 +111,12 @@ class QuestGPUMetadataBuilder(QuestMetadataBuilder, FlashAttentionMetadataBuilde
         return step
 
     def _scratch(self, step: QuestStep) -> Workspace | None:
-        """Memory for steps of every size, made where no graph is captured, whose memory it must outlive."""
+        """Memory for steps of every size, made where no graph is captured, whose memory it must outlive.
+
+        Rows of several tokens run in single launches, whose memory a graph holds.
+        """
+        if step.tokens is not None:
+            return None
         layer, opened = self._first_layer()
         kv, num_heads = opened.with_table(step.block_table), layer.impl.num_heads
         if kv.max_pages not in self._workspaces:
@@ -111,13 +140,14 @@ class QuestGPUMetadataBuilder(QuestMetadataBuilder, FlashAttentionMetadataBuilde
         layer, opened = self._first_layer()
         impl = layer.impl
         query = torch.zeros(
-            step.num_rows, impl.num_heads, impl.head_size, dtype=self.vllm_config.model_config.dtype, device=self.device
-        )
+            step.num_tokens, impl.num_heads, impl.head_size, dtype=self.vllm_config.model_config.dtype,
+            device=self.device,
+        )  # fmt: skip
         nothing = replace(
             step, seq_lens=torch.zeros_like(step.seq_lens), block_table=torch.zeros_like(step.block_table)
         )
         selected = impl.attend(layer, query, opened, nothing, torch.empty_like(query))
-        step.counters.count_quest(selected, nothing.seq_lens)
+        nothing.count(selected)
 
     def _first_layer(self) -> tuple[Any, OpenCache]:
         """A sparse layer of this worker, and its cache."""
@@ -133,11 +163,16 @@ class QuestGPUImpl(QuestAttentionImpl, FlashAttentionImpl):
     def attend(self, layer: Any, query: Tensor, opened: OpenCache, step: QuestStep, output: Tensor) -> Selection:
         """See `QuestAttentionImpl`."""
         del layer
-        kv = opened.with_table(step.block_table)
+        kv, tokens = opened.with_table(step.block_table), step.tokens
+        is_view = tokens is None or tokens.place is None
+        by_row = output if tokens is None else tokens.by_row(output)
         done = quest_decode(
-            query, kv, step.seq_lens, step.config, sm_scale=self.scale, softcap=self._softcap, sinks=self.sinks,
-            workspace=step.workspace, out=output,
+            query if tokens is None else tokens.by_row(query), kv, step.seq_lens, step.config, sm_scale=self.scale,
+            softcap=self._softcap, sinks=self.sinks, workspace=step.workspace, out=by_row if is_view else None,
+            query_lens=None if tokens is None else tokens.lens,
         )  # fmt: skip
+        if tokens is not None and not is_view:
+            output.copy_(tokens.flat(done.output))
         return done.selected
 
     def write(self, layer: Any, key: Tensor, value: Tensor, opened: OpenCache, slots: Tensor) -> None:

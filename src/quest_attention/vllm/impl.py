@@ -121,6 +121,7 @@ class QuestAttentionImpl:
                 return self._forward_quest(layer, query, opened, step, output, is_counted=is_counted)
             if is_counted:
                 step.counters.count_stock(step.lengths)
+                step.counters.count_verified(step.checked)
                 step.counters.count_step()
         # Keys and values are in the cache already; stock backends need them for nothing else.
         return self._forward_stock(layer, query, None, None, opened.parts.stock, attn_metadata, output)
@@ -160,17 +161,17 @@ class QuestAttentionImpl:
     def _forward_quest(
         self, layer: Any, query: Tensor, opened: OpenCache, step: QuestStep, output: Tensor, *, is_counted: bool
     ) -> Tensor:
-        rows = step.num_rows
+        count = step.num_tokens
         if step.rest is not None:
             stock = opened.parts.stock
-            self._forward_stock(layer, query[rows:], None, None, stock, step.rest, output[rows:])
+            self._forward_stock(layer, query[count:], None, None, stock, step.rest, output[count:])
         if step.parts:
             for part in step.parts:
                 self._forward_part(layer, query, opened, part, output, step.counters if is_counted else None)
         else:
-            selected = self.attend(layer, unquantized(layer, query[:rows], output.dtype), opened, step, output[:rows])
+            selected = self.attend(layer, unquantized(layer, query[:count], output.dtype), opened, step, output[:count])
             if is_counted:
-                step.counters.count_quest(selected, step.seq_lens, step.config.token_budget)
+                step.count(selected)
         if is_counted:
             step.counters.count_step()
         return output
@@ -179,19 +180,23 @@ class QuestAttentionImpl:
         self, layer: Any, query: Tensor, opened: OpenCache, part: Part, output: Tensor, counters: StepCounters | None
     ) -> None:
         """Rows that are read alike, wherever in the batch they are; counted where there are counters."""
-        query, attended = query[part.rows], output.new_empty(len(part.rows), *output.shape[1:])
+        query, attended = query[part.where], output.new_empty(len(part.where), *output.shape[1:])
         if part.step is None:
             self._forward_stock(layer, query, None, None, opened.parts.stock, part.stock, attended)
             if counters is not None:
                 counters.count_stock(part.lengths)
+                counters.count_verified(part.checked)
         else:
             selected = self.attend(layer, unquantized(layer, query, output.dtype), opened, part.step, attended)
             if counters is not None:
-                counters.count_quest(selected, part.step.seq_lens, part.step.config.token_budget)
-        output[part.rows] = attended
+                part.step.count(selected)
+        output[part.where] = attended
 
     def attend(self, layer: Any, query: Tensor, opened: OpenCache, step: QuestStep, output: Tensor) -> Selection:
-        """Run the rows of a step, `[R, HQ, D]`, and write their output `[R, HQ, D]`; gives the units that were read."""
+        """Run the rows of a step, `[N, HQ, D]`, and write their output `[N, HQ, D]`; gives the units that were read.
+
+        N is R where each row has one token, else as `step.tokens` says.
+        """
         raise NotImplementedError
 
     def write(self, layer: Any, key: Tensor, value: Tensor, opened: OpenCache, slots: Tensor) -> None:

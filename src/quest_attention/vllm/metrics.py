@@ -16,7 +16,12 @@ __all__ = ["publisher"]
 
 _FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 """Where Prometheus' client looks for the folder, when it is imported."""
-_ROWS = {"sparse_rows": "sparse", "dense_rows": "dense", "verified_rows": "verified"}
+_ROWS = {
+    "sparse_rows": "sparse",
+    "dense_rows": "dense",
+    "verified_rows": "verified",
+    "verified_sparse_rows": "verified_sparse",
+}
 _TOKENS = {"tokens_read": "read", "tokens_held": "held"}
 
 

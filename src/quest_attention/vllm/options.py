@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from quest_attention.errors import QuestValueError
@@ -48,7 +49,11 @@ def read_options(vllm_config: Any, device: str) -> QuestOptions | None:
     for name in _OURS_ALONE:
         if name in additional:
             raise QuestValueError(f"additional_config.{name}", additional[name], f"it under {KEY!r}: {KEY}.{name}")
-    return VLLMOptions.from_mapping(additional[KEY], device)
+    options = VLLMOptions.from_mapping(additional[KEY], device)
+    speculation = getattr(vllm_config, "speculative_config", None)
+    if options.verify == "dense" or speculation is None:
+        return options
+    return replace(options, query_tokens=1 + speculation.num_speculative_tokens)
 
 
 def near_misses(additional: object) -> list[str]:

@@ -16,7 +16,15 @@ from quest_attention.errors import BackendError, QuestValueError, UnsupportedMod
 from quest_attention.serving.options import KEY
 from quest_attention.vllm.kinds import other_layers
 from quest_attention.vllm.options import near_misses, read_options
-from quest_attention.vllm.refusals import BACKEND_NAME, check_block_size, check_request, check_vllm_config
+from quest_attention.vllm.ranks import mark_target
+from quest_attention.vllm.refusals import (
+    BACKEND_NAME,
+    check_block_size,
+    check_request,
+    check_vllm_config,
+    drafts_by_heads,
+    drafts_by_quest,
+)
 from quest_attention.vllm.transfers import check_transfer
 
 __all__ = ["RELEASES", "register", "vllm_version"]
@@ -62,6 +70,7 @@ def register() -> None:
         return  # the check says so, if somebody asks
     _claim_custom(path)
     _wrap_choice(platform)
+    _wrap_lookahead()
 
 
 def _is_known() -> bool:
@@ -91,19 +100,39 @@ def _wrap_check(platform: Any) -> None:
         original.__func__(cls, vllm_config)
         for miss in near_misses(vllm_config.additional_config):
             _warn(miss)
+        if _is_of_draft(cls, vllm_config):
+            return  # made of one that was looked at
         if read_options(vllm_config, cls.device_type) is not None:
             _check_installation(cls)
             check_vllm_config(vllm_config, cls)
             check_transfer(vllm_config, cls.device_type, vllm_version())
             _check_groups(vllm_config.model_config)
+            _check_drafts(vllm_config.speculative_config)
             _check_blocks(vllm_config, cls)
             _wrap_requests(cls.device_type)
+            _give_drafts_stock(vllm_config, cls)
         elif _is_ours(cls, vllm_config.attention_config.backend):
             found, neither = vllm_config.additional_config, f"or no --attention-backend {BACKEND_NAME} either"
             raise QuestValueError("additional_config", found, f"one with {KEY!r} in it, {neither}")
 
     setattr(check_and_update_config, _WRAPPED, True)
     platform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def _is_of_draft(platform: Any, vllm_config: Any) -> bool:
+    """Whether a configuration is the one by which vLLM makes the layers of a draft, in a worker with Quest."""
+    if _is_ours(platform, vllm_config.attention_config.backend) or not drafts_by_heads(vllm_config.speculative_config):
+        return False
+    return mark_target(vllm_config.compilation_config.static_forward_context)
+
+
+def _give_drafts_stock(vllm_config: Any, platform: Any) -> None:
+    """Have vLLM give the layers of a draft the stock backend: some of its runners would give them the model's."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    speculation = vllm_config.speculative_config
+    if drafts_by_heads(speculation) and speculation.attention_backend is None:
+        speculation.attention_backend = AttentionBackendEnum[_STOCK[platform.device_type]]
 
 
 def _wrap_requests(device: str) -> None:
@@ -166,6 +195,25 @@ def _check_groups(model: Any) -> None:
         )
 
 
+def _check_drafts(speculation: Any) -> None:
+    """Whether drafts go with this vLLM as they go with later ones.
+
+    Raises:
+        QuestValueError: They do not.
+    """
+    version = vllm_version()
+    if version >= _GROUPS:
+        return
+    if drafts_by_quest(speculation):
+        expected = f"another in vLLM {version[0]}.{version[1]}, which keeps no blocks for what such a class drafts"
+        raise QuestValueError("speculative_config.model", speculation.model, expected)
+    if drafts_by_heads(speculation):
+        expected = (
+            f"another in vLLM {version[0]}.{version[1]}: such drafts were tested from {_GROUPS[0]}.{_GROUPS[1]} on"
+        )
+        raise QuestValueError("speculative_config.method", speculation.method, expected)
+
+
 def _check_blocks(vllm_config: Any, platform: Any) -> None:
     """Whether the backend that Quest's stands on has blocks of the size that is asked for; on a GPU vLLM looks itself.
 
@@ -214,6 +262,24 @@ def _wrap_choice(platform: Any) -> None:
 
     setattr(get_attn_backend_cls, _WRAPPED, True)
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+def _wrap_lookahead() -> None:
+    """Have vLLM keep blocks for the tokens of drafts by Quest, as it does for other drafts that write to the cache."""
+    from vllm.config import VllmConfig
+
+    original = getattr(VllmConfig, "num_lookahead_tokens", None)
+    if original is None or getattr(original.fget, _WRAPPED, False):
+        return  # 0.25 has none: its scheduler looks at names of its own
+
+    @wraps(original.fget)
+    def num_lookahead_tokens(self: Any) -> int:
+        if drafts_by_quest(self.speculative_config):
+            return int(self.speculative_config.num_speculative_tokens)
+        return int(original.fget(self))
+
+    setattr(num_lookahead_tokens, _WRAPPED, True)
+    VllmConfig.num_lookahead_tokens = property(num_lookahead_tokens)
 
 
 def _wrap_chunks() -> None:

@@ -7,7 +7,9 @@ from typing import Any
 
 from quest_attention.vllm.refusals import BACKEND_NAME
 
-__all__ = ["is_bounded", "sparse_layers"]
+__all__ = ["is_bounded", "is_of_draft", "mark_target", "sparse_layers"]
+
+_OF_TARGET = "quest_of_target"
 
 
 def sparse_layers(layers: Mapping[str, Any], num_dense_layers: int, index_of: Callable[[str], int]) -> list[str]:
@@ -41,6 +43,28 @@ def is_bounded(layer: Any) -> bool:
         or getattr(layer, "attention_chunk_size", None) is not None
         or hasattr(layer, "get_state_shape")  # vLLM's `MambaBase`
     )
+
+
+def mark_target(layers: Mapping[str, Any]) -> bool:
+    """Tell the layers of a model from those of the draft that vLLM is about to make; whether Quest is in some.
+
+    Called when a configuration without Quest is made of one with it: vLLM does so for drafts alone, once the layers of
+    the model are there, and adds theirs to the same mapping.
+
+    Args:
+        layers: See `sparse_layers`.
+    """
+    if not any(_is_full_attention(layer) for layer in layers.values()):
+        return False
+    if not any(getattr(layer, _OF_TARGET, False) for layer in layers.values()):
+        for layer in layers.values():
+            setattr(layer, _OF_TARGET, True)
+    return True
+
+
+def is_of_draft(layer: Any, layers: Mapping[str, Any]) -> bool:
+    """Whether a layer came after those of the model that is served."""
+    return not getattr(layer, _OF_TARGET, False) and any(getattr(one, _OF_TARGET, False) for one in layers.values())
 
 
 def _is_full_attention(layer: Any) -> bool:

@@ -109,6 +109,8 @@ def watch_requests(vllm_config: Any) -> None:
             if budgets is not None:
                 budgets.begin(scheduler_output)
             _of_step = budgets
+            if hasattr(getattr(self, "drafter", None), "meet_runner"):
+                self.drafter.meet_runner(self)
             try:
                 return original(self, scheduler_output, *args, **kwargs)
             finally:
