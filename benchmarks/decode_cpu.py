@@ -14,7 +14,8 @@ With `--acceptance`, a result of `acceptance.py`, two more:
     lossless-2, lossless-0   `generate()` whose tokens these draft and the model checks
 
 Random weights seldom agree with themselves, so as many drafts are accepted as that measurement has; all else runs as it
-does with any model. The time of a token is that of drafts, check and all that `generate()` does.
+does with any model. The time of a token is that of drafts, check and all that `generate()` does. Drafts are chosen by
+moments, as auto does on a CPU; the others keep to the paper's bounds.
 
 Run it on a machine that does nothing else. The run fails if an arm did not take the path it is named for.
 """
@@ -23,7 +24,9 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,7 +72,9 @@ def fill(cache: Cache, length: int, dtype: torch.dtype, seed: int) -> None:
         cache.update(keys, values, layer)
 
 
-def time_arm(model: LlamaForCausalLM, arm: str, length: int, repeats: int, seed: int) -> dict[str, Any]:
+def time_arm(
+    model: LlamaForCausalLM, arm: str, length: int, repeats: int, seed: int, clock: Callable[[], float]
+) -> dict[str, Any]:
     """Milliseconds per token of one arm, and what it read."""
     token = torch.zeros(1, 1, dtype=torch.long)
 
@@ -81,7 +86,7 @@ def time_arm(model: LlamaForCausalLM, arm: str, length: int, repeats: int, seed:
         if num_dense_layers is None:
             cache: Cache = DynamicCache(config=model.config)
             fill(cache, length, model.dtype, seed)
-            return {"ms": percentiles(time_calls(lambda: step(cache), repeats, WARMUP)), "share_read": 1.0}
+            return {"ms": percentiles(time_calls(lambda: step(cache), repeats, WARMUP, clock)), "share_read": 1.0}
         config = QuestConfig.paper(TOKEN_BUDGET, page_size=PAGE_SIZE, num_dense_layers=num_dense_layers)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", QuestWarning)  # every layer dense is what one arm is for
@@ -89,7 +94,7 @@ def time_arm(model: LlamaForCausalLM, arm: str, length: int, repeats: int, seed:
         with handle:
             quest_cache = handle.make_cache(length + repeats + WARMUP)
             fill(quest_cache, length, model.dtype, seed)
-            times = time_calls(lambda: step(quest_cache), repeats, WARMUP)
+            times = time_calls(lambda: step(quest_cache), repeats, WARMUP, clock)
             steps = repeats + WARMUP
             taken = (handle.counters.sparse_steps, handle.counters.dense_steps)
             expected = ((LAYERS - num_dense_layers) * steps, num_dense_layers * steps)
@@ -106,10 +111,17 @@ def time_arm(model: LlamaForCausalLM, arm: str, length: int, repeats: int, seed:
 
 
 def time_lossless(
-    model: LlamaForCausalLM, arm: str, length: int, tokens: int, drafts: int, shares: list[float], seed: int
+    model: LlamaForCausalLM,
+    arm: str,
+    length: int,
+    tokens: int,
+    drafts: int,
+    shares: list[float],
+    seed: int,
+    clock: Callable[[], float],
 ) -> dict[str, Any]:
     """Milliseconds per token of a lossless arm, and what became of its drafts."""
-    config = QuestConfig.paper(TOKEN_BUDGET, page_size=PAGE_SIZE, num_dense_layers=LOSSLESS_ARMS[arm])
+    config = QuestConfig(TOKEN_BUDGET, PAGE_SIZE, num_dense_layers=LOSSLESS_ARMS[arm], metadata="moments")
     with (
         torch.inference_mode(),
         imposed_acceptance(shares, seed),
@@ -117,7 +129,7 @@ def time_lossless(
     ):
         cache = handle.make_cache(length + tokens + 32)
         fill(cache, length, model.dtype, seed)
-        row = time_rounds(model, cache, 1, length, tokens)
+        row = time_rounds(model, cache, 1, length, tokens, clock)
         return {"ms": {"p50": row.pop("ms_per_token")}, **row, "drafts": handle.counters.to_dict()["drafts"]}
 
 
@@ -127,12 +139,14 @@ def main(
     repeats: Annotated[int, typer.Option(help="Counted steps per arm.")] = 15,
     seed: Annotated[int, typer.Option(help="Seed of the model and the cache.")] = 0,
     acceptance: Annotated[Path | None, typer.Option(help="JSON of acceptance.py: lossless arms too.")] = None,
-    accepted_as: Annotated[str, typer.Option(help="Its text and arm.")] = "book bounds@1024",
+    accepted_as: Annotated[str, typer.Option(help="Its text and arm.")] = "book moments@1024",
     drafts: Annotated[int, typer.Option(help="Before a check [tokens].")] = 4,
     tokens: Annotated[int, typer.Option(help="That a lossless arm writes [tokens].")] = 160,
+    cpu_time: Annotated[bool, typer.Option("--cpu-time", help="Of the process, where others use the machine.")] = False,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Time a decode step on one CPU thread."""
+    clock = time.process_time if cpu_time else time.perf_counter
     torch.set_num_threads(1)
     shares: list[float] = []
     if acceptance is not None:
@@ -147,9 +161,9 @@ def main(
             ms = {}
             for arm in arms:
                 if arm in ARMS:
-                    row = time_arm(model, arm, length, repeats, seed)
+                    row = time_arm(model, arm, length, repeats, seed, clock)
                 else:
-                    row = time_lossless(model, arm, length, tokens, drafts, shares, seed)
+                    row = time_lossless(model, arm, length, tokens, drafts, shares, seed, clock)
                 rows.append({"dtype": dtype, "context": length, "arm": arm, **row})
                 ms[arm] = row["ms"]["p50"]
             ratios = [f"{ms[arm] / ms['quest-2']:.2f}x" for arm in ("dynamic", "dense")]
@@ -167,6 +181,8 @@ def main(
             "repeats": repeats,
             "warmup": WARMUP,
             "seed": seed,
+            "clock": clock.__name__,
+            "load_average": os.getloadavg()[0],
         }
         if shares:
             settings |= {

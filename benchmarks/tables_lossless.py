@@ -5,7 +5,7 @@ python benchmarks/tables_lossless.py
 
 from __future__ import annotations
 
-from tables_gpu import Rows, as_markdown, load
+from tables_gpu import RESULTS, Rows, as_markdown, load
 
 MEASURED = ("acceptance_smollm2.json", "acceptance_qwen.json")
 DRAFTS = (1, 2, 4, 8)
@@ -39,6 +39,7 @@ def cpu_table(rows: Rows) -> str:
 
 
 if __name__ == "__main__":
-    print(acceptance_table([row for name in MEASURED for row in load(name)]))
+    found = [name for name in MEASURED if (RESULTS / name).exists()]
+    print(acceptance_table([row for name in found for row in load(name)]))
     print()
     print(cpu_table(load("lossless_cpu.json")))

@@ -121,7 +121,7 @@ def acceptance(tmp_path: Path) -> Path:
     file = tmp_path / "acceptance.json"
     rows = [
         {"text": "book", "arm": arm, "drafts": "greedy", "accepted_at_least": [0.9, 0.8, 0.7, 0.6]}
-        for arm in ("bounds@1024", "sketch@512")
+        for arm in ("moments@1024", "sketch@512")
     ]
     file.write_text(json.dumps({"rows": rows}), encoding="utf-8")
     return file

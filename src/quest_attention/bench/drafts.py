@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,10 @@ def imposed_acceptance(shares: Sequence[float], seed: int) -> Iterator[None]:
         module.accept_likeliest = before
 
 
-def time_rounds(model: Any, cache: QuestCache, batch: int, length: int, tokens: int) -> dict[str, Any]:
+def time_rounds(
+    model: Any, cache: QuestCache, batch: int, length: int, tokens: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:  # fmt: skip
     """Milliseconds a token of a lossless `generate()` after a cache of `length` tokens.
 
     A round's time is that between the ends of two rounds, so it holds all that `generate()` does. Counted are rounds in
@@ -83,6 +86,7 @@ def time_rounds(model: Any, cache: QuestCache, batch: int, length: int, tokens: 
         batch: Sequences.
         length: Tokens in the cache [tokens].
         tokens: To write of each sequence [tokens].
+        clock: What times are read from [s].
 
     Raises:
         RuntimeError: There are too few rounds to count.
@@ -96,7 +100,7 @@ def time_rounds(model: Any, cache: QuestCache, batch: int, length: int, tokens: 
         run_round(self)
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
-        ends.append((time.perf_counter(), [new - old for old, new in zip(before, self.held, strict=True)]))
+        ends.append((clock(), [new - old for old, new in zip(before, self.held, strict=True)]))
 
     ids = torch.ones(batch, length + 1, dtype=torch.long, device=model.device)
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
