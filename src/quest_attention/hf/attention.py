@@ -228,7 +228,7 @@ def _dense_decode(
         group = packed.shape[2] // count
         attention_mask = attention_mask[:, :, None].expand(-1, -1, group, -1, -1).flatten(2, 3)
     output = F.scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
-    return output.view(batch, heads, count, -1).transpose(1, 2)
+    return output.reshape(batch, heads, count, -1).transpose(1, 2)  # which is laid out by token on a GPU
 
 
 def _token_mask(attention_mask: Tensor) -> Tensor:
