@@ -1,10 +1,16 @@
-"""Print the tables of docs/transformers.md on lossless decoding, of `acceptance.py` and `decode_cpu.py`.
+"""Print the tables of docs/speed.md on lossless decoding, from the results of `acceptance.py` and `decode_cpu.py`.
 
-python benchmarks/tables_lossless.py
+    python benchmarks/tables_lossless.py --fill
+
+With `--fill` they go to the page, between their marks.
 """
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+from marks import DOCS, fill_page
 from tables_gpu import RESULTS, Rows, as_markdown, load
 
 MEASURED = ("acceptance_smollm2.json", "acceptance_qwen.json")
@@ -38,8 +44,22 @@ def cpu_table(rows: Rows) -> str:
     return as_markdown((*HEAD, *to), cells)
 
 
-if __name__ == "__main__":
+def main(
+    fill: Annotated[
+        bool, typer.Option("--fill", help="Put the tables into docs/speed.md, between their marks.")
+    ] = False,
+) -> None:
+    """Print the tables, or put them into the page."""
     found = [name for name in MEASURED if (RESULTS / name).exists()]
-    print(acceptance_table([row for name in found for row in load(name)]))
-    print()
-    print(cpu_table(load("lossless_cpu.json")))
+    tables = {
+        "acceptance": acceptance_table([row for name in found for row in load(name)]),
+        "lossless": cpu_table(load("lossless_cpu.json")),
+    }
+    if fill:
+        fill_page(DOCS / "speed.md", tables)
+    else:
+        print("\n\n".join(tables.values()))
+
+
+if __name__ == "__main__":
+    typer.run(main)

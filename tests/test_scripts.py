@@ -374,9 +374,16 @@ def test_the_tables_of_the_page_on_speed_are_those_of_the_results() -> None:
     assert all(table in page for table in tables)
 
 
+def test_the_tables_of_lossless_decoding_are_those_of_the_results() -> None:
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    tables = printed("tables_lossless").strip().split("\n\n")
+    assert len(tables) == 2
+    assert all(table in page for table in tables)
+
+
 @pytest.mark.parametrize(("page", "scripts"), [
     ("README.md", ("accuracy", "choosing", "cpu", "gpu", "public", "vllm")),
-    ("docs/speed.md", ("cpu", "gpu", "vllm")),
+    ("docs/speed.md", ("cpu", "gpu", "lossless", "vllm")),
     ("docs/gpu.md", ("gpu",)),
     ("docs/vllm.md", ("vllm", "choosing", "public")),
 ])  # fmt: skip

@@ -9,6 +9,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is for Linux")
 
 from quest_attention import QuestConfig, quest_decode
+from quest_attention.ops import Selection, sparse_decode_attention
 from quest_attention.pages import PagedKV
 from test_token_steps import make_cache
 
@@ -61,3 +62,26 @@ def test_one_choice_serves_all_and_a_graph_follows_lengths() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert_right(cache.kv, query, lengths, lens, captured.output, captured.selected.units)
+
+
+def test_a_dense_check_follows_lengths_in_a_graph() -> None:
+    """Over every page, as lossless decoding checks drafts."""
+    lengths, lens = [20_000, 300, 4_321], [COUNT] * 3
+    cache = make_cache(lengths, 2, DIM, torch.bfloat16)
+    kv = cache.kv
+    pages = torch.arange(kv.max_pages, dtype=torch.int32, device="cuda").expand(3, 2, -1)
+    everything = Selection(pages, torch.full_like(pages[..., 0], kv.max_pages), kv.page_size)
+    tokens = torch.arange(kv.max_pages * kv.page_size, device="cuda").expand(3, 2, -1)
+    query = torch.randn(3, COUNT, 2 * GROUP, DIM, dtype=torch.bfloat16, device="cuda")
+    seq_lens = cache.seq_lens.clone()
+    output, _ = sparse_decode_attention(query, kv, seq_lens, everything)
+    assert_right(kv, query, lengths, lens, output, tokens)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output, _ = sparse_decode_attention(query, kv, seq_lens, everything)
+    lengths = [19_990, 290, 4_300]
+    seq_lens.copy_(torch.tensor(lengths))
+    query.normal_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_right(kv, query, lengths, lens, output, tokens)

@@ -168,6 +168,21 @@ def test_a_padded_batch_is_drafted_without_graphs(device: str, monkeypatch: pyte
         assert set(quest.graphs.eager_steps) == {"a batch with padding"}
 
 
+def test_metadata_that_cannot_be_captured_is_taken_eagerly(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("operation not permitted")
+
+    monkeypatch.setattr(DraftLength, "next", lambda length: (length._length, "measuring"))
+    monkeypatch.setattr(graph._CapturedTake, "__init__", fail)
+    model: Any = make_llama().to(device)
+    ids = prompt(2, 50).to(device)
+    alone = generate(model, ids)
+    with enabled(model, device, lossless=True) as quest:
+        with pytest.warns(QuestWarning, match="cannot be captured: operation not permitted"):
+            assert generate(model, ids) == alone
+        assert quest.counters.drafts.accepted > 0
+
+
 def test_storage_that_grows_is_captured_again(device: str) -> None:
     model: Any = make_llama().to(device)
     ids = prompt(1, 40).to(device)

@@ -146,24 +146,33 @@ class QuestCache(DynamicCache):
         Args:
             before: Tokens of each sequence before the check, B of them [tokens].
             after: What stays of each [tokens].
-            take: Called in place of `take` of all layers' storage, with the cache.
+            take: Called in place of `take`.
+        """
+        size = self.quest.page_size
+        starts = [length // size * size for length in before]
+        if take is None:
+            self.take(starts, after)
+        else:
+            take(self, starts, after)
+        for layer in self.layers:
+            if isinstance(layer, QuestLayer):
+                layer.settle(max(after))
+
+    def take(self, starts: Sequence[int], ends: Sequence[int]) -> None:
+        """Take the tokens of each sequence from the first number to the second into the metadata of all layers.
+
+        Args:
+            starts: B of them; a page that begins at or after its sequence's starts anew [tokens].
+            ends: Likewise [tokens].
         """
         start: int | Tensor
         end: int | Tensor
-        size = self.quest.page_size
-        layers = [layer for layer in self.layers if isinstance(layer, QuestLayer)]
-        starts = [length // size * size for length in before]
-        if take is not None:
-            take(self, starts, after)
-        else:
-            start, end = starts[0], after[0]
-            if len(set(starts)) > 1 or len(set(after)) > 1:
-                start, end = torch.tensor([starts, list(after)], dtype=torch.int32, device=layers[0].device)
-            for layer in layers:
-                if layer.storage is not None:
-                    layer.storage.take(start, end)
-        for layer in layers:
-            layer.settle(max(after))
+        stored = [layer.storage for layer in self.layers if isinstance(layer, QuestLayer) and layer.storage is not None]
+        start, end = starts[0], ends[0]
+        if len(set(starts)) > 1 or len(set(ends)) > 1:
+            start, end = torch.tensor([list(starts), list(ends)], dtype=torch.int32, device=stored[0].keys.device)
+        for storage in stored:
+            storage.take(start, end)
 
     def keep(self, length: int) -> None:
         """Let every layer have the first `length` tokens of each sequence, whatever a pass left it that failed."""

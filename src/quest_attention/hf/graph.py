@@ -200,12 +200,16 @@ class DecodeGraphs:
         Raises:
             QuestStateError: Graphs were asked for by name.
         """
+        return self._run_eagerly(self._say_failure(error), kwargs)
+
+    def _say_failure(self, error: RuntimeError) -> str:
+        """Capture no more: the reason, which is warned of, or an error where graphs were asked for by name."""
         what = str(error).splitlines()[0]
         if self._must_capture:
             raise QuestStateError(f"cuda_graphs: got True, but a decode step cannot be captured: {what}") from error
         self._failure = f"a decode step of this model cannot be captured: {what}"
-        warnings.warn(f"{self._failure}; decode steps run eagerly", QuestWarning, stacklevel=6)
-        return self._run_eagerly(self._failure, kwargs)
+        warnings.warn(f"{self._failure}; decode steps run eagerly", QuestWarning, stacklevel=7)
+        return self._failure
 
     def _run_eagerly(self, reason: str, kwargs: dict[str, Any]) -> Any:
         self.eager_steps[reason] = self.eager_steps.get(reason, 0) + 1
@@ -221,10 +225,18 @@ class DecodeGraphs:
         """
         with self._lock:
             captured = self._takes.get(cache)
-            if captured is None or captured.storages != _storages(cache):
+            if self._failure is None and (captured is None or captured.storages != _storages(cache)):
                 self._takes.pop(cache, None)
-                captured = self._takes[cache] = _CapturedTake(cache, starts, ends)
-            captured.replay(starts, ends)
+                try:
+                    captured = self._takes[cache] = _CapturedTake(cache, starts, ends)
+                except QuestError:
+                    raise
+                except RuntimeError as error:
+                    self._say_failure(error)
+            if captured is not None and self._failure is None:
+                captured.replay(starts, ends)
+                return
+        cache.take(starts, ends)
 
     def _weights(self) -> StorageWeakRef | None:
         """The memory of the first weights, the embeddings as a rule: another once the model is moved, cast or resized.
