@@ -195,6 +195,25 @@ def decode_table(rows: Rows) -> str:
     return as_markdown(("model, batch x context", *arms), cells)
 
 
+def lossless_table(rows: Rows) -> str:
+    """Milliseconds per token and tokens a round of lossless arms beside dense; what they wrote without drafts."""
+    cells = []
+    dense: dict[tuple[int, int], float] = {}
+    for row in rows:
+        case, ms = (row["batch"], row["context"]), row["ms"]["p50"]
+        if row["arm"] == "dense":
+            dense[case] = ms
+            continue
+        drafts = row["drafts"]
+        stopped = sum(count for reason, count in drafts["plain_steps"].items() if reason.startswith("drafting"))
+        where = f"{row['batch']} x {row['context'] // 1024}K"
+        times = f"{dense[case]:.1f}", f"{ms:.1f}", f"{row['ratio_to_dense']:.2f}x"
+        checks = f"{drafts['tokens_a_check']:.2f}", f"{row['round_ms']['p50']:.1f}"
+        cells.append([where, row["arm"].split("-")[1], *times, *checks, "yes" if stopped else "no"])
+    head = ("batch x context", "budget", "dense", "lossless", "", "tokens a check", "ms a round", "stopped drafting")
+    return as_markdown(head, cells)
+
+
 def against_flashinfer_table(attention: Rows, runs: dict[str, Rows]) -> str:
     """Ratios to dense, as measured and with FlashInfer's time in the dense arm: Quest's token and what it spares."""
     spared = {tuple(row["shape"]): dense_time(row) - row["quest_us"]["p50"] for row in attention}  # [us], a layer
@@ -246,6 +265,7 @@ def tables() -> dict[str, str]:
         "decode": decode_table(decode),
         "decode-compiled": decode_table(compiled),
         "flashinfer": against_flashinfer_table(attention, {"eager layers": decode, "compiled layers": compiled}),
+        "lossless": f"{lossless_table(load('lossless_gpu.json'))}\n\n{origin('lossless_gpu.json')}.",
         "prefill": prefill_table(decode),
         "prefill-again": f"{prefill_table(load('prefill_gpu.json'))}\n\n{origin('prefill_gpu.json')}.",
     }
