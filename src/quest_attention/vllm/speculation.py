@@ -22,8 +22,9 @@ _FROM_OUTSIDE = "custom_class"
 """vLLM's name for drafts by a class from outside."""
 PROPOSER = "quest_attention.vllm.proposer.QuestProposer"
 """The one that is known here."""
-_SHARING_HEADS = ("gemma4_mtp", "step3p5_mtp")
-"""Of these, types of drafts whose layers read the target's keys and values, or take its backend whatever is named."""
+_OTHER_HEADS = ("gemma4_mtp", "step3p5_mtp")
+"""Of these, types of drafts whose layers read the model's own keys and take its backend whatever is named, or
+lie in several groups of the cache."""
 
 
 def check_speculation(options: QuestOptions, vllm_config: Any) -> None:
@@ -77,12 +78,9 @@ def _check_drafts(speculation: Any, model: Any) -> None:
         raise QuestValueError("speculative_config.method", method, f"one of {names}: other drafts are not tested")
     draft = getattr(getattr(speculation, "draft_model_config", None), "hf_config", None)
     kind = getattr(draft, "model_type", None)
-    if method in _HEADS and kind in _SHARING_HEADS:
-        raise QuestValueError(
-            "speculative_config.method",
-            method,
-            f"one of {names}, not with {kind}, whose layers read keys of the model's or take its backend",
-        )
+    if method in _HEADS and kind in _OTHER_HEADS:
+        expected = f"one of {names}, not with {kind}, whose layers read the model's own keys or lie in several groups"
+        raise QuestValueError("speculative_config.method", method, expected)
     others = None if model is None or method not in _HEADS else other_layers(model)
     if others is not None:
         expected = f"full attention in every layer with method {method}: in others it is not tested"
