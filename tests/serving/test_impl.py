@@ -26,6 +26,7 @@ with warnings.catch_warnings():
 
     from quest_attention.vllm import batches
     from quest_attention.vllm.cpu import QuestCPUImpl
+    from quest_attention.vllm.gpu import check_estimates
     from quest_attention.vllm.impl import OpenCache, QuestAttentionImpl, QuestBackend
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -182,3 +183,18 @@ def test_rows_that_only_pad_a_batch_are_left_out_and_some_rows_are_a_batch_of_th
     assert some.seq_lens.tolist() == some.seq_lens_cpu_upper_bound.tolist() == [50, 70]
     assert some.block_table_tensor.tolist() == [[0, 1], [4, 5]]
     assert some.slot_mapping.tolist() == tokens
+
+
+def test_checks_by_sketches_that_a_gpu_has_no_memory_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = SimpleNamespace(max_model_len=131072, get_num_attention_heads=lambda _: 32)
+    server = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=8), model_config=model, parallel_config=None
+    )  # 8 x 5 x 32 x 131072 x 4 bytes
+    gpu = SimpleNamespace(total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    check_estimates(server, 5, torch.device("cuda"))
+    server.scheduler_config.max_num_seqs = 256
+    message = r"quest.metadata: got 'sketch', expected bounds, or a smaller .* take 21.5 GB by sketches"
+    gpu.total_memory = 16 << 30
+    with pytest.raises(QuestValueError, match=message):
+        check_estimates(server, 5, torch.device("cuda"))
