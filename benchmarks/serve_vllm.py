@@ -203,8 +203,8 @@ def check_counters(llm: Any, batch: int, options: dict[str, Any], *, is_gpu: boo
     """
     counters: list[dict[str, int]] = llm.collective_rpc("quest_counters")
     repeats, rows = options["repeats"], options["tokens"]
-    if options["drafts"] == EAGLE:
-        rows = -(-rows // (1 + options["speculate"]))  # of so many tokens, if all drafts are kept
+    if options["drafts"]:  # of so many tokens, if all drafts are kept; where Quest drafts, a row a draft
+        rows = -(-rows // (1 + options["speculate"])) * (options["speculate"] if options["drafts"] == LOSSLESS else 1)
     for worker in counters:
         ran = worker["sparse_rows"] + worker["verified_sparse_rows"]
         # The last drafts of an answer may be more than it has tokens left.

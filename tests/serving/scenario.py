@@ -560,6 +560,21 @@ def sparse_eagle() -> dict[str, Any]:
     return eagle({"token_budget": BUDGET, **VERIFY}, **ORACLE)
 
 
+def sparse_eagle3() -> dict[str, Any]:
+    """An EAGLE-3 head drafts, of dummy weights as the model's then are."""
+    config = json.loads((bundled_model_path() / "config.json").read_text())
+    head = {"architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1}
+    head |= {"draft_vocab_size": config["vocab_size"], "eagle_aux_hidden_state_layer_ids": [1, 2, 4]}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config | head))
+        drafts = {"method": "eagle3", "model": folder, "num_speculative_tokens": 3}
+        options = {"speculative_config": drafts, "load_format": "dummy", "max_num_batched_tokens": 192}
+        llm = make_llm({"token_budget": BUDGET, **VERIFY}, **options, **ORACLE)
+        found = checked(llm, [prompts(2, 300) + prompts(1, 40)], tokens=20)
+        layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+        return {**found, "backends": {name: layer.attn_backend.__name__ for name, layer in layers.items()}}
+
+
 def eagle_of_the_context() -> dict[str, Any]:
     """The same with a budget that these rows fit."""
     return eagle({"token_budget": MAX_MODEL_LEN - BLOCK, **VERIFY}, **ORACLE)
@@ -1208,6 +1223,7 @@ SCENARIOS = [
     sparse_verification_of_sketches_in_8_bits,
     eagle,
     sparse_eagle,
+    sparse_eagle3,
     eagle_of_the_context,
     sparse_mtp,
     drafts_by_quest,

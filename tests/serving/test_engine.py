@@ -268,17 +268,17 @@ def test_a_budget_of_the_context_checks_drafts_as_stock_does(name: str) -> None:
     assert counters["tokens_read"] == counters["tokens_held"]
 
 
-@pytest.mark.parametrize("name", ["sparse_eagle", "eagle_of_the_context"])
+@pytest.mark.parametrize("name", ["sparse_eagle", "sparse_eagle3", "eagle_of_the_context"])
 def test_the_layers_of_an_eagle_head_are_stock_and_its_drafts_are_checked(name: str) -> None:
     found = scenario(name)
     *ours, last = found["backends"].values()
     assert set(ours) == {"QuestCPUBackend"} and last == "CPUAttentionBackend"
     drafted, accepted = (found["metrics"][f"spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted"))
-    assert 0 < accepted < drafted
+    assert (0 if name == "sparse_eagle3" else 1) <= accepted < drafted  # dummy weights keep none
     (counters,), (oracle,) = found["counters"], found["oracle"]
     checked = counters["verified_sparse_rows"] + counters["verified_rows"]
     assert checked == found["metrics"]["spec_decode_num_drafts"]
-    if name == "sparse_eagle":
+    if name != "eagle_of_the_context":
         assert oracle["failures"] == [] and 0 < oracle["worst"] <= 1
         rows = counters["sparse_rows"] + counters["verified_sparse_rows"]
         assert oracle["seen"]["rows past the budget"] == NUM_SPARSE_LAYERS * rows > 0

@@ -26,6 +26,7 @@ with warnings.catch_warnings():
 
     from quest_attention.vllm import batches
     from quest_attention.vllm.cpu import QuestCPUImpl
+    from quest_attention.vllm.gpu import check_estimates
     from quest_attention.vllm.impl import OpenCache, QuestAttentionImpl, QuestBackend
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -161,3 +162,39 @@ def test_rows_that_check_speculated_tokens_are_told_from_pieces_of_prompts() -> 
     assert batches.checking_lengths(batch, 1, 3) == [104]
     batch.is_prefilling = None  # then a short piece of a prompt passes for one
     assert batches.checking_lengths(batch, 1, 3) == [104, 67]
+
+
+def test_rows_that_only_pad_a_batch_are_left_out_and_some_rows_are_a_batch_of_their_own() -> None:
+    """Rows of three tokens, one and two, and two that only pad."""
+    starts = torch.tensor([0, 3, 4, 6, 6, 6], dtype=torch.int32)
+    lengths = torch.tensor([50, 60, 70, 0, 0], dtype=torch.int32)
+    batch = CommonAttentionMetadata(
+        query_start_loc=starts, query_start_loc_cpu=starts, seq_lens=lengths, num_reqs=5, num_actual_tokens=6,
+        max_query_len=3, max_seq_len=70, block_table_tensor=torch.arange(10, dtype=torch.int32).view(5, 2),
+        slot_mapping=torch.arange(6), seq_lens_cpu_upper_bound=lengths,
+    )  # fmt: skip
+    assert batches.fresh_tokens(batch, 5) == [3, 1, 2]
+    assert batches.by_kind([50, 60, 70], [3, 1, 2]) == ([60], [50, 70])
+    rows, tokens = [0, 2], [0, 1, 2, 4, 5]
+    starts = torch.tensor([0, 3, 5], dtype=torch.int32)
+    some = batches.SomeRows(rows, torch.tensor(rows), tokens, torch.tensor(tokens), starts).of(batch, 3, 70)
+    assert some.query_start_loc.tolist() == some.query_start_loc_cpu.tolist() == [0, 3, 5]
+    assert (some.num_reqs, some.num_actual_tokens, some.max_query_len, some.max_seq_len) == (2, 5, 3, 70)
+    assert some.seq_lens.tolist() == some.seq_lens_cpu_upper_bound.tolist() == [50, 70]
+    assert some.block_table_tensor.tolist() == [[0, 1], [4, 5]]
+    assert some.slot_mapping.tolist() == tokens
+
+
+def test_checks_by_sketches_that_a_gpu_has_no_memory_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = SimpleNamespace(max_model_len=131072, get_num_attention_heads=lambda _: 32)
+    server = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=8), model_config=model, parallel_config=None
+    )  # 8 x 5 x 32 x 131072 x 4 bytes
+    gpu = SimpleNamespace(total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    check_estimates(server, 5, torch.device("cuda"))
+    server.scheduler_config.max_num_seqs = 256
+    message = r"quest.metadata: got 'sketch', expected bounds, or a smaller .* take 21.5 GB by sketches"
+    gpu.total_memory = 16 << 30
+    with pytest.raises(QuestValueError, match=message):
+        check_estimates(server, 5, torch.device("cuda"))

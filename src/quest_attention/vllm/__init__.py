@@ -5,6 +5,7 @@
     plugin.py    the entry point: makes Quest known to vLLM, in every process
     options.py   what stands under "quest" in --additional-config
     refusals.py  what Quest cannot serve, said before a model is loaded
+    speculation.py  which drafts go with Quest
     transfers.py KV connectors: which move blocks with their metadata
     kinds.py     what a model has beside full attention, and what follows for its metadata
     ranks.py     the layers of a model that are sparse

@@ -32,9 +32,10 @@ from quest_attention.vllm.layout import check_full, page_size
 from quest_attention.vllm.metrics import publisher
 from quest_attention.vllm.options import read_options
 from quest_attention.vllm.ranks import is_bounded, is_of_draft, sparse_layers
-from quest_attention.vllm.refusals import BACKEND_NAME, drafts_by_quest
+from quest_attention.vllm.refusals import BACKEND_NAME
 from quest_attention.vllm.requests import budgets_of_step, watch_requests
 from quest_attention.vllm.row_tokens import RowTokens
+from quest_attention.vllm.speculation import drafts_by_quest
 from quest_attention.vllm.step import Part, QuestStep
 from quest_attention.vllm.worker import worker_label
 

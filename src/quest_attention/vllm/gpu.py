@@ -21,8 +21,10 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from quest_attention.config import QuestConfig
+from quest_attention.errors import QuestValueError
 from quest_attention.forms import form_of
 from quest_attention.ops import Selection, Workspace, append_slots, make_workspace, quest_decode
+from quest_attention.serving.options import KEY
 from quest_attention.vllm.builder import QuestMetadataBuilder
 from quest_attention.vllm.impl import OpenCache, QuestAttentionImpl, QuestBackend
 from quest_attention.vllm.step import QuestStep, steps_of
@@ -31,7 +33,7 @@ _logger = logging.getLogger("vllm.quest_attention")
 _ESTIMATE_BYTES = 4
 """Of the estimate of a logit."""
 
-__all__ = ["QuestGPUBackend", "QuestGPUImpl", "QuestGPUMetadataBuilder"]
+__all__ = ["QuestGPUBackend", "QuestGPUImpl", "QuestGPUMetadataBuilder", "check_estimates"]
 
 
 class QuestGPUBackend(QuestBackend, FlashAttentionBackend):
@@ -91,15 +93,7 @@ class QuestGPUMetadataBuilder(QuestMetadataBuilder, FlashAttentionMetadataBuilde
         self._workspaces: dict[int, Workspace | None] = {}  # by width of the block table; graphs hold their addresses
         self._outgrown: set[QuestConfig] = set()
         if self._query_tokens > 1 and self.counters is not None and form_of(self.config).scores == "token":
-            settings, tokens = vllm_config, self._query_tokens
-            rows = settings.scheduler_config.max_num_seqs
-            heads = settings.model_config.get_num_attention_heads(settings.parallel_config)
-            size = rows * tokens * heads * settings.model_config.max_model_len * _ESTIMATE_BYTES
-            _logger.warning(
-                "Quest: a step in which %d rows check drafts takes %.1f GB and copies of it for estimates by sketches: "
-                "set --max-num-seqs and --max-model-len no larger than needed, or take bounds, which have none.",
-                rows, size / 1e9,
-            )  # fmt: skip
+            check_estimates(vllm_config, self._query_tokens, device)
 
     def _plan(self, batch: Any) -> QuestStep | None:
         step = super()._plan(batch)
@@ -153,6 +147,22 @@ class QuestGPUMetadataBuilder(QuestMetadataBuilder, FlashAttentionMetadataBuilde
         """A sparse layer of this worker, and its cache."""
         layer = self.vllm_config.compilation_config.static_forward_context[self._row_planner.counted_layer]
         return layer, layer.impl.open(layer, layer.kv_cache)
+
+
+def check_estimates(vllm_config: Any, query_tokens: int, device: torch.device) -> None:
+    """Say what the estimates of a step take in which every row checks tokens by sketches.
+
+    Raises:
+        QuestValueError: More than the GPU has.
+    """
+    rows, model = vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config
+    heads, length = model.get_num_attention_heads(vllm_config.parallel_config), model.max_model_len
+    size = rows * query_tokens * heads * length * _ESTIMATE_BYTES
+    takes = f"{rows} rows that check {query_tokens} tokens over {length} positions take {size / 1e9:.1f} GB by sketches"
+    less = "bounds, or a smaller --max-num-seqs or --max-model-len"
+    if device.type == "cuda" and size > torch.cuda.get_device_properties(device).total_memory:
+        raise QuestValueError(f"{KEY}.metadata", "sketch", f"{less}: {takes}, which is more than the GPU has")
+    _logger.warning("Quest: %s, and copies of it; less with %s.", takes, less)
 
 
 class QuestGPUImpl(QuestAttentionImpl, FlashAttentionImpl):

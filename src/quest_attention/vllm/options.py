@@ -10,8 +10,10 @@ from typing import Any
 from quest_attention.errors import QuestValueError
 from quest_attention.serving.options import KEY, KNOWN, READING, QuestOptions
 
-__all__ = ["VLLMOptions", "near_misses", "read_options"]
+__all__ = ["BACKEND_NAME", "VLLMOptions", "near_misses", "read_options"]
 
+BACKEND_NAME = "CUSTOM"
+"""vLLM's name for an attention backend from outside: of `--attention-backend`."""
 _OURS_ALONE = tuple(name for name in READING if name != "backend")
 """Options that nobody else has: beside "quest" they would be without effect."""
 _NEAR = 0.75

@@ -17,14 +17,8 @@ from quest_attention.serving.options import KEY
 from quest_attention.vllm.kinds import other_layers
 from quest_attention.vllm.options import near_misses, read_options
 from quest_attention.vllm.ranks import mark_target
-from quest_attention.vllm.refusals import (
-    BACKEND_NAME,
-    check_block_size,
-    check_request,
-    check_vllm_config,
-    drafts_by_heads,
-    drafts_by_quest,
-)
+from quest_attention.vllm.refusals import BACKEND_NAME, check_block_size, check_request, check_vllm_config
+from quest_attention.vllm.speculation import drafts_by_heads, drafts_by_quest
 from quest_attention.vllm.transfers import check_transfer
 
 __all__ = ["RELEASES", "register", "vllm_version"]

@@ -92,33 +92,33 @@ class QuestProposer:
         metadata: dict[str, Any] = {}
         slots: dict[str, Tensor] = {}
         for builder, layers, table in self._groups():
-            blocks, size = table[rows], builder.config.page_size
-            slot = blocks.gather(1, (positions // size)[:, None])[:, 0].long() * size + positions % size
+            blocks, size = table.get_device_tensor(runner.input_batch.num_reqs)[rows], builder.config.page_size
+            # In vLLM's own buffer, whose address a graph may hold; tokens that only pad one are written nowhere.
+            slot = table.slot_mapping.gpu[:padded]
+            slot[:count] = blocks.gather(1, (positions // size)[:, None])[:, 0].long() * size + positions % size
+            slot[count:] = -1
             batch = CommonAttentionMetadata(
                 query_start_loc=starts.to(device), query_start_loc_cpu=starts, seq_lens=seq_lens, num_reqs=count,
                 num_actual_tokens=count, max_query_len=1, max_seq_len=max(lengths), block_table_tensor=blocks,
-                slot_mapping=slot, seq_lens_cpu_upper_bound=on_host,
+                slot_mapping=slot[:count], seq_lens_cpu_upper_bound=on_host,
             )  # fmt: skip
             built = builder.build(0, batch, fast_build=True)
-            padding = slot.new_full((padded - count,), -1)  # of tokens that only pad a graph, which are written nowhere
             metadata |= dict.fromkeys(layers, built)
-            slots |= dict.fromkeys(layers, torch.cat([slot, padding]))
+            slots |= dict.fromkeys(layers, slot)
         with set_forward_context(
             metadata, self._vllm_config, num_tokens=padded, cudagraph_runtime_mode=mode, batch_descriptor=graph,
             slot_mapping=slots,
         ):  # fmt: skip
-            hidden = runner.model(input_ids=inputs, positions=places)
+            # With what the runner gives it: what was compiled for that takes nothing else.
+            hidden = runner.model(input_ids=inputs, positions=places, intermediate_tensors=None, inputs_embeds=None)
         logits: Tensor = self._model.compute_logits(hidden[:count])
         return logits.argmax(-1).int()
 
-    def _groups(self) -> Iterator[tuple[Any, list[str], Tensor]]:
-        """Metadata builders with the names of their layers and the block table of all rows."""
-        runner = self._runner
-        rows = runner.input_batch.num_reqs
-        for index, groups in enumerate(runner.attn_groups):
-            table = runner.input_batch.block_table[index].get_device_tensor(rows)
+    def _groups(self) -> Iterator[tuple[Any, list[str], Any]]:
+        """Metadata builders with the names of their layers and vLLM's `BlockTable` of them."""
+        for index, groups in enumerate(self._runner.attn_groups):
             for group in groups:
-                yield group.get_metadata_builder(), group.layer_names, table
+                yield group.get_metadata_builder(), group.layer_names, self._runner.input_batch.block_table[index]
 
     def _graph_of(self, count: int) -> tuple[Any, int, Any]:
         """How vLLM runs so many tokens: in graphs of the pieces between attention, of more tokens, or without."""

@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from quest_attention.errors import BackendError, QuestValueError, UnsupportedModelError
-from quest_attention.forms import form_of
 from quest_attention.ops import resolve_backend
-from quest_attention.ops.query_tokens import MOST_QUERY_TOKENS
 from quest_attention.serving.options import KEY, QuestOptions
 from quest_attention.serving.requests import ASKED, config_asked
 from quest_attention.vllm.kinds import full_layers, other_layers
 from quest_attention.vllm.layout import page_size
-from quest_attention.vllm.options import read_options
+from quest_attention.vllm.options import BACKEND_NAME, read_options
 from quest_attention.vllm.scales import check_cache_dtype
+from quest_attention.vllm.speculation import check_speculation
 
 __all__ = [
     "BACKEND_NAME",
@@ -23,23 +22,8 @@ __all__ = [
     "check_output_scales",
     "check_request",
     "check_vllm_config",
-    "drafts_by_heads",
-    "drafts_by_quest",
 ]
 
-BACKEND_NAME = "CUSTOM"
-"""vLLM's name for an attention backend from outside: of `--attention-backend`."""
-_DRAFT_FREE = ("ngram",)
-"""Ways to speculate without a model of its own."""
-_HEADS = ("eagle", "eagle3", "mtp")
-"""Ways to speculate with layers that vLLM makes from a configuration of their own, in which a backend is named: theirs
-is the stock one, so that nothing of Quest is in them."""
-_FROM_OUTSIDE = "custom_class"
-"""vLLM's name for drafts by a class from outside."""
-PROPOSER = "quest_attention.vllm.proposer.QuestProposer"
-"""The one that is known here."""
-_SHARING_HEADS = ("gemma4_mtp", "step3p5_mtp")
-"""Of these, types of drafts whose layers read the target's keys and values, or take its backend whatever is named."""
 _FP8_CAPABILITY = 89
 """Compute capability from which GPUs convert to 8-bit floats, ten times over: vLLM's way to write 8.9."""
 
@@ -77,24 +61,6 @@ def check_vllm_config(vllm_config: Any, platform: Any) -> None:
             raise UnsupportedModelError(f"{error}. Without Quest it is served if both are left out: {both}") from None
         _check_layers(options, model)
     _check_budget(options, vllm_config.cache_config, model, platform.device_type)
-
-
-def drafts_by_heads(speculation: Any) -> bool:
-    """Whether a server speculates with layers that vLLM gives the backend of the speculative configuration.
-
-    Args:
-        speculation: vLLM's `SpeculativeConfig`, or None.
-    """
-    return speculation is not None and speculation.method in _HEADS
-
-
-def drafts_by_quest(speculation: Any) -> bool:
-    """Whether the model drafts for itself with Quest, so that it reads everything in all other steps.
-
-    Args:
-        speculation: vLLM's `SpeculativeConfig`, or None.
-    """
-    return speculation is not None and speculation.method == _FROM_OUTSIDE and speculation.model == PROPOSER
 
 
 def check_block_size(cache: Any, model: Any, multiple: int) -> None:
@@ -213,91 +179,7 @@ def _check_settings(options: QuestOptions, vllm_config: Any) -> None:
     for name in ("enable_dbo", "use_ubatching"):
         if getattr(parallel, name, False):
             raise QuestValueError(name, True, "False: two batches at once would share scratch memory")
-    speculation = vllm_config.speculative_config
-    _check_verify(options, speculation)
-    config = options.least_config()
-    form = form_of(config)
-    # Bounds still bound what is left, and whole pages are taken anew from the cache when they are complete again.
-    if speculation is not None and not (form.is_bound or form.takes_whole_pages):
-        reason = f"none with {KEY}.metadata moments, in which tokens taken back would stay: use bounds or sketch"
-        raise config.mistake("speculative_config.method", speculation.method, reason)
-    if speculation is not None:
-        _check_drafts(speculation, vllm_config.model_config)
-    if drafts_by_quest(speculation):
-        _check_proposer(options, vllm_config)
-
-
-def _check_drafts(speculation: Any, model: Any) -> None:
-    method, names = speculation.method, ", ".join((*_DRAFT_FREE, *_HEADS, _FROM_OUTSIDE))
-    if method == _FROM_OUTSIDE and not drafts_by_quest(speculation):
-        raise QuestValueError("speculative_config.model", speculation.model, f"{PROPOSER} with method {_FROM_OUTSIDE}")
-    if method not in (*_DRAFT_FREE, *_HEADS, _FROM_OUTSIDE):
-        raise QuestValueError("speculative_config.method", method, f"one of {names}: other drafts are not tested")
-    draft = getattr(getattr(speculation, "draft_model_config", None), "hf_config", None)
-    kind = getattr(draft, "model_type", None)
-    if method in _HEADS and kind in _SHARING_HEADS:
-        raise QuestValueError(
-            "speculative_config.method",
-            method,
-            f"one of {names}, not with {kind}, whose layers read keys of the model's or take its backend",
-        )
-    others = None if model is None or method not in _HEADS else other_layers(model)
-    if others is not None:
-        expected = f"full attention in every layer with method {method}: in others it is not tested"
-        raise UnsupportedModelError(f"model: got {model.model} with {others}, expected {expected}")
-    backend = getattr(getattr(speculation, "attention_backend", None), "name", None)
-    if backend == BACKEND_NAME:
-        expected = "none, or vLLM's own: the layers of a draft have one token to look ahead, and run without Quest"
-        raise QuestValueError("speculative_config.attention_backend", backend, expected)
-
-
-def _check_proposer(options: QuestOptions, vllm_config: Any) -> None:
-    """What does not go with drafts of the model itself.
-
-    Raises:
-        QuestValueError: Something of it is asked for.
-    """
-    parallel, model = vllm_config.parallel_config, vllm_config.model_config
-    method = f"with speculative_config.model {PROPOSER}"
-    if options.verify != "dense":
-        raise QuestValueError(
-            f"{KEY}.verify", options.verify, f"'dense' {method}: what Quest drafts is checked by stock"
-        )
-    for name in ("tensor_parallel_size", "data_parallel_size"):
-        if getattr(parallel, name, 1) > 1:
-            raise QuestValueError(name, getattr(parallel, name), f"1 {method}: more is not tested")
-    for name, found in (
-        ("enable_lora", getattr(vllm_config, "lora_config", None)),
-        ("kv_transfer_config", vllm_config.kv_transfer_config),
-    ):
-        if found is not None:
-            raise QuestValueError(name, "one", f"none {method}: not tested")
-    if model is None:
-        return
-    others = other_layers(model)
-    if others is not None or getattr(model, "is_multimodal_model", False) or getattr(model, "uses_mrope", False):
-        what = others or "images or several positions a token"
-        raise UnsupportedModelError(
-            f"model: got {model.model} with {what}, expected full attention over text alone {method}"
-        )
-
-
-def _check_verify(options: QuestOptions, speculation: Any) -> None:
-    if options.verify == "dense":
-        return
-    name, got = f"{KEY}.verify", options.verify
-    if speculation is None:
-        raise QuestValueError(
-            name, got, "'dense', or --speculative-config: no token is speculated that could be checked"
-        )
-    if options.query_tokens > MOST_QUERY_TOKENS:
-        expected = f"at most {MOST_QUERY_TOKENS - 1} with {name} 'sparse': a row checks them and one more"
-        raise QuestValueError("speculative_config.num_speculative_tokens", options.query_tokens - 1, expected)
-    for varying in ("enable_adaptive_verification", "num_speculative_tokens_per_batch_size"):
-        found = getattr(speculation, varying, None)
-        if found:
-            expected = f"none with {name} 'sparse': a graph is of rows that check as many tokens as one another"
-            raise QuestValueError(f"speculative_config.{varying}", found, expected)
+    check_speculation(options, vllm_config)
 
 
 def _check_model(model: Any) -> None:
