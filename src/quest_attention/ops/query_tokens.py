@@ -25,7 +25,11 @@ from quest_attention.pages import PagedKV, check_like
 if TYPE_CHECKING:
     from quest_attention.ops.dispatch import Verbs
 
-__all__ = ["MOST_QUERY_TOKENS", "QueryTokens", "with_pages_of"]
+__all__ = ["MOST_CHOOSING_HEADS", "MOST_QUERY_TOKENS", "QueryTokens", "with_pages_of"]
+
+MOST_CHOOSING_HEADS = 16
+"""Query heads of a KV head, of all its tokens, for which the GPU's kernels choose single tokens without an estimate of each
+in memory."""
 
 MOST_QUERY_TOKENS = 16
 """Of a sequence in a step."""

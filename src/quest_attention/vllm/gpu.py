@@ -24,6 +24,7 @@ from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestValueError
 from quest_attention.forms import form_of
 from quest_attention.ops import Selection, Workspace, append_slots, make_workspace, quest_decode
+from quest_attention.ops.query_tokens import MOST_CHOOSING_HEADS
 from quest_attention.serving.options import KEY
 from quest_attention.vllm.builder import QuestMetadataBuilder
 from quest_attention.vllm.impl import OpenCache, QuestAttentionImpl, QuestBackend
@@ -90,10 +91,11 @@ class QuestGPUMetadataBuilder(QuestMetadataBuilder, FlashAttentionMetadataBuilde
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._workspaces: dict[int, Workspace | None] = {}  # by width of the block table; graphs hold their addresses
+        # By width of the block table and tokens of a row; graphs hold their addresses.
+        self._workspaces: dict[tuple[int, int], Workspace | None] = {}
         self._outgrown: set[QuestConfig] = set()
         if self._query_tokens > 1 and self.counters is not None and form_of(self.config).scores == "token":
-            check_estimates(vllm_config, self._query_tokens, device)
+            check_estimates(vllm_config, self._query_tokens, self.config, device)
 
     def _plan(self, batch: Any) -> QuestStep | None:
         step = super()._plan(batch)
@@ -107,21 +109,23 @@ class QuestGPUMetadataBuilder(QuestMetadataBuilder, FlashAttentionMetadataBuilde
     def _scratch(self, step: QuestStep) -> Workspace | None:
         """Memory for steps of every size, made where no graph is captured, whose memory it must outlive.
 
-        Rows of several tokens run in single launches, whose memory a graph holds.
+        Rows that check fewer tokens than others may, which no graph holds, take their own.
         """
-        if step.tokens is not None:
+        tokens = 1 if step.tokens is None else step.tokens.most
+        if tokens > 1 and (tokens < self._query_tokens or self.config.selection_unit != "token"):
             return None
         layer, opened = self._first_layer()
-        kv, num_heads = opened.with_table(step.block_table), layer.impl.num_heads
-        if kv.max_pages not in self._workspaces:
+        kv, num_heads = opened.with_table(step.block_table), layer.impl.num_heads * tokens
+        key = kv.max_pages, tokens
+        if key not in self._workspaces:
             settings = self.vllm_config
             captured = settings.compilation_config.max_cudagraph_capture_size or 0
             sizes = range(1, max(settings.scheduler_config.max_num_seqs, captured) + 1)
             # For the server's budget, whatever a request asks for that is in the first step.
-            self._workspaces[kv.max_pages] = make_workspace(kv, num_heads, self.config, batch_sizes=sizes)
-            if self._workspaces[kv.max_pages] is None:
+            self._workspaces[key] = make_workspace(kv, num_heads, self.config, batch_sizes=sizes)
+            if self._workspaces[key] is None:
                 _logger.warning("Quest: a decode step takes several launches a layer, with memory of its own.")
-        made = self._workspaces[kv.max_pages]
+        made = self._workspaces[key]
         if made is None or made.fits(kv, num_heads, step.config):
             return made
         if step.config not in self._outgrown:
@@ -149,14 +153,17 @@ class QuestGPUMetadataBuilder(QuestMetadataBuilder, FlashAttentionMetadataBuilde
         return layer, layer.impl.open(layer, layer.kv_cache)
 
 
-def check_estimates(vllm_config: Any, query_tokens: int, device: torch.device) -> None:
-    """Say what the estimates of a step take in which every row checks tokens by sketches.
+def check_estimates(vllm_config: Any, query_tokens: int, config: QuestConfig, device: torch.device) -> None:
+    """Say what the estimates of a step take in which every row checks tokens by sketches, where it makes any.
 
     Raises:
         QuestValueError: More than the GPU has.
     """
     rows, model = vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config
     heads, length = model.get_num_attention_heads(vllm_config.parallel_config), model.max_model_len
+    group = heads // model.get_num_kv_heads(vllm_config.parallel_config)
+    if config.selection_unit == "token" and group * query_tokens <= MOST_CHOOSING_HEADS:
+        return
     size = rows * query_tokens * heads * length * _ESTIMATE_BYTES
     takes = f"{rows} rows that check {query_tokens} tokens over {length} positions take {size / 1e9:.1f} GB by sketches"
     less = "bounds, or a smaller --max-num-seqs or --max-model-len"

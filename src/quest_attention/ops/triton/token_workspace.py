@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from quest_attention.config import QuestConfig
+from quest_attention.ops.query_tokens import MOST_CHOOSING_HEADS
 from quest_attention.ops.triton.candidates import MISSING
 from quest_attention.ops.triton.launch import compute_major, is_interpreted
 from quest_attention.ops.triton.scan import SCAN_PAGE_SIZE, SCANNED_PAGES
@@ -29,7 +30,7 @@ __all__ = [
     "plan_of",
 ]
 
-_HEADS = 16
+_HEADS = MOST_CHOOSING_HEADS
 """Query heads of a group that a row of the workspace has room for."""
 SAMPLE_PARTS = 4
 """Programs that estimate a log-sum-exp for a row, by a sample of its keys."""
