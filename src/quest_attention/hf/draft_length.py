@@ -14,12 +14,12 @@ Reason = Literal["within budget", "measuring", "drafting does not pay", "the end
 MOST_DRAFTS = MOST_QUERY_TOKENS - 1
 """A check has the drafts and the token before them [tokens]."""
 DEFAULT_DRAFTS = 4
-"""Of which nine in ten stay: after four, a further draft would seldom be reached."""
+"""A fifth draft is reached by about half the checks of a small model with moments: docs/speed.md [tokens]."""
 _AUTO_BEGINS = 4
 _AUTO = (1, 2, 3, 4, 6, 8, 11, MOST_DRAFTS)
 """What "auto" chooses among: on a GPU a graph is captured for each that is tried [tokens]."""
 _PRIOR = (3.4, 0.6)
-"""Drafts accepted and refused before the first is seen: what texts of public models have (docs/transformers.md)."""
+"""Drafts accepted and refused before the first is seen: as of books with a small model, by moments (docs/speed.md)."""
 _MEMORY = 0.9
 """Of what was seen before each further check: a text may change after some ten of them."""
 _WARMUPS = 1
