@@ -11,15 +11,16 @@ from quest_attention.hf.draft_length import DraftLength
 
 
 def write(
-    draft_tokens: Any, *, draft: float, more: float, agreement: float, tokens: int = 4000, switch: float | None = None
-) -> tuple[float, list[int]]:
+    draft_tokens: Any, *, draft: float, more: float, agreement: float, tokens: int = 4000, switch: float | None = None,
+    rows: int = 1,
+) -> tuple[float, list[int]]:  # fmt: skip
     """Time for some tokens against plain steps of a second each, and the drafts of each round.
 
     A draft takes `draft` seconds, a check a second and `more` for each draft, and a draft stays with probability
-    `agreement`, in the second half `switch`.
+    `agreement`, in the second half `switch`. Tokens are those of a row of `rows`.
     """
     chance = random.Random(0)
-    length, seconds, written, rounds = DraftLength(draft_tokens), 0.0, 0, []
+    length, seconds, written, rounds = DraftLength(draft_tokens), 0.0, 0.0, []
     while written < tokens:
         if switch is not None and written > tokens / 2:
             agreement = switch
@@ -30,12 +31,10 @@ def write(
             length.tell_plain(1.0)
             seconds, written = seconds + 1, written + 1
             continue
-        accepted = 0
-        while accepted < count and chance.random() < agreement:
-            accepted += 1
+        stayed = [next((n for n in range(count) if chance.random() >= agreement), count) for _ in range(rows)]
         took = count * draft, 1 + count * more
-        length.tell_check(count, accepted, min(accepted + 1, count), took)
-        seconds, written = seconds + sum(took), written + accepted + 1
+        length.tell_check(count, sum(stayed), sum(min(kept + 1, count) for kept in stayed), rows, took)
+        seconds, written = seconds + sum(took), written + sum(stayed) / rows + 1
     return seconds / written, rounds
 
 
@@ -50,10 +49,18 @@ def test_it_drafts_where_that_pays() -> None:
     ("draft", "agreement"), [(1.0, 0.9), (1.0, 0.0), (0.3, 0.1), (0.5, 0.5)], ids=["dear", "both", "wrong", "half"]
 )
 @pytest.mark.parametrize("draft_tokens", [1, 4, 15, "auto"])
-def test_it_never_costs_more_than_three_per_cent(draft: float, agreement: float, draft_tokens: Any) -> None:
-    ratio, rounds = write(draft_tokens, draft=draft, more=0.1, agreement=agreement)
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_it_never_costs_more_than_three_per_cent(rows: int, draft: float, agreement: float, draft_tokens: Any) -> None:
+    ratio, rounds = write(draft_tokens, draft=draft, more=0.1, agreement=agreement, rows=rows)
     assert ratio < 1.03
     assert any(rounds[len(rounds) // 2 :])  # it is tried again, ever more seldom
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_it_stops_where_drafts_are_too_dear_though_all_stay(rows: int) -> None:
+    ratio, rounds = write(4, draft=1.45, more=0.05, agreement=1.0, rows=rows)
+    assert ratio < 1.03
+    assert sum(count > 0 for count in rounds[-100:]) < 10
 
 
 def test_it_goes_on_when_the_text_changes() -> None:

@@ -13,7 +13,7 @@ class DraftCounter:
 
     Attributes:
         drafted: Tokens that sparse steps drafted [tokens].
-        accepted: Those that a check let stay [tokens].
+        accepted: Those that a check let stay, also those behind the end of a text that ends in their midst [tokens].
         checks: Dense passes over drafts, of one sequence each [checks].
         plain_steps: Dense steps of a single token without drafts, of one sequence each, by reason [steps]: `"within
             budget"`, where a draft would read as much; `"measuring"`, to know what a step takes; `"drafting does not

@@ -91,13 +91,16 @@ class DraftLength:
         self._since_plain = 0
         self._pause -= seconds
 
-    def tell_check(self, drafts: int, accepted: float, examined: float, seconds: tuple[float, float]) -> None:
+    def tell_check(
+        self, drafts: int, accepted: float, examined: float, rows: int, seconds: tuple[float, float]
+    ) -> None:  # fmt: skip
         """A round with drafts.
 
         Args:
             drafts: How many there were of each row [tokens].
             accepted: How many stayed, over all rows [tokens].
             examined: How many were looked at: those, and the first that was refused [tokens].
+            rows: Of which so many were.
             seconds: What the drafts took, and what the check took [s].
         """
         self._accepted = self._accepted * _MEMORY + accepted
@@ -115,7 +118,6 @@ class DraftLength:
             self._length = best
             self._lost = 0.0
             return
-        rows = max(1.0, examined - accepted)
         self._lost += max(0.0, sum(seconds) - plain * (1 + accepted / rows))
         # What the next try would lose counts too: a single one of many drafts takes as long as many plain steps.
         risked = self._lost + max(0.0, self._tokens(best) / self._speed(best) - plain * self._tokens(best))

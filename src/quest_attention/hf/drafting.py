@@ -130,10 +130,11 @@ class Drafting:
             if reason != "within budget":
                 self._length.tell_plain(ended - started)
             return
-        stayed = sum(kept for kept, room in zip(accepted, rooms, strict=True) if room)
+        # Where a row has room for fewer tokens, the last of them counts as the check's own.
+        stayed = sum(min(kept, room - 1) for kept, room in zip(accepted, rooms, strict=True) if room)
         examined = sum(min(kept + 1, count) for kept, room in zip(accepted, rooms, strict=True) if room)
         self._counter.count_check(count * rows, stayed, rows)
-        self._length.tell_check(count, stayed, examined, (drafted - started, ended - drafted))
+        self._length.tell_check(count, stayed, examined, rows, (drafted - started, ended - drafted))
 
     def _draft(self, fed: Tensor, count: int) -> tuple[Tensor | None, Tensor | None]:
         """`count` tokens of each row, `[B, K]`, and what they were drawn from, `[B, K, V]`; None for none.

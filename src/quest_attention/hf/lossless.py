@@ -91,7 +91,8 @@ class Lossless:
         def generate(*args: Any, **kwargs: Any) -> Any:
             for name in ("custom_generate", "assistant_model"):
                 if kwargs.get(name) is not None:
-                    raise QuestValueError(name, kwargs[name], f"None {_WITHOUT}, whose drafts are the model's own")
+                    got = type(kwargs[name]).__name__
+                    raise QuestValueError(name, got, f"None {_WITHOUT}, whose drafts are the model's own")
             return self._generate(*args, **kwargs | {"custom_generate": self._decode})
 
         def extract(custom_generate: Any, *args: Any, **kwargs: Any) -> Any:
@@ -115,10 +116,9 @@ class Lossless:
             raise QuestValueError("use_cache", False, f"True {_WITHOUT}: drafts and checks share a cache")
         if generation_config.is_assistant:
             raise QuestValueError("is_assistant", True, f"False {_WITHOUT}: drafts of another model's need no check")
-        if generation_config.return_dict_in_generate:
-            for name in ("output_attentions", "output_hidden_states"):
-                if getattr(generation_config, name):
-                    raise QuestValueError(name, True, f"False {_WITHOUT}: a check has those of several tokens")
+        for name in ("output_attentions", "output_hidden_states"):
+            if getattr(generation_config, name):
+                raise QuestValueError(name, True, f"False {_WITHOUT}: a check has those of several tokens")
         if cache is not None and (not isinstance(cache, QuestCache) or cache.rows is None):
             got = type(cache).__name__
             got = "a QuestCache of sparse steps" if isinstance(cache, QuestCache) else got
