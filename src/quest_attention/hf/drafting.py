@@ -179,7 +179,8 @@ class Drafting:
             input_ids=fed.clone(), **{CACHE: self._cache}, attention_mask=mask, use_cache=True, return_dict=True,
             position_ids=self._first_position[:, None] + (ahead - self._start), **extra,
         )  # fmt: skip
-        return made.logits[:, -count:].to(torch.float32)  # type: ignore[no-any-return]
+        logits: Tensor = made.logits[:, -count:]
+        return logits.to(torch.float32)
 
     def _go_there(self) -> None:
         """Tell the device how long the rows are: once, as each such copy waits until it has done all before it."""

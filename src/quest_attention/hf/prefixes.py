@@ -67,8 +67,10 @@ class Prefixes:
             return self._call(tokens[:, :1].repeat_interleave(count, 0), flat).view_as(logits)
         places: dict[int, list[tuple[int, int]]] = {}  # by tokens before: which rows, and which place of each
         for row, length in enumerate(lengths):
-            for place in range(count if length is not None else 0):
-                places.setdefault(length + place, []).append((row, place))  # type: ignore[operator]  # not None
+            if length is None:
+                continue
+            for place in range(count):
+                places.setdefault(length + place, []).append((row, place))
         scores = logits.clone()
         for before, asked in sorted(places.items()):
             of_row = [0] * batch
