@@ -5,14 +5,19 @@ Blocks, metadata, plans and calls are then those of a GPU but for the graphs; th
 
 from __future__ import annotations
 
+import functools
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from quest_attention.forms import FP8
+from quest_attention.vllm import proposer
+from quest_attention.vllm.draft_step import DraftStep
 from quest_attention.vllm.gpu import QuestGPUBackend, QuestGPUImpl, QuestGPUMetadataBuilder
 from quest_attention.vllm.scales import unquantized
 from vllm_oracle import OracleExtension
@@ -76,6 +81,22 @@ class SimulatedImpl(QuestGPUImpl):
                 attended = torch.softmax(torch.cat([logits, sinks], -1), -1, torch.float32)[..., :-1].to(v) @ v
             output[start:end] = attended.transpose(0, 1)
         return output
+
+
+class ReplayedStep(DraftStep):
+    """Draft steps prepared once for a number of rows, as a graph has them, and run again from the host."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        for size in (2, 4):
+            self._begin([], [], [], size)
+            run = functools.partial(self._advance, size, size, self._prepare(size, None), CUDAGraphMode.NONE, None)
+            self._graphs[size] = SimpleNamespace(replay=run), None
+
+
+def replay_drafts() -> None:
+    """Have drafts with Quest replayed."""
+    proposer.DraftStep = ReplayedStep
 
 
 class SimulatedOracle(OracleExtension):

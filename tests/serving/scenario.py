@@ -700,14 +700,25 @@ def drafts_by_sketches() -> dict[str, Any]:
     return drafts_by_quest(**SKETCH)
 
 
-def drafts_in_the_adapter_of_a_gpu() -> dict[str, Any]:
+def drafts_in_the_adapter_of_a_gpu(*, is_replayed: bool = False) -> dict[str, Any]:
     """The same in a GPU's adapter."""
     from quest_attention.vllm import plugin
 
     plugin._BACKENDS["cpu"] = "gpu_on_cpu.SimulatedBackend"
+    if is_replayed:
+        from gpu_on_cpu import replay_drafts
+
+        replay_drafts()
     options = {"speculative_config": DRAFTED, "max_num_batched_tokens": 192, "dtype": "bfloat16", "block_size": 16}
     llm = make_llm({"token_budget": BUDGET, **SKETCH}, **options, **SIMULATED_ORACLE)
+    if is_replayed:  # the first draft makes what is replayed, as a start does on a GPU, and counters begin after it
+        answers(llm, ["The grass is green. " * 20], 8)
     return checked(llm, [draft_texts()], tokens=20)
+
+
+def replayed_drafts_in_the_adapter_of_a_gpu() -> dict[str, Any]:
+    """The same, with draft steps that know on the host neither rows nor lengths, as those that a graph holds."""
+    return drafts_in_the_adapter_of_a_gpu(is_replayed=True)
 
 
 def drafts_where_blocks_run_out() -> dict[str, Any]:
@@ -1230,6 +1241,7 @@ SCENARIOS = [
     drafts_by_sketches,
     without_drafts,
     drafts_in_the_adapter_of_a_gpu,
+    replayed_drafts_in_the_adapter_of_a_gpu,
     drafts_where_blocks_run_out,
     without_drafts_where_blocks_run_out,
     stock_verification,

@@ -321,8 +321,9 @@ def test_a_model_that_drafts_with_quest_answers_as_stock_does(name: str, plain: 
         assert found["metrics"]["num_preemptions"] > 0
 
 
-def test_drafts_with_quest_in_the_adapter_of_a_gpu() -> None:
-    found = scenario("drafts_in_the_adapter_of_a_gpu")
+@pytest.mark.parametrize("name", ["drafts_in_the_adapter_of_a_gpu", "replayed_drafts_in_the_adapter_of_a_gpu"])
+def test_drafts_with_quest_in_the_adapter_of_a_gpu(name: str) -> None:
+    found = scenario(name)
     (counters,), (oracle,) = found["counters"], found["oracle"]
     assert oracle["failures"] == [] and 0 < oracle["worst"] <= 1
     assert oracle["seen"]["rows past the budget"] == NUM_SPARSE_LAYERS * counters["sparse_rows"] > 0

