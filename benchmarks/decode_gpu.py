@@ -173,6 +173,7 @@ def imposed_by(acceptance: Path | None, accepted_as: str, drafts: int) -> dict[s
 def compile_layers(model: LlamaForCausalLM) -> None:
     """Fuse what stands between the matrix products of a layer. Layers share what was compiled."""
     dynamo.allow_unspec_int_on_nn_module = True  # the index of a layer is no reason to compile it again
+    dynamo.recompile_limit = 64  # checks of drafts are of several numbers of tokens, with a mask
     dynamo.fail_on_recompile_limit_hit = True  # an arm that goes on eagerly is not the one it is named for
     for layer in model.model.layers:
         layer.compile()

@@ -15,7 +15,8 @@ from test_token_steps import make_cache
 
 pytestmark = pytest.mark.gpu
 CONFIG = QuestConfig(512, metadata="sketch", selection_unit="token")
-COUNT, GROUP, DIM = 4, 4, 128
+COUNT, GROUP, DIM = 5, 4, 128
+"""More heads together than `scan` multiplies with."""
 
 
 def causal(kv: PagedKV, query: Tensor, length: int, have: int, b: int, units: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ def assert_right(
 
 
 def test_one_choice_serves_all_and_a_graph_follows_lengths() -> None:
-    lengths, lens = [20_000, 300, 4_321], [4, 2, 3]
+    lengths, lens = [20_000, 300, 4_321], [5, 2, 3]
     cache = make_cache(lengths, 2, DIM, torch.bfloat16)
     query = torch.randn(3, COUNT, 2 * GROUP, DIM, dtype=torch.bfloat16, device="cuda")
     seq_lens, query_lens = cache.seq_lens.clone(), torch.tensor(lens, dtype=torch.int32, device="cuda")

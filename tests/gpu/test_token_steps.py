@@ -39,6 +39,7 @@ def make_cache(lengths: list[int], heads: int, dim: int, dtype: torch.dtype, pag
     (128, 4, torch.bfloat16, 16), (128, 1, torch.bfloat16, 16), (128, 8, torch.float16, 16),
     (64, 7, torch.bfloat16, 16), (256, 4, torch.bfloat16, 16), (256, 6, torch.float32, 16),
     (80, 3, torch.bfloat16, 16), (128, 12, torch.bfloat16, 16), (128, 4, torch.bfloat16, 32),
+    (128, 20, torch.bfloat16, 16), (64, 40, torch.bfloat16, 16),
 ])  # fmt: skip
 def test_whom_it_chooses(dim: int, group: int, dtype: torch.dtype, page_size: int) -> None:
     cache = make_cache([20_000, 300, 4_321], 2, dim, dtype, page_size)

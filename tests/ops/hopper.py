@@ -37,6 +37,9 @@ from quest_attention.ops.triton import (
 from quest_attention.ops.triton.launch import FUSED_ARITHMETIC
 from quest_attention.pages import PagedKV
 
+SHARED_BYTES = 227 * 1024
+"""Of a program at most."""
+
 
 class NoGpu:
     """As much of a driver as compiling asks for."""
@@ -54,6 +57,7 @@ class NoGpu:
 def compile_only(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Stands in for `launch`."""
     compiled = kernel.warmup(*arguments, grid=grid, **options, **FUSED_ARITHMETIC)
+    assert compiled.metadata.shared <= SHARED_BYTES, f"{kernel.fn.__name__} wants {compiled.metadata.shared} bytes"
     print(kernel.fn.__name__, len(compiled.asm["cubin"]), flush=True)
 
 
@@ -206,6 +210,8 @@ def main() -> None:
     run_tokens(torch.bfloat16, 4, 128, scans=True, host=False, softcap=50.0)
     run_tokens(torch.bfloat16, 8, 256, scans=True, host=False, masked=True)
     run_tokens(torch.float16, 1, 80, scans=False, host=False, is_quantised=True)
+    run_tokens(torch.bfloat16, 20, 128, scans=False, host=False)
+    run_tokens(torch.bfloat16, 64, 256, scans=False, host=False)
     run_tokens(torch.bfloat16, 2, 64, scans=False, host=True, softcap=50.0, masked=True)
     for dim in (64, 256):
         query, key = (torch.empty(2, heads, 96, dim, dtype=torch.bfloat16) for heads in (4, 2))

@@ -18,11 +18,12 @@ from token_choice import assert_choice
 
 
 @interpreted
-def test_kernels_that_choose_among_candidates_choose_for_all_tokens() -> None:
+@pytest.mark.parametrize("group", [2, 8])
+def test_kernels_that_choose_among_candidates_choose_for_all_tokens(group: int) -> None:
     cache = make_cache([300, 70, 20], page_size=16, dim=64, form=Sketch(16))
     update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens, backend="reference")
     config = QuestConfig(64, 16, metadata="sketch", selection_unit="token", backend=available("triton"))
-    query, lens = queries(cache, 3), torch.tensor([3, 1, 2], dtype=torch.int32)
+    query, lens = queries(cache, 3, group), torch.tensor([3, 1, 2], dtype=torch.int32)
     workspace = make_workspace(cache.kv, 3 * query.shape[2], config)
     given = {"seq_lens": cache.seq_lens, "workspace": workspace}
     output, selected = quest_decode(query, cache.kv, config=config, query_lens=lens, **given)

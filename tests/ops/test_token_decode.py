@@ -39,6 +39,8 @@ def config_of(budget: int = 64, page_size: int = 16, **options: Any) -> QuestCon
         (80, 32, 3, torch.float16, None, "contiguous"),
         (32, 16, 2, torch.bfloat16, "head", "nhd"),
         (32, 16, 12, torch.bfloat16, "tensor", "contiguous"),
+        (32, 16, 20, torch.bfloat16, None, "nhd"),
+        (16, 16, 40, torch.float32, None, "nhd"),
     ],
 )
 def test_whom_it_chooses(

@@ -24,8 +24,6 @@ _SCANNED = 2**-16
 """Of a product of whole numbers, in units of the largest: what one sum in float32 and one normaliser leave."""
 _SWAPPED = 1e-3
 """Of an exact rank: such a distance two sums of products may turn round."""
-_HEADS = 16
-"""Heads of a part in a workspace's norms."""
 _SUM = 2e-3
 """Of a log-sum-exp in base 2."""
 _SUMMED_TOKENS = 128
@@ -85,7 +83,8 @@ def assert_choice(step: Step, selected: Selection) -> list[float]:
     group = query.shape[1] // kv.num_kv_heads
     parts = 1 if group == 1 else token_workspace.SAMPLE_PARTS
     rows = kv.batch_size * kv.num_kv_heads
-    norms = workspace.norms.flatten()[: rows * parts * _HEADS].view(rows, parts, _HEADS).double()
+    heads = max(16, 1 << (group - 1).bit_length())  # of a part in a workspace's norms
+    norms = workspace.norms.flatten()[: rows * parts * heads].view(rows, parts, heads).double()
     norms = torch.logsumexp(norms * math.log(2), 1) / math.log(2)
     lengths = step.seq_lens.tolist() if isinstance(step.seq_lens, Tensor) else [step.seq_lens] * kv.batch_size
     scans = token_workspace.can_scan(kv, group)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MOST_CHOOSING_HEADS", "MOST_QUERY_TOKENS", "QueryTokens", "with_pages_of"]
 
-MOST_CHOOSING_HEADS = 16
+MOST_CHOOSING_HEADS = 64
 """Query heads of a KV head, of all tokens of a row, for which a GPU's kernels choose single tokens without an estimate
 of each in memory."""
 

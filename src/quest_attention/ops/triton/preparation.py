@@ -122,7 +122,7 @@ def prepare_kernel(
             sink = tl.load(sinks + h * SHAPE.group + head, mask=head < SHAPE.group, other=0.0).to(tl.float32) * LOG2_E
             total += tl.where(part == 0, tl.exp2(sink - largest), 0.0)
         norm = tl.where(total > 0, largest + tl.log2(total), float("-inf"))
-        tl.store(space.norms + (row * PARTS + part) * 16 + head, norm, mask=head < 16)
+        tl.store(space.norms + (row * PARTS + part) * HEADS + head, norm)
 
 
 @triton.jit
@@ -130,7 +130,8 @@ def norms_of(norms, row, SHAPE: tl.constexpr, NORMS: tl.constexpr):
     """The normaliser of each head of a row, `[BLOCK_G]`: 0 where nothing had weight, inf where there is no head."""
     head = tl.arange(0, SHAPE.block_g)
     part = tl.arange(0, NORMS)
-    lse = tl.load(norms + (row * NORMS + part[:, None]) * 16 + head[None, :])
+    HEADS: tl.constexpr = SHAPE.block_g
+    lse = tl.load(norms + (row * NORMS + part[:, None]) * HEADS + head[None, :])
     largest = tl.maximum(tl.max(lse, 0), -1e30)
     total = tl.sum(tl.exp2(lse - largest[None, :]), 0)
     norm = tl.where(total > 0, largest + tl.log2(total), 0.0)

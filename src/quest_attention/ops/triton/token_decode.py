@@ -45,7 +45,6 @@ from quest_attention.ops.triton.ranks import rank_kernel
 from quest_attention.ops.triton.scan import SCAN_WARPS, scan_kernel
 from quest_attention.ops.triton.sketch import packing_of
 from quest_attention.ops.triton.token_workspace import (
-    RANKED_PAGES,
     SAMPLE_PARTS,
     SAMPLED_RANKS,
     Plan,
@@ -162,7 +161,7 @@ def _choose(step: Step, plan: Plan, workspace: TokenWorkspace) -> Selection:
             launch(
                 rank_kernel, (rows * programs,), by_heads, keys.scale, keys.scale_head, metadata, table, stride,
                 lengths, live, workspace, scale, *choice,
-                SHAPE=multiplied, PACKING=packing, PAGES=RANKED_PAGES, num_warps=4, **options,
+                SHAPE=multiplied, PACKING=packing, PAGES=plan.ranked_pages, num_warps=4, **options,
             )  # fmt: skip
     parts = triton.next_power_of_2(plan.pick_parts)
     launch(

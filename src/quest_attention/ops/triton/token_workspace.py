@@ -20,7 +20,6 @@ from quest_attention.ops.triton.tuning import filling_programs
 from quest_attention.pages import PagedKV
 
 __all__ = [
-    "RANKED_PAGES",
     "SAMPLED_RANKS",
     "SAMPLE_PARTS",
     "Plan",
@@ -30,14 +29,14 @@ __all__ = [
     "plan_of",
 ]
 
-_HEADS = MOST_CHOOSING_HEADS
-"""Query heads of a group that a row of the workspace has room for."""
+_LEAST_HEADS = 16
+"""Query heads that a row has room for at least: those of the smallest matrix product."""
 SAMPLE_PARTS = 4
 """Programs that estimate a log-sum-exp for a row, by a sample of its keys."""
 SAMPLED_RANKS = 2048
 """Most ranks in which a row's threshold is looked for."""
-RANKED_PAGES = 16
-"""Pages that a program of `rank_kernel` ranks at a time."""
+_RANKED_PAGES = 16
+"""Pages that a program of `rank_kernel` ranks at a time, for up to 16 heads."""
 _MOST_WORDS = 512
 """Words of 16 tokens in which a program looks for candidates at a time."""
 _LEAST_WORDS = 32
@@ -61,7 +60,7 @@ class TokenWorkspace(NamedTuple):
     Attributes:
         bits: Queries, `[R, tiles * 32]` int32; see `scan`.
         factors: `[R, 3 * 16]` float32; see `scan`.
-        norms: Log-sum-exps of the parts of the sample in base 2, `[R, 4, 16]` float32.
+        norms: Log-sum-exps of the parts of the sample in base 2, `[R, 4, H]` float32, H a power of two of the heads.
         sample: Ranks of the tokens of some pages, `[R, 2048]` float16.
         passing: Which tokens pass, two bits of four for two tokens, 16 tokens a word: `[R, words]` int32.
         candidates: Tokens that passed the threshold, `[R, C]` int32.
@@ -106,6 +105,7 @@ class Plan(NamedTuple):
 
     Attributes:
         scans: Whether `scan` ranks.
+        ranked_pages: Pages that a program of `rank_kernel` ranks at a time.
         sample_parts: Programs that rank the sample of a row.
         rank_parts: Programs that rank a row.
         pick_parts: Programs that pick from a row.
@@ -120,6 +120,7 @@ class Plan(NamedTuple):
     """
 
     scans: bool
+    ranked_pages: int
     sample_parts: int
     rank_parts: int
     pick_parts: int
@@ -143,14 +144,15 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
         or not config.candidate_factor
         or rows == 0
         or kv.max_pages == 0
-        or group > _HEADS
+        or group > MOST_CHOOSING_HEADS
         or 2 * config.candidate_budget > _MOST_HELD
         or kv.max_pages * kv.page_size >= MISSING.value
     ):
         return None
     programs = filling_programs(kv.keys.device)
-    scans = can_scan(kv, group)
-    pages = SCANNED_PAGES if scans else RANKED_PAGES
+    scans, heads = can_scan(kv, group), max(_LEAST_HEADS, triton.next_power_of_2(group))
+    ranked = _RANKED_PAGES * _LEAST_HEADS // heads  # as many estimates at a time, which are in registers
+    pages = SCANNED_PAGES if scans else ranked
     tiles = triton.cdiv(kv.max_pages, pages)
     most, words = kv.max_pages * kv.page_size, kv.max_pages * triton.cdiv(kv.page_size, 16)
     slots = min(most, config.token_budget)
@@ -160,12 +162,13 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
     splits = max(1, min(slots // _LEAST_TOKENS, max(_LEAST_SPLITS, triton.cdiv(programs // 2, rows))))
     tiles_of_bits = 6 * triton.cdiv(group, 4) * max(1, kv.head_dim // 128)
     shapes = (
-        (rows, tiles_of_bits * 32), (rows, 3 * _HEADS), (rows, SAMPLE_PARTS, _HEADS), (rows, SAMPLED_RANKS),
+        (rows, tiles_of_bits * 32), (rows, 3 * _LEAST_HEADS), (rows, SAMPLE_PARTS, heads), (rows, SAMPLED_RANKS),
         (rows, words), (rows, listed), (rows, listed), (rows, listed), (rows, pick_parts), (rows, slots),
         (rows, splits, group, kv.values.shape[-1]), (rows, splits, group), (rows,),
     )  # fmt: skip
     return Plan(
         scans,
+        ranked,
         max(1, min(tiles, triton.cdiv(SAMPLED_RANKS, pages * kv.page_size), programs // rows)),
         max(1, min(tiles, programs // rows)),
         pick_parts,
