@@ -2,7 +2,7 @@
 
     python benchmarks/serve_vllm.py --output benchmarks/results/serve_vllm.json
     python benchmarks/serve_vllm.py --bounds kv --sketch 512 --batches 1,4,16,most  # and single tokens by sketches
-    python benchmarks/serve_vllm.py --bounds "" --sketch 512 --speculate 4 --accept 3 --lossless  # and with drafts
+    python benchmarks/serve_vllm.py --bounds "" --sketch 512 --speculate 4 --accept 3 --drafts eagle,lossless
 
 An engine for each arm, in a process of its own. Its random weights are spread as those of a model are when training
 begins: with vLLM's own, which are all nearly zero, every token weighs the same, and no choice among them is one. Each
@@ -13,10 +13,11 @@ decode steps were not replayed from graphs, or where sequences were preempted. "
 of Quest, which is the smaller one, holds of a context and ROOM tokens each; with sketches, which take more of it than
 bounds, the cache of theirs. A case of more than that is left out, which the table and the record say.
 
-With `--speculate` every arm is run a second time with so many drafts a step, by an EAGLE head of one layer and random
-weights, which Quest checks sparse; and with `--lossless` each arm of Quest a third time, as the model's own proposer,
-whose drafts stock attention checks. Random weights say nothing of how many drafts a model keeps: `--accept` says how
-many tokens a step writes in the mean, and vLLM then keeps drafts at random (`rejection_sample_method` "synthetic").
+With `--speculate` arms are run once more with so many drafts a step: with `--drafts eagle` every arm, by an EAGLE head
+of one layer and random weights, whose drafts Quest checks sparse; with `lossless` each arm of Quest, as the model's own
+proposer, whose drafts stock attention checks. Random weights say nothing of how many drafts a model keeps: `--accept`
+says how many tokens a step writes in the mean, and vLLM then keeps drafts at random (`rejection_sample_method`
+"synthetic").
 """
 
 from __future__ import annotations
@@ -224,7 +225,8 @@ def check_arguments(
     device: str,
     speculate: int = 0,
     accept: float = 0,
-    lossless: bool = False,
+    drafts: tuple[str, ...] = (),
+    draft_dense_layers: int = 2,
 ) -> tuple[list[int], tuple[str, ...], list[dict[str, Any]]]:
     """Contexts, batches and arms of Quest, before an engine starts.
 
@@ -248,7 +250,7 @@ def check_arguments(
             integers("batches", name)
     if not kinds and not budgets:
         raise QuestValueError("bounds", bounds, "'kv', 'fp8' or both, or budgets for --sketch")
-    check_drafts(speculate, accept, device, lossless=lossless)
+    check_drafts(speculate, accept, drafts, device)
     by_token = {"metadata": "sketch", "selection_unit": "token"}
     arms = [{"name": f"{SKETCH}-{tokens}", "budget": tokens, "quest": by_token} for tokens in budgets]
     for kind in kinds:
@@ -258,21 +260,22 @@ def check_arguments(
         QuestConfig.from_dict({"token_budget": arm["budget"], **arm["quest"]})
     arms.append({"name": STOCK, "budget": 0, "quest": {}})
     if speculate:
-        arms = [other for arm in arms for other in with_drafts(arm, speculate, lossless=lossless)]
+        arms = [other for arm in arms for other in with_drafts(arm, speculate, drafts, draft_dense_layers)]
         arms.sort(key=lambda arm: not arm["drafts"])  # what drafts leaves less of the cache
         arms.sort(key=lambda arm: arm["name"].split("-")[0] == STOCK)
     return numbers, names, [{"drafts": "", **arm} for arm in arms]
 
 
-def check_drafts(speculate: int, accept: float, device: str, *, lossless: bool) -> None:
+def check_drafts(speculate: int, accept: float, drafts: tuple[str, ...], device: str) -> None:
     """Options of arms with drafts.
 
     Raises:
         QuestValueError: One is wrong.
     """
-    if (accept or lossless) and not speculate:
-        name, got = ("accept", accept) if accept else ("lossless", lossless)
-        raise QuestValueError(name, got, "--speculate with it, how many drafts a step has")
+    if accept and not speculate:
+        raise QuestValueError("accept", accept, "--speculate with it, how many drafts a step has")
+    if speculate and (not drafts or set(drafts) - {EAGLE, LOSSLESS}):
+        raise QuestValueError("drafts", ",".join(drafts), f"{EAGLE!r}, {LOSSLESS!r} or both, parted by commas")
     if accept and device == "cpu":
         raise QuestValueError("accept", accept, "0 on a cpu: vLLM's engine for it keeps drafts as the model says alone")
     if accept and not 1 <= accept <= 1 + speculate:
@@ -281,15 +284,17 @@ def check_drafts(speculate: int, accept: float, device: str, *, lossless: bool) 
         )
 
 
-def with_drafts(arm: dict[str, Any], speculate: int, *, lossless: bool) -> list[dict[str, Any]]:
+def with_drafts(
+    arm: dict[str, Any], speculate: int, drafts: tuple[str, ...], draft_dense_layers: int
+) -> list[dict[str, Any]]:
     """An arm, and how it is run with drafts."""
-    quest = {**arm["quest"], "verify": "sparse"} if arm["budget"] else {}
-    made = [
-        {**arm, "drafts": ""},
-        {**arm, "name": f"{arm['name']}-{EAGLE}-{speculate}", "quest": quest, "drafts": EAGLE},
-    ]
-    if lossless and arm["budget"]:
-        made.append({**arm, "name": f"{arm['name']}-{LOSSLESS}-{speculate}", "drafts": LOSSLESS})
+    made = [{**arm, "drafts": ""}]
+    if EAGLE in drafts:
+        quest = {**arm["quest"], "verify": "sparse"} if arm["budget"] else {}
+        made.append({**arm, "name": f"{arm['name']}-{EAGLE}-{speculate}", "quest": quest, "drafts": EAGLE})
+    if LOSSLESS in drafts and arm["budget"]:
+        quest = {**arm["quest"], "num_dense_layers": draft_dense_layers}
+        made.append({**arm, "name": f"{arm['name']}-{LOSSLESS}-{speculate}", "quest": quest, "drafts": LOSSLESS})
     return made
 
 
@@ -345,9 +350,10 @@ def main(
     accept: Annotated[
         float, typer.Option(help="Tokens a step with drafts writes in the mean; 0 for what the model keeps.", min=0)
     ] = 0,
-    lossless: Annotated[
-        bool, typer.Option(help="Arms whose drafts are Quest's and whose answers are stock's.")
-    ] = False,
+    drafts: Annotated[
+        str, typer.Option(help="Whose, comma-separated: an EAGLE head's, or Quest's own, whose answers are stock's.")
+    ] = EAGLE,
+    draft_dense_layers: Annotated[int, typer.Option(help="Leading layers that drafts by Quest read whole.", min=0)] = 2,
     device: Annotated[str, typer.Option(help="cuda, or cpu to try the script out.")] = "cuda",
     max_num_seqs: Annotated[
         int, typer.Option(help="Sequences of a step at most, on a GPU: checks by sketches take memory for all.", min=1)
@@ -360,7 +366,7 @@ def main(
 ) -> None:
     """Time vLLM with and without Quest."""
     lengths, sequences, arms = check_arguments(
-        contexts, batches, bounds, sketch, budget, device, speculate, accept, lossless
+        contexts, batches, bounds, sketch, budget, device, speculate, accept, split_list(drafts), draft_dense_layers
     )
     shared: dict[str, Any] = {
         "model": check_shape(model, SERVED_SHAPES),

@@ -45,7 +45,8 @@ def test_all_arms_are_timed_and_what_does_not_fit_is_said(tmp_path: Path) -> Non
 
 def test_arms_with_drafts_are_timed(tmp_path: Path) -> None:
     output = tmp_path / "served.json"
-    more = ("--bounds", "", "--sketch", "96", "--batches", "2", "--repeats", "1", "--speculate", "3", "--lossless")
+    more = ("--bounds", "", "--sketch", "96", "--batches", "2", "--repeats", "1", "--speculate", "3")
+    more += ("--drafts", "eagle,lossless", "--draft-dense-layers", "0")
     done = run(*TINY[:-2], *more, "--tokens", "40", "--output", str(output))
     assert done.returncode == 0, done.stderr[-3000:]
     rows = {row["arm"]: row for row in json.loads(output.read_text(encoding="utf-8"))["rows"]}
@@ -74,7 +75,7 @@ def test_arms_with_drafts_are_timed(tmp_path: Path) -> None:
         (("--sketch", "16"), "token_budget: got 16, expected at least 32"),
         (("--bounds", "int4"), "metadata_dtype: got 'int4'"),
         (("--accept", "2"), "accept: got 2.0, expected --speculate with it"),
-        (("--lossless",), "lossless: got True, expected --speculate with it"),
+        (("--speculate", "2", "--drafts", "ngram"), "drafts: got 'ngram', expected 'eagle', 'lossless' or both"),
         (("--speculate", "2", "--accept", "4"), "accept: got 4.0, expected 1 to 3 tokens a step"),
         (("--speculate", "2", "--accept", "2", "--device", "cpu"), "accept: got 2.0, expected 0 on a cpu"),
     ],
