@@ -114,6 +114,15 @@ def test_preempted_rows_and_blocks_used_again() -> None:
     assert found["metrics"]["num_preemptions"] > 0
 
 
+@pytest.mark.parametrize("form", ["bounds", "sketch"])
+def test_blocks_that_come_back_from_the_hosts_memory(form: str) -> None:
+    found = scenario("gpu_offloading")[form]
+    assert_sampled(found)
+    first, _, again = found["answers"]
+    assert found_keys(again) == found_keys(first)
+    assert found["metrics"]["external_prefix_cache_hits"] > 0, "blocks were loaded"
+
+
 @pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="vLLM's n-gram speculation needs numba")
 def test_speculated_tokens_that_are_taken_back() -> None:
     found = scenario("gpu_speculation")
@@ -147,6 +156,13 @@ def test_decode_batches_are_replayed_from_graphs() -> None:
     assert counters["eager_steps"] < 10  # steps in which prompts joined
     assert counters["pages_read"] < counters["pages_held"] / 4
     assert found_keys(found["answers"]) == found_keys(scenario("gpu_eager")["answers"][0])
+
+
+def test_an_engine_that_slept_chooses_as_before() -> None:
+    found = scenario("gpu_sleep")
+    (counters,) = found["counters"]
+    assert counters["sparse_rows"] > 100
+    assert found_keys(found["after"]) == found_keys(found["before"])
 
 
 def test_requests_with_budgets_of_their_own() -> None:

@@ -1073,6 +1073,26 @@ def gpu_preemption() -> dict[str, Any]:
     return checked(llm, [prompts(4, 230)], tokens=40)
 
 
+def gpu_offloading() -> dict[str, Any]:
+    """Blocks that vLLM's offloading connector saves in the host's memory with its own store, and brings back."""
+    from quest_attention.vllm import transfers
+
+    transfers._TESTED, transfers._RELEASES = {"OffloadingConnector": ("cuda",)}, ((0, 32), (0, 33))
+    connector = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
+    connector["kv_connector_extra_config"] = {"cpu_bytes_to_use": 1 << 30}
+    pool = {"num_gpu_blocks_override": 130, "max_model_len": 1024}  # prompts of two batches do not fit together
+    found = {}
+    for name, quest in (("bounds", {}), ("sketch", SKETCH)):
+        llm = make_gpu_llm(
+            {"token_budget": BUDGET, **quest}, enforce_eager=True, kv_transfer_config=connector, **pool, **GPU_ORACLE
+        )
+        one, another, *others = prompts(4, 400)
+        found[name] = checked(llm, [[one, another], others, [one, another]])
+        llm.collective_rpc("remove_oracle")
+        stop(llm)
+    return found
+
+
 def gpu_speculation() -> dict[str, Any]:
     """As on a CPU, with its runner, in which rows without a draft choose: vLLM's newer one drafts for every row."""
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
@@ -1148,6 +1168,16 @@ def gpu_graphs(ranks: int = 1, **quest: Any) -> dict[str, Any]:
 def gpu_sketch_graphs() -> dict[str, Any]:
     """The same with single tokens by sketches, whose pages are completed in replayed steps."""
     return gpu_graphs(**SKETCH)
+
+
+def gpu_sleep() -> dict[str, Any]:
+    """Answers from graphs before an engine sleeps, which gives up its cache, and after."""
+    llm = make_gpu_llm({"token_budget": 256, **SKETCH}, enable_sleep_mode=True, **GPU_ORACLE)
+    before = answers(llm, gpu_texts(), 40)
+    llm.sleep(level=1)
+    llm.wake_up()
+    llm.collective_rpc("quest_reset")
+    return {"before": before, "after": answers(llm, gpu_texts(), 40), "counters": llm.collective_rpc("quest_counters")}
 
 
 def gpu_own_budgets() -> dict[str, Any]:
@@ -1271,6 +1301,8 @@ SCENARIOS = [
     gpu_sketch_preemption,
     gpu_sketch_graphs,
     gpu_preemption,
+    gpu_offloading,
+    gpu_sleep,
     gpu_speculation,
     gpu_graphs,
     gpu_sparse_verification,
