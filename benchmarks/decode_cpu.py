@@ -9,9 +9,9 @@ Four arms in one run over the same keys and values, each a forward pass of one t
     quest-2   Quest, the first two layers dense, as in the paper
     quest-0   Quest in every layer
 
-With `--acceptance`, a result of `acceptance.py`, two more:
+With `--acceptance`, a result of `acceptance.py`, one more, and with another `--acceptance` another:
 
-    lossless-2, lossless-0   `generate()` whose tokens these draft and the model checks
+    lossless-2, lossless-0   `generate()` whose tokens these draft and the model checks, by the dense layers measured
 
 Random weights seldom agree with themselves, so as many drafts are accepted as that measurement has; all else runs as it
 does with any model. The time of a token is that of drafts, check and all that `generate()` does. Drafts are chosen by
@@ -40,7 +40,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicCache
 
 from quest_attention import QuestConfig, QuestWarning, enable_quest
-from quest_attention.bench.drafts import imposed_acceptance, measured_acceptance, time_rounds
+from quest_attention.bench.drafts import Acceptance, imposed_acceptance, measured_acceptance, time_rounds
 from quest_attention.bench.record import write_record
 from quest_attention.bench.shapes import SHAPES
 from quest_attention.bench.timing import percentiles, time_calls
@@ -53,7 +53,6 @@ PAGE_SIZE, TOKEN_BUDGET = 16, 1024
 WARMUP = 3
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ARMS = {"dynamic": None, "dense": LAYERS, "quest-2": 2, "quest-0": 0}  # number of dense layers
-LOSSLESS_ARMS = {"lossless-2": 2, "lossless-0": 0}
 
 
 def make_model(dtype: torch.dtype, seed: int) -> LlamaForCausalLM:
@@ -112,19 +111,18 @@ def time_arm(
 
 def time_lossless(
     model: LlamaForCausalLM,
-    arm: str,
     length: int,
     tokens: int,
     drafts: int,
-    shares: list[float],
+    measured: Acceptance,
     seed: int,
     clock: Callable[[], float],
 ) -> dict[str, Any]:
     """Milliseconds per token of a lossless arm, and what became of its drafts."""
-    config = QuestConfig(TOKEN_BUDGET, PAGE_SIZE, num_dense_layers=LOSSLESS_ARMS[arm], metadata="moments")
+    config = QuestConfig(TOKEN_BUDGET, PAGE_SIZE, num_dense_layers=measured.dense_layers, metadata="moments")
     with (
         torch.inference_mode(),
-        imposed_acceptance(shares, seed),
+        imposed_acceptance(measured.at_least, seed),
         enable_quest(model, config, lossless=True, draft_tokens=drafts) as handle,
     ):
         cache = handle.make_cache(length + tokens + 32)
@@ -138,7 +136,9 @@ def main(
     dtypes: Annotated[str, typer.Option(help="bf16, fp32 or both, comma-separated.")] = "bf16,fp32",
     repeats: Annotated[int, typer.Option(help="Counted steps per arm.")] = 15,
     seed: Annotated[int, typer.Option(help="Seed of the model and the cache.")] = 0,
-    acceptance: Annotated[Path | None, typer.Option(help="JSON of acceptance.py: lossless arms too.")] = None,
+    acceptance: Annotated[
+        list[Path] | None, typer.Option(help="JSON of acceptance.py: a lossless arm too; for more, once more.")
+    ] = None,
     accepted_as: Annotated[str, typer.Option(help="Its text and arm.")] = "book moments@1024",
     drafts: Annotated[int, typer.Option(help="Before a check [tokens].")] = 4,
     tokens: Annotated[int, typer.Option(help="That a lossless arm writes [tokens].")] = 160,
@@ -148,11 +148,10 @@ def main(
     """Time a decode step on one CPU thread."""
     clock = time.process_time if cpu_time else time.perf_counter
     torch.set_num_threads(1)
-    shares: list[float] = []
-    if acceptance is not None:
-        text, _, measured = accepted_as.partition(" ")
-        shares = measured_acceptance(acceptance, text=text, arm=measured)
-    arms = [*ARMS, *(LOSSLESS_ARMS if shares else ())]
+    text, _, chosen_by = accepted_as.partition(" ")
+    measured = [measured_acceptance(file, text=text, arm=chosen_by) for file in acceptance or ()]
+    lossless = {f"lossless-{one.dense_layers}": one for one in measured}
+    arms = [*ARMS, *lossless]
     table = Table("dtype", "context", *arms, "quest-2 to dynamic", "quest-2 to dense", title="ms per token (p50)")
     rows = []
     for dtype in dtypes.split(","):
@@ -163,7 +162,7 @@ def main(
                 if arm in ARMS:
                     row = time_arm(model, arm, length, repeats, seed, clock)
                 else:
-                    row = time_lossless(model, arm, length, tokens, drafts, shares, seed, clock)
+                    row = time_lossless(model, length, tokens, drafts, lossless[arm], seed, clock)
                 rows.append({"dtype": dtype, "context": length, "arm": arm, **row})
                 ms[arm] = row["ms"]["p50"]
             ratios = [f"{ms[arm] / ms['quest-2']:.2f}x" for arm in ("dynamic", "dense")]
@@ -184,9 +183,11 @@ def main(
             "clock": clock.__name__,
             "load_average": os.getloadavg()[0],
         }
-        if shares:
+        if lossless:
             settings |= {
-                "accepted_at_least": shares,  # imposed: random weights seldom agree
+                "accepted_at_least": {
+                    arm: one.at_least for arm, one in lossless.items()
+                },  # imposed: random weights seldom agree
                 "accepted_as": accepted_as,
                 "draft_tokens": drafts,
                 "lossless_tokens": tokens,

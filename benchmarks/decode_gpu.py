@@ -162,8 +162,10 @@ def imposed_by(acceptance: Path | None, accepted_as: str, drafts: int) -> dict[s
     if acceptance is None:
         raise QuestValueError("acceptance", None, "a JSON file of acceptance.py with --lossless")
     text, _, arm = accepted_as.partition(" ")
+    measured = measured_acceptance(acceptance, text=text, arm=arm)
     return {
-        "accepted_at_least": measured_acceptance(acceptance, text=text, arm=arm),  # random weights seldom agree
+        "num_dense_layers": measured.dense_layers,
+        "accepted_at_least": measured.at_least,  # random weights seldom agree
         "accepted_as": accepted_as,
         "draft_tokens": drafts,
         "lossless_tokens": LOSSLESS_TOKENS,
@@ -247,8 +249,9 @@ def time_lossless(model: LlamaForCausalLM, case: Case, arm: str, imposed: dict[s
         RuntimeError: The arm did not take its path.
     """
     config = QuestConfig(
-        int(arm.split("-")[1]), PAGE_SIZE, num_dense_layers=NUM_DENSE_LAYERS, metadata="sketch", selection_unit="token"
-    )
+        int(arm.split("-")[1]), PAGE_SIZE, num_dense_layers=imposed["num_dense_layers"], metadata="sketch",
+        selection_unit="token",
+    )  # fmt: skip
     room = case.context + LOSSLESS_TOKENS + 32
     with (
         imposed_acceptance(imposed["accepted_at_least"], seed),

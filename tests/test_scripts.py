@@ -123,17 +123,22 @@ def acceptance(tmp_path: Path) -> Path:
         {"text": "book", "arm": arm, "drafts": "greedy", "accepted_at_least": [0.9, 0.8, 0.7, 0.6]}
         for arm in ("moments@1024", "sketch@512")
     ]
-    file.write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    file.write_text(json.dumps({"settings": {"num_dense_layers": 2}, "rows": rows}), encoding="utf-8")
     return file
 
 
 def test_lossless_arms_on_a_cpu(tmp_path: Path, acceptance: Path) -> None:
     output = tmp_path / "decode.json"
     few = ("--lengths", "2048", "--dtypes", "fp32", "--repeats", "2", "--tokens", "120")
-    run("benchmarks/decode_cpu.py", *few, "--acceptance", str(acceptance), "--output", str(output))
+    none = acceptance.with_name("none.json")  # without dense layers
+    none.write_text(acceptance.read_text(encoding="utf-8").replace("2}", "0}"), encoding="utf-8")
+    run(
+        "benchmarks/decode_cpu.py", *few, *(f"--acceptance={file}" for file in (acceptance, none)), f"--output={output}"
+    )
     record = json.loads(output.read_text(encoding="utf-8"))
     assert [row["arm"] for row in record["rows"][4:]] == ["lossless-2", "lossless-0"]
-    assert record["settings"]["accepted_at_least"] == [0.9, 0.8, 0.7, 0.6]
+    shares = [0.9, 0.8, 0.7, 0.6]
+    assert record["settings"]["accepted_at_least"] == {"lossless-2": shares, "lossless-0": shares}
     for row in record["rows"][4:]:
         assert row["ms"]["p50"] > 0
         assert row["drafts"]["drafted"] >= 2  # whether more, the times of this machine say

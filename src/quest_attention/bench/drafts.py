@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,14 +17,26 @@ from quest_attention.bench.timing import percentiles
 from quest_attention.errors import QuestValueError
 from quest_attention.hf import QuestCache, cache_argument, drafting
 
-__all__ = ["imposed_acceptance", "measured_acceptance", "time_rounds"]
+__all__ = ["Acceptance", "imposed_acceptance", "measured_acceptance", "time_rounds"]
 
 _FIRST_ROUNDS = 8
 """Not counted: they allocate, are captured, and find out what steps take."""
 
 
-def measured_acceptance(path: Path, *, text: str, arm: str) -> list[float]:
-    """How many drafts the model accepted at least, 1 to 8 of them, as shares of the checks of a measurement.
+class Acceptance(NamedTuple):
+    """How many drafts a model accepted, in a measurement.
+
+    Attributes:
+        at_least: Shares of the checks that accepted so many drafts at least, from one on.
+        dense_layers: Leading layers that the drafts read whole.
+    """
+
+    at_least: list[float]
+    dense_layers: int
+
+
+def measured_acceptance(path: Path, *, text: str, arm: str) -> Acceptance:
+    """What a measurement says of a kind of text.
 
     Args:
         path: What `benchmarks/acceptance.py` wrote.
@@ -34,12 +46,11 @@ def measured_acceptance(path: Path, *, text: str, arm: str) -> list[float]:
     Raises:
         QuestValueError: It holds no such row.
     """
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    for row in rows:
+    record = json.loads(path.read_text(encoding="utf-8"))
+    for row in record["rows"]:
         if (row["text"], row["arm"], row["drafts"]) == (text, arm, "greedy"):
-            shares: list[float] = row["accepted_at_least"]
-            return shares
-    known = sorted({f"{row['text']} {row['arm']}" for row in rows})
+            return Acceptance(row["accepted_at_least"], record["settings"]["num_dense_layers"])
+    known = sorted({f"{row['text']} {row['arm']}" for row in record["rows"]})
     raise QuestValueError("acceptance", f"{text} {arm}", f"one of {', '.join(known)}, as {path.name} has")
 
 
