@@ -73,7 +73,7 @@ def test_moments_are_those_of_the_keys() -> None:
     assert found["metrics"]["num_preemptions"] > 0
 
 
-@pytest.mark.parametrize("form", ["bounds", "sketch"])
+@pytest.mark.parametrize("form", ["bounds", "bounds, scaled", "sketch", "sketch, scaled"])
 def test_keys_and_values_in_8_bits(form: str) -> None:
     assert_sampled(scenario("gpu_8_bits")[form])
 

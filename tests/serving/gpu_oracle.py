@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from known_scales import KnownScales
 from quest_attention.config import QuestConfig
 from quest_attention.ops import Selection, Step, resolve_backend
 from quest_attention.ops.masses import NO_CANDIDATE
@@ -36,7 +37,7 @@ _EVERY = 7
 """One call in so many is checked: a number that shares nothing with layers, so that each layer gets its turn."""
 
 
-class GPUOracleExtension(QuestWorkerExtension):
+class GPUOracleExtension(KnownScales, QuestWorkerExtension):
     """What tests ask of a worker on a GPU; vLLM adds it by `worker_extension_cls`."""
 
     def install_oracle(self) -> None:

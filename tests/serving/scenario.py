@@ -1037,11 +1037,15 @@ def gpu_moments() -> dict[str, Any]:
 
 
 def gpu_8_bits() -> dict[str, Any]:
-    """Keys and values in 8 bits, eager, with the sampled oracle: bounds, then single tokens by sketches."""
+    """Keys and values in 8 bits, eager, with the sampled oracle, scales of 1 and others: bounds, then sketches."""
     found = {}
     for name, quest in (("bounds", {}), ("sketch", SKETCH)):
         llm = make_gpu_llm({"token_budget": BUDGET, **quest}, enforce_eager=True, kv_cache_dtype="fp8", **GPU_ORACLE)
         found[name] = checked(llm, [prompts(4, 400)], tokens=20)
+        llm.collective_rpc("remove_oracle")
+        llm.reset_prefix_cache()  # whose keys were stored by other scales
+        llm.collective_rpc("set_scales", args=(0.5, 0.25, 0.125))
+        found[f"{name}, scaled"] = checked(llm, [prompts(4, 400)], tokens=20)
         stop(llm)
     return found
 

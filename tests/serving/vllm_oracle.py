@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from known_scales import KnownScales
 from quest_attention.forms import FP8, form_of
 from quest_attention.ops import Selection, reference
 from quest_attention.pages import PagedKV
@@ -282,7 +283,7 @@ def _plain(query: Tensor, keys: Tensor, values: Tensor, heads: slice, impl: Any)
     return weights.to(values) @ values
 
 
-class OracleExtension(QuestWorkerExtension):
+class OracleExtension(KnownScales, QuestWorkerExtension):
     """What tests ask of a worker; vLLM adds it by `worker_extension_cls`."""
 
     def install_oracle(self) -> None:
@@ -321,13 +322,6 @@ class OracleExtension(QuestWorkerExtension):
     def remove_oracle(self) -> None:
         """Check no more calls: another engine of this process is about to start."""
         self._unwatch()  # type: ignore[attr-defined]
-
-    def set_scales(self, query: float, key: float, value: float) -> None:
-        """Scales of a cache in 8 bits, as a checkpoint would bring them."""
-        for layer in self.model_runner.compilation_config.static_forward_context.values():  # type: ignore[attr-defined]
-            for name, scale in (("_q_scale", query), ("_k_scale", key), ("_v_scale", value)):
-                getattr(layer, name).fill_(scale)
-                setattr(layer, f"{name}_float", scale)
 
     def quest_form(self) -> str:
         """What this worker's steps are planned with."""
