@@ -7,28 +7,36 @@ With `--fill` they go to the page, between their marks.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
 from marks import DOCS, fill_page
 from tables_gpu import RESULTS, Rows, as_markdown, load
 
-MEASURED = ("acceptance_smollm2.json", "acceptance_qwen.json")
+MEASURED = ("acceptance_smollm2.json", "acceptance_smollm2_no_dense_layers.json", "acceptance_qwen.json")
 DRAFTS = (1, 2, 4, 8)
 ARMS = ("dynamic", "dense", "lossless-2", "lossless-0")
 HEAD = ("dtype", "context", "DynamicCache + sdpa", "ours, dense", "lossless, 2 dense layers", "lossless, none")
 
 
 def acceptance_table(rows: Rows) -> str:
-    """Tokens that a check gives, its own included, by the number of drafts."""
+    """Tokens that a check gives, its own included, by the number of drafts; of rows with the dense layers of drafts."""
     cells = []
     for row in rows:
         form, _, budget = row["arm"].partition("@")
         counts = [f"{row['tokens_a_check'][drafts - 1]:.2f}" for drafts in DRAFTS]
-        what = (row["model"], f"{row['context']:,}", row["text"], form, f"{int(budget):,}", row["drafts"])
+        of_text = (row["model"], f"{row['context']:,}", row["text"])
+        what = (*of_text, form, f"{int(budget):,}", str(row["dense_layers"]), row["drafts"])
         cells.append([*what, str(row["places"]), *counts])
-    head = ("model", "context", "text", "chosen by", "budget", "tokens are", "places")
+    head = ("model", "context", "text", "chosen by", "budget", "dense layers", "tokens are", "places")
     return as_markdown((*head, *(f"{drafts} draft{'s'[: drafts > 1]}" for drafts in DRAFTS)), cells)
+
+
+def measured(name: str) -> Rows:
+    """The rows of a measurement, each with the dense layers of its drafts."""
+    dense_layers = json.loads((RESULTS / name).read_text(encoding="utf-8"))["settings"]["num_dense_layers"]
+    return [row | {"dense_layers": dense_layers} for row in load(name)]
 
 
 def cpu_table(rows: Rows) -> str:
@@ -50,9 +58,8 @@ def main(
     ] = False,
 ) -> None:
     """Print the tables, or put them into the page."""
-    found = [name for name in MEASURED if (RESULTS / name).exists()]
     tables = {
-        "acceptance": acceptance_table([row for name in found for row in load(name)]),
+        "acceptance": acceptance_table([row for name in MEASURED for row in measured(name)]),
         "lossless": cpu_table(load("lossless_cpu.json")),
     }
     if fill:
