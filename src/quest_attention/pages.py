@@ -79,7 +79,8 @@ class PagedKV:
             theirs: `[N, HKV, 2, D]` in the dtype of the keys, for bounds also in float8_e4m3fn, for moments of keys in
             8 bits in bfloat16, for sketches of any `[N, HKV, 1, bytes]` in uint8.
         page_table: `[B, P]` int32, any strides, the physical page of each logical page. Entries past a sequence's end
-            may hold anything.
+            may hold anything. Or `[B, HKV, P]`, a table of each KV head, whose pages then lie apart, as in a pool that
+            holds some pages of each: for attention alone, which looks up what is selected and nothing else.
         contiguous: The tensors behind `keys`, `values` and `metadata` when they are one contiguous cache, else None;
             None too for another page table over such a cache.
         form: What the metadata is.
@@ -115,7 +116,9 @@ class PagedKV:
             _check_scale(name, scale, self.keys)
         for name, tensor in (("keys", self.keys), ("values", self.values), ("metadata", self.metadata)):
             check_side_by_side(name, tensor, "channels of a token")
-        _check_dims("page_table", self.page_table, "[B, P]")
+        _check_tensor("page_table", self.page_table, "[B, P]")
+        if self.page_table.dim() != 2 and (self.page_table.dim() != 3 or self.page_table.shape[1] != heads):
+            raise QuestValueError("page_table.shape", list(self.page_table.shape), f"[B, P] or [B, {heads}, P]")
         if self.page_table.dtype != torch.int32:
             raise QuestValueError("page_table.dtype", self.page_table.dtype, "torch.int32")
         if self.page_table.device != self.keys.device:
@@ -204,7 +207,12 @@ class PagedKV:
     @property
     def max_pages(self) -> int:
         """Logical pages a sequence can have, P [pages]."""
-        return self.page_table.shape[1]
+        return self.page_table.shape[-1]
+
+    @property
+    def has_table_by_head(self) -> bool:
+        """Whether each KV head has a page table of its own."""
+        return self.page_table.dim() == 3
 
     @property
     def is_quantised(self) -> bool:

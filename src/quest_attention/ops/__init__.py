@@ -45,6 +45,7 @@ from quest_attention.ops.checks import (
     check_kinds,
     check_lengths,
     check_new_tokens,
+    check_one_table,
     check_score_output,
     check_scores,
     check_selected,
@@ -125,6 +126,7 @@ def update_page_metadata(
     >>> kv.contiguous.metadata.flatten().tolist()
     [3.0, -1.0, 2.0, 2.0]
     """
+    check_one_table(kv)
     most = kv.max_pages * kv.page_size
     check_lengths("seq_lens", seq_lens, kv.batch_size, most, kv.keys.device)
     check_lengths("num_new_tokens", num_new_tokens, kv.batch_size, most, kv.keys.device)
@@ -157,6 +159,7 @@ def append_token(kv: PagedKV, keys: Tensor, values: Tensor, seq_lens: Tensor | i
     >>> kv.contiguous.keys.flatten().tolist(), kv.contiguous.metadata[0, 0, 1].flatten().tolist()
     ([0.0, 0.0, 5.0, 0.0], [5.0, 5.0])
     """
+    check_one_table(kv)
     check_token("keys", keys, kv.keys, kv.batch_size)
     check_token("values", values, kv.values, kv.batch_size)
     check_lengths("seq_lens", seq_lens, kv.batch_size, kv.max_pages * kv.page_size, kv.keys.device)
@@ -291,6 +294,7 @@ def score_pages(
         query=query, kv=kv, seq_lens=seq_lens, config=config,
         sm_scale=sm_scale, softcap=softcap, sinks=sinks, token_mask=token_mask,
     )  # fmt: skip
+    check_one_table(kv)
     if out is not None:
         check_score_output(out, kv, config.units_per_page)
     return _verbs(backend, kv.keys).score_pages(step, out)
@@ -375,7 +379,7 @@ def sparse_decode_attention(
         query: `[B, HQ, D]`, dtype as `append_token` takes it, HQ a multiple of HKV. Or `[B, T, HQ, D]`, the last T
             tokens of each sequence, up to 16: each attends to what is selected and lies before them all, and to those
             of them that are no later than itself.
-        kv: The cache.
+        kv: The cache; its page table may be one of each KV head.
         seq_lens: Tokens per sequence [tokens].
         selected: Units to read, from `select_pages` or chosen otherwise: see `Selection`.
         sm_scale: Factor on the logits; None is `D ** -0.5`.
@@ -522,6 +526,7 @@ def run_step(
             fewer units than a sequence.
         BackendError: The backend cannot run here.
     """
+    check_one_table(step.kv)
     if score is None and step.kv.form != (form := form_of(step.config)):
         got, expected = (form.name, step.kv.form.name) if form.name != step.kv.form.name else (form, step.kv.form)
         raise QuestValueError("config.metadata", got, f"{expected}, as the cache")

@@ -20,6 +20,7 @@ __all__ = [
     "check_kinds",
     "check_lengths",
     "check_new_tokens",
+    "check_one_table",
     "check_score_output",
     "check_scores",
     "check_selected",
@@ -148,6 +149,13 @@ def check_scores(scores: Tensor) -> None:
         raise QuestValueError("scores.shape", list(scores.shape), "[B, HKV, U]")
     if scores.dtype != torch.float32:
         raise QuestValueError("scores.dtype", scores.dtype, "torch.float32")
+
+
+def check_one_table(kv: PagedKV) -> None:
+    """A page table that says where all of a page is: its keys of every KV head, and its metadata."""
+    if kv.has_table_by_head:
+        expected = "[B, P]: with a table of each KV head only sparse_decode_attention of one query token reads"
+        raise QuestValueError("kv.page_table.shape", list(kv.page_table.shape), expected)
 
 
 def check_score_output(out: Tensor, kv: PagedKV, units_per_page: int) -> None:

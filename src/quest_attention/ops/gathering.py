@@ -48,7 +48,8 @@ def _copy_units(
     used, per_page = units.long(), kv.page_size // unit_size
     if kv.contiguous is None or contiguous is None:
         pages, place = (used, None) if per_page == 1 else (used // per_page, used % per_page)
-        physical = kv.page_table[:, None].expand(-1, units.shape[1], -1).gather(2, pages)
+        table = kv.page_table if kv.has_table_by_head else kv.page_table[:, None].expand(-1, units.shape[1], -1)
+        physical = table.gather(2, pages)
         if is_unit is not None:  # the table of a sequence without tokens may hold anything
             physical = physical.masked_fill(~is_unit, 0)
         return _gather(pages_of, physical, unit_size, place)

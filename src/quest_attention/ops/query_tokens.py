@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestValueError
-from quest_attention.ops.checks import check_lengths
+from quest_attention.ops.checks import check_lengths, check_one_table
 from quest_attention.ops.gathering import gather_keys, gather_values
 from quest_attention.ops.selection import Selection
 from quest_attention.ops.step import Step
@@ -71,6 +71,7 @@ class QueryTokens:
 
     def __post_init__(self) -> None:
         shape, kv = self.query.shape, self.kv
+        check_one_table(kv)
         if shape[::3] != (kv.batch_size, kv.head_dim) or not 0 < shape[1] <= MOST_QUERY_TOKENS:
             expected = f"[{kv.batch_size}, T, HQ, {kv.head_dim}] with 1 to {MOST_QUERY_TOKENS} tokens T"
             raise QuestValueError("query.shape", list(shape), expected)

@@ -371,7 +371,8 @@ def sparse_decode_attention(
             if not tokens:
                 lse[b, head] = -math.inf if sinks is None else sinks[head].double()
                 continue
-            where = [(int(kv.page_table[b, t // kv.page_size]), t % kv.page_size) for t in tokens]
+            table = kv.page_table[b, h] if kv.has_table_by_head else kv.page_table[b]
+            where = [(int(table[t // kv.page_size]), t % kv.page_size) for t in tokens]
             keys = torch.stack([kv.keys[page, offset, h] for page, offset in where]).double() * key_scales[h]
             values = torch.stack([kv.values[page, offset, h] for page, offset in where]).double() * value_scales[h]
             logits = keys @ query[b, head].double() * sm_scale

@@ -73,7 +73,7 @@ class Step(Rows):
         kv, query, config, keys = self.kv, self.query, self.config, self.kv.keys
         # Asked for once: at a few hundred nanoseconds each, a tensor's shape is what making a step takes.
         _, page_size, kv_heads, dim = keys.shape
-        batch, max_pages = kv.page_table.shape
+        batch, max_pages = kv.batch_size, kv.max_pages
         shape, device = query.shape, keys.device
         if len(shape) != 3 or shape[0] != batch or shape[2] != dim:
             expected = f"[{batch}, HQ, {dim}]: one token per sequence of the page table"

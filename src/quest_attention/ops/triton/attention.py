@@ -61,6 +61,7 @@ def attend_splits(step: Step, selected: Selection, *, room: int = 0) -> tuple[Pa
     launch(
         _attend_kernel, (batch * heads * splits,),
         by_head(query), keys_argument(kv), values_argument(kv), table, table.stride(0),
+        table.stride(1) if kv.has_table_by_head else 0,
         lengths_argument(step.seq_lens), by_head(units), mask, 0 if mask is None else mask.stride(0),
         0 if mask is None else mask.shape[1], places, None if mask is None else torch.empty_like(places), found,
         float(step.scale), None if softcap is None else float(softcap), heads, slots, splits, splits + room,
@@ -217,8 +218,8 @@ def _look_up(
 
 @triton.jit(do_not_specialize=["lengths", "mask_width", "slots", "splits", "all_splits", "units_per_split"])
 def _attend_kernel(
-    query, keys, values, page_table, table_stride, lengths, units, token_mask, mask_stride, mask_width, places,
-    logical, found, scale, softcap, num_kv_heads, slots, splits, all_splits, units_per_split,
+    query, keys, values, page_table, table_stride, table_head, lengths, units, token_mask, mask_stride, mask_width,
+    places, logical, found, scale, softcap, num_kv_heads, slots, splits, all_splits, units_per_split,
     SHAPE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -229,7 +230,7 @@ def _attend_kernel(
     end = length_of(lengths, b)
     q = load_query(query, b, h, SHAPE)
     row_units = units.base + b * units.row + h * units.head
-    row_table = page_table + b * table_stride
+    row_table = page_table + b * table_stride + h * table_head
     row_places = places + row.to(tl.int64) * slots
     row_logical = logical
     mask_row = token_mask
