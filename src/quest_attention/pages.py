@@ -167,14 +167,7 @@ class PagedKV:
         for name, tensor in (("keys", keys), ("values", values), ("metadata", metadata)):
             if not tensor.is_contiguous():
                 raise QuestValueError(f"{name}.stride()", tensor.stride(), "a contiguous tensor")
-        # Head h adds h * pages pages to the id through its stride.
-        reach = (batch - 1) * heads * pages + pages if batch else 0
-
-        def as_pages(tensor: Tensor) -> Tensor:
-            width = tensor.shape[-1]
-            strides = (page_size * width, width, capacity * width, 1)
-            return tensor.as_strided((reach, page_size, heads, width), strides, tensor.storage_offset())
-
+        reach = _reach(batch, heads, pages)
         rows, width = metadata.shape[3:]
         meta_strides = (rows * width, pages * rows * width, width, 1)
         meta_pages = metadata.as_strided((reach, heads, rows, width), meta_strides, metadata.storage_offset())
@@ -182,7 +175,29 @@ class PagedKV:
         page_table = first[:, None] + torch.arange(pages, dtype=torch.int32, device=keys.device)
         first_rows = (torch.arange(batch * heads, device=keys.device) * pages).view(batch, heads, 1)
         contiguous = ContiguousKV(keys, values, metadata, first_rows, page_table)
-        return cls(as_pages(keys), as_pages(values), meta_pages, page_table, contiguous, **others)
+        pages_of_keys, pages_of_values = _as_pages(keys, page_size), _as_pages(values, page_size)
+        return cls(pages_of_keys, pages_of_values, meta_pages, page_table, contiguous, **others)
+
+    @classmethod
+    def from_pool(cls, keys: Tensor, values: Tensor, page_table: Tensor, page_size: int) -> PagedKV:
+        """View a pool of pages, some of each KV head, for attention alone; nothing is copied, and no metadata is there.
+
+        Args:
+            keys: `[B, HKV, S * page_size, D]`, contiguous, S pages of each sequence and KV head.
+            values: As `keys`.
+            page_table: `[B, HKV, P]` int32; page `p` of the pool of sequence `b` has id `b * HKV * S + p` there.
+            page_size: Tokens per page [tokens].
+
+        Raises:
+            QuestValueError: A tensor is not contiguous or the shapes do not fit.
+        """
+        for name, tensor in (("keys", keys), ("values", values)):
+            _check_dims(name, tensor, "[B, HKV, S * page_size, D]")
+            if not tensor.is_contiguous():
+                raise QuestValueError(f"{name}.stride()", tensor.stride(), "a contiguous tensor")
+        pages_of_keys, dim = _as_pages(keys, page_size), keys.shape[3]
+        nothing = keys.new_empty(dim).expand(*pages_of_keys.shape[::2], *_BOUNDS.shape(page_size, dim))
+        return cls(pages_of_keys, _as_pages(values, page_size), nothing, page_table)
 
     @property
     def page_size(self) -> int:
@@ -218,6 +233,19 @@ class PagedKV:
     def is_quantised(self) -> bool:
         """Whether keys and values are stored in 8 bits, with scales."""
         return self.keys.dtype == FP8
+
+
+def _reach(batch: int, heads: int, pages: int) -> int:
+    """Pages of a contiguous cache by their ids: head `h` adds `h * pages` to an id through its stride [pages]."""
+    return (batch - 1) * heads * pages + pages if batch else 0
+
+
+def _as_pages(tensor: Tensor, page_size: int) -> Tensor:
+    """Contiguous keys or values `[B, HKV, capacity, D]` as `[N, page_size, HKV, D]`."""
+    batch, heads, capacity, width = tensor.shape
+    strides = (page_size * width, width, capacity * width, 1)
+    shape = (_reach(batch, heads, capacity // page_size), page_size, heads, width)
+    return tensor.as_strided(shape, strides, tensor.storage_offset())
 
 
 def _check_tensor(name: str, tensor: object, layout: str) -> None:

@@ -9,6 +9,7 @@
     sparse_decode_attention  attend to the tokens of the chosen units
     quest_decode             score, select and attend: one decode step of one layer
     run_step                 the same of a `Step`, with another score or another attention
+    fetch_units              have units of a cache in a pool of faster memory
     count_reads              add what a step read to counters on the device
 
 Where pages are scored and less than a page is selected, `quest_decode` scores pages, takes some times the budget of
@@ -31,7 +32,7 @@ the output as it would in dense attention; nothing else is promised.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, cast, get_args
 
 import torch
@@ -55,6 +56,7 @@ from quest_attention.ops.checks import (
     check_token_mask,
 )
 from quest_attention.ops.dispatch import ResolvedBackend, Verbs, resolve_backend
+from quest_attention.ops.hot_units import HotUnits
 from quest_attention.ops.query_tokens import QueryTokens
 from quest_attention.ops.selection import DecodeWorkspace, Selection, Workspace
 from quest_attention.ops.step import Rows, Step
@@ -62,6 +64,7 @@ from quest_attention.pages import PagedKV, check_like
 
 __all__ = [
     "DecodeWorkspace",
+    "HotUnits",
     "QuestOutput",
     "ResolvedBackend",
     "Selection",
@@ -71,6 +74,7 @@ __all__ = [
     "append_token",
     "check_backend",
     "count_reads",
+    "fetch_units",
     "make_workspace",
     "quest_decode",
     "resolve_backend",
@@ -430,6 +434,7 @@ def quest_decode(
     workspace: Workspace | None = None,
     out: Tensor | None = None,
     query_lens: Tensor | None = None,
+    hot: HotUnits | None = None,
 ) -> QuestOutput:
     """One decode step of one layer: score the units, select, attend. Figure 5 of the paper.
 
@@ -455,6 +460,8 @@ def quest_decode(
         query_lens: With several query tokens, how many each sequence has: `[B]` int32/int64, 1 to T, the first ones of
             its row; None where all have T. What follows is not looked at, and its output is zero. With
             `group_reduction` "mean" and "mass" a sequence that has fewer counts its last one for those that it lacks.
+        hot: A pool beside a contiguous cache: what is selected is fetched there and read there. The output is the same.
+            With several query tokens None.
 
     Returns:
         The output, of the shape of the query but for its channels, and the units that were read.
@@ -472,6 +479,8 @@ def quest_decode(
     (torch.Size([1, 8, 32]), torch.Size([1, 4, 2]))
     """
     if getattr(query, "ndim", None) == 4:  # what is no tensor is named below, or by a step
+        if hot is not None:
+            raise QuestValueError("hot", "a pool", "None with several query tokens")
         check_kinds(kv, query, config)
         given = {"sm_scale": sm_scale, "softcap": softcap, "token_mask": token_mask, "workspace": workspace}
         backend = resolve_backend(config.backend, kv.keys.device, kv.keys.dtype)
@@ -480,7 +489,7 @@ def quest_decode(
         raise QuestValueError("query_lens", "a tensor", "None with queries [B, HQ, D], of one token each")
     step = Step(
         query=query, kv=kv, seq_lens=seq_lens, config=config, sm_scale=sm_scale, softcap=softcap, sinks=sinks,
-        token_mask=token_mask, workspace=workspace, out=out,
+        token_mask=token_mask, workspace=workspace, out=out, hot=hot,
     )  # fmt: skip
     return run_step(step)
 
@@ -532,11 +541,13 @@ def run_step(
         raise QuestValueError("config.metadata", got, f"{expected}, as the cache")
     backend = resolve_backend(step.config.backend, step.kv.keys.device, step.kv.keys.dtype)
     check_backend(backend, step.config)
-    if backend.fused is not None and score is None and attend is None:
+    if backend.fused is not None and score is None and attend is None and step.hot is None:
         done = backend.fused(step)
         if done is not None:
             return QuestOutput(*done)
     verbs = backend.verbs
+    if step.hot is not None and attend is None:
+        attend = partial(_attend_to_pool, verbs, step.hot, False)
     if attend is not None and backend.choose is not None and score is None:
         chosen = backend.choose(step)
         if chosen is not None:
@@ -552,10 +563,59 @@ def run_step(
         most = scores.shape[2] * step.config.unit_size
         check_lengths("seq_lens", step.seq_lens, scores.shape[0], most, scores.device)
     selected = verbs.select_pages(step, scores)
+    if step.hot is not None and score is None and step.config.candidate_budget:
+        attend = partial(_attend_to_pool, verbs, step.hot, True)  # candidates were fetched to be scored
     if attend is not None:
         return QuestOutput(attend(step, selected), selected)
     output, _ = verbs.sparse_decode_attention(step, selected, is_own=True)
     return QuestOutput(output if step.out is None else step.out.copy_(output), selected)
+
+
+def _attend_to_pool(verbs: Verbs, hot: HotUnits, is_again: bool, step: Step, selected: Selection) -> Tensor:
+    """In place of attention over the cache: fetch what was selected, and attend to the pool."""
+    verbs.fetch_units(step.kv, hot, selected.units, step.seq_lens, is_again=is_again)
+    near = Step(
+        query=step.query, kv=hot.paged, seq_lens=step.seq_lens, config=_config(hot.unit_size, step.config.backend),
+        sm_scale=step.sm_scale, softcap=step.softcap, sinks=step.sinks, token_mask=step.token_mask,
+    )  # fmt: skip
+    output, _ = verbs.sparse_decode_attention(near, selected, is_own=True)
+    return output if step.out is None else step.out.copy_(output)
+
+
+def fetch_units(
+    kv: PagedKV, hot: HotUnits, selected: Selection, seq_lens: Tensor | int, backend: Backend = "auto"
+) -> None:
+    """Have selected units of a contiguous cache in its pool of hot ones: what is not there is copied.
+
+    Where no slot is free, those make room that no fetch used for the longest time; of equals the lower slot. What one
+    fetch is asked for makes no room for another part of it, so a row must have as many slots. A unit that holds the
+    last token of its sequence is copied in any case, since that token is new; whoever writes elsewhere calls
+    `HotUnits.forget`.
+
+    Args:
+        kv: The cache.
+        hot: Its pool.
+        selected: Different units, of the size of the pool's; what is no unit of the sequence is skipped.
+        seq_lens: Tokens per sequence [tokens].
+        backend: Which implementation runs.
+
+    Raises:
+        QuestValueError: The pool is of another cache, or has fewer slots than there are units in a list.
+        BackendError: The backend cannot run here.
+
+    >>> import torch
+    >>> keys = torch.arange(4.0).view(1, 1, 4, 1)
+    >>> kv = PagedKV.from_contiguous(keys, keys, torch.zeros(1, 1, 2, 2, 1))
+    >>> hot = HotUnits.allocate(kv, unit_size=2, slots=1)
+    >>> fetch_units(kv, hot, Selection(torch.tensor([[[1]]], dtype=torch.int32), torch.ones(1, 1), 2), 4)
+    >>> hot.table.tolist(), hot.keys.flatten().tolist(), hot.counts.tolist()
+    ([[[-1, 0]]], [2.0, 3.0], [1, 1])
+    """
+    check_kinds(kv, kv.keys, _config(kv.page_size, backend))
+    check_selected(selected, kv)
+    check_lengths("seq_lens", seq_lens, kv.batch_size, kv.max_pages * kv.page_size, kv.keys.device)
+    hot.check(kv, selected.unit_size, selected.units.shape[2])
+    _verbs(backend, kv.keys).fetch_units(kv, hot, selected.units, seq_lens)
 
 
 def count_reads(

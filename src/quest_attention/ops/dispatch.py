@@ -14,6 +14,7 @@ from quest_attention.config import Backend, QuestConfig
 from quest_attention.errors import BackendError, QuestValueError
 from quest_attention.forms import MetadataForm
 from quest_attention.ops import candidates, reference_backend, torch_backend
+from quest_attention.ops.hot_units import HotUnits
 from quest_attention.ops.query_tokens import QueryTokens
 from quest_attention.ops.selection import DecodeWorkspace, Selection, Workspace
 from quest_attention.ops.step import Rows, Step
@@ -49,6 +50,12 @@ class Verbs(Protocol):
         self, step: Step, selected: Selection, *, return_lse: bool = False, is_own: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """`is_own`: the selection is what `select_pages` gave for these very rows, so nobody need look."""
+        ...
+
+    def fetch_units(
+        self, kv: PagedKV, hot: HotUnits, units: Tensor, seq_lens: Tensor | int, *, is_again: bool = False
+    ) -> None:
+        """`is_again`: the units were looked up in this step before, and are not counted again."""
         ...
 
     def count_reads(self, selected: Selection, seq_lens: Tensor, counters: Tensor, token_budget: int) -> None: ...

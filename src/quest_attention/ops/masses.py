@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quest_attention.ops.fetching import fetch_units
 from quest_attention.ops.gathering import gather_keys, metadata_rows
 from quest_attention.ops.liveness import attendable, begun_tokens, live_tokens, live_units
 from quest_attention.ops.ranking import ranking
@@ -91,7 +92,7 @@ def score_masses(
     size, candidates = config.unit_size, min(config.candidate_budget, used.shape[2])
     units = ranking(used, step.workspace).topk(candidates, sorted=False).indices  # [B, HKV, C]
     is_unit = used.gather(2, units) != -math.inf
-    keys = gather_keys(kv, units, size, is_unit) if keys_of is None else keys_of(units.masked_fill(~is_unit, 0))
+    keys = _keys_of(step, units, is_unit) if keys_of is None else keys_of(units.masked_fill(~is_unit, 0))
     logits = _logits_of(step, keys)  # [B, HKV, C * size, G]
     tokens = (units[..., None] * size + torch.arange(size, device=units.device)).flatten(2)
     is_live = live[:, None].expand(-1, heads, -1).gather(2, tokens)
@@ -101,6 +102,14 @@ def score_masses(
     _reduce(step, logits.sub_(normaliser), is_unknown, best)
     used.masked_fill_(used != -math.inf, NO_CANDIDATE).scatter_(2, units, best)
     return scores
+
+
+def _keys_of(step: Step, units: Tensor, is_unit: Tensor) -> Tensor:
+    """Keys of candidates `[B, HKV, C]` int64, out of the pool of hot units where there is one."""
+    if step.hot is None:
+        return gather_keys(step.kv, units, step.config.unit_size, is_unit)
+    fetch_units(step.kv, step.hot, units.masked_fill(~is_unit, -1), step.seq_lens)
+    return gather_keys(step.hot.paged, units, step.hot.unit_size, is_unit)
 
 
 def score_candidates(step: Step, candidates: Selection, out: Tensor | None) -> Tensor:

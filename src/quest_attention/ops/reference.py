@@ -15,12 +15,14 @@ from torch import Tensor
 
 from quest_attention.config import GroupReduction
 from quest_attention.forms import FP8, MetadataForm
+from quest_attention.ops.hot_units import ABSENT, HotUnits
 from quest_attention.pages import PagedKV, num_pages
 
 __all__ = [
     "append_slots",
     "append_token",
     "count_reads",
+    "fetch_units",
     "score_pages",
     "select_pages",
     "sparse_decode_attention",
@@ -334,6 +336,40 @@ def select_pages(
             row.append(sorted(ranked[:count]))
         selected.append(row)
     return selected
+
+
+def fetch_units(kv: PagedKV, hot: HotUnits, wanted: list[list[list[int]]], seq_lens: list[int]) -> tuple[int, int]:
+    """Have the wanted units in the pool, `wanted[b][h]`; a slot that nobody used for the longest time makes room.
+
+    Returns:
+        Units looked up, and those of them that were not there.
+    """
+    assert kv.contiguous is not None, "units of a contiguous cache"
+    hot.clock.add_(1)
+    now, size = int(hot.clock), hot.unit_size
+    looked_up = fetched = 0
+    for b, length in enumerate(seq_lens):
+        for h in range(kv.num_kv_heads):
+            first = b * kv.num_kv_heads * hot.slots  # of the sequence's pages in the pool
+            table, owners, stamps = hot.table[b, h], hot.owners[b, h], hot.stamps[b, h]
+            units = [unit for unit in wanted[b][h] if unit >= 0 and unit * size < length]
+            missing = [unit for unit in units if table[unit] == ABSENT]
+            for unit in units:
+                if unit not in missing:  # used now, so it makes no room for another
+                    stamps[int(table[unit]) - first] = now
+            for unit in missing:
+                slot = min(range(hot.slots), key=lambda slot: (int(stamps[slot]), slot))
+                if owners[slot] != ABSENT:
+                    table[int(owners[slot])] = ABSENT
+                owners[slot], stamps[slot], table[unit] = unit, now, first + slot
+            for unit in units:
+                if unit in missing or unit == (length - 1) // size:  # the one being written has a token more
+                    slot = int(table[unit]) - first
+                    to, of = slice(slot * size, (slot + 1) * size), slice(unit * size, (unit + 1) * size)
+                    hot.keys[b, h, to] = kv.contiguous.keys[b, h, of]
+                    hot.values[b, h, to] = kv.contiguous.values[b, h, of]
+            looked_up, fetched = looked_up + len(units), fetched + len(missing)
+    return looked_up, fetched
 
 
 def sparse_decode_attention(

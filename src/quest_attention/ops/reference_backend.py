@@ -7,6 +7,7 @@ from torch import Tensor
 
 from quest_attention.forms import MetadataForm
 from quest_attention.ops import reference
+from quest_attention.ops.hot_units import HotUnits
 from quest_attention.ops.selection import Selection
 from quest_attention.ops.step import Rows, Step
 from quest_attention.pages import PagedKV
@@ -15,6 +16,7 @@ __all__ = [
     "append_slots",
     "append_token",
     "count_reads",
+    "fetch_units",
     "score_pages",
     "select_pages",
     "sparse_decode_attention",
@@ -85,6 +87,12 @@ def sparse_decode_attention(
         query, step.kv, lengths, lists, step.scale, step.softcap, step.sinks, step.token_mask, selected.unit_size
     )
     return output.to(query.device, query.dtype), lse.to(query.device, torch.float32) if return_lse else None
+
+
+def fetch_units(kv: PagedKV, hot: HotUnits, units: Tensor, seq_lens: Tensor | int, *, is_again: bool = False) -> None:
+    """See `ops.fetch_units`. Nothing was looked up before: candidates are weighed by the keys of the cache."""
+    looked_up, fetched = reference.fetch_units(kv, hot, units.tolist(), _per_row(seq_lens, kv.batch_size))
+    hot.counts.add_(torch.tensor([looked_up, fetched], device=hot.counts.device))
 
 
 def count_reads(selected: Selection, seq_lens: Tensor, counters: Tensor, token_budget: int) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestValueError
 from quest_attention.ops.checks import check_factors, check_kinds, check_lengths, check_token_mask, check_wide
+from quest_attention.ops.hot_units import HotUnits, least_slots
 from quest_attention.ops.selection import Workspace
 from quest_attention.pages import PagedKV, check_like, num_pages
 
@@ -56,6 +57,7 @@ class Step(Rows):
         softcap: Cap of the scaled logits.
         sinks: `[HQ]`, one more logit per head that takes weight and gives no value.
         out: `[B, HQ, DV]` contiguous, dtype of the query, to write the output to.
+        hot: Where what is selected is fetched to, and read from.
 
     Raises:
         QuestValueError: A shape, dtype, device or number is wrong, or one does not fit another.
@@ -67,6 +69,7 @@ class Step(Rows):
     softcap: float | None = None
     sinks: Tensor | None = None
     out: Tensor | None = None
+    hot: HotUnits | None = None
 
     def __post_init__(self) -> None:
         check_kinds(self.kv, self.query, self.config)
@@ -97,12 +100,23 @@ class Step(Rows):
             check_like("out", self.out, (batch, shape[1], kv.values.shape[3]), query, "the query")
             if not self.out.is_contiguous():
                 raise QuestValueError("out.stride()", self.out.stride(), "a contiguous tensor")
+        self._check_hot(config)
         workspace = self.workspace
         if workspace is not None:
             fits = getattr(workspace, "fits", None)  # what classes of it there are, the backends know
             if fits is None or not fits(kv, shape[1], config):
                 got, expected = type(workspace).__name__, "one that make_workspace gave for this shape"
                 raise QuestValueError("workspace", got, expected)
+
+    def _check_hot(self, config: QuestConfig) -> None:
+        """A pool that has room for what the step reads together."""
+        if self.hot is None:
+            return
+        if config.candidate_pages:
+            expected = f"page for {config.metadata} beside hot units: it ranks tokens by the keys of whole pages"
+            raise QuestValueError("config.selection_unit", config.selection_unit, expected)
+        max_units = self.kv.max_pages * config.units_per_page
+        self.hot.check(self.kv, config.unit_size, least_slots(config, max_units))
 
     @property
     def scale(self) -> float:

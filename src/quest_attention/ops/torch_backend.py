@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quest_attention.forms import FP8, MetadataForm
+from quest_attention.ops.fetching import fetch_units
 from quest_attention.ops.gathering import gather_keys, gather_values, metadata_rows
 from quest_attention.ops.liveness import attendable, live_tokens, live_units
 from quest_attention.ops.masses import score_candidates, score_masses
@@ -28,6 +29,7 @@ __all__ = [
     "append_token",
     "candidates_of",
     "count_reads",
+    "fetch_units",
     "score_pages",
     "select_pages",
     "sparse_decode_attention",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from quest_attention.ops.fetching import fetch_units
 from quest_attention.ops.triton.attention import sparse_decode_attention
 from quest_attention.ops.triton.choice import select_pages
 from quest_attention.ops.triton.counts import count_reads
@@ -18,6 +19,7 @@ __all__ = [
     "append_token",
     "choose_tokens",
     "count_reads",
+    "fetch_units",
     "make_workspace",
     "quest_decode",
     "score_pages",

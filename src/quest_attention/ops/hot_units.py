@@ -1,0 +1,125 @@
+"""`HotUnits`: a pool that holds some units of a cache a second time, in memory that is faster than the cache's.
+
+Keys and values of long contexts may lie in memory that is large and slow to read, a host's beside a GPU. A step then
+chooses by metadata alone, which is near, fetches into the pool what it chose and is not there, and attends to the pool.
+A unit that is read again soon is found there: it is hot. What makes room for others was not used for the longest time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from quest_attention.config import QuestConfig
+from quest_attention.errors import QuestValueError
+from quest_attention.pages import PagedKV
+
+__all__ = ["ABSENT", "HotUnits", "least_slots"]
+
+ABSENT = -1
+"""Stands in the table for the slot of a unit that is not in the pool, and for the owner of a slot that is free."""
+
+
+def least_slots(config: QuestConfig, max_units: int) -> int:
+    """Slots of a row that hold what a step reads together: what it selects, or the candidates among which [units].
+
+    A mask may shift what is selected by one unit.
+    """
+    return min(max_units, max(config.unit_slots + 1, config.candidate_budget))
+
+
+@dataclass(frozen=True, eq=False)
+class HotUnits:
+    """Which units of a cache `[B, HKV, capacity, D]` lie in a pool of slots, and the pool; one row a KV head.
+
+    All of it is on the device that attends, so that a step in which units come and go can be captured as a CUDA graph.
+
+    Attributes:
+        keys: `[B, HKV, S * unit_size, D]`, contiguous, S slots of a row.
+        values: `[B, HKV, S * unit_size, DV]`, likewise.
+        table: `[B, HKV, U]` int32, where each unit lies, as a page of the pool, or `ABSENT`.
+        owners: `[B, HKV, S]` int32, the unit that each slot holds, or `ABSENT`.
+        stamps: `[B, HKV, S]` int32, the fetch that used each slot last, 0 for none.
+        clock: `[1]` int32, fetches so far.
+        counts: `[2]` int64, units that were looked up and those of them that were fetched [units].
+        unit_size: Tokens of a unit [tokens].
+    """
+
+    keys: Tensor
+    values: Tensor
+    table: Tensor
+    owners: Tensor
+    stamps: Tensor
+    clock: Tensor
+    counts: Tensor
+    unit_size: int
+
+    @classmethod
+    def allocate(
+        cls, kv: PagedKV, unit_size: int, slots: int, *, counts: Tensor | None = None, before: HotUnits | None = None
+    ) -> HotUnits:
+        """An empty pool for a cache.
+
+        Args:
+            kv: A contiguous one.
+            unit_size: Tokens of a unit, which divide those of a page [tokens].
+            slots: Of each row [units].
+            counts: To go on counting in.
+            before: A pool whose memory may be used again, where it is of the same shape and dtype.
+        """
+        batch, heads, device = kv.batch_size, kv.num_kv_heads, kv.page_table.device
+        shape = (batch, heads, slots * unit_size)
+        if before is not None and before.is_of(kv, shape):
+            keys, values = before.keys, before.values
+        else:
+            keys = torch.empty(*shape, kv.head_dim, dtype=kv.keys.dtype, device=device)
+            values = torch.empty(*shape, kv.values.shape[3], dtype=kv.keys.dtype, device=device)
+        units = kv.max_pages * (kv.page_size // unit_size)
+        owners = torch.full((batch, heads, slots), ABSENT, dtype=torch.int32, device=device)
+        return cls(
+            keys, values, owners.new_full((batch, heads, units), ABSENT), owners, torch.zeros_like(owners),
+            owners.new_zeros(1), owners.new_zeros(2, dtype=torch.int64) if counts is None else counts, unit_size,
+        )  # fmt: skip
+
+    def is_of(self, kv: PagedKV, shape: tuple[int, int, int]) -> bool:
+        """Whether the pool is of a cache of such heads, and has so many tokens, `[B, HKV, S * unit_size]`."""
+        like = (*shape, kv.head_dim), (*shape, kv.values.shape[3])
+        same = (tuple(self.keys.shape), tuple(self.values.shape)) == like
+        return same and (self.keys.dtype, self.keys.device) == (kv.keys.dtype, kv.page_table.device)
+
+    @property
+    def slots(self) -> int:
+        """Slots of a row, S [units]."""
+        return self.owners.shape[2]
+
+    @cached_property
+    def paged(self) -> PagedKV:
+        """The pool as pages of one unit each, with a page table of each KV head; nothing is copied."""
+        return PagedKV.from_pool(self.keys, self.values, self.table, self.unit_size)
+
+    def forget(self, unit: int) -> None:
+        """Have none of the units from this one on, of any row: they are written over, or gone."""
+        gone = self.owners >= unit
+        self.owners.masked_fill_(gone, ABSENT)
+        self.stamps.masked_fill_(gone, 0)
+        self.table[:, :, unit:] = ABSENT
+
+    def check(self, kv: PagedKV, unit_size: int, together: int) -> None:
+        """Refuse a pool of another cache, of other units, or of fewer slots than are wanted together.
+
+        Raises:
+            QuestValueError: It is; or the cache is not contiguous or has scales.
+        """
+        if kv.contiguous is None or kv.is_quantised:
+            raise QuestValueError("kv", "pages that lie apart, or in 8 bits", "a contiguous cache beside hot units")
+        shape = (kv.batch_size, kv.num_kv_heads, kv.max_pages * (kv.page_size // self.unit_size))
+        if tuple(self.table.shape) != shape or not self.is_of(kv, (*shape[:2], self.slots * self.unit_size)):
+            got = f"{list(self.table.shape)} units {self.keys.dtype} on {self.keys.device}"
+            raise QuestValueError("hot", got, f"{list(shape)} units {kv.keys.dtype}, as the cache")
+        if self.unit_size != unit_size:
+            raise QuestValueError("hot.unit_size", self.unit_size, f"{unit_size}, as what is selected")
+        if self.slots < together:
+            raise QuestValueError("hot.slots", self.slots, f"at least {together}, which a step wants together")
