@@ -19,7 +19,7 @@ from quest_attention.errors import QuestValueError, UnsupportedModelError
 from quest_attention.hf.compiler import kept_from_compilers
 from quest_attention.hf.layer import LAYER_ATTRIBUTE, QuestLayer
 from quest_attention.hf.reading import Reading
-from quest_attention.ops import quest_decode, sparse_decode_attention
+from quest_attention.ops import sparse_decode_attention
 
 __all__ = ["EAGER_NAME", "SDPA_NAME", "AttentionForward", "refuse_attentions", "register_attention"]
 
@@ -134,11 +134,8 @@ def _attend(
     autocast = _autocast_dtype(query)
     # It would round the scores of pages: bounds hold in float32.
     with nullcontext() if autocast is None else torch.autocast(query.device.type, enabled=False):
-        step = quest_decode(
-            query[:, :, 0].to(key.dtype), layer.paged, layer.seq_lens, layer.config, **options,
-            token_mask=None if attention_mask is None else _token_mask(attention_mask),
-            workspace=layer.storage.workspace(query.shape[1]),
-        )  # fmt: skip
+        mask = None if attention_mask is None else _token_mask(attention_mask)
+        step = layer.storage.decode(query[:, :, 0].to(key.dtype), layer.seq_lens, **options, token_mask=mask)
     # Nothing padded: every sequence is past the budget. Otherwise the device knows, and is not asked.
     units = batch * layer.config.unit_budget if attention_mask is None else step.selected.units_read
     layer.counter.count_sparse(units * layer.config.unit_size, batch * layer.tokens_held, batch * layer.keys_ranked)
@@ -194,8 +191,7 @@ def _attend_captured(layer: QuestLayer, lengths: Tensor, query: Tensor, options:
         pages = storage.every_page
         output, _ = sparse_decode_attention(rows, storage.paged, lengths, pages, **options, backend=backend)
     else:
-        workspace = storage.workspace(query.shape[1])
-        output, _ = quest_decode(rows, storage.paged, lengths, layer.config, **options, workspace=workspace)
+        output, _ = storage.decode(rows, lengths, **options)
     return output[:, None].to(query.dtype)
 
 

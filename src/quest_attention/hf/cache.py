@@ -15,6 +15,7 @@ from quest_attention.errors import QuestValueError
 from quest_attention.hf.compiler import kept_from_compilers
 from quest_attention.hf.counters import LayerCounter, QuestCounters
 from quest_attention.hf.layer import QuestLayer
+from quest_attention.hf.offload import Offload
 from quest_attention.hf.reading import Reading
 from quest_attention.hf.reporting import OnSelect
 from quest_attention.hf.rows import RowLengths
@@ -69,6 +70,13 @@ def check_on_select(on_select: object) -> None:
         raise QuestValueError("on_select", on_select, "a function of a layer, a selection and its pages, or None")
 
 
+def _check_offload(offload: object, *, is_lossless: bool) -> None:
+    if offload is not None and not isinstance(offload, Offload):
+        raise QuestValueError("offload", offload, "an Offload, as the handle of a model makes it, or None")
+    if offload is not None and is_lossless:
+        raise QuestValueError("offload", offload, "None with lossless=True, whose checks read the whole cache")
+
+
 class QuestCache(DynamicCache):
     """A KV cache for a model on which Quest is enabled, for people who hold their cache themselves.
 
@@ -82,6 +90,8 @@ class QuestCache(DynamicCache):
         on_select: Called after each sparse decode step of a layer with its index, the selection and its pages.
         is_estimate: Whether fewer tokens than `max_length` may come: then there is room for twice the first at most.
         is_lossless: Whether everything is read unless a token is drafted, as `enable_quest(lossless=True)` has it.
+        offload: Keys and values of layers that choose lie in host memory, hot units on the device of the tokens. It is
+            what a handle makes of `offload="host"`; made by hand it works on a CPU too, where it saves nothing.
 
     Attributes:
         rows: Of a lossless cache what its layers share, else None.
@@ -94,13 +104,14 @@ class QuestCache(DynamicCache):
     def __init__(
         self, config: PretrainedConfig, quest: QuestConfig | None = None, *, max_length: int | None = None,
         counters: QuestCounters | None = None, on_select: OnSelect | None = None, is_estimate: bool = False,
-        is_lossless: bool = False,
+        is_lossless: bool = False, offload: Offload | None = None,
     ) -> None:  # fmt: skip
         self._given = QuestConfig() if quest is None else quest
         kinds = layer_kinds(config, self._given)
         if max_length is not None:
             check_integer("max_length", max_length, minimum=1)
         check_on_select(on_select)
+        _check_offload(offload, is_lossless=is_lossless)
         if counters is None:
             counters = QuestCounters([LayerCounter(index, kind, self._given) for index, kind in kinds.items()])
         elif not isinstance(counters, QuestCounters):
@@ -112,12 +123,15 @@ class QuestCache(DynamicCache):
         self.counters = counters
         self.rows = RowLengths() if is_lossless else None
         self.is_kept = True
+        self.offload_to = offload
+        sparse_layers = sum(kind == "quest" for kind in kinds.values())
         workspaces = Workspaces()
         for counter in self.counters.layers:
             if counter.kind in ("quest", "dense"):
                 self.layers[counter.layer] = QuestLayer(
                     self._given, counter, is_dense=counter.kind == "dense", workspaces=workspaces,
                     max_length=max_length, is_estimate=is_estimate, on_select=on_select, rows=self.rows,
+                    offload=offload, sparse_layers=sparse_layers,
                 )  # fmt: skip
 
     @property

@@ -164,6 +164,9 @@ class DecodeGraphs:
         batch = inputs["input_ids"].shape[0]
         if "position_ids" not in inputs:  # nothing is padded, so the position is the length
             inputs["position_ids"] = torch.full((batch, 1), step.length, device=inputs["input_ids"].device)
+        for layer in cache.layers:
+            assert isinstance(layer, QuestLayer) and layer.storage is not None, "checked before"
+            layer.storage.before_write(step.length)
         graphs = self._graphs.setdefault(cache, {})
         weights = self._weights()
         captured = graphs.get(step.kind)

@@ -11,6 +11,8 @@ from torch import Tensor
 from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestStateError
 from quest_attention.hf.counters import LayerCounter
+from quest_attention.hf.host_storage import HostStorage
+from quest_attention.hf.offload import Offload
 from quest_attention.hf.reading import Reading
 from quest_attention.hf.reporting import OnSelect, StepReporter
 from quest_attention.hf.rows import RowLengths
@@ -53,6 +55,8 @@ class QuestLayer(StepReporter, StoredLayer):
             first tokens at most to begin with.
         on_select: Called after each sparse step.
         rows: Of a lossless cache, shared with its other layers: the layer reads everything unless a token is drafted.
+        offload: Keys and values lie in host memory, if the layer chooses what it reads; None where they do not.
+        sparse_layers: Layers of the cache that choose.
 
     Attributes:
         captured_lengths: While a decode step is captured as a CUDA graph, `[B]` int32, tokens per sequence with the
@@ -62,7 +66,7 @@ class QuestLayer(StepReporter, StoredLayer):
     def __init__(
         self, config: QuestConfig, counter: LayerCounter, *, is_dense: bool, workspaces: Workspaces,
         max_length: int | None = None, is_estimate: bool = False, on_select: OnSelect | None = None,
-        rows: RowLengths | None = None,
+        rows: RowLengths | None = None, offload: Offload | None = None, sparse_layers: int = 1,
     ) -> None:  # fmt: skip
         StepReporter.__init__(self, counter, on_select)
         self.config = config
@@ -71,6 +75,8 @@ class QuestLayer(StepReporter, StoredLayer):
         self.max_length = max_length
         self.is_estimate = is_estimate
         self.rows = rows
+        self.offload_to = offload
+        self.sparse_layers = sparse_layers
         self.captured_lengths: Tensor | None = None
         StoredLayer.__init__(self)
 
@@ -98,12 +104,19 @@ class QuestLayer(StepReporter, StoredLayer):
             self.config = self.config.resolved(key_states.device.type)
             self.counter.count_by(self.config)
         new = key_states.shape[2]
-        storage = KVStorage(
-            key_states, value_states, batch=key_states.shape[0], length=max(new, self._first_room(new)),
-            dtype=torch.promote_types(key_states.dtype, value_states.dtype), config=self.config,
-            has_metadata=not self.is_dense, workspaces=self.workspaces, has_gaps=self.rows is not None,
-        )  # fmt: skip
-        self._hold(storage)
+        given: dict[str, Any] = {
+            "batch": key_states.shape[0], "length": max(new, self._first_room(new)),
+            "dtype": torch.promote_types(key_states.dtype, value_states.dtype), "config": self.config,
+            "has_metadata": not self.is_dense, "workspaces": self.workspaces, "has_gaps": self.rows is not None,
+        }  # fmt: skip
+        if self.offload_to is not None:
+            self.offload_to.check(self.config)  # by the first layer too, before anything is stored
+        if self.offload_to is None or self.is_dense:
+            self._hold(KVStorage(key_states, value_states, **given))
+        else:
+            self._hold(HostStorage(
+                key_states, value_states, offload=self.offload_to, sparse_layers=self.sparse_layers, **given
+            ))  # fmt: skip
         self.is_initialized = True
 
     def _first_room(self, new: int) -> int:
@@ -153,10 +166,11 @@ class QuestLayer(StepReporter, StoredLayer):
         if end > self.capacity or widest != self.dtype:
             length = self.capacity if end <= self.capacity else max(end, GROWTH * self.capacity)
             self._hold(self.storage.moved(start, length=length, dtype=widest))
+        self.storage.before_write(start)
         self._write(key_states, value_states, start)
         self._length = end
         self._begin(self._reading_of(new, end), new)
-        keys, values = self.storage.keys[:, :, :end], self.storage.values[:, :, :end]
+        keys, values = self.storage.for_attention(key_states, value_states, end)
         setattr(keys, LAYER_ATTRIBUTE, self)
         return keys, values
 
@@ -226,6 +240,8 @@ class QuestLayer(StepReporter, StoredLayer):
     def count_captured_step(self, batch: int, start: int, new: int) -> None:
         """A captured step of `new` tokens of `batch` sequences after `start` ones: length and counters follow."""
         self._length = start + new
+        if isinstance(self.storage, HostStorage):
+            self.storage.fresh = self._length
         self._begin(self._reading_of(new, self._length), new)
         self.count_attention(batch)
         if self.reading is Reading.SPARSE:

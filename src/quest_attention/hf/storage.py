@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from quest_attention.config import QuestConfig
 from quest_attention.forms import Bounds, form_of, metadata_dtype
 from quest_attention.hf.workspaces import Workspaces
-from quest_attention.ops import Selection, Workspace, append_token, update_page_metadata
+from quest_attention.ops import QuestOutput, Selection, Workspace, append_token, quest_decode, update_page_metadata
 from quest_attention.pages import PagedKV, num_pages
 
 __all__ = ["KVStorage"]
@@ -48,12 +49,14 @@ class KVStorage:
     ) -> None:  # fmt: skip
         self._config = config
         self._workspaces = workspaces
-        self._has_gaps = has_gaps
+        self._others: dict[str, Any] = {
+            "config": config, "has_metadata": has_metadata, "workspaces": workspaces, "has_gaps": has_gaps
+        }  # fmt: skip
         heads, pages = keys.shape[1], num_pages(length, config.page_size)
         # What is made under inference mode could not be written outside of it, by the next turn of a conversation.
         with torch.inference_mode(False):
-            self.keys = keys.new_empty(batch, heads, pages * config.page_size, keys.shape[3], dtype=dtype)
-            self.values = values.new_empty(batch, heads, pages * config.page_size, values.shape[3], dtype=dtype)
+            self.keys = self._empty(keys, (batch, heads, pages * config.page_size, keys.shape[3]), dtype)
+            self.values = self._empty(values, (batch, heads, pages * config.page_size, values.shape[3]), dtype)
             if has_gaps and batch > 1:
                 self.keys.zero_()
                 self.values.zero_()
@@ -66,6 +69,14 @@ class KVStorage:
         self._every_page: Selection | None = None
         self._scratch: dict[int, Workspace | None] = {}
         self._positions: Tensor | None = None
+
+    def _empty(self, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory for keys or values."""
+        return like.new_empty(shape, dtype=dtype)
+
+    def _like(self, batch: int, length: int, dtype: torch.dtype) -> KVStorage:
+        """Another storage, empty."""
+        return KVStorage(self.keys, self.values, batch=batch, length=length, dtype=dtype, **self._others)
 
     @property
     def batch_size(self) -> int:
@@ -119,6 +130,31 @@ class KVStorage:
         if num_query_heads not in self._scratch:
             self._scratch[num_query_heads] = self._workspaces.get(self.paged, num_query_heads, self._config)
         return self._scratch[num_query_heads]
+
+    def before_write(self, start: int) -> None:
+        """Tokens from `start` on are about to be written, of every sequence [tokens]."""
+
+    def for_attention(self, keys: Tensor, values: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first `end` tokens, as attention reads them.
+
+        Args:
+            keys: Those of the pass, its last ones, `[B, HKV, T, D]`.
+            values: Likewise.
+            end: Tokens per sequence [tokens].
+        """
+        del keys, values
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def decode(self, query: Tensor, seq_lens: Tensor | int, **options: Any) -> QuestOutput:
+        """A sparse step over what is stored: see `ops.quest_decode`.
+
+        Args:
+            query: `[B, HQ, D]`, in `dtype`.
+            seq_lens: Tokens per sequence, with the step's own [tokens].
+            **options: Of `quest_decode`, but its memory.
+        """
+        workspace = self.workspace(query.shape[1])
+        return quest_decode(query, self.paged, seq_lens, self._config, **options, workspace=workspace)
 
     def write(self, keys: Tensor, values: Tensor, start: int) -> None:
         """Write the tokens from `start` on, and take them into the metadata of their pages.
@@ -221,10 +257,7 @@ class KVStorage:
         self, used: int, pick: Callable[[Tensor], Tensor], batch: int, length: int, dtype: torch.dtype
     ) -> KVStorage:
         """Another storage, with those sequences that `pick` chooses."""
-        other = KVStorage(
-            self.keys, self.values, batch=batch, length=length, dtype=dtype, config=self._config,
-            has_metadata=self.metadata is not None, workspaces=self._workspaces, has_gaps=self._has_gaps,
-        )  # fmt: skip
+        other = self._like(batch, length, dtype)
         for (old, filled), (new, _) in zip(self._used(used), other._used(used), strict=True):
             new[:, :, :filled] = pick(old[:, :, :filled])
         return other

@@ -46,7 +46,7 @@ def fetch_units(kv: PagedKV, hot: HotUnits, units: Tensor, seq_lens: Tensor | in
     for pool, stored in ((hot.keys, cache.keys), (hot.values, cache.values)):
         run = size * pool.shape[3]
         pool.view(-1, run).index_copy_(0, rows, stored.view(-1, run).index_select(0, source))
-    hot.counts.add_(torch.stack([is_unit.sum() * (not is_again), is_missing.sum()]))
+    hot.counts.add_(torch.stack([is_unit.sum() * (not is_again), is_missing.sum(), is_copied.sum()]))
 
 
 def _head_pages(hot: HotUnits, device: torch.device) -> Tensor:

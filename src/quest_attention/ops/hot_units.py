@@ -44,7 +44,8 @@ class HotUnits:
         owners: `[B, HKV, S]` int32, the unit that each slot holds, or `ABSENT`.
         stamps: `[B, HKV, S]` int32, the fetch that used each slot last, 0 for none.
         clock: `[1]` int32, fetches so far.
-        counts: `[2]` int64, units that were looked up and those of them that were fetched [units].
+        counts: `[3]` int64: units that were looked up, those of them that were not there, and those that were copied,
+            the ones being written among them, which are copied again [units].
         unit_size: Tokens of a unit [tokens].
     """
 
@@ -81,7 +82,7 @@ class HotUnits:
         owners = torch.full((batch, heads, slots), ABSENT, dtype=torch.int32, device=device)
         return cls(
             keys, values, owners.new_full((batch, heads, units), ABSENT), owners, torch.zeros_like(owners),
-            owners.new_zeros(1), owners.new_zeros(2, dtype=torch.int64) if counts is None else counts, unit_size,
+            owners.new_zeros(1), owners.new_zeros(3, dtype=torch.int64) if counts is None else counts, unit_size,
         )  # fmt: skip
 
     def is_of(self, kv: PagedKV, shape: tuple[int, int, int]) -> bool:

@@ -338,16 +338,16 @@ def select_pages(
     return selected
 
 
-def fetch_units(kv: PagedKV, hot: HotUnits, wanted: list[list[list[int]]], seq_lens: list[int]) -> tuple[int, int]:
+def fetch_units(kv: PagedKV, hot: HotUnits, wanted: list[list[list[int]]], seq_lens: list[int]) -> tuple[int, int, int]:
     """Have the wanted units in the pool, `wanted[b][h]`; a slot that nobody used for the longest time makes room.
 
     Returns:
-        Units looked up, and those of them that were not there.
+        Units looked up, those of them that were not there, and those that were copied.
     """
     assert kv.contiguous is not None, "units of a contiguous cache"
     hot.clock.add_(1)
     now, size = int(hot.clock), hot.unit_size
-    looked_up = fetched = 0
+    looked_up = fetched = copied = 0
     for b, length in enumerate(seq_lens):
         for h in range(kv.num_kv_heads):
             first = b * kv.num_kv_heads * hot.slots  # of the sequence's pages in the pool
@@ -362,14 +362,16 @@ def fetch_units(kv: PagedKV, hot: HotUnits, wanted: list[list[list[int]]], seq_l
                 if owners[slot] != ABSENT:
                     table[int(owners[slot])] = ABSENT
                 owners[slot], stamps[slot], table[unit] = unit, now, first + slot
+            written = (length - 1) // size  # has a token more than when it was copied
             for unit in units:
-                if unit in missing or unit == (length - 1) // size:  # the one being written has a token more
+                if unit in missing or unit == written:
+                    copied += 1
                     slot = int(table[unit]) - first
                     to, of = slice(slot * size, (slot + 1) * size), slice(unit * size, (unit + 1) * size)
                     hot.keys[b, h, to] = kv.contiguous.keys[b, h, of]
                     hot.values[b, h, to] = kv.contiguous.values[b, h, of]
             looked_up, fetched = looked_up + len(units), fetched + len(missing)
-    return looked_up, fetched
+    return looked_up, fetched, copied
 
 
 def sparse_decode_attention(

@@ -1,0 +1,90 @@
+"""Memory of the host that a GPU reads and writes in place, and how much of it is free."""
+
+from __future__ import annotations
+
+import math
+import os
+import weakref
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quest_attention.errors import BackendError
+
+__all__ = ["free_device_bytes", "free_host_bytes", "host_empty"]
+
+_MEMORY_OF_LINUX = Path("/proc/meminfo")
+_LIMIT, _USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+_KIBIBYTE = 1024
+_PORTABLE, _MAPPED = 1, 2
+"""Flags of `cudaHostRegister`: for all devices, and at an address that kernels reach."""
+
+
+class _Mapped:
+    """Registered memory of the host as the array interface of CUDA shows it: bytes."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (memory.numel(),), "typestr": "|u1", "data": (memory.data_ptr(), False), "version": 3,
+        }  # fmt: skip
+
+
+def host_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor in the host's memory that operations of a device take for one of its own.
+
+    On a GPU it is a CUDA tensor over page-locked memory of the host, mapped into the device's addresses: kernels,
+    PyTorch's and Triton's, read and write it over the bus, in CUDA graphs too, and no copy of it lies on the card.
+    PyTorch's own pinned memory is not taken, since its allocator rounds sizes up to powers of two. On a CPU it is a
+    tensor like any other.
+
+    Args:
+        shape: Of the tensor.
+        dtype: Likewise.
+        device: Whose operations it is for.
+
+    Raises:
+        BackendError: The host's memory cannot be locked or mapped.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cuda" or size == 0:
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = torch.empty(size, dtype=torch.uint8)
+    with torch.cuda.device(device):
+        status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, _PORTABLE | _MAPPED)
+        if int(status) != 0:
+            raise BackendError(f"offload: cannot lock {size} bytes of host memory for {device}: CUDA says {status}")
+        mapped = _Mapped(memory)
+        weakref.finalize(mapped, _release, memory, device).atexit = False
+        seen = torch.as_tensor(mapped, device=device)
+    if seen.data_ptr() != memory.data_ptr():  # another address would be a copy
+        raise BackendError(f"offload: {device} has another address for locked host memory, expected the host's own")
+    return seen.view(dtype).view(shape)
+
+
+def _release(memory: Tensor, device: torch.device) -> None:
+    """Unlock the memory once nobody has the tensor; the device may still be reading."""
+    torch.cuda.synchronize(device)
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+
+
+def free_host_bytes() -> int:
+    """Memory of the host that can be allocated, within the limit of a container [bytes]."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if _MEMORY_OF_LINUX.exists():
+        lines = dict(line.split(":") for line in _MEMORY_OF_LINUX.read_text().splitlines())
+        if "MemAvailable" in lines:  # counts what the kernel caches and would give back
+            free = int(lines["MemAvailable"].split()[0]) * _KIBIBYTE
+    if _LIMIT.exists() and _USED.exists():
+        limit = _LIMIT.read_text().strip()
+        if limit.isdigit():
+            free = min(free, max(0, int(limit) - int(_USED.read_text())))
+    return free
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """Memory that PyTorch can allocate on a device, what it has cached included [bytes]; of a CPU the host's."""
+    if device.type != "cuda":
+        return free_host_bytes()
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,0 +1,225 @@
+"""`Offload`: keys and values of layers that choose in host memory, what is hot on the device, and what both take."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import torch
+
+from quest_attention.config import QuestConfig, check_integer
+from quest_attention.errors import QuestValueError
+from quest_attention.forms import form_of, metadata_dtype
+from quest_attention.hf.host_memory import free_device_bytes, free_host_bytes
+from quest_attention.ops.hot_units import least_slots
+from quest_attention.pages import num_pages
+
+__all__ = ["CacheShape", "Offload", "OffloadMemory", "OffloadTo", "check_memory", "memory_of"]
+
+OffloadTo = Literal["host"]
+"""Where keys and values may lie: in the host's memory."""
+
+_POOL_SHARE = 0.5
+"""Of the device memory that is free at the first sparse step, for hot tokens where nobody says how many: the rest is
+for activations, which grow and shrink."""
+_TABLE_BYTES = 4
+"""Of an entry of the table: int32."""
+_SLOT_BYTES = 8
+"""Of what is kept of a slot: its owner and its stamp."""
+_GIB = 1 << 30
+
+
+class CacheShape(NamedTuple):
+    """Sizes of a cache.
+
+    Attributes:
+        batch: Sequences.
+        length: Tokens per sequence there is to be room for [tokens].
+        kv_heads: KV heads of a layer.
+        head_dim: Channels of keys.
+        value_dim: Channels of values.
+        dtype: Of keys and values.
+        sparse_layers: Layers that choose what they read.
+        dense_layers: Layers that read everything.
+    """
+
+    batch: int
+    length: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    sparse_layers: int
+    dense_layers: int = 0
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of a token in one KV head of one layer [bytes]."""
+        return (self.head_dim + self.value_dim) * self.dtype.itemsize
+
+
+class OffloadMemory(NamedTuple):
+    """What a cache with keys and values in host memory takes.
+
+    Attributes:
+        host: Keys and values of sparse layers, in host memory [bytes].
+        dense: Those of dense layers, on the device [bytes].
+        metadata: Of all pages of sparse layers, on the device [bytes].
+        table: Where each unit lies, on the device [bytes].
+        pool: Hot tokens of all sparse layers, on the device [bytes].
+        prompt: Keys and values of one layer, which a prompt brings to the device while it attends there [bytes].
+    """
+
+    host: int
+    dense: int
+    metadata: int
+    table: int
+    pool: int
+    prompt: int
+
+    @property
+    def device(self) -> int:
+        """On the device together [bytes]: either a prompt's or the hot tokens, which come after it."""
+        return self.dense + self.metadata + self.table + max(self.pool, self.prompt)
+
+
+def memory_of(shape: CacheShape, quest: QuestConfig, hot_tokens: int) -> OffloadMemory:
+    """What a cache takes, before anything is allocated.
+
+    Args:
+        shape: Of the cache.
+        quest: What is read, with a form of metadata.
+        hot_tokens: Of each sequence and KV head of a sparse layer [tokens].
+
+    >>> shape = CacheShape(1, 1 << 20, 8, 128, 128, torch.bfloat16, sparse_layers=30, dense_layers=2)
+    >>> memory = memory_of(shape, QuestConfig(2048, metadata="bounds"), hot_tokens=16384)
+    >>> memory.host >> 30, memory.metadata >> 20, memory.pool >> 20, memory.prompt >> 30
+    (120, 7680, 1921, 4)
+    """
+    pages = num_pages(shape.length, quest.page_size)
+    tokens = pages * quest.page_size
+    rows = shape.batch * shape.kv_heads
+    layer = rows * tokens * shape.token_bytes
+    form = form_of(quest)
+    page_bytes = torch.Size(form.shape(quest.page_size, shape.head_dim)).numel()
+    page_bytes *= metadata_dtype(quest, shape.dtype).itemsize
+    slots = num_pages(min(hot_tokens, tokens), quest.unit_size)
+    slot_bytes = quest.unit_size * shape.token_bytes + _SLOT_BYTES
+    return OffloadMemory(
+        host=shape.sparse_layers * layer,
+        dense=shape.dense_layers * layer,
+        metadata=shape.sparse_layers * rows * pages * page_bytes,
+        table=shape.sparse_layers * rows * pages * quest.units_per_page * _TABLE_BYTES,
+        pool=shape.sparse_layers * rows * slots * slot_bytes,
+        prompt=layer,
+    )
+
+
+def check_memory(memory: OffloadMemory, free_host: int, free_device: int) -> None:
+    """Refuse a cache that does not fit, with what it takes and what is free.
+
+    Raises:
+        QuestValueError: Host memory or the device's does not suffice.
+    """
+    if memory.host > free_host:
+        raise QuestValueError(
+            "offload", f"a cache of {_said(memory.host)} in host memory",
+            f"at most the {_said(free_host)} that are free: fewer tokens or sequences",
+        )  # fmt: skip
+    if memory.device > free_device:
+        parts = ", ".join(
+            f"{name} {_said(size)}"
+            for name, size in memory._asdict().items()
+            if name != "host" and size
+        )  # fmt: skip
+        raise QuestValueError(
+            "offload", f"{_said(memory.device)} on the device ({parts}; of pool and prompt the larger)",
+            f"at most the {_said(free_device)} that are free: fewer tokens, sequences, dense layers or hot_tokens",
+        )  # fmt: skip
+
+
+def _said(size: int) -> str:
+    return f"{size / _GIB:.2f} GiB ({size} bytes)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Offload:
+    """Keys and values of the layers that choose lie in host memory, and hot units of them on the device.
+
+    Attributes:
+        hot_tokens: Of each sequence and KV head of a layer that chooses, at least as many as a step reads together,
+            candidates included [tokens]. None: half of what is free on the device at the first sparse step, shared
+            among those layers.
+
+    Raises:
+        QuestValueError: `hot_tokens` is no positive integer.
+    """
+
+    hot_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.hot_tokens is not None:
+            check_integer("hot_tokens", self.hot_tokens, minimum=1)
+
+    @classmethod
+    def asked(
+        cls, offload: OffloadTo | None, hot_tokens: int | None, config: QuestConfig, device: torch.device
+    ) -> Offload | None:
+        """What a user asked for, on the device of a model.
+
+        Raises:
+            QuestValueError: An argument is wrong, or the device has no memory of its own beside the host's.
+        """
+        if offload is None:
+            if hot_tokens is not None:
+                raise QuestValueError("hot_tokens", hot_tokens, 'None without offload="host": all tokens are as near')
+            return None
+        if offload != "host":
+            raise QuestValueError("offload", offload, '"host" or None')
+        if device.type != "cuda":
+            why = "where keys and values lie in host memory already, and nothing is nearer"
+            raise QuestValueError("offload", offload, f"None on device {device.type}, {why}")
+        chosen = cls(hot_tokens)
+        chosen.check(config)
+        return chosen
+
+    def check(self, config: QuestConfig) -> None:
+        """Refuse what cannot be served with it.
+
+        Raises:
+            QuestValueError: Tokens are ranked by the keys of whole pages; or there are too few hot tokens.
+        """
+        if config.candidate_pages:
+            expected = f"page for {config.metadata} with offload, which would fetch whole pages to rank their tokens"
+            raise config.mistake("selection_unit", config.selection_unit, expected)
+        least = least_slots(config, 1 << 31) * config.unit_size
+        if self.hot_tokens is not None and self.hot_tokens < least:
+            expected = f"at least {least}: what a step reads together, candidates included"
+            raise QuestValueError("hot_tokens", self.hot_tokens, expected)
+
+    def slots(self, shape: CacheShape, quest: QuestConfig, device: torch.device) -> int:
+        """Slots of each row of a pool: of the hot tokens asked for, or of a share of what is free [units].
+
+        Raises:
+            QuestValueError: So much is not free.
+        """
+        size, most = quest.unit_size, num_pages(shape.length, quest.page_size) * quest.units_per_page
+        least = least_slots(quest, most)
+        if self.hot_tokens is not None:
+            return max(least, min(most, self.hot_tokens // size))
+        free = free_device_bytes(device)
+        row_bytes = shape.sparse_layers * shape.batch * shape.kv_heads * (size * shape.token_bytes + _SLOT_BYTES)
+        if least * row_bytes > free:
+            got = f"{_said(free)} free on the device"
+            raise QuestValueError("offload", got, f"at least {_said(least * row_bytes)} for what a step reads together")
+        return max(least, min(most, int(free * _POOL_SHARE) // row_bytes))
+
+    def check_fits(self, shape: CacheShape, quest: QuestConfig, device: torch.device) -> None:
+        """Refuse a cache that host and device have no room for, before work starts.
+
+        Raises:
+            QuestValueError: They have not.
+        """
+        least = least_slots(quest, 1 << 31) * quest.unit_size
+        memory = memory_of(shape, quest, least if self.hot_tokens is None else self.hot_tokens)
+        check_memory(memory, free_host_bytes(), free_device_bytes(device))

@@ -1,0 +1,248 @@
+"""Keys and values in host memory: every step is that of a cache on the device, bit by bit, whatever the pool holds.
+
+On a CPU both memories are the host's; what is fetched, kept and read is the same.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from quest_attention import QuestConfig, QuestValueError, enable_quest
+from quest_attention.hf import QuestCache, cache_argument
+from quest_attention.hf.host_storage import HostStorage
+from quest_attention.hf.offload import Offload
+from quest_attention.models import bundled_model_path
+from tiny import PAGE_SIZE, SMALL, assert_metadata_is_exact, generate, make_llama, prompt, quest_layers
+
+CONFIGS = {
+    "bounds": SMALL,
+    "moments": QuestConfig(24, PAGE_SIZE, num_dense_layers=1, metadata="moments"),
+    "sketch": QuestConfig(
+        16, PAGE_SIZE, num_dense_layers=1, metadata="sketch", selection_unit="token", candidate_factor=2
+    ),
+    "runs": QuestConfig(16, PAGE_SIZE, num_dense_layers=1, metadata="sketch", selection_unit=4, candidate_factor=2),
+}
+HOT = 36
+"""Tokens of the pool: a little more than a step reads, so that what is read makes room for others."""
+
+
+def caches(model: Any, config: QuestConfig, **options: Any) -> tuple[QuestCache, QuestCache]:
+    """One on the device, and one with a pool."""
+    return QuestCache(model.config, config, **options), QuestCache(
+        model.config, config, offload=Offload(HOT), **options
+    )
+
+
+def pools(cache: QuestCache) -> list[HostStorage]:
+    """The storages of the layers that choose, each with a pool."""
+    stored = [layer.storage for layer in quest_layers(cache)]
+    assert stored and all(isinstance(storage, HostStorage) for storage in stored)
+    return [storage for storage in stored if isinstance(storage, HostStorage)]
+
+
+def assert_evicted(cache: QuestCache) -> None:
+    """Units were fetched, found and displaced: more came than there is room for."""
+    for storage in pools(cache):
+        looked_up, fetched, _ = storage.hot.counts.tolist()
+        assert storage.hot.owners.numel() < fetched < looked_up
+
+
+def logits(model: Any, cache: QuestCache, ids: Tensor, **options: Any) -> Tensor:
+    """Of a pass."""
+    with torch.inference_mode():
+        found: Tensor = model(ids, **cache_argument(cache), **options).logits
+    return found
+
+
+def assert_steps_are_equal(model: Any, both: tuple[QuestCache, QuestCache], token: Tensor, steps: int) -> None:
+    """Greedy steps give the same logits."""
+    for _ in range(steps):
+        expected, found = (logits(model, cache, token) for cache in both)
+        assert torch.equal(found, expected)
+        token = expected[:, -1:].argmax(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_generate_gives_the_same_logits(name: str, batch: int, dtype: torch.dtype) -> None:
+    model = make_llama().to(dtype)
+    ids = prompt(batch, 70)
+    found = []
+    with enable_quest(model, CONFIGS[name]):
+        both = caches(model, CONFIGS[name])
+        for cache in both:
+            made = generate(
+                model, ids, 40, **cache_argument(cache), output_logits=True, return_dict_in_generate=True
+            )  # fmt: skip
+            found.append(torch.stack(made.logits))
+    assert torch.equal(found[0], found[1])
+    assert both[1].counters.sparse_steps == both[0].counters.sparse_steps == 2 * 39
+    assert_evicted(both[1])
+
+
+@pytest.mark.parametrize("name", ["bounds", "sketch"])
+def test_padded_batches(name: str) -> None:
+    model, ids = make_llama(), prompt(2, 70)
+    mask = torch.ones_like(ids)
+    ids[0, :11], mask[0, :11] = 0, 0
+    with enable_quest(model, CONFIGS[name]):
+        both = caches(model, CONFIGS[name])
+        made = [generate(model, ids, 20, attention_mask=mask, **cache_argument(cache)) for cache in both]
+    assert torch.equal(made[0], made[1])
+    assert_evicted(both[1])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_chunks_rollbacks_and_growth(name: str) -> None:
+    """A prompt in chunks, steps, tokens taken back and others written there, several at once and one by one."""
+    model = make_llama()
+    ids = prompt(2, 140)
+    config = CONFIGS[name]
+    with enable_quest(model, config):
+        both = caches(model, config)
+        for start, stop in ((0, 33), (33, 34), (34, 61), (61, 70)):
+            expected, found = (logits(model, cache, ids[:, start:stop]) for cache in both)
+            assert torch.equal(found, expected)
+        assert_steps_are_equal(model, both, ids[:, 70:71], 12)
+        for taken, again in ((5, 1), (9, 7), (3, 2), (40, 1)):
+            for cache in both:
+                cache.crop(-taken)
+            expected, found = (logits(model, cache, ids[:, 80 : 80 + again]) for cache in both)
+            assert torch.equal(found, expected)
+            assert_steps_are_equal(model, both, ids[:, 90:91], 9)
+    for layers in zip(*map(quest_layers, both), strict=True):
+        assert layers[0].capacity == layers[1].capacity > 100
+    assert_evicted(both[1])
+
+
+def test_a_token_that_no_step_fetched_is_not_read_from_the_pool() -> None:
+    """A step that was given up after its token was written: the page that it filled is hot without it."""
+    model, ids = make_llama(), prompt(1, 70)
+    with enable_quest(model, SMALL):
+        both = caches(model, SMALL, max_length=100)  # so that it keeps its pool
+        for cache in both:
+            logits(model, cache, ids)
+        assert_steps_are_equal(model, both, ids[:, :1], 1)
+        for cache in both:
+            for layer in cache.layers:  # token 72, the last of its page, which nobody attends to
+                layer.update(torch.full((1, 2, 1, 8), 9.0), torch.ones(1, 2, 1, 8))
+                layer.was_attended = True  # or a warning says that it was not
+        assert_steps_are_equal(model, both, ids[:, :1], 12)
+
+
+def test_beam_search() -> None:
+    model, ids = make_llama(), prompt(2, 60)
+    with enable_quest(model, SMALL):
+        both = caches(model, SMALL)
+        made = [generate(model, ids, 10, num_beams=3, **cache_argument(cache)) for cache in both]
+    assert torch.equal(made[0], made[1])
+    assert both[1].counters.sparse_steps == 2 * 9
+
+
+def test_copies_and_other_batches() -> None:
+    model, ids = make_llama(), prompt(2, 60)
+    with enable_quest(model, SMALL):
+        both = caches(model, SMALL)
+        for cache in both:
+            logits(model, cache, ids)
+        assert_steps_are_equal(model, both, ids[:, :1], 5)
+        copied = copy.deepcopy(both[0]), copy.deepcopy(both[1])
+        assert_steps_are_equal(model, both, ids[:, 1:2], 5)
+        assert_steps_are_equal(model, copied, ids[:, 2:3], 9)
+        assert_steps_are_equal(model, both, ids[:, 3:4], 5)
+        for cache in both:
+            cache.batch_select_indices(torch.tensor([1]))
+        assert_steps_are_equal(model, both, ids[:1, :1], 5)
+        for cache in both:
+            cache.batch_repeat_interleave(2)
+        assert_steps_are_equal(model, both, ids[:, :1], 5)
+        for cache in both:
+            cache.reset()
+            logits(model, cache, ids)
+        assert_steps_are_equal(model, both, ids[:, :1], 5)
+
+
+def test_only_layers_that_choose_lie_in_host_memory() -> None:
+    model, ids = make_llama(), prompt(1, 60)
+    cache = QuestCache(model.config, SMALL, offload=Offload(HOT))
+    with enable_quest(model, SMALL):
+        logits(model, cache, ids)
+        logits(model, cache, ids[:, :1])
+    storages = [layer.storage for layer in cache.layers]
+    assert [type(storage) is HostStorage for storage in storages] == [False, True, True]
+    assert_metadata_is_exact(cache)
+    for storage in pools(cache):
+        assert storage.hot.keys.shape == (1, 2, HOT, 8)
+        assert storage.hot.keys.data_ptr() != storage.keys.data_ptr()
+
+
+def test_hot_tokens_left_open_are_a_share_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    from quest_attention.hf import offload  # noqa: PLC0415 - a module beside a class of its name
+
+    model, ids = make_llama(), prompt(1, 200)
+    token_bytes = 2 * 2 * 2 * (8 + 8) * 4  # two layers, two heads, in float32
+    monkeypatch.setattr(offload, "free_device_bytes", lambda _: 2 * 60 * token_bytes)
+    cache = QuestCache(model.config, SMALL, offload=Offload())
+    with enable_quest(model, SMALL):
+        logits(model, cache, ids)
+        logits(model, cache, ids[:, :1])
+        assert [storage.hot.slots * PAGE_SIZE for storage in pools(cache)] == [116, 116], "120 but for the table's part"
+        monkeypatch.setattr(offload, "free_device_bytes", lambda _: 6 * token_bytes)
+        cache.reset()
+        logits(model, cache, ids)
+        with pytest.raises(QuestValueError, match=r"offload: got .* free on the device', expected at least"):
+            logits(model, cache, ids[:, :1])
+
+
+def test_what_cannot_be_is_refused() -> None:
+    model = make_llama()
+    with pytest.raises(QuestValueError, match=r"hot_tokens: got 0, expected"):
+        Offload(0)
+    with pytest.raises(QuestValueError, match=r"offload: got 'host', expected an Offload"):
+        QuestCache(model.config, SMALL, offload="host")
+    with pytest.raises(QuestValueError, match=r"offload: got .* expected None with lossless=True"):
+        QuestCache(model.config, SMALL, offload=Offload(), is_lossless=True)
+    ids = prompt(1, 40)
+    with enable_quest(model, SMALL):
+        few = QuestCache(model.config, SMALL, offload=Offload(24))
+        with pytest.raises(QuestValueError, match=r"hot_tokens: got 24, expected at least 28: what a step reads"):
+            logits(model, few, ids)
+        assert few.get_seq_length() == 0
+    ranked = QuestConfig(24, PAGE_SIZE, num_dense_layers=1, metadata="bounds", selection_unit="token")
+    refused = pytest.raises(
+        QuestValueError, match=r"selection_unit: got 'token', expected page for bounds with offload"
+    )
+    with enable_quest(model, ranked), refused:
+        logits(model, QuestCache(model.config, ranked, offload=Offload()), ids)
+
+
+@pytest.mark.parametrize("name", ["bounds", "sketch"])
+def test_the_bundled_model_writes_the_same(name: str) -> None:
+    """A long prompt, and a pool of a twelfth of it."""
+    model: Any = AutoModelForCausalLM.from_pretrained(bundled_model_path())
+    tokenizer = AutoTokenizer.from_pretrained(bundled_model_path())
+    ids = tokenizer("The grass is green. The sky is blue. The sun is yellow. Here we go. " * 60, return_tensors="pt")
+    config = {
+        "bounds": QuestConfig(128, metadata="bounds"),
+        "sketch": QuestConfig(64, metadata="sketch", selection_unit="token", candidate_factor=2),
+    }[name]
+    with enable_quest(model, config):
+        both = QuestCache(model.config, config), QuestCache(model.config, config, offload=Offload(160))
+        made = [
+            model.generate(**ids, do_sample=False, max_new_tokens=48, min_new_tokens=48, **cache_argument(cache))
+            for cache in both
+        ]
+    assert torch.equal(made[0], made[1])
+    sparse = len(pools(both[1]))
+    assert both[1].counters.sparse_steps == sparse * 47
+    assert made[0].shape[1] > 12 * 80
+    for storage in pools(both[1]):
+        looked_up, fetched, _ = storage.hot.counts.tolist()
+        assert storage.hot.owners.numel() < fetched < looked_up
