@@ -289,6 +289,32 @@ def test_lossless_gives_the_text_of_dense(quest: Cli, model_folder: str) -> None
     assert "nothing drafted; 39 steps" in quest("generate", *few, "--lossless").err
 
 
+def test_offload_is_refused_on_a_cpu(quest: Cli, model_folder: str) -> None:
+    line = refused(quest("generate", "-m", model_folder, "-p", "ice", "--offload", "host", "--device", "cpu"))
+    assert line.startswith(
+        "--offload: got 'host', expected None on device cpu, where keys and values lie in host memory"
+    )
+
+
+def test_offload_reads_the_prompt_in_chunks_and_says_what_came(
+    quest: Cli, model_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from quest_attention.cli import generate  # noqa: PLC0415 - loads transformers
+    from quest_attention.hf.offload import Offload  # noqa: PLC0415 - likewise
+
+    few = ("-m", model_folder, "-p", "ice " * 200, "-n", "12", "--token-budget", "64")
+    plain = json.loads(quest("generate", *few, "--json").out)
+    tokens = plain["prompt_tokens"]
+    monkeypatch.setattr(generate, "_CHUNK", tokens // 3)
+    monkeypatch.setattr(Offload, "asked", lambda *_: Offload(128))  # as on a GPU
+    report = json.loads(quest("generate", *few, "--offload", "host", "--json").out)
+    assert report["text"] == plain["text"]
+    fetches = report["counters"]["fetches"]
+    assert 0 < fetches["units_fetched"] < fetches["units_looked_up"]
+    assert report["counters"]["layers"][0]["prefill_tokens"] == tokens
+    assert "offload  keys and values in host memory; " in quest("generate", *few, "--offload", "host").err
+
+
 def test_a_budget_that_holds_everything_gives_the_text_of_dense(quest: Cli, model_folder: str) -> None:
     arguments = ("generate", "-m", model_folder, "-n", "6")
     text = SOUTH.text()[:800].encode()
@@ -380,6 +406,8 @@ def test_a_prompt_longer_than_the_positions_of_the_model(quest: Cli, model_folde
         (["--draft-tokens", "4"], "--draft-tokens: got '4', expected none without --lossless"),
         (["--lossless", "--draft-tokens", "16"], '--draft-tokens: got 16, expected 1 to 15 tokens, or "auto"'),
         (["--lossless", "--dense"], "--lossless: got True, expected False with --dense"),
+        (["--offload", "host", "--dense"], "--offload: got 'host', expected none with --dense"),
+        (["--hot-tokens", "64"], "--hot-tokens: got 64, expected none without --offload"),
         (["--dense-layers", "-1"], "--dense-layers: got -1, expected a non-negative integer"),
         (["--metadata", "mean"], "--metadata: got 'mean', expected one of bounds, moments"),
         (["--moments-coefficient=-1"], "--moments-coefficient: got -1.0, expected a number from 0 to 100"),

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from quest_attention import QuestConfig, QuestValueError, enable_quest
 from quest_attention.hf import QuestCache, cache_argument
 from quest_attention.hf.host_storage import HostStorage
-from quest_attention.hf.offload import Offload
+from quest_attention.hf.offload import CacheShape, Offload, memory_of
 from quest_attention.models import bundled_model_path
 from tiny import PAGE_SIZE, SMALL, assert_metadata_is_exact, generate, make_llama, prompt, quest_layers
 
@@ -246,3 +246,85 @@ def test_the_bundled_model_writes_the_same(name: str) -> None:
     for storage in pools(both[1]):
         looked_up, fetched, _ = storage.hot.counts.tolist()
         assert storage.hot.owners.numel() < fetched < looked_up
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let what a user asks for be answered as on a GPU, on which these tests do not run."""
+    asked = Offload.asked
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(Offload, "asked", lambda offload, hot, config, _: asked(offload, hot, config, gpu))
+
+
+def test_what_a_user_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`generate()` and `make_cache()` have their keys and values in host memory, and the counters say what came."""
+    on_a_gpu(monkeypatch)
+    model, ids = make_llama(), prompt(2, 70)
+    with enable_quest(model, SMALL) as quest:
+        expected = generate(model, ids, 30)
+        assert quest.counters.fetches is None and "fetches" not in quest.counters.to_dict()
+        kept = quest.make_cache(200, offload="host", hot_tokens=40)
+        assert torch.equal(generate(model, ids, 30, **cache_argument(kept)), expected)
+        assert {storage.hot.slots for storage in pools(kept)} == {10}
+    with enable_quest(model, SMALL, offload="host", hot_tokens=HOT) as quest:
+        assert torch.equal(generate(model, ids, 30), expected)
+        fetches = quest.counters.fetches
+        assert fetches is not None and fetches.hit_rate is not None
+        assert fetches.units_looked_up == 2 * 2 * 2 * 29 * 6, "layers, sequences, heads, steps, pages"
+        assert 0 < fetches.units_fetched < fetches.units_looked_up
+        copied, page_bytes = divmod(fetches.bytes_fetched, PAGE_SIZE * (8 + 8) * 4)
+        assert page_bytes == 0 and copied > fetches.units_fetched, "the page being written is copied again"
+        assert f"{fetches.hit_rate:.1%} of {fetches.units_looked_up:,} units were hot" in quest.counters.summary()
+        assert quest.counters.to_dict()["fetches"]["units_fetched"] == fetches.units_fetched
+        assert [("fetches" in layer.to_dict()) for layer in quest.counters.layers] == [False, True, True]
+        quest.counters.reset()
+        assert quest.counters.fetches == (0, 0, 0) and quest.counters.fetches.hit_rate is None
+        assert quest.make_cache(100).offload_to == Offload(HOT)
+        assert quest.make_cache(hot_tokens=50).offload_to == Offload(50)
+
+
+def test_a_user_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_llama()
+    reason = r"offload: got 'host', expected None on device cpu, where keys and values lie in host memory already"
+    with pytest.raises(QuestValueError, match=reason):
+        enable_quest(model, SMALL, offload="host")
+    with pytest.raises(QuestValueError, match=r"hot_tokens: got 64, expected None without offload=\"host\""):
+        enable_quest(model, SMALL, hot_tokens=64)
+    with enable_quest(model, SMALL) as quest:
+        with pytest.raises(QuestValueError, match=reason):
+            quest.make_cache(offload="host")
+        with pytest.raises(QuestValueError, match=r"hot_tokens: got 64, expected None without"):
+            quest.make_cache(hot_tokens=64)
+    on_a_gpu(monkeypatch)
+    with pytest.raises(QuestValueError, match=r"offload: got 'disk', expected \"host\" or None"):
+        enable_quest(model, SMALL, offload="disk")
+    with pytest.raises(QuestValueError, match=r"offload: got 'host', expected None with lossless=True"):
+        enable_quest(model, SMALL, offload="host", lossless=True)
+    with pytest.raises(QuestValueError, match=r"hot_tokens: got 20, expected at least 28"):
+        enable_quest(model, SMALL, offload="host", hot_tokens=20)
+    assert not hasattr(model, "_quest_handle")
+
+
+def test_memory_that_is_not_free_is_said_before_work_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from quest_attention.hf import offload  # noqa: PLC0415 - likewise
+
+    on_a_gpu(monkeypatch)
+    model, ids = make_llama(), prompt(1, 60)
+    shape = CacheShape(1, 1000, 2, 8, 8, torch.float32, sparse_layers=2, dense_layers=1)
+    memory = memory_of(shape, SMALL, HOT)
+    assert memory.host == 2 * 2 * 1000 * 16 * 4 and memory.dense == memory.prompt == memory.host // 2
+    assert memory.metadata == 2 * 2 * 250 * 2 * 8 * 4 and memory.table == 2 * 2 * 250 * 4
+    assert memory.device == memory.dense + memory.metadata + memory.table + memory.prompt
+    monkeypatch.setattr(offload, "free_host_bytes", lambda: memory.host - 1)
+    with enable_quest(model, SMALL, offload="host", hot_tokens=HOT) as quest:
+        asked = rf"offload: got 'a cache of 0.00 GiB \({memory.host} bytes\) in host memory', expected at most"
+        with pytest.raises(QuestValueError, match=asked):
+            quest.make_cache(1000)
+        with pytest.raises(QuestValueError, match=r"in host memory"):
+            generate(model, ids, 940)
+        monkeypatch.setattr(offload, "free_host_bytes", lambda: memory.host)
+        monkeypatch.setattr(offload, "free_device_bytes", lambda _: memory.device - 1)
+        with pytest.raises(QuestValueError, match=rf"\({memory.device} bytes\) on the device \(dense .*, metadata"):
+            quest.make_cache(1000)
+        monkeypatch.setattr(offload, "free_device_bytes", lambda _: memory.device)
+        assert quest.make_cache(1000).get_seq_length() == 0
+        assert quest.counters.sparse_steps == 0

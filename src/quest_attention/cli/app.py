@@ -12,7 +12,7 @@ import typer
 
 from quest_attention.cli.console import say
 from quest_attention.cli.failures import INTERRUPTED, USAGE, one_line, reports_failures, usage_message
-from quest_attention.cli.options import check_seed, check_threads, check_workers, drafts_of, path_of
+from quest_attention.cli.options import check_seed, check_threads, check_workers, drafts_of, path_of, refuse_offload
 from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestValueError
 
@@ -212,6 +212,20 @@ def generate(
         str | None,
         typer.Option(help="Drafts before a check of --lossless, 1 to 15 or auto; 4 if left out.", show_default=False),
     ] = None,
+    offload: Annotated[
+        str | None,
+        typer.Option(
+            help="host: keys and values in host memory, what is read often on the GPU. For NVIDIA GPUs.",
+            show_default=False,
+        ),
+    ] = None,
+    hot_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="With --offload: tokens on the GPU, of each layer and KV head; by default half of its free memory.",
+            show_default=False,
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens to write at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above 0 samples.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
@@ -248,14 +262,15 @@ def generate(
         }
     )
     drafts = drafts_of(draft_tokens, is_lossless=lossless, is_dense=dense)
+    refuse_offload(offload, hot_tokens, is_dense=dense)
     text = read_prompt(prompt, prompt_file)
     from quest_attention.cli.generate import Sampling, stream_text  # likewise
 
     stream_text(
         text, None if dense else config,
         Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed), is_chat=chat,
-        draft_tokens=drafts, model_name=model, device=device, dtype=dtype, threads=threads, as_json=as_json,
-        is_quiet=is_quiet,
+        draft_tokens=drafts, offload=offload, hot_tokens=hot_tokens, model_name=model, device=device, dtype=dtype,
+        threads=threads, as_json=as_json, is_quiet=is_quiet,
     )  # fmt: skip
 
 

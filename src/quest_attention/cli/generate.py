@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import sys
@@ -23,6 +24,7 @@ from quest_attention.errors import QuestValueError
 from quest_attention.eval.frame import turn_end
 from quest_attention.eval.wording import chosen_by, counted
 from quest_attention.hf import QuestCounters, enable_quest
+from quest_attention.hf.offload import OffloadTo
 from quest_attention.ops.dispatch import resolve_backend
 
 __all__ = ["Drafts", "Sampling", "stream_text"]
@@ -30,6 +32,9 @@ __all__ = ["Drafts", "Sampling", "stream_text"]
 Drafts = int | Literal["auto"] | None
 """Tokens to draft before a check [tokens]; None without `--lossless`."""
 
+_CHUNK = 2048
+"""Tokens of a prompt that pass at a time where keys and values go to host memory: the activations of more would take
+the room of hot tokens [tokens]."""
 LEAST_TEMPERATURE = 1e-6
 """Logits divided by far less than this are no numbers any more in float32; the likeliest token is sure before that."""
 
@@ -94,7 +99,8 @@ class Written:
 
 def stream_text(
     prompt: str, config: QuestConfig | None, sampling: Sampling, *, is_chat: bool, draft_tokens: Drafts,
-    model_name: str | None, device: str, dtype: str, threads: int | None, as_json: bool, is_quiet: bool,
+    offload: str | None, hot_tokens: int | None, model_name: str | None, device: str, dtype: str, threads: int | None,
+    as_json: bool, is_quiet: bool,
 ) -> None:  # fmt: skip
     """Do what `quest generate` does; `config` None is `--dense`, and `draft_tokens` are those of `--lossless`.
 
@@ -113,10 +119,14 @@ def stream_text(
         counters = None
         if config is not None:
             is_lossless = draft_tokens is not None
-            handle = enable_quest(loaded.model, config, lossless=is_lossless, draft_tokens=draft_tokens)
+            handle = enable_quest(
+                loaded.model, config, lossless=is_lossless, draft_tokens=draft_tokens,
+                offload=cast("OffloadTo | None", offload), hot_tokens=hot_tokens,
+            )  # fmt: skip
             stack.enter_context(handle)
             config, counters = handle.config, handle.counters  # with the form of its metadata
-        written = _generate(loaded, ids, sampling, is_chat=is_chat, is_silent=as_json, is_quiet=is_quiet)
+        chunk = None if offload is None else _CHUNK + (ids.shape[1] % _CHUNK == 1)  # one token would be a decode step
+        written = _generate(loaded, ids, sampling, chunk, is_chat=is_chat, is_silent=as_json, is_quiet=is_quiet)
     if as_json:
         sys.stdout.write(json.dumps(_report(written, config, counters, loaded), indent=2) + "\n")
     elif not is_quiet:
@@ -150,13 +160,15 @@ def _check_fits(model: PreTrainedModel, prompt_tokens: int, sampling: Sampling) 
 
 
 def _generate(
-    loaded: LoadedModel, ids: Tensor, sampling: Sampling, *, is_chat: bool, is_silent: bool, is_quiet: bool
-) -> Written:
+    loaded: LoadedModel, ids: Tensor, sampling: Sampling, chunk: int | None, *, is_chat: bool, is_silent: bool,
+    is_quiet: bool,
+) -> Written:  # fmt: skip
     model, tokenizer = loaded.model, loaded.tokenizer
     generation = GenerationConfig.from_model_config(model.config)
     # Our own choices, not those that a checkpoint may bring: the options of the command say all there is.
     generation.max_new_tokens = sampling.max_new_tokens
     generation.do_sample = sampling.temperature > 0
+    generation.prefill_chunk_size = chunk
     if generation.do_sample:
         generation.temperature, generation.top_p, generation.top_k = sampling.temperature, sampling.top_p, 0
         torch.manual_seed(sampling.seed)
@@ -165,7 +177,7 @@ def _generate(
     ids = ids.to(model.device)
     with contextlib.ExitStack() as until_first_token:
         on_progress = until_first_token.enter_context(progress_bar(is_quiet=is_quiet))
-        until_first_token.enter_context(_prefill_progress(model, ids.shape[1], on_progress))
+        until_first_token.enter_context(_prefill_progress(model, ids.shape[1], chunk, on_progress))
         streamer = _Stream(tokenizer, until_first_token, is_silent=is_silent)
         started = time.perf_counter()
         generate = cast("Any", model).generate  # its annotations describe a class that only type checkers see
@@ -223,19 +235,22 @@ class _Stream(TextStreamer):
 
 
 @contextlib.contextmanager
-def _prefill_progress(model: PreTrainedModel, tokens: int, on_progress: OnProgress) -> Iterator[None]:
-    """Report a forward pass layer by layer; only that it runs, where the model's layers are not to be found."""
+def _prefill_progress(
+    model: PreTrainedModel, tokens: int, chunk: int | None, on_progress: OnProgress
+) -> Iterator[None]:
+    """Report the passes of a prompt layer by layer; only that it runs, where the model's layers are not to be found."""
     layers = getattr(model.base_model, "layers", None)
     what = f"reading {counted(tokens, 'token')}"
     on_progress(what, 0, 0)
     hooks = []
     if isinstance(layers, nn.ModuleList):
-        for index, layer in enumerate(layers, start=1):
+        passed = itertools.count(1)
+        total = len(layers) * (1 if chunk is None else -(-tokens // chunk))
 
-            def report(*_: object, done: int = index, total: int = len(layers)) -> None:
-                on_progress(what, done, total)
+        def report(*_: object) -> None:
+            on_progress(what, next(passed), total)
 
-            hooks.append(layer.register_forward_hook(report))
+        hooks = [layer.register_forward_hook(report) for layer in layers]
     try:
         yield
     finally:
@@ -255,6 +270,8 @@ def _summary(written: Written, config: QuestConfig | None, counters: QuestCounte
     lines.append(f"cache    {_reads(config, counters)}")
     if counters is not None and counters.drafts is not None:
         lines.append(f"drafts   {counters.drafts.summary()}")
+    if counters is not None and counters.fetches is not None:
+        lines.append(f"offload  {counters.fetches.summary()}")
     if config is not None and counters is not None and counters.sparse_steps:
         lines.append(f"chosen   by {chosen_by(config)}")
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from typing import Literal, cast
 
 from quest_attention.errors import QuestValueError
 
-__all__ = ["check_seed", "check_threads", "check_workers", "drafts_of", "path_of"]
+__all__ = ["check_seed", "check_threads", "check_workers", "drafts_of", "path_of", "refuse_offload"]
 
 MOST_SEED = 2**64 - 1
 """The largest that PyTorch's generators take."""
@@ -65,6 +65,18 @@ def drafts_of(text: str | None, *, is_lossless: bool, is_dense: bool) -> int | L
     drafts = int(text) if text.isdecimal() else text
     check_draft_tokens(drafts)
     return cast("int | Literal['auto']", drafts)
+
+
+def refuse_offload(offload: str | None, hot_tokens: int | None, *, is_dense: bool) -> None:
+    """Refuse what says nothing: where the cache lies is asked of a Quest cache.
+
+    Raises:
+        QuestValueError: As said.
+    """
+    if offload is not None and is_dense:
+        raise QuestValueError("offload", offload, "none with --dense, which reads all of the cache")
+    if offload is None and hot_tokens is not None:
+        raise QuestValueError("hot_tokens", hot_tokens, "none without --offload: all tokens are as near")
 
 
 def path_of(option: str, text: str) -> Path:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quest_attention.config import QuestConfig
 from quest_attention.hf.draft_counter import DraftCounter
+from quest_attention.hf.fetch_counter import FetchCounter, Fetches
 from quest_attention.hf.reading import Reading
 
 __all__ = ["LayerCounter", "QuestCounters"]
@@ -33,11 +34,13 @@ class LayerCounter:
             whole units [tokens].
         keys_read: Tokens of which the counted steps read keys, likewise: those of `tokens_read`, or where keys rank
             candidates those of the candidates, which are more [tokens].
+        fetched: What came from host memory, where keys and values lie there.
     """
 
     def __init__(self, layer: int, kind: str, config: QuestConfig) -> None:
         self.layer = layer
         self.kind = kind
+        self.fetched = FetchCounter()
         self.count_by(config)
         self._lock = threading.Lock()
         self.reset()
@@ -68,6 +71,7 @@ class LayerCounter:
         self._keys_ranked = 0
         self._tokens_read_on_device: Tensor | None = None
         self._updates = 0
+        self.fetched.reset()
 
     @property
     def dense_steps(self) -> int:
@@ -142,6 +146,7 @@ class LayerCounter:
             "bypassed_steps": self.bypassed_steps,
             "prefill_tokens": self.prefill_tokens,
             **_reads(self),
+            **({} if (fetches := self.fetched.fetches) is None else {"fetches": fetches.to_dict()}),
         }
 
 
@@ -198,6 +203,12 @@ class QuestCounters:
         return _sum(layer.pages_held for layer in self.layers)
 
     @property
+    def fetches(self) -> Fetches | None:
+        """What came from host memory, over layers; None where keys and values are on the device."""
+        counted = [fetches for layer in self.layers if (fetches := layer.fetched.fetches) is not None]
+        return Fetches.total(counted) if counted else None
+
+    @property
     def metadata(self) -> str | None:
         """By what the layers with Quest choose: `"moments"`, say. None where there is none such."""
         return next((layer.metadata for layer in self.layers if layer.kind == "quest"), None)
@@ -223,6 +234,7 @@ class QuestCounters:
             "metadata": self.metadata,
             **_reads(self),
             "share_read": self.share_read,
+            **({} if (fetches := self.fetches) is None else {"fetches": fetches.to_dict()}),
             **({} if self.drafts is None else {"drafts": self.drafts.to_dict()}),
             "layers": [layer.to_dict() for layer in self.layers],
         }
@@ -241,6 +253,8 @@ class QuestCounters:
         lines = ["{:>5}  {:<12} {:>8} {:>8} {:>12} {:>12} {:>7}".format(*row) for row in rows]
         if self.sparse_steps:
             lines.append(f"sparse steps chose by {self.metadata}")
+        if self.fetches is not None:
+            lines.append(self.fetches.summary())
         if self.drafts is not None:
             lines.append(self.drafts.summary())
         if self.bypassed_steps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any, cast
 
 from transformers import PreTrainedModel
@@ -19,6 +20,7 @@ from quest_attention.hf.draft_length import DEFAULT_DRAFTS, MOST_DRAFTS, DraftTo
 from quest_attention.hf.graph import DecodeGraphs
 from quest_attention.hf.lossless import Lossless, check_can_draft
 from quest_attention.hf.naming import CACHE
+from quest_attention.hf.offload import CacheShape, Offload, OffloadTo
 from quest_attention.hf.reporting import OnSelect
 from quest_attention.hf.support import REFUSED_METHODS, check_supported, needs_eager
 from quest_attention.hf.watch import Watch
@@ -33,6 +35,7 @@ _ABSENT = object()
 def enable_quest(
     model: PreTrainedModel, config: QuestConfig | None = None, *, on_select: OnSelect | None = None,
     cuda_graphs: bool | None = None, lossless: bool = False, draft_tokens: DraftTokens | None = None,
+    offload: OffloadTo | None = None, hot_tokens: int | None = None,
 ) -> QuestHandle:  # fmt: skip
     """Make `model.generate()` and forward passes with a `QuestCache` decode with Quest.
 
@@ -54,6 +57,11 @@ def enable_quest(
             sampling tokens of the same distribution. Everything else reads the whole cache.
         draft_tokens: With `lossless`, tokens to draft before a check, 1 to 15, or "auto", as many as make most tokens a
             second; None is 4 [tokens]. Where drafting takes longer than it saves, nothing is drafted.
+        offload: "host" keeps keys and values of the layers that choose in host memory, page-locked; on the GPU are
+            their metadata, the dense layers and a pool of hot tokens. A step reads what it chose from the pool, to
+            which what is missing is fetched. The text is the same. For NVIDIA GPUs alone.
+        hot_tokens: With `offload`, tokens of the pool for each sequence, layer and KV head; None is what half of the
+            GPU's memory holds that is free at the first sparse step [tokens].
 
     Returns:
         A handle with counters. Use it in a `with` statement, or call `disable()`.
@@ -61,7 +69,7 @@ def enable_quest(
     Raises:
         UnsupportedModelError: Quest cannot serve the model; it is left as it was. A model that somebody wrapped is
             named, with the attribute that holds the model inside. Or its layers cannot take drafted tokens back.
-        QuestValueError: Another argument is wrong.
+        QuestValueError: Another argument is wrong; or offload is asked for where nothing is nearer than host memory.
         QuestStateError: Quest is enabled on the model already.
         BackendError: The backend asked for cannot run on the model's device, or cuda_graphs=True has no GPU.
 
@@ -93,6 +101,9 @@ def enable_quest(
         if not lossless:
             raise QuestValueError("draft_tokens", draft_tokens, "None without lossless=True: nothing is drafted")
     check_supported(model, config)
+    chosen = Offload.asked(offload, hot_tokens, config, model.device)
+    if chosen is not None and lossless:
+        raise QuestValueError("offload", offload, "None with lossless=True, whose checks read the whole cache")
     if lossless:
         check_can_draft(model, config)
     if getattr(model, _HANDLE, None) is not None:
@@ -107,7 +118,9 @@ def enable_quest(
         )
     capture = can_capture if cuda_graphs is None else cuda_graphs
     drafts = (DEFAULT_DRAFTS if draft_tokens is None else draft_tokens) if lossless else None
-    return QuestHandle(model, config, on_select, capture=capture, must_capture=bool(cuda_graphs), draft_tokens=drafts)
+    return QuestHandle(
+        model, config, on_select, capture=capture, must_capture=bool(cuda_graphs), draft_tokens=drafts, offload=chosen
+    )
 
 
 class QuestHandle:
@@ -123,7 +136,7 @@ class QuestHandle:
 
     def __init__(
         self, model: PreTrainedModel, config: QuestConfig, on_select: OnSelect | None, *, capture: bool = False,
-        must_capture: bool = False, draft_tokens: DraftTokens | None = None,
+        must_capture: bool = False, draft_tokens: DraftTokens | None = None, offload: Offload | None = None,
     ) -> None:  # fmt: skip
         self.model = cast("Any", model)  # a module's attributes are Tensor or Module to a type checker
         self.config = config
@@ -136,6 +149,7 @@ class QuestHandle:
         if draft_tokens is not None and drafts is not None:
             self._lossless = Lossless(self.model, draft_tokens, drafts, self.graphs.take if self.graphs else None)
         self._on_select = on_select
+        self._offload = offload
         self._is_entered = False
         self._make_cache = self.model._prepare_cache_for_generation
         register_attention()
@@ -190,24 +204,47 @@ class QuestHandle:
                 self.model.__dict__[name] = before
         self._configs.give_back()
 
-    def make_cache(self, max_length: int | None = None) -> QuestCache:
+    def make_cache(
+        self, max_length: int | None = None, *, offload: OffloadTo | None = None, hot_tokens: int | None = None
+    ) -> QuestCache:
         """A new cache for the model that counts in this handle's counters.
 
         Args:
             max_length: Tokens to make room for at once, where known [tokens]; more may come.
+            offload: "host" as `enable_quest` takes it, for this cache; None is as the model was enabled.
+            hot_tokens: Likewise.
 
         Raises:
-            QuestValueError: `max_length` is no positive integer.
+            QuestValueError: `max_length` is no positive integer; memory for one sequence of it is not free; or an
+                argument is wrong.
             QuestStateError: The handle is disabled.
         """
-        return self._new_cache(max_length)
-
-    def _new_cache(self, max_length: int | None, *, is_estimate: bool = False) -> QuestCache:
         self._require_enabled("make_cache")
-        return QuestCache(
+        chosen = self._offload
+        if offload is not None:
+            chosen = Offload.asked(offload, hot_tokens, self.config, self.model.device)
+        elif hot_tokens is not None:
+            if chosen is None:
+                Offload.asked(None, hot_tokens, self.config, self.model.device)
+            else:
+                chosen = replace(chosen, hot_tokens=hot_tokens)
+                chosen.check(self.config)
+        return self._new_cache(max_length, chosen)
+
+    def _new_cache(
+        self, max_length: int | None, offload: Offload | None, *, is_estimate: bool = False, batch: int = 1
+    ) -> QuestCache:
+        self._require_enabled("make_cache")
+        cache = QuestCache(
             self.model.config, self.config, max_length=max_length, counters=self.counters, on_select=self._on_select,
-            is_estimate=is_estimate, is_lossless=self.is_lossless,
+            is_estimate=is_estimate, is_lossless=self.is_lossless, offload=offload,
         )  # fmt: skip
+        if offload is not None and max_length is not None:
+            kinds = [counter.kind for counter in self.counters.layers]
+            shape = CacheShape.of(self.model, kinds, batch=batch, length=max_length)
+            if shape is not None:
+                offload.check_fits(shape, self.config, self.model.device)
+        return cache
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int,
@@ -233,7 +270,9 @@ class QuestHandle:
                 "cache_implementation", generation_config.cache_implementation, "None while Quest is enabled"
             )
         else:
-            model_kwargs[CACHE] = self._new_cache(max(1, max_cache_length), is_estimate=True)
+            model_kwargs[CACHE] = self._new_cache(
+                max(1, max_cache_length), self._offload, is_estimate=True, batch=batch_size
+            )
             model_kwargs[CACHE].is_kept = False
             if generation_config.is_assistant:
                 model_kwargs[CACHE].activate_past_recording()

@@ -62,6 +62,11 @@ class HostStorage(KVStorage):
         )  # fmt: skip
 
     @property
+    def unit_bytes(self) -> int:
+        """Keys and values of a unit in one KV head [bytes]."""
+        return self._config.unit_size * (self.keys.shape[3] + self.values.shape[3]) * self.dtype.itemsize
+
+    @property
     def hot(self) -> HotUnits:
         """The pool, made at the first sparse step: what is free then is what a prompt has left."""
         if self._hot is None:

@@ -114,9 +114,12 @@ class QuestLayer(StepReporter, StoredLayer):
         if self.offload_to is None or self.is_dense:
             self._hold(KVStorage(key_states, value_states, **given))
         else:
-            self._hold(HostStorage(
-                key_states, value_states, offload=self.offload_to, sparse_layers=self.sparse_layers, **given
-            ))  # fmt: skip
+            storage = HostStorage(
+                key_states, value_states, offload=self.offload_to, sparse_layers=self.sparse_layers,
+                counts=self.counter.fetched.on(key_states.device), **given,
+            )  # fmt: skip
+            self.counter.fetched.unit_bytes = storage.unit_bytes
+            self._hold(storage)
         self.is_initialized = True
 
     def _first_room(self, new: int) -> int:

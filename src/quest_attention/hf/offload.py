@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, NamedTuple
+from collections.abc import Collection
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -51,6 +52,27 @@ class CacheShape(NamedTuple):
     dtype: torch.dtype
     sparse_layers: int
     dense_layers: int = 0
+
+    @classmethod
+    def of(cls, model: Any, kinds: Collection[str], *, batch: int, length: int) -> CacheShape | None:
+        """The sizes of a model's cache, as its configuration has them; None where that does not say.
+
+        Args:
+            model: A transformers model.
+            kinds: What Quest makes of its layers, as `layer_kinds` says.
+            batch: Sequences.
+            length: Tokens per sequence [tokens].
+        """
+        text = model.config.get_text_config(decoder=True)
+        heads = getattr(text, "num_attention_heads", None)
+        kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        dim = getattr(text, "head_dim", None)
+        if dim is None and isinstance(heads, int):
+            dim = text.hidden_size // heads
+        if not (isinstance(kv_heads, int) and isinstance(dim, int)):
+            return None
+        sparse, dense = (sum(kind == each for kind in kinds) for each in ("quest", "dense"))
+        return cls(batch, length, kv_heads, dim, dim, model.dtype, sparse, dense)
 
     @property
     def token_bytes(self) -> int:
