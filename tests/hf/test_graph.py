@@ -17,6 +17,7 @@ from quest_attention import BackendError, QuestConfig, QuestStateError, QuestWar
 from quest_attention.hf import cache_argument, enable, graph
 from quest_attention.hf.draft_length import DraftLength
 from quest_attention.hf.naming import CACHE
+from quest_attention.hf.offload import Offload
 from quest_attention.hf.reading import Reading
 from tiny import make_llama, prompt
 
@@ -203,6 +204,33 @@ def test_storage_that_grows_is_captured_again(device: str) -> None:
         assert quest.graphs.eager_steps["the storage is full and grows in this step"] >= 1
         assert quest.graphs.eager_steps["the forward pass was given output_hidden_states"] == 60
         assert cache.get_seq_length() == plain.get_seq_length() == 100
+
+
+@pytest.mark.parametrize("name", ["bounds", "sketch"])
+def test_hot_units_come_and_go_in_replays(device: str, name: str) -> None:
+    """Keys and values in host memory: the same tokens, also after some were taken back between two replays."""
+    config = {
+        "bounds": SMALL,
+        "sketch": QuestConfig(24, 8, num_dense_layers=1, metadata="sketch", selection_unit="token", candidate_factor=2),
+    }[name]
+    model: Any = make_llama().to(device)
+    ids = prompt(2, 70).to(device)
+    with torch.inference_mode(), enabled(model, device, config) as quest:
+        plain = quest.make_cache(200)
+        quest._offload = Offload(56)  # as enable_quest(offload="host") has it, on a CPU too
+        far = quest.make_cache(200)
+        made: list[list[list[int]]] = []
+        for cache, extra in ((plain, {"output_hidden_states": True}), (far, {})):
+            model(ids, **cache_argument(cache))
+            tokens = steps(model, cache, ids, 40, **extra)
+            cache.crop(-21)
+            model(ids[:, :3], **cache_argument(cache))
+            made.append([tokens, steps(model, cache, ids, 30, **extra)])
+        assert made[1] == made[0]
+        assert quest.graphs.replayed_steps == 70
+        fetches = quest.counters.fetches
+        slots = sum(layer.storage.hot.owners.numel() for layer in far.layers if not layer.is_dense)
+        assert slots < fetches.units_fetched < fetches.units_looked_up
 
 
 def test_what_a_captured_step_reads(device: str) -> None:

@@ -18,13 +18,14 @@ from triton.runtime import driver
 
 from quest_attention import QuestConfig
 from quest_attention.forms import FP8, Bounds, Moments, Sketch
-from quest_attention.ops import Selection, Step
+from quest_attention.ops import HotUnits, Selection, Step
 from quest_attention.ops import triton as backend
 from quest_attention.ops.triton import (
     attention,
     choice,
     counts,
     decode,
+    fetch,
     masks,
     metadata,
     query_tokens,
@@ -185,13 +186,36 @@ def run_tokens(
     assert token_decode.decode_tokens(step) is not None
 
 
+def run_hot_units(dtype: torch.dtype, group: int, dim: int, *, host: bool) -> None:
+    """Pages and tokens fetched into a pool, and steps that read it."""
+    heads, page_size, pages, length = 2, 16, 300, 4800
+    stored = torch.empty(1, heads, length, dim, dtype=dtype)
+    seq_lens: Any = length if host else torch.full((1,), length, dtype=torch.int32)
+    query = torch.empty(1, heads * group, dim, dtype=dtype)
+    for form, config in (
+        (Bounds(), QuestConfig(512, page_size, metadata="bounds")),
+        (Sketch(page_size), QuestConfig(128, page_size, metadata="sketch", selection_unit="token")),
+    ):
+        kept = torch.empty(1, heads, pages, *form.shape(page_size, dim), dtype=form.dtypes(dtype)[0])
+        kv = PagedKV.from_contiguous(stored, stored, kept, form=form)
+        hot = HotUnits.allocate(kv, config.unit_size, 4000 // config.unit_size)
+        step = Step(query=query, kv=kv, seq_lens=seq_lens, config=config, hot=hot)
+        if config.unit_size == 1:
+            assert token_decode.decode_tokens(step) is not None
+            continue
+        units = torch.zeros(1, heads, config.unit_budget, dtype=torch.int32)
+        backend.fetch_units(kv, hot, units, seq_lens)
+        near = Step(query=query, kv=hot.paged, seq_lens=seq_lens, config=config)
+        backend.sparse_decode_attention(near, Selection(units, units[:, :, 0], config.unit_size))
+
+
 def main() -> None:
     """Compile what differs in kind: dtypes, heads, caches, forms of metadata, lengths on host and device, sections."""
     driver.set_active(NoGpu())
     # As vLLM sets one: whoever does has Triton write the constants of a kernel as JSON, which holds no function.
     triton.knobs.runtime.jit_post_compile_hook = lambda **_: None
     for module in (
-        attention, counts, decode, masks, metadata, query_tokens, scores, choice, received, sketch, token_decode
+        attention, counts, decode, fetch, masks, metadata, query_tokens, scores, choice, received, sketch, token_decode
     ):  # fmt: skip
         module.launch = compile_only  # type: ignore[attr-defined]
     run_all(torch.bfloat16, 1, narrow=False, host=False, pages=256, budget=512)
@@ -213,6 +237,8 @@ def main() -> None:
     run_tokens(torch.bfloat16, 20, 128, scans=False, host=False)
     run_tokens(torch.bfloat16, 64, 256, scans=False, host=False)
     run_tokens(torch.bfloat16, 2, 64, scans=False, host=True, softcap=50.0, masked=True)
+    run_hot_units(torch.bfloat16, 4, 128, host=False)
+    run_hot_units(torch.float16, 1, 80, host=True)
     for dim in (64, 256):
         query, key = (torch.empty(2, heads, 96, dim, dtype=torch.bfloat16) for heads in (4, 2))
         received.received_attention(query, key, 0.1)

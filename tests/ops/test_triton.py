@@ -399,6 +399,7 @@ def test_every_kernel_compiles_for_a_hopper_gpu() -> None:
     assert compiled == {
         "_append_kernel",
         "_attend_kernel",
+        "_copy_kernel",
         "_count_kernel",
         "_decode_kernel",
         "_estimate_kernel",
@@ -408,6 +409,7 @@ def test_every_kernel_compiles_for_a_hopper_gpu() -> None:
         "_mark_kernel",
         "_merge_sections_kernel",
         "_own_kernel",
+        "_place_kernel",
         "_receive_kernel",
         "_score_kernel",
         "_select_kernel",

@@ -133,9 +133,8 @@ class DecodeGraphs:
         """What keeps a step from a graph, or None."""
         set_ones = {name for name, value in kwargs.items() if value is not None and value is not False}
         others = sorted(set_ones - _HANDLED)
-        failure = self._failure if cache.offload_to is None else "the host waits for what is fetched from its memory"
-        if failure is not None:
-            return failure
+        if self._failure is not None:
+            return self._failure
         if others:
             return f"the forward pass was given {', '.join(others)}"
         if len(self._devices) > 1:

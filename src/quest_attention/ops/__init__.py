@@ -541,7 +541,7 @@ def run_step(
         raise QuestValueError("config.metadata", got, f"{expected}, as the cache")
     backend = resolve_backend(step.config.backend, step.kv.keys.device, step.kv.keys.dtype)
     check_backend(backend, step.config)
-    if backend.fused is not None and score is None and attend is None and step.hot is None:
+    if backend.fused is not None and score is None and attend is None:
         done = backend.fused(step)
         if done is not None:
             return QuestOutput(*done)
@@ -587,10 +587,9 @@ def fetch_units(
 ) -> None:
     """Have selected units of a contiguous cache in its pool of hot ones: what is not there is copied.
 
-    Where no slot is free, those make room that no fetch used for the longest time; of equals the lower slot. What one
-    fetch is asked for makes no room for another part of it, so a row must have as many slots. A unit that holds the
-    last token of its sequence is copied in any case, since that token is new; whoever writes elsewhere calls
-    `HotUnits.forget`.
+    Where no slot is free, a clock makes room, which lets be what was used since it came by last. What one fetch is
+    asked for makes no room for another part of it, so a row must have as many slots. A unit that holds the last token
+    of its sequence is copied in any case, since that token is new; whoever writes elsewhere calls `HotUnits.forget`.
 
     Args:
         kv: The cache.

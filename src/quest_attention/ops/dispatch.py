@@ -69,7 +69,7 @@ class ResolvedBackend(NamedTuple):
         reason: Why this one, as a sentence for `quest env` and logs.
         verbs: The implementation.
         fused: The decode step as a whole, where the backend has a way that is faster than its verbs one after the
-            other, as in one launch; it gives None for what that cannot hold.
+            other, as in one launch; it gives None for what that cannot hold, a pool of hot units perhaps.
         choose: Likewise its choice alone, for those who attend in a way of their own.
         query_tokens: How several query tokens of a sequence become those of one group, and attend.
         make_workspace: Allocates scratch memory for decode steps of a shape.

@@ -15,40 +15,56 @@ def fetch_units(kv: PagedKV, hot: HotUnits, units: Tensor, seq_lens: Tensor | in
     """See `ops.fetch_units`. Only what is missing is copied, so the host waits to know what that is."""
     cache, size = kv.contiguous, hot.unit_size
     assert cache is not None, "checked with the step"
+    batch, heads, slots = hot.owners.shape
     wanted = units.long()
     ends = seq_lens[:, None, None] if isinstance(seq_lens, Tensor) else seq_lens
     is_unit = (wanted >= 0) & (wanted * size < ends)
-    slot = hot.table.gather(2, wanted.masked_fill(~is_unit, 0)).long()  # [B, HKV, K], as pages of the pool
-    is_hot = is_unit & (slot >= 0)
+    wanted = wanted.masked_fill(~is_unit, 0)
+    page = hot.table.gather(2, wanted)  # [B, HKV, K]
+    is_hot = is_unit & (page != ABSENT)
     is_missing = is_unit & ~is_hot
     hot.clock.add_(1)
-    first = torch.arange(hot.owners.shape[0] * hot.owners.shape[1], device=units.device).view(*units.shape[:2], 1)
-    first = first * hot.slots  # rows of the pool: pages of a KV head begin behind those of the ones before
-    shift = _head_pages(hot, units.device)  # what the head adds to a page's number to make its row
-    owners, stamps = hot.owners.view(-1), hot.stamps.view(-1)
-    stamps[(slot + shift)[is_hot]] = hot.clock
-    oldest = hot.stamps.argsort(dim=2, stable=True)  # slots not used for the longest time; of equals the lower
-    nth = is_missing.cumsum(2) - 1
-    taken = (oldest.gather(2, nth.clamp(min=0)) + first)[is_missing]  # rows of the pool that the missing ones get
-    table = hot.table.view(-1)
-    first_unit = first // hot.slots * hot.table.shape[2]
-    gone = owners[taken].long()
-    begins = first_unit.expand_as(wanted)[is_missing]
-    table[(begins + gone)[gone >= 0]] = ABSENT
+
+    # All rows of the pool, and all units of the table, one after the other; a page's number begins with the sequence.
+    head = torch.arange(heads, device=units.device)[:, None] * slots  # [HKV, 1]
+    first_slot = torch.arange(batch, device=units.device)[:, None, None] * (heads * slots) + head  # [B, HKV, 1]
+    first_unit = first_slot // slots * hot.table.shape[2]
+    table, owners, stamps = hot.table.view(-1), hot.owners.view(-1), hot.stamps.view(-1)
+    stamps[(page + head)[is_hot]] = hot.clock
+    taken = (_taken(hot, is_missing) + first_slot)[is_missing]
+    gone, missing = owners[taken], (first_unit + wanted)[is_missing]
+    table[(first_unit.expand_as(wanted)[is_missing] + gone)[gone != ABSENT]] = ABSENT
     owners[taken] = wanted[is_missing].to(torch.int32)
     stamps[taken] = hot.clock
-    table[begins + wanted[is_missing]] = (taken - shift.expand_as(wanted)[is_missing]).to(torch.int32)
+    table[missing] = (taken - head.expand_as(wanted)[is_missing]).to(torch.int32)
 
     # The unit being written has a token more than when it was copied.
     is_copied = is_missing | (is_unit & (wanted == (ends - 1) // size))
-    rows = (hot.table.gather(2, wanted.masked_fill(~is_unit, 0)) + shift)[is_copied]
+    to = (hot.table.gather(2, wanted) + head)[is_copied]
     source = (cache.first_rows * (kv.page_size // size) + wanted)[is_copied]
     for pool, stored in ((hot.keys, cache.keys), (hot.values, cache.values)):
         run = size * pool.shape[3]
-        pool.view(-1, run).index_copy_(0, rows, stored.view(-1, run).index_select(0, source))
+        pool.view(-1, run).index_copy_(0, to, stored.view(-1, run).index_select(0, source))
     hot.counts.add_(torch.stack([is_unit.sum() * (not is_again), is_missing.sum(), is_copied.sum()]))
 
 
-def _head_pages(hot: HotUnits, device: torch.device) -> Tensor:
-    """`[1, HKV, 1]`: a KV head's pages begin so many behind those of the first, as the stride of heads has it."""
-    return torch.arange(hot.owners.shape[1], device=device).view(1, -1, 1) * hot.slots
+def _taken(hot: HotUnits, is_missing: Tensor) -> Tensor:
+    """Slots that the missing units of each row get, `[B, HKV, K]` int64; anything where none is missing.
+
+    All turns of the clock at once: a slot that is passed in the first round and used is reached in the second, so its
+    place in the order is that of its round. What this fetch has used comes last.
+    """
+    slots, stamps = hot.slots, hot.stamps
+    round_trip = (torch.arange(slots, device=stamps.device) - hot.hands[..., None]) % slots  # [B, HKV, S]
+    is_used = (stamps != 0).long()
+    order = round_trip + slots * (is_used + (stamps == hot.clock))
+    reached, found = order.sort(2)
+    nth = (is_missing.cumsum(2) - 1).clamp(min=0)
+    count = is_missing.sum(2, keepdim=True)
+    last = (count - 1).clamp(min=0)
+    end = reached.gather(2, last)  # where the hand is when the last one is found; what it passed is used no more
+    is_passed = (count > 0) & (is_used != 0) & (stamps != hot.clock) & (round_trip < end)
+    stamps.masked_fill_(is_passed, 0)
+    hand = (found.gather(2, last) + 1) % slots
+    hot.hands.copy_(torch.where(count > 0, hand, hot.hands[..., None].long())[..., 0])
+    return found.gather(2, nth)

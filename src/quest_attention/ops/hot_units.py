@@ -2,7 +2,9 @@
 
 Keys and values of long contexts may lie in memory that is large and slow to read, a host's beside a GPU. A step then
 chooses by metadata alone, which is near, fetches into the pool what it chose and is not there, and attends to the pool.
-A unit that is read again soon is found there: it is hot. What makes room for others was not used for the longest time.
+A unit that is read again soon is found there: it is hot. Room is made by a clock: a hand goes round the slots, lets be
+what was used since it passed last, and takes the next other. So as little is looked at as is needed, however large the
+pool, and what is used often stays.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ class HotUnits:
         values: `[B, HKV, S * unit_size, DV]`, likewise.
         table: `[B, HKV, U]` int32, where each unit lies, as a page of the pool, or `ABSENT`.
         owners: `[B, HKV, S]` int32, the unit that each slot holds, or `ABSENT`.
-        stamps: `[B, HKV, S]` int32, the fetch that used each slot last, 0 for none.
+        stamps: `[B, HKV, S]` int32, the fetch that used each slot last, 0 for none since the hand passed it.
+        hands: `[B, HKV]` int32, the slot that the hand of each row comes to next.
         clock: `[1]` int32, fetches so far.
         counts: `[3]` int64: units that were looked up, those of them that were not there, and those that were copied,
             the ones being written among them, which are copied again [units].
@@ -54,6 +57,7 @@ class HotUnits:
     table: Tensor
     owners: Tensor
     stamps: Tensor
+    hands: Tensor
     clock: Tensor
     counts: Tensor
     unit_size: int
@@ -82,7 +86,8 @@ class HotUnits:
         owners = torch.full((batch, heads, slots), ABSENT, dtype=torch.int32, device=device)
         return cls(
             keys, values, owners.new_full((batch, heads, units), ABSENT), owners, torch.zeros_like(owners),
-            owners.new_zeros(1), owners.new_zeros(3, dtype=torch.int64) if counts is None else counts, unit_size,
+            owners.new_zeros(batch, heads), owners.new_zeros(1),
+            owners.new_zeros(3, dtype=torch.int64) if counts is None else counts, unit_size,
         )  # fmt: skip
 
     def is_of(self, kv: PagedKV, shape: tuple[int, int, int]) -> bool:

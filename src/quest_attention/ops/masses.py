@@ -46,8 +46,9 @@ class Estimates(Protocol):
 
 
 def score_masses(
-    step: Step, out: Tensor | None, estimates: Estimates | None = None, keys_of: KeysOf | None = None
-) -> Tensor:
+    step: Step, out: Tensor | None, estimates: Estimates | None = None, keys_of: KeysOf | None = None,
+    fetch: Callable[..., None] = fetch_units,
+) -> Tensor:  # fmt: skip
     """Log masses `[B, HKV, U]` float32; see `ops.score_pages`.
 
     A weight needs its head's normaliser, so all tokens are estimated before any unit is scored: estimates
@@ -65,6 +66,7 @@ def score_masses(
         out: To write to.
         estimates: By a backend's means; None is as the form itself makes them.
         keys_of: Reads the keys of candidates; None where they lie in the cache as `PagedKV` says.
+        fetch: Where there is a pool of hot units, a backend's verb that has candidates there before they are read.
     """
     kv, config, seq_lens = step.kv, step.config, step.seq_lens
     batch, heads = kv.batch_size, kv.num_kv_heads
@@ -92,7 +94,7 @@ def score_masses(
     size, candidates = config.unit_size, min(config.candidate_budget, used.shape[2])
     units = ranking(used, step.workspace).topk(candidates, sorted=False).indices  # [B, HKV, C]
     is_unit = used.gather(2, units) != -math.inf
-    keys = _keys_of(step, units, is_unit) if keys_of is None else keys_of(units.masked_fill(~is_unit, 0))
+    keys = _keys_of(step, units, is_unit, fetch) if keys_of is None else keys_of(units.masked_fill(~is_unit, 0))
     logits = _logits_of(step, keys)  # [B, HKV, C * size, G]
     tokens = (units[..., None] * size + torch.arange(size, device=units.device)).flatten(2)
     is_live = live[:, None].expand(-1, heads, -1).gather(2, tokens)
@@ -104,11 +106,12 @@ def score_masses(
     return scores
 
 
-def _keys_of(step: Step, units: Tensor, is_unit: Tensor) -> Tensor:
+def _keys_of(step: Step, units: Tensor, is_unit: Tensor, fetch: Callable[..., None]) -> Tensor:
     """Keys of candidates `[B, HKV, C]` int64, out of the pool of hot units where there is one."""
     if step.hot is None:
         return gather_keys(step.kv, units, step.config.unit_size, is_unit)
-    fetch_units(step.kv, step.hot, units.masked_fill(~is_unit, -1), step.seq_lens)
+    wanted = units.masked_fill(~is_unit, -1).to(torch.int32)
+    fetch(step.kv, step.hot, wanted, step.seq_lens)
     return gather_keys(step.hot.paged, units, step.hot.unit_size, is_unit)
 
 

@@ -339,7 +339,7 @@ def select_pages(
 
 
 def fetch_units(kv: PagedKV, hot: HotUnits, wanted: list[list[list[int]]], seq_lens: list[int]) -> tuple[int, int, int]:
-    """Have the wanted units in the pool, `wanted[b][h]`; a slot that nobody used for the longest time makes room.
+    """Have the wanted units in the pool, `wanted[b][h]`.
 
     Returns:
         Units looked up, those of them that were not there, and those that were copied.
@@ -349,16 +349,16 @@ def fetch_units(kv: PagedKV, hot: HotUnits, wanted: list[list[list[int]]], seq_l
     now, size = int(hot.clock), hot.unit_size
     looked_up = fetched = copied = 0
     for b, length in enumerate(seq_lens):
+        first = b * kv.num_kv_heads * hot.slots  # of the sequence's pages in the pool
         for h in range(kv.num_kv_heads):
-            first = b * kv.num_kv_heads * hot.slots  # of the sequence's pages in the pool
             table, owners, stamps = hot.table[b, h], hot.owners[b, h], hot.stamps[b, h]
             units = [unit for unit in wanted[b][h] if unit >= 0 and unit * size < length]
             missing = [unit for unit in units if table[unit] == ABSENT]
             for unit in units:
-                if unit not in missing:  # used now, so it makes no room for another
+                if unit not in missing:
                     stamps[int(table[unit]) - first] = now
             for unit in missing:
-                slot = min(range(hot.slots), key=lambda slot: (int(stamps[slot]), slot))
+                slot = _next_slot(hot, b, h)
                 if owners[slot] != ABSENT:
                     table[int(owners[slot])] = ABSENT
                 owners[slot], stamps[slot], table[unit] = unit, now, first + slot
@@ -372,6 +372,18 @@ def fetch_units(kv: PagedKV, hot: HotUnits, wanted: list[list[list[int]]], seq_l
                     hot.values[b, h, to] = kv.contiguous.values[b, h, of]
             looked_up, fetched = looked_up + len(units), fetched + len(missing)
     return looked_up, fetched, copied
+
+
+def _next_slot(hot: HotUnits, b: int, h: int) -> int:
+    """The clock: the hand goes round, lets a slot be that was used since it passed last, and takes the next other."""
+    stamps = hot.stamps[b, h]
+    while True:
+        slot = int(hot.hands[b, h])
+        hot.hands[b, h] = (slot + 1) % hot.slots
+        if stamps[slot] == 0:
+            return slot
+        if stamps[slot] != hot.clock:  # what this fetch uses stays
+            stamps[slot] = 0
 
 
 def sparse_decode_attention(

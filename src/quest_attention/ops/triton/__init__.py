@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from quest_attention.ops.fetching import fetch_units
 from quest_attention.ops.triton.attention import sparse_decode_attention
 from quest_attention.ops.triton.choice import select_pages
 from quest_attention.ops.triton.counts import count_reads
 from quest_attention.ops.triton.decode import quest_decode
+from quest_attention.ops.triton.fetch import fetch_units
 from quest_attention.ops.triton.metadata import append_slots, append_token, update_page_metadata, update_slot_metadata
 from quest_attention.ops.triton.query_tokens import TritonQueryTokens
 from quest_attention.ops.triton.scores import score_pages

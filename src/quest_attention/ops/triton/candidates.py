@@ -24,7 +24,7 @@ MISSING = tl.constexpr(1 << 24)
     "capacity", "most",
 ])  # fmt: skip
 def pick_kernel(
-    query, keys, page_table, table_stride, lengths, live, space, scale, softcap, num_kv_heads, token_budget,
+    query, keys, pool, page_table, table_stride, lengths, live, space, scale, softcap, num_kv_heads, token_budget,
     num_sink_pages, num_recent_pages, parts, listed, capacity, most,
     SHAPE: tl.constexpr, PARTS: tl.constexpr, NORMS: tl.constexpr, PICKED: tl.constexpr, RANKED: tl.constexpr,
     FOLLOWS: tl.constexpr,
@@ -91,7 +91,7 @@ def pick_kernel(
             is_live = here < kept
             candidate = tl.load(candidates + here, mask=is_live, other=0)
             physical = tl.load(table + candidate // PAGE, mask=is_live, other=0)
-            rank = _rank_by_keys(q, keys, physical, candidate, is_live, h, norm, factor, softcap, SHAPE)
+            rank = _rank_by_keys(q, keys, pool, row, physical, candidate, is_live, h, norm, factor, softcap, SHAPE)
             if live is not None:
                 rank = tl.where(candidate < sinks_end, FORCED, rank)
             tl.store(space.exact + row.to(tl.int64) * listed + here, rank, mask=is_live)
@@ -230,15 +230,28 @@ def choose_kernel(
 
 
 @triton.jit
-def _rank_by_keys(q, keys, physical, token, is_live, h, norm, factor, softcap, SHAPE: tl.constexpr):
-    """The largest log weight of a head that each token has by its key, or past all where one is not finite: `[N]`."""
+def _rank_by_keys(
+    q, keys, pool, row, physical, token, is_live, h, norm, factor, softcap, SHAPE: tl.constexpr
+):  # fmt: skip
+    """The largest log weight of a head that each token has by its key, or past all where one is not finite: `[N]`.
+
+    Where there is a pool of hot tokens, the keys of those are read there, and not where the cache is.
+    """
     HEADS: tl.constexpr = SHAPE.block_g
     N: tl.constexpr = token.shape[0]
     channel = tl.arange(0, SHAPE.block_d)
     offset = (token % SHAPE.page_size).to(tl.int64) * keys.token
     at = keys.base + h * keys.head + physical.to(tl.int64) * keys.page + offset
     inside = is_live[:, None] & (channel < SHAPE.head_dim)[None, :]
-    k = widen(tl.load(at[:, None] + channel[None, :], mask=inside, other=0.0), q.dtype)
+    if pool is None:
+        k = tl.load(at[:, None] + channel[None, :], mask=inside, other=0.0)
+    else:
+        page = tl.load(pool.table + row.to(tl.int64) * pool.units + token, mask=is_live, other=-1)
+        is_hot = (page >= 0)[:, None]
+        near = pool.keys + h * pool.head + page.to(tl.int64) * SHAPE.head_dim
+        far = tl.load(at[:, None] + channel[None, :], mask=inside & ~is_hot, other=0.0)
+        k = tl.where(is_hot, tl.load(near[:, None] + channel[None, :], mask=inside & is_hot, other=0.0), far)
+    k = widen(k, q.dtype)
     logit = dot(q, tl.trans(k), tl.zeros([HEADS, N], tl.float32)) * factor
     is_head = (tl.arange(0, HEADS) < SHAPE.group)[:, None]
     is_unknown = tl.sum((is_head & ~(tl.abs(logit) < float("inf"))).to(tl.int32), 0) > 0

@@ -50,7 +50,8 @@ def quest_decode(step: Step) -> tuple[Tensor, Selection] | None:
     if kv.form.scores == "token":
         return decode_tokens(step)
     check_kernel_dtype(kv.keys)
-    tuning = None if step.token_mask is not None else tune(kv, query.shape[1], config)
+    # Pages are fetched between the choice and the attention of a step, which one launch does not part.
+    tuning = None if step.token_mask is not None or step.hot is not None else tune(kv, query.shape[1], config)
     if tuning is None:
         return None
     batch, heads, device = kv.batch_size, kv.num_kv_heads, query.device

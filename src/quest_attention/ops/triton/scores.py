@@ -18,6 +18,7 @@ from quest_attention.ops.triton.arguments import (
     shape_of,
     side_by_side,
 )
+from quest_attention.ops.triton.fetch import fetch_units
 from quest_attention.ops.triton.forms import kernel_form, score_form
 from quest_attention.ops.triton.launch import check_kernel_dtype, launch
 from quest_attention.ops.triton.masks import load_seen
@@ -32,7 +33,7 @@ def score_pages(step: Step, out: Tensor | None = None) -> Tensor:
     kv, token_mask = step.kv, step.token_mask
     check_kernel_dtype(kv.keys)
     if kv.form.scores == "token":
-        return score_masses(step, out, SketchEstimates(step))
+        return score_masses(step, out, SketchEstimates(step), fetch=fetch_units)
     query, table = side_by_side(step.query), side_by_side(kv.page_table)
     batch, heads, group = kv.batch_size, kv.num_kv_heads, query.shape[1] // kv.num_kv_heads
     shape = (batch, heads, kv.max_pages)

@@ -3,7 +3,7 @@
     prepare     queries turned, and as bits; the log-sum-exp of each head from the keys of a sample of tokens
     sample      the ranks of some pages' tokens, by the signs of their sketches: `scan` where it fits, else `ranks`
     scan        which of all tokens reach the threshold that the sample gives: the candidates
-    pick        these, to a list, and rank them by their keys
+    pick        these, to a list, and rank them by their keys, those of hot tokens in the pool
     choose      among the candidates of a row
     attend      to the chosen, as `attention` does; the last program of a row merges
 
@@ -37,6 +37,7 @@ from quest_attention.ops.triton.arguments import (
 )
 from quest_attention.ops.triton.attention import attend_slots
 from quest_attention.ops.triton.candidates import choose_kernel, pick_kernel
+from quest_attention.ops.triton.fetch import place_units, pool_argument
 from quest_attention.ops.triton.launch import check_kernel_dtype, launch, starts_early, wait_for_launch
 from quest_attention.ops.triton.masks import mark_live_tokens
 from quest_attention.ops.triton.merge import merge_splits, store_partial
@@ -81,10 +82,13 @@ def decode_tokens(step: Step) -> tuple[Tensor, Selection] | None:
     batch, heads, width = kv.batch_size, kv.num_kv_heads, kv.values.shape[-1]
     group = query.shape[1] // heads
     selected = _choose(step, plan, workspace)
+    shape = shape_of(kv.page_size, group, kv.head_dim, width, unit=1)
+    if step.hot is not None:  # the same attention, with a page of the pool for each token
+        places = place_units(kv, step.hot, selected.units, step.seq_lens)
+        kv, workspace, shape = step.hot.paged, workspace._replace(places=places), shape._replace(page_size=1)
     output = step.out
     if output is None:
         output = torch.empty(batch, query.shape[1], width, dtype=query.dtype, device=query.device)
-    shape = shape_of(kv.page_size, group, kv.head_dim, width, unit=1)
     launch(
         _attend_kernel, (batch * heads * plan.splits,), by_head(side_by_side(query)), keys_argument(kv),
         values_argument(kv), workspace, selected.counts, None if sinks is None else side_by_side(sinks), output,
@@ -165,8 +169,9 @@ def _choose(step: Step, plan: Plan, workspace: TokenWorkspace) -> Selection:
             )  # fmt: skip
     parts = triton.next_power_of_2(plan.pick_parts)
     launch(
-        pick_kernel, (rows * plan.pick_parts,), by_heads, keys, table, stride, lengths, live, workspace, scale, softcap,
-        heads, budget, sink_pages, recent_pages, plan.pick_parts, plan.listed, plan.words, plan.most,
+        pick_kernel, (rows * plan.pick_parts,), by_heads, keys, pool_argument(step.hot), table, stride, lengths, live,
+        workspace, scale, softcap, heads, budget, sink_pages, recent_pages, plan.pick_parts, plan.listed, plan.words,
+        plan.most,
         SHAPE=multiplied, PARTS=parts, NORMS=norms, PICKED=plan.picked,
         RANKED=max(16, _WEIGHED // multiplied.block_d), num_warps=4, **follows,
     )  # fmt: skip

@@ -1,0 +1,178 @@
+"""Kernels: units of a cache into its pool of hot ones, in two launches.
+
+place   which of the wanted units of a row are there, and which slots the others get; a program for each row
+copy    the keys and values of those that are not, many rows in flight: the cache may lie in memory that is far
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quest_attention.ops.hot_units import HotUnits
+from quest_attention.ops.triton.arguments import by_head, length_of, lengths_argument, side_by_side
+from quest_attention.ops.triton.launch import launch
+from quest_attention.pages import PagedKV
+
+__all__ = ["Pool", "fetch_units", "place_units", "pool_argument"]
+
+_LOOKED_AT = 1024
+"""Slots that the hand passes at a time."""
+_COPIED = 4096
+"""Channels of keys and of values that a program copies."""
+
+
+class Pool(NamedTuple):
+    """The keys of hot tokens, a page of the pool each, for kernels that read those that they find there.
+
+    Attributes:
+        table: `[B * HKV, U]` int32; see `HotUnits`.
+        units: Tokens of a row of it, U.
+        keys: `[B, HKV, S, D]`.
+        head: Numbers from one KV head to the next.
+    """
+
+    table: Any
+    units: Any
+    keys: Any
+    head: Any
+
+
+def pool_argument(hot: HotUnits | None) -> Pool | None:
+    """A pool of single tokens as an argument; None where there is none."""
+    if hot is None:
+        return None
+    return Pool(hot.table, hot.table.shape[2], hot.keys, hot.keys.stride(1))
+
+
+def fetch_units(kv: PagedKV, hot: HotUnits, units: Tensor, seq_lens: Tensor | int, *, is_again: bool = False) -> None:
+    """See `ops.fetch_units`. The host waits for nothing, so that a CUDA graph can replay it."""
+    place_units(kv, hot, units, seq_lens, is_again=is_again)
+
+
+def place_units(kv: PagedKV, hot: HotUnits, units: Tensor, seq_lens: Tensor | int, *, is_again: bool = False) -> Tensor:
+    """`fetch_units`; gives where the units are then, as pages of the pool, `[B, HKV, K]` int32: 0 for what is none."""
+    cache, size = kv.contiguous, hot.unit_size
+    assert cache is not None, "checked with the step"
+    units = side_by_side(units)
+    batch, heads, count = units.shape
+    places = torch.empty(batch, heads, count, dtype=torch.int32, device=units.device)
+    if count == 0:
+        return places
+    hot.clock.add_(1)
+    copied, victims = torch.empty_like(places), torch.empty_like(places)
+    lengths = lengths_argument(seq_lens)
+    launch(
+        _place_kernel, (batch * heads,),
+        by_head(units), lengths, hot.table, hot.owners, hot.stamps, hot.hands, hot.clock, hot.counts, places, copied,
+        victims, heads, count, hot.table.shape[2], hot.slots,
+        SIZE=size, COUNTS=not is_again, BLOCK_K=max(16, triton.next_power_of_2(count)),
+        BLOCK_S=min(_LOOKED_AT, max(16, triton.next_power_of_2(hot.slots))), num_warps=8,
+    )  # fmt: skip
+    dim, width = hot.keys.shape[3], hot.values.shape[3]
+    block_d, block_dv = (max(16, triton.next_power_of_2(each)) for each in (dim, width))
+    block_t = max(1, _COPIED // max(block_d, block_dv))
+    parts = triton.cdiv(count * size, block_t)
+    launch(
+        _copy_kernel, (batch * heads * parts,),
+        by_head(units), cache.keys, cache.values, hot.keys, hot.values, places, copied, heads, count,
+        cache.keys.shape[2], hot.slots, parts,
+        SIZE=size, DIM=dim, WIDTH=width, BLOCK_T=block_t, BLOCK_D=block_d, BLOCK_DV=block_dv, num_warps=4,
+    )  # fmt: skip
+    return places
+
+
+@triton.jit(do_not_specialize=["lengths", "num_kv_heads", "count", "max_units", "slots"])
+def _place_kernel(
+    units, lengths, table, owners, stamps, hands, clock, counts, places, copied, victims, num_kv_heads, count,
+    max_units, slots,
+    SIZE: tl.constexpr, COUNTS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """The clock of a row: see `reference.fetch_units`. `copied` says of each unit whether it is to be copied."""
+    row = tl.program_id(0)
+    b = (row // num_kv_heads).to(tl.int64)
+    h = (row % num_kv_heads).to(tl.int64)
+    end = length_of(lengths, b)
+    now = tl.load(clock)
+    row_table = table + row.to(tl.int64) * max_units
+    row_owners = owners + row.to(tl.int64) * slots
+    row_stamps = stamps + row.to(tl.int64) * slots
+    row_lists = row.to(tl.int64) * count
+    first = (b * num_kv_heads * slots).to(tl.int32)  # of the sequence's pages in the pool
+    k = tl.arange(0, BLOCK_K)
+    unit = tl.load(units.base + b * units.row + h * units.head + k, mask=k < count, other=-1)
+    is_unit = (unit >= 0) & (unit * SIZE < end)
+    page = tl.load(row_table + unit, mask=is_unit, other=-1)
+    is_missing = is_unit & (page < 0)
+    tl.store(row_stamps + (page - first), now, mask=is_unit & (page >= 0))
+    wanted = tl.sum(is_missing.to(tl.int32))
+    found = 0
+    hand = tl.load(hands + row)
+    here = tl.arange(0, BLOCK_S)
+    passed = 0  # no more than twice all slots: in the second round none is used but by this fetch
+    while (found < wanted) & (passed < 2 * slots):
+        tl.debug_barrier()  # other threads have written what is loaded here
+        ahead = passed + here
+        slot = (hand + ahead) % slots
+        # A block ends with the round, so that no slot is in it twice.
+        is_here = (ahead < 2 * slots) & (ahead // slots == passed // slots)
+        stamp = tl.load(row_stamps + slot, mask=is_here, other=now)
+        is_free = is_here & (stamp == 0)
+        nth = found + tl.cumsum(is_free.to(tl.int32)) - 1
+        is_taken = is_free & (nth < wanted)
+        # What lies behind the last one that is taken the hand has not come to.
+        is_passed = is_here & (nth + (~is_free).to(tl.int32) < wanted)
+        tl.store(row_stamps + slot, 0, mask=is_passed & ~is_free & (stamp != now))
+        tl.store(row_stamps + slot, now, mask=is_taken)
+        gone = tl.load(row_owners + slot, mask=is_taken, other=-1)
+        tl.store(row_table + gone, -1, mask=is_taken & (gone >= 0))
+        tl.store(victims + row_lists + nth, slot, mask=is_taken)
+        passed += tl.sum(is_passed.to(tl.int32))
+        found += tl.sum(is_taken.to(tl.int32))
+    tl.store(hands + row, (hand + passed) % slots)
+    tl.debug_barrier()
+    nth = tl.cumsum(is_missing.to(tl.int32)) - 1
+    slot = tl.load(victims + row_lists + nth, mask=is_missing, other=0)
+    tl.store(row_table + unit, first + slot, mask=is_missing)
+    tl.store(row_owners + slot, unit, mask=is_missing)
+    is_copied = is_missing | (is_unit & (unit == (end - 1) // SIZE))  # the one being written has a token more
+    tl.store(places + row_lists + k, tl.where(is_unit, tl.where(is_missing, first + slot, page), 0), mask=k < count)
+    tl.store(copied + row_lists + k, is_copied.to(tl.int32), mask=k < count)
+    if COUNTS:
+        tl.atomic_add(counts, tl.sum(is_unit.to(tl.int64)))
+    tl.atomic_add(counts + 1, wanted.to(tl.int64))
+    tl.atomic_add(counts + 2, tl.sum(is_copied.to(tl.int64)))
+
+
+@triton.jit(do_not_specialize=["num_kv_heads", "count", "capacity", "slots", "parts"])
+def _copy_kernel(
+    units, keys, values, hot_keys, hot_values, places, copied, num_kv_heads, count, capacity, slots, parts,
+    SIZE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Some tokens of a row's list from the cache to the pool, keys and values in one go."""
+    row = tl.program_id(0) // parts
+    part = tl.program_id(0) % parts
+    b = (row // num_kv_heads).to(tl.int64)
+    h = (row % num_kv_heads).to(tl.int64)
+    token = part * BLOCK_T + tl.arange(0, BLOCK_T)
+    at = token // SIZE
+    is_listed = at < count
+    lists = row.to(tl.int64) * count
+    is_copied = tl.load(copied + lists + at, mask=is_listed, other=0) != 0
+    unit = tl.load(units.base + b * units.row + h * units.head + at, mask=is_copied, other=0).to(tl.int64)
+    place = tl.load(places + lists + at, mask=is_copied, other=0).to(tl.int64) + h * slots
+    source = row.to(tl.int64) * capacity + unit * SIZE + token % SIZE
+    to = place * SIZE + token % SIZE
+    channel = tl.arange(0, BLOCK_D)
+    inside = is_copied[:, None] & (channel < DIM)[None, :]
+    k = tl.load(keys + source[:, None] * DIM + channel[None, :], mask=inside, other=0.0)
+    value_channel = tl.arange(0, BLOCK_DV)
+    value_inside = is_copied[:, None] & (value_channel < WIDTH)[None, :]
+    v = tl.load(values + source[:, None] * WIDTH + value_channel[None, :], mask=value_inside, other=0.0)
+    tl.store(hot_keys + to[:, None] * DIM + channel[None, :], k, mask=inside)
+    tl.store(hot_values + to[:, None] * WIDTH + value_channel[None, :], v, mask=value_inside)

@@ -1,0 +1,110 @@
+"""Memory of the host that a GPU reads and writes in place, and units fetched from it."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from quest_attention import QuestConfig, Selection, quest_decode, update_page_metadata
+from quest_attention.forms import Bounds, Sketch
+from quest_attention.hf.host_memory import free_host_bytes, host_empty
+from quest_attention.ops import HotUnits, fetch_units
+from quest_attention.pages import PagedKV
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+DEVICE = torch.device("cuda")
+
+
+def test_a_tensor_of_the_hosts_is_one_of_the_devices() -> None:
+    before = torch.cuda.memory_allocated()
+    far = host_empty((3, 5, 128), torch.bfloat16, DEVICE)
+    assert (far.device.type, far.dtype, far.shape, torch.cuda.memory_allocated()) == (
+        "cuda", torch.bfloat16, (3, 5, 128), before,
+    )  # fmt: skip
+    near = torch.randn(3, 5, 128, device=DEVICE).to(torch.bfloat16)
+    far.copy_(near)
+    assert torch.equal(far, near)
+    rows = torch.tensor([2, 0], device=DEVICE)
+    graph = torch.cuda.CUDAGraph()
+    far.index_select(0, rows)
+    with torch.cuda.graph(graph):
+        found = far.index_select(0, rows)
+    far.copy_(2 * near)
+    graph.replay()
+    assert torch.equal(found, 2 * near[rows])
+    del far, found, graph
+    gc.collect()
+    assert host_empty((0, 4), torch.float32, DEVICE).shape == (0, 4)
+
+
+def test_locked_memory_is_given_back() -> None:
+    size = 1 << 30
+    free = free_host_bytes()
+    for _ in range(3):
+        far = host_empty((size,), torch.uint8, DEVICE)
+        far.fill_(1)
+        torch.cuda.synchronize()
+        assert free_host_bytes() < free - size // 2
+        del far
+        gc.collect()
+    assert free_host_bytes() > free - size // 2
+
+
+def far_cache(form: Bounds | Sketch, length: int) -> tuple[PagedKV, PagedKV]:
+    """A cache on the device, and one with its keys and values in host memory."""
+    shape = (2, 4, length, 128)
+    keys, values = (torch.randn(shape, device=DEVICE).to(torch.bfloat16) for _ in range(2))
+    metadata = torch.empty(
+        *shape[:2], length // 16, *form.shape(16, 128), device=DEVICE, dtype=form.dtypes(keys.dtype)[0]
+    )
+    near = PagedKV.from_contiguous(keys, values, metadata, form=form)
+    update_page_metadata(near, length, length)
+    stored = [host_empty(shape, torch.bfloat16, DEVICE).copy_(tensor) for tensor in (keys, values)]
+    return near, PagedKV.from_contiguous(*stored, metadata, form=form)
+
+
+@pytest.mark.parametrize("size", [16, 1])
+def test_units_come_and_go_as_by_the_pytorch_path(size: int) -> None:
+    _, far = far_cache(Bounds(), 16_000)
+    pools = [HotUnits.allocate(far, size, 700) for _ in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        wanted = torch.stack([torch.randperm(16_000 // size, generator=generator)[:300] for _ in range(8)])
+        wanted = wanted.view(2, 4, 300).to(DEVICE, torch.int32)
+        wanted[..., :200] = torch.arange(200, device=DEVICE)  # these come again
+        wanted = torch.where((wanted < 200) & (torch.arange(300, device=DEVICE) >= 200), -1, wanted)
+        selected = Selection(wanted, torch.full((2, 4), 300, device=DEVICE, dtype=torch.int32), size)
+        for pool, backend in zip(pools, ("torch", "triton"), strict=True):
+            fetch_units(far, pool, selected, 16_000, backend=backend)
+        for name in ("table", "owners", "stamps", "hands", "clock", "counts"):
+            assert torch.equal(getattr(pools[0], name), getattr(pools[1], name)), name
+    held = pools[0].owners >= 0
+    rows = held.repeat_interleave(size, 2)
+    assert torch.equal(pools[0].keys[rows], pools[1].keys[rows])
+    assert torch.equal(pools[0].values[rows], pools[1].values[rows])
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_steps_over_the_pool_are_those_over_the_cache(group: int) -> None:
+    """Single tokens, bit by bit: the same kernels choose and attend. Of pages the same are chosen."""
+    tokens = QuestConfig(512, metadata="sketch", selection_unit="token")
+    pages = QuestConfig(512, metadata="bounds")
+    for config, form in ((tokens, Sketch(16)), (pages, Bounds())):
+        near, far = far_cache(form, 32_000)
+        hot = HotUnits.allocate(far, config.unit_size, 4_096 // config.unit_size)
+        for _ in range(5):
+            query = torch.randn(2, 4 * group, 128, device=DEVICE).to(torch.bfloat16)
+            expected, step = (
+                quest_decode(query, near, 32_000, config),
+                quest_decode(query, far, 32_000, config, hot=hot),
+            )
+            assert torch.equal(step.selected.units, expected.selected.units)
+            if config is tokens:
+                assert torch.equal(step.output, expected.output)
+            else:
+                torch.testing.assert_close(step.output, expected.output, rtol=2e-2, atol=2e-3)
+        looked_up, fetched, _ = hot.counts.tolist()
+        assert 0 < fetched < looked_up
