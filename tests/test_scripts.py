@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from quest_attention import QuestConfig
+from quest_attention import QuestConfig, QuestValueError, Selection
 from quest_attention.bench.caches import make_caches, with_metadata
 from quest_attention.bench.steps import quest_steps
 from quest_attention.cli.app import split_list
@@ -25,8 +25,8 @@ from quest_attention.eval.plan import Plan
 from quest_attention.eval.report import read_results
 from quest_attention.forms import Sketch, SketchLayout
 from quest_attention.models import bundled_model_path
-from quest_attention.ops import quest_decode
-from quest_attention.pages import KEY_MAX, KEY_MIN
+from quest_attention.ops import HotUnits, fetch_units, quest_decode
+from quest_attention.pages import KEY_MAX, KEY_MIN, PagedKV
 from quest_attention.vllm.break_even import MEASURED
 from warm import Warm
 
@@ -178,6 +178,62 @@ def test_acceptance(tmp_path: Path) -> None:
         assert row["places"] == len(row["accepted"]) == 2
         assert row["tokens_a_check"] == sorted(row["tokens_a_check"])
         assert row["tokens_a_check"][7] == 1 + sum(row["accepted"]) / 2
+
+
+def test_hit_rates(tmp_path: Path) -> None:
+    """On the bundled model: more is hot in larger pools, and the traces are the units that steps read."""
+    output, traces = tmp_path / "hits.json", tmp_path / "traces.pt"
+    arms = ("bounds@128", "sketch,selection_unit=token,candidate_factor=2@64")
+    few = ("--context", "600", "--steps", "8", "--warmup", "2", "--sizes", "160,640", "--kinds", "book")
+    files = ("--output", str(output), "--traces", str(traces))
+    run("benchmarks/hit_rates.py", *few, "--arms", ",".join(arms), *files)
+    rows = json.loads(output.read_text(encoding="utf-8"))["rows"]
+    assert [(row["arm"], row["hot_tokens"]) for row in rows] == [(arm, size) for arm in arms for size in (160, 640)]
+    for small, large in (rows[:2], rows[2:]):
+        assert 0 < small["hit_rate"] <= large["hit_rate"] < 1
+        assert small["units_looked_up"] == large["units_looked_up"] > 0
+        assert set(small["hit_rate_by_layer"]) == {"2", "3", "4", "5"}
+    assert rows[0]["hit_rate"] < rows[1]["hit_rate"]
+    kept = torch.load(traces)
+    assert {key.split(" layer ")[0] for key in kept} == {f"book 0 {arm}" for arm in arms}
+    assert all(units.shape[0] == 8 and int(units.max()) < 608 for units in kept.values())
+
+
+def test_offload_gpu(tmp_path: Path) -> None:
+    """As far as a CPU goes: two pools of one memory, and no hits that are imposed."""
+    output = tmp_path / "offload.json"
+    reads = "bounds@128,sketch,selection_unit=token,candidate_factor=2@64"
+    few = ("--model", "tiny", "--device", "cpu", "--contexts", "600", "--tokens", "2", "--hot-tokens", "256")
+    run(
+        "benchmarks/offload_gpu.py", *few, "--reads", reads, "--arms", "quest,offload,all", "--output", str(output)
+    )  # fmt: skip
+    rows = json.loads(output.read_text(encoding="utf-8"))["rows"]
+    assert [row["arm"] for row in rows] == ["quest", "offload", "all", "quest", "offload"]
+    assert all(row["ms"]["p50"] > 0 for row in rows)
+    assert all(0 < row["fetches"]["hit_rate"] < 1 and row["mib_a_token"] > 0 for row in rows[1::3])
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_hits_are_imposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many of a list are copied, wherever they were; the kernels run in Triton's interpreter."""
+    pytest.importorskip("triton", reason="Triton is for Linux")
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is for a CPU")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    offload = importlib.import_module("offload_gpu")
+    keys = torch.ones(1, 2, 64, 16)
+    kv = PagedKV.from_contiguous(keys, keys, torch.zeros(1, 2, 16, 2, 16))
+    hot = HotUnits.allocate(kv, 4, 12)
+    hot.keys.zero_()
+    wanted = torch.arange(8, dtype=torch.int32).expand(1, 2, -1)
+    with offload.imposed_hits(75, keys.device) as seen:
+        fetch_units(kv, hot, Selection(wanted, torch.full((1, 2), 8), 4), 64, backend="triton")
+    assert seen == [0.25]
+    assert hot.keys.view(2, 12, 64).amax(2).sum(1).tolist() == [2, 2]
+    assert [offload.copied_of(8, hits).sum() for hits in (100, 75, 50, 0)] == [0, 2, 4, 8]
+    assert offload.copied_of(512, 90).sum() == 51
+    with pytest.raises(QuestValueError, match="arms: got 'offload-101', expected quest, offload"):
+        offload.hits_of("offload-101")
 
 
 def test_choice_cpu(tmp_path: Path) -> None:

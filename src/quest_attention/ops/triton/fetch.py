@@ -18,7 +18,7 @@ from quest_attention.ops.triton.arguments import by_head, length_of, lengths_arg
 from quest_attention.ops.triton.launch import launch
 from quest_attention.pages import PagedKV
 
-__all__ = ["Pool", "fetch_units", "place_units", "pool_argument"]
+__all__ = ["Pool", "copy_kernel", "fetch_units", "place_kernel", "place_units", "pool_argument"]
 
 _LOOKED_AT = 1024
 """Slots that the hand passes at a time."""
@@ -67,7 +67,7 @@ def place_units(kv: PagedKV, hot: HotUnits, units: Tensor, seq_lens: Tensor | in
     copied, victims = torch.empty_like(places), torch.empty_like(places)
     lengths = lengths_argument(seq_lens)
     launch(
-        _place_kernel, (batch * heads,),
+        place_kernel, (batch * heads,),
         by_head(units), lengths, hot.table, hot.owners, hot.stamps, hot.hands, hot.clock, hot.counts, places, copied,
         victims, heads, count, hot.table.shape[2], hot.slots,
         SIZE=size, COUNTS=not is_again, BLOCK_K=max(16, triton.next_power_of_2(count)),
@@ -78,7 +78,7 @@ def place_units(kv: PagedKV, hot: HotUnits, units: Tensor, seq_lens: Tensor | in
     block_t = max(1, _COPIED // max(block_d, block_dv))
     parts = triton.cdiv(count * size, block_t)
     launch(
-        _copy_kernel, (batch * heads * parts,),
+        copy_kernel, (batch * heads * parts,),
         by_head(units), cache.keys, cache.values, hot.keys, hot.values, places, copied, heads, count,
         cache.keys.shape[2], hot.slots, parts,
         SIZE=size, DIM=dim, WIDTH=width, BLOCK_T=block_t, BLOCK_D=block_d, BLOCK_DV=block_dv, num_warps=4,
@@ -87,7 +87,7 @@ def place_units(kv: PagedKV, hot: HotUnits, units: Tensor, seq_lens: Tensor | in
 
 
 @triton.jit(do_not_specialize=["lengths", "num_kv_heads", "count", "max_units", "slots"])
-def _place_kernel(
+def place_kernel(
     units, lengths, table, owners, stamps, hands, clock, counts, places, copied, victims, num_kv_heads, count,
     max_units, slots,
     SIZE: tl.constexpr, COUNTS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -149,7 +149,7 @@ def _place_kernel(
 
 
 @triton.jit(do_not_specialize=["num_kv_heads", "count", "capacity", "slots", "parts"])
-def _copy_kernel(
+def copy_kernel(
     units, keys, values, hot_keys, hot_values, places, copied, num_kv_heads, count, capacity, slots, parts,
     SIZE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,

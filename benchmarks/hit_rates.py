@@ -1,0 +1,210 @@
+"""Record what a public model's decode steps read, step by step, and how much of it a pool of hot tokens would hold.
+
+    python benchmarks/hit_rates.py --model qwen.gguf --books books --context 30000 --output hit_rates.json
+
+A text is read by dense attention up to a place, then goes on by its own tokens, one decode step with Quest each: texts
+that people wrote, or the model's own answer, as `acceptance.py` has them. What each step of a layer reads is fetched
+into pools of several sizes, by the verb that serves (`ops.fetch_units`), over a cache of one channel: what is there and
+what makes room for it does not depend on what the keys are. A hit is a unit that was there before the step wanted it.
+What is looked up are the units that are read; candidates that are not chosen are none of them.
+
+With `--traces` the units themselves are kept too, as tensors `[steps, HKV, K]` by text, arm and layer.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+
+import torch
+import typer
+from acceptance import KINDS, config_of, make_text, write_on
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from quest_attention import QuestConfig, Selection, enable_quest
+from quest_attention.bench.record import write_record
+from quest_attention.cli.app import integers, split_list
+from quest_attention.cli.loading import load_model
+from quest_attention.errors import QuestValueError
+from quest_attention.eval.context import copy_cache, read_context
+from quest_attention.hf import cache_argument
+from quest_attention.ops import HotUnits, fetch_units
+from quest_attention.pages import PagedKV, num_pages
+
+
+class Pools:
+    """Pools of several sizes for each layer, to which what a step reads is fetched; called after each step of a layer.
+
+    Args:
+        sizes: Hot tokens of each KV head [tokens].
+        config: What steps read.
+        heads: KV heads of a layer.
+        length: Tokens there is room for [tokens].
+        device: Where steps run.
+
+    Attributes:
+        units: What the steps of each layer read, `[HKV, K]` int32 each, if asked for.
+    """
+
+    def __init__(
+        self, sizes: list[int], config: QuestConfig, heads: int, length: int, device: torch.device, *, keeps: bool
+    ) -> None:
+        pages = num_pages(length, config.page_size)
+        tokens = torch.zeros(1, heads, pages * config.page_size, 1, device=device)
+        self._kv = PagedKV.from_contiguous(tokens, tokens, torch.zeros(1, heads, pages, 2, 1, device=device))
+        self._config, self._sizes, self._keeps = config, sizes, keeps
+        self._pools: dict[int, list[HotUnits]] = {}
+        self._before: dict[int, list[list[int]]] = {}
+        self.units: dict[int, list[Tensor]] = {}
+
+    def __call__(self, layer: int, selection: Selection, pages: int) -> None:
+        """Fetch what a step read."""
+        size = selection.unit_size
+        if layer not in self._pools:
+            self._pools[layer] = [HotUnits.allocate(self._kv, size, tokens // size) for tokens in self._sizes]
+        for pool in self._pools[layer]:
+            fetch_units(self._kv, pool, selection, pages * self._config.page_size)
+        if self._keeps:
+            self.units.setdefault(layer, []).append(selection.units[0].cpu())
+
+    def start_counting(self) -> None:
+        """What came so far filled the pools, and counts for nothing."""
+        self._before = {layer: [pool.counts.tolist() for pool in pools] for layer, pools in self._pools.items()}
+
+    def found(self, place: int) -> dict[int, tuple[int, int]]:
+        """Of the pools of one size: units looked up and units fetched since, by layer."""
+        counted = {}
+        for layer, pools in self._pools.items():
+            now, then = pools[place].counts.tolist(), self._before[layer][place]
+            counted[layer] = (now[0] - then[0], now[1] - then[1])
+        return counted
+
+
+def trace(
+    model: Any, source: Any, text: list[int], config: QuestConfig, sizes: list[int], *, warmup: int, keeps: bool
+) -> Pools:
+    """The pools after the steps of a text that goes on after what `source` holds."""
+    length = source.get_seq_length() + len(text) + 1
+    heads = model.config.get_text_config(decoder=True).num_key_value_heads
+    pools = Pools(sizes, config, heads, length, model.device, keeps=keeps)
+    with enable_quest(model, config, on_select=pools) as quest:
+        cache = quest.make_cache(length)
+        copy_cache(source, cache)
+        for step, token in enumerate(text):
+            if step == warmup:
+                pools.start_counting()
+            model(torch.tensor([[token]], device=model.device), **cache_argument(cache), use_cache=True)
+        sparse = sum(layer.kind == "quest" for layer in quest.counters.layers)
+        assert quest.counters.sparse_steps == sparse * len(text), "every step is sparse"
+    return pools
+
+
+def rows_of(found: list[dict[int, tuple[int, int]]], tokens: int) -> dict[str, Any]:
+    """Hit rates of some texts' pools of one size, together and by layer."""
+    by_layer = {}
+    for layer in found[0]:
+        looked_up, fetched = (sum(one[layer][nth] for one in found) for nth in range(2))
+        by_layer[layer] = 1 - fetched / looked_up
+    looked_up, fetched = (sum(counts[nth] for one in found for counts in one.values()) for nth in range(2))
+    return {
+        "hot_tokens": tokens,
+        "units_looked_up": looked_up,
+        "units_fetched": fetched,
+        "hit_rate": 1 - fetched / looked_up,
+        "hit_rate_by_layer": by_layer,
+    }
+
+
+def check_sizes(sizes: list[int], configs: list[QuestConfig]) -> None:
+    """Refuse pools that hold less than a step reads.
+
+    Raises:
+        QuestValueError: As said.
+    """
+    least = max(config.token_budget + config.unit_size for config in configs)
+    if min(sizes) < least:
+        raise QuestValueError("sizes", min(sizes), f"at least {least}: what a step reads")
+
+
+def main(
+    model: Annotated[str, typer.Option(help="A GGUF file, a folder or a name; the bundled model if left out.")] = "",
+    name: Annotated[str, typer.Option(help="What the record calls it; the model's own name if left out.")] = "",
+    books: Annotated[
+        Path | None, typer.Option(help="Folder with *.txt; the excerpt of the package if left out.")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens read before the first step.", min=64)] = 7680,
+    arms: Annotated[str, typer.Option(help="Metadata and budget, comma-separated.")] = (
+        "bounds@2048,sketch,selection_unit=token@512"
+    ),
+    sizes: Annotated[str, typer.Option(help="Hot tokens of a KV head, comma-separated.")] = "2304,4096,8192,16384",
+    kinds: Annotated[str, typer.Option(help="Texts, comma-separated.")] = ",".join(KINDS),
+    texts: Annotated[int, typer.Option(help="Texts of each kind.", min=1)] = 1,
+    steps: Annotated[int, typer.Option(help="Decode steps of each text.", min=2)] = 256,
+    warmup: Annotated[int, typer.Option(help="Steps that fill the pools and are not counted.", min=1)] = 32,
+    dense_layers: Annotated[int, typer.Option(help="Leading layers that are read whole.", min=0)] = 2,
+    dtype: Annotated[str, typer.Option(help="Of the weights.")] = "auto",
+    device: Annotated[str, typer.Option(help="Where to run.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the texts.")] = 0,
+    traces: Annotated[Path | None, typer.Option(help="File of tensors to write: the units themselves.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """Measure how much of what steps read is hot, by the size of the pool."""
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    names, wanted, hot = split_list(arms), split_list(kinds), integers("sizes", sizes)
+    if warmup >= steps:
+        raise QuestValueError("warmup", warmup, f"less than {steps} steps")
+    configs = {arm: config_of(arm, dense_layers) for arm in names}
+    check_sizes(hot, list(configs.values()))
+    loaded = load_model(model or None, device=device, dtype=dtype)
+    runner: Any = loaded.model
+    table = Table("text", "arm", *map(str, hot), title="hit rate, by hot tokens of a KV head")
+    rows: list[dict[str, Any]] = []
+    kept: dict[str, Tensor] = {}
+    with torch.inference_mode():
+        for kind in wanted:
+            if kind == "chat" and loaded.tokenizer.chat_template is None:
+                continue
+            found: dict[str, list[Pools]] = {}
+            for number in range(texts):
+                began = time.perf_counter()
+                read, text = make_text(kind, loaded.tokenizer, books, context, steps, seed + number)  # type: ignore[arg-type]
+                source = read_context(runner, read).cache
+                print(f"{kind} {number}: read {len(read)} tokens in {time.perf_counter() - began:.0f} s", flush=True)
+                text = write_on(runner, source, read, steps) if text is None else text
+                for arm, config in configs.items():
+                    pools = trace(runner, source, text, config, hot, warmup=warmup, keeps=traces is not None)
+                    found.setdefault(arm, []).append(pools)
+                    for layer, units in pools.units.items():
+                        kept[f"{kind} {number} {arm} layer {layer}"] = torch.stack(units)
+                del source
+            for arm, pools_of_texts in found.items():
+                shared = {"model": name or loaded.name, "context": context, "text": kind, "arm": arm}
+                of_arm = [
+                    rows_of([pools.found(place) for pools in pools_of_texts], size) for place, size in enumerate(hot)
+                ]
+                rows.extend(shared | row for row in of_arm)
+                table.add_row(kind, arm, *(f"{row['hit_rate']:.1%}" for row in of_arm))
+            if output is not None:
+                settings = {
+                    "texts": texts,
+                    "steps": steps,
+                    "warmup": warmup,
+                    "num_dense_layers": dense_layers,
+                    "dtype": str(runner.dtype),
+                    "seed": seed,
+                }
+                write_record(output, f"python {' '.join(sys.argv)}", settings, rows)
+    if traces is not None:
+        torch.save(kept, traces)
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
