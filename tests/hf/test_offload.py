@@ -6,6 +6,7 @@ On a CPU both memories are the host's; what is fetched, kept and read is the sam
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from families import FAMILIES, build
 from quest_attention import QuestConfig, QuestValueError, enable_quest
 from quest_attention.hf import QuestCache, cache_argument
 from quest_attention.hf.host_storage import HostStorage
@@ -97,6 +99,21 @@ def test_padded_batches(name: str) -> None:
         made = [generate(model, ids, 20, attention_mask=mask, **cache_argument(cache)) for cache in both]
     assert torch.equal(made[0], made[1])
     assert_evicted(both[1])
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "gemma3n", "qwen3_next"])
+def test_other_families(name: str) -> None:
+    """Softcaps, sinks, layers that share keys and values, windowed and linear layers beside full attention."""
+    family = FAMILIES[name]
+    config = replace(SMALL, num_dense_layers=family.num_dense_layers)
+    model, ids = build(family), prompt(2, 60)
+    with enable_quest(model, config) as quest:
+        both = caches(model, config)
+        made = [generate(model, ids, 20, **cache_argument(cache)) for cache in both]
+        assert quest.graphs is None
+    assert torch.equal(made[0], made[1])
+    assert both[1].counters.sparse_steps > 0
+    assert pools(both[1])[0].hot.counts[0] > 0
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -195,10 +212,30 @@ def test_hot_tokens_left_open_are_a_share_of_what_is_free(monkeypatch: pytest.Mo
         logits(model, cache, ids[:, :1])
         assert [storage.hot.slots * PAGE_SIZE for storage in pools(cache)] == [116, 116], "120 but for the table's part"
         monkeypatch.setattr(offload, "free_device_bytes", lambda _: 6 * token_bytes)
-        cache.reset()
+        cache.reset()  # the pools of a cache stay as they are, whatever is free
         logits(model, cache, ids)
+        logits(model, cache, ids[:, :1])
+        assert [storage.hot.slots * PAGE_SIZE for storage in pools(cache)] == [116, 116]
+        other = QuestCache(model.config, SMALL, offload=Offload())
+        logits(model, other, ids)
         with pytest.raises(QuestValueError, match=r"offload: got .* free on the device', expected at least"):
+            logits(model, other, ids[:, :1])
+
+
+def test_a_cache_that_grows_past_host_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from quest_attention.hf import offload  # noqa: PLC0415 - likewise
+
+    model, ids = make_llama(), prompt(1, 60)
+    cache, plain = QuestCache(model.config, SMALL, offload=Offload(HOT)), QuestCache(model.config, SMALL)
+    with enable_quest(model, SMALL):
+        for one in (cache, plain):
+            logits(model, one, ids)
+        monkeypatch.setattr(offload, "free_host_bytes", lambda: 1000)
+        with pytest.raises(QuestValueError, match=r"offload: got 'keys or values of .* \(7680 bytes\) in host memory'"):
             logits(model, cache, ids[:, :1])
+        monkeypatch.undo()
+        cache.keep(60)
+        assert_steps_are_equal(model, (plain, cache), ids[:, :1], 8)
 
 
 def test_what_cannot_be_is_refused() -> None:

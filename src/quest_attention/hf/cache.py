@@ -15,7 +15,7 @@ from quest_attention.errors import QuestValueError
 from quest_attention.hf.compiler import kept_from_compilers
 from quest_attention.hf.counters import LayerCounter, QuestCounters
 from quest_attention.hf.layer import QuestLayer
-from quest_attention.hf.offload import Offload
+from quest_attention.hf.offload import Offload, PoolSize
 from quest_attention.hf.reading import Reading
 from quest_attention.hf.reporting import OnSelect
 from quest_attention.hf.rows import RowLengths
@@ -124,14 +124,14 @@ class QuestCache(DynamicCache):
         self.rows = RowLengths() if is_lossless else None
         self.is_kept = True
         self.offload_to = offload
-        sparse_layers = sum(kind == "quest" for kind in kinds.values())
+        pool = None if offload is None else PoolSize(offload, sum(kind == "quest" for kind in kinds.values()))
         workspaces = Workspaces()
         for counter in self.counters.layers:
             if counter.kind in ("quest", "dense"):
                 self.layers[counter.layer] = QuestLayer(
                     self._given, counter, is_dense=counter.kind == "dense", workspaces=workspaces,
                     max_length=max_length, is_estimate=is_estimate, on_select=on_select, rows=self.rows,
-                    offload=offload, sparse_layers=sparse_layers,
+                    pool=pool,
                 )  # fmt: skip
 
     @property

@@ -21,6 +21,10 @@ _PORTABLE, _MAPPED = 1, 2
 """Flags of `cudaHostRegister`: for all devices, and at an address that kernels reach."""
 
 
+_waiting: list[tuple[Tensor, torch.device]] = []
+"""Memory that nobody has any more and that is locked still."""
+
+
 class _Mapped:
     """Registered memory of the host as the array interface of CUDA shows it: bytes."""
 
@@ -63,9 +67,14 @@ def host_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
 
 
 def _release(memory: Tensor, device: torch.device) -> None:
-    """Unlock the memory once nobody has the tensor; the device may still be reading."""
-    torch.cuda.synchronize(device)
-    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+    """Unlock the memory once nobody has the tensor: when the device has read what it was told to."""
+    _waiting.append((memory, device))
+    if torch.cuda.is_current_stream_capturing():  # which forbids to wait; the next one's turn is this one's too
+        return
+    while _waiting:
+        kept, where = _waiting.pop()
+        torch.cuda.synchronize(where)
+        torch.cuda.cudart().cudaHostUnregister(kept.data_ptr())
 
 
 def free_host_bytes() -> int:

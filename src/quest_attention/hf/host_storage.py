@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quest_attention.hf.host_memory import host_empty
-from quest_attention.hf.offload import CacheShape, Offload
+from quest_attention.hf.offload import PoolSize, check_host
 from quest_attention.hf.storage import KVStorage
 from quest_attention.ops import HotUnits, QuestOutput, quest_decode
 
@@ -23,8 +23,7 @@ class HostStorage(KVStorage):
     brings the layer's keys and values to the device while it attends to them.
 
     Args:
-        offload: How much is hot.
-        sparse_layers: Layers of the cache that choose, which share what is free.
+        pool: How much is hot in each layer of the cache.
         counts: `[3]` int64 on the device, to count fetches in: see `HotUnits`.
         others: As `KVStorage` takes them.
 
@@ -33,11 +32,10 @@ class HostStorage(KVStorage):
     """
 
     def __init__(
-        self, keys: Tensor, values: Tensor, *, offload: Offload, sparse_layers: int, counts: Tensor | None = None,
+        self, keys: Tensor, values: Tensor, *, pool: PoolSize, counts: Tensor | None = None,
         before: HotUnits | None = None, **others: Any,
     ) -> None:  # fmt: skip
-        self._offload = offload
-        self._sparse_layers = sparse_layers
+        self._pool = pool
         self._counts = counts
         self._before = before
         self._hot: HotUnits | None = None
@@ -53,12 +51,13 @@ class HostStorage(KVStorage):
         return other
 
     def _empty(self, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        check_host(shape, dtype)
         return host_empty(shape, dtype, like.device)
 
     def _like(self, batch: int, length: int, dtype: torch.dtype) -> HostStorage:
         return HostStorage(
-            self.keys, self.values, offload=self._offload, sparse_layers=self._sparse_layers, counts=self._counts,
-            before=self._hot, batch=batch, length=length, dtype=dtype, **self._others,
+            self.keys, self.values, pool=self._pool, counts=self._counts, before=self._hot, batch=batch, length=length,
+            dtype=dtype, **self._others,
         )  # fmt: skip
 
     @property
@@ -70,11 +69,7 @@ class HostStorage(KVStorage):
     def hot(self) -> HotUnits:
         """The pool, made at the first sparse step: what is free then is what a prompt has left."""
         if self._hot is None:
-            shape = CacheShape(
-                self.batch_size, self.capacity, self.keys.shape[1], self.keys.shape[3], self.values.shape[3],
-                self.dtype, self._sparse_layers,
-            )  # fmt: skip
-            slots = self._offload.slots(shape, self._config, self.keys.device)
+            slots = self._pool.slots(self.keys, self.values, self._config)
             with torch.inference_mode(False):
                 self._hot = HotUnits.allocate(
                     self.paged, self._config.unit_size, slots, counts=self._counts, before=self._before

@@ -12,7 +12,7 @@ from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestStateError
 from quest_attention.hf.counters import LayerCounter
 from quest_attention.hf.host_storage import HostStorage
-from quest_attention.hf.offload import Offload
+from quest_attention.hf.offload import PoolSize
 from quest_attention.hf.reading import Reading
 from quest_attention.hf.reporting import OnSelect, StepReporter
 from quest_attention.hf.rows import RowLengths
@@ -55,8 +55,8 @@ class QuestLayer(StepReporter, StoredLayer):
             first tokens at most to begin with.
         on_select: Called after each sparse step.
         rows: Of a lossless cache, shared with its other layers: the layer reads everything unless a token is drafted.
-        offload: Keys and values lie in host memory, if the layer chooses what it reads; None where they do not.
-        sparse_layers: Layers of the cache that choose.
+        pool: Keys and values lie in host memory, if the layer chooses what it reads, and so much of them is hot; None
+            where they do not.
 
     Attributes:
         captured_lengths: While a decode step is captured as a CUDA graph, `[B]` int32, tokens per sequence with the
@@ -66,7 +66,7 @@ class QuestLayer(StepReporter, StoredLayer):
     def __init__(
         self, config: QuestConfig, counter: LayerCounter, *, is_dense: bool, workspaces: Workspaces,
         max_length: int | None = None, is_estimate: bool = False, on_select: OnSelect | None = None,
-        rows: RowLengths | None = None, offload: Offload | None = None, sparse_layers: int = 1,
+        rows: RowLengths | None = None, pool: PoolSize | None = None,
     ) -> None:  # fmt: skip
         StepReporter.__init__(self, counter, on_select)
         self.config = config
@@ -75,8 +75,7 @@ class QuestLayer(StepReporter, StoredLayer):
         self.max_length = max_length
         self.is_estimate = is_estimate
         self.rows = rows
-        self.offload_to = offload
-        self.sparse_layers = sparse_layers
+        self.pool = pool
         self.captured_lengths: Tensor | None = None
         StoredLayer.__init__(self)
 
@@ -109,14 +108,13 @@ class QuestLayer(StepReporter, StoredLayer):
             "dtype": torch.promote_types(key_states.dtype, value_states.dtype), "config": self.config,
             "has_metadata": not self.is_dense, "workspaces": self.workspaces, "has_gaps": self.rows is not None,
         }  # fmt: skip
-        if self.offload_to is not None:
-            self.offload_to.check(self.config)  # by the first layer too, before anything is stored
-        if self.offload_to is None or self.is_dense:
+        if self.pool is not None:
+            self.pool.offload.check(self.config)  # by the first layer too, before anything is stored
+        if self.pool is None or self.is_dense:
             self._hold(KVStorage(key_states, value_states, **given))
         else:
             storage = HostStorage(
-                key_states, value_states, offload=self.offload_to, sparse_layers=self.sparse_layers,
-                counts=self.counter.fetched.on(key_states.device), **given,
+                key_states, value_states, pool=self.pool, counts=self.counter.fetched.on(key_states.device), **given
             )  # fmt: skip
             self.counter.fetched.unit_bytes = storage.unit_bytes
             self._hold(storage)

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from quest_attention.config import QuestConfig, check_integer
 from quest_attention.errors import QuestValueError
@@ -15,7 +16,7 @@ from quest_attention.hf.host_memory import free_device_bytes, free_host_bytes
 from quest_attention.ops.hot_units import least_slots
 from quest_attention.pages import num_pages
 
-__all__ = ["CacheShape", "Offload", "OffloadMemory", "OffloadTo", "check_memory", "memory_of"]
+__all__ = ["CacheShape", "Offload", "OffloadMemory", "OffloadTo", "PoolSize", "check_host", "check_memory", "memory_of"]
 
 OffloadTo = Literal["host"]
 """Where keys and values may lie: in the host's memory."""
@@ -160,6 +161,18 @@ def check_memory(memory: OffloadMemory, free_host: int, free_device: int) -> Non
         )  # fmt: skip
 
 
+def check_host(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Refuse keys or values for which host memory has no room, before a cache grows.
+
+    Raises:
+        QuestValueError: It has not.
+    """
+    size, free = torch.Size(shape).numel() * dtype.itemsize, free_host_bytes()
+    if size > free:
+        expected = f"at most the {_said(free)} that are free: fewer tokens or sequences"
+        raise QuestValueError("offload", f"keys or values of {_said(size)} in host memory", expected)
+
+
 def _said(size: int) -> str:
     return f"{size / _GIB:.2f} GiB ({size} bytes)"
 
@@ -219,23 +232,6 @@ class Offload:
             expected = f"at least {least}: what a step reads together, candidates included"
             raise QuestValueError("hot_tokens", self.hot_tokens, expected)
 
-    def slots(self, shape: CacheShape, quest: QuestConfig, device: torch.device) -> int:
-        """Slots of each row of a pool: of the hot tokens asked for, or of a share of what is free [units].
-
-        Raises:
-            QuestValueError: So much is not free.
-        """
-        size, most = quest.unit_size, num_pages(shape.length, quest.page_size) * quest.units_per_page
-        least = least_slots(quest, most)
-        if self.hot_tokens is not None:
-            return max(least, min(most, self.hot_tokens // size))
-        free = free_device_bytes(device)
-        row_bytes = shape.sparse_layers * shape.batch * shape.kv_heads * (size * shape.token_bytes + _SLOT_BYTES)
-        if least * row_bytes > free:
-            got = f"{_said(free)} free on the device"
-            raise QuestValueError("offload", got, f"at least {_said(least * row_bytes)} for what a step reads together")
-        return max(least, min(most, int(free * _POOL_SHARE) // row_bytes))
-
     def check_fits(self, shape: CacheShape, quest: QuestConfig, device: torch.device) -> None:
         """Refuse a cache that host and device have no room for, before work starts.
 
@@ -245,3 +241,43 @@ class Offload:
         least = least_slots(quest, 1 << 31) * quest.unit_size
         memory = memory_of(shape, quest, least if self.hot_tokens is None else self.hot_tokens)
         check_memory(memory, free_host_bytes(), free_device_bytes(device))
+
+
+class PoolSize:
+    """How much is hot in each layer of one cache: the same in all, so the first that has a pool decides for them.
+
+    Args:
+        offload: What was asked for.
+        sparse_layers: Layers that choose, which share what is free.
+    """
+
+    def __init__(self, offload: Offload, sparse_layers: int) -> None:
+        self.offload = offload
+        self._sparse_layers = sparse_layers
+        self._shared: dict[int, int] = {}  # units of a row, by the sequences of a batch
+
+    def slots(self, keys: Tensor, values: Tensor, quest: QuestConfig) -> int:
+        """Slots of each row of a layer's pool: of the hot tokens asked for, or of a share of what is free [units].
+
+        Args:
+            keys: `[B, HKV, capacity, D]` of the layer, on the device.
+            values: Likewise, `[B, HKV, capacity, DV]`.
+            quest: What is read, with a form of metadata.
+
+        Raises:
+            QuestValueError: What a step reads together is not free.
+        """
+        size, most = quest.unit_size, keys.shape[2] // quest.unit_size
+        least = least_slots(quest, most)
+        if self.offload.hot_tokens is not None:
+            return max(least, min(most, self.offload.hot_tokens // size))
+        batch, heads = keys.shape[:2]
+        if batch not in self._shared:
+            free = free_device_bytes(keys.device)
+            token_bytes = (keys.shape[3] + values.shape[3]) * keys.element_size()
+            slot_bytes = self._sparse_layers * batch * heads * (size * token_bytes + _SLOT_BYTES)
+            if least * slot_bytes > free:
+                expected = f"at least {_said(least * slot_bytes)} for what a step reads together"
+                raise QuestValueError("offload", f"{_said(free)} free on the device", expected)
+            self._shared[batch] = int(free * _POOL_SHARE) // slot_bytes
+        return max(least, min(most, self._shared[batch]))
