@@ -9,9 +9,12 @@ Four arms in one run over the same keys and values, each a forward pass of one t
     quest-2   Quest, the first two layers dense, as in the paper
     quest-0   Quest in every layer
 
-With `--acceptance`, a result of `acceptance.py`, one more, and with another `--acceptance` another:
+With `--acceptance`, a result of `acceptance.py`, two more, and with another `--acceptance` another:
 
+    written                  `generate()` with our storage, every layer reading everything
     lossless-2, lossless-0   `generate()` whose tokens these draft and the model checks, by the dense layers measured
+
+These take turns, as what a machine's neighbours do changes its pace; the time of each is the median of its turns.
 
 Random weights seldom agree with themselves, so as many drafts are accepted as that measurement has; all else runs as it
 does with any model. The time of a token is that of drafts, check and all that `generate()` does. Drafts are chosen by
@@ -27,6 +30,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +48,7 @@ from quest_attention.bench.drafts import Acceptance, imposed_acceptance, measure
 from quest_attention.bench.record import write_record
 from quest_attention.bench.shapes import SHAPES
 from quest_attention.bench.timing import percentiles, time_calls
+from quest_attention.bench.written import time_written
 from quest_attention.hf import QuestLayer, cache_argument
 
 SHAPE = SHAPES["small"]
@@ -51,6 +56,9 @@ LAYERS, KV_HEADS = SHAPE["num_hidden_layers"], SHAPE["num_key_value_heads"]
 HEAD_DIM = SHAPE["hidden_size"] // SHAPE["num_attention_heads"]
 PAGE_SIZE, TOKEN_BUDGET = 16, 1024
 WARMUP = 3
+TURNS = 3
+WRITTEN = 40
+"""Tokens of a turn without drafts [tokens]."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ARMS = {"dynamic": None, "dense": LAYERS, "quest-2": 2, "quest-0": 0}  # number of dense layers
 
@@ -110,14 +118,9 @@ def time_arm(
 
 
 def time_lossless(
-    model: LlamaForCausalLM,
-    length: int,
-    tokens: int,
-    drafts: int,
-    measured: Acceptance,
-    seed: int,
+    model: LlamaForCausalLM, length: int, tokens: int, drafts: int, measured: Acceptance, seed: int,
     clock: Callable[[], float],
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Milliseconds per token of a lossless arm, and what became of its drafts."""
     config = QuestConfig(TOKEN_BUDGET, PAGE_SIZE, num_dense_layers=measured.dense_layers, metadata="moments")
     with (
@@ -129,6 +132,35 @@ def time_lossless(
         fill(cache, length, model.dtype, seed)
         row = time_rounds(model, cache, 1, length, tokens, clock)
         return {"ms": {"p50": row.pop("ms_per_token")}, **row, "drafts": handle.counters.to_dict()["drafts"]}
+
+
+def time_plain(model: LlamaForCausalLM, length: int, seed: int, clock: Callable[[], float]) -> dict[str, Any]:
+    """Milliseconds per token of `generate()` in which every layer reads everything."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QuestWarning)
+        handle = enable_quest(model, QuestConfig.paper(TOKEN_BUDGET, page_size=PAGE_SIZE, num_dense_layers=LAYERS))
+    with torch.inference_mode(), handle:
+        cache = handle.make_cache(length + WARMUP + WRITTEN + 2)
+        fill(cache, length, model.dtype, seed)
+        return {"ms": percentiles(time_written(model, cache, 1, length, WRITTEN, WARMUP, clock))}
+
+
+def time_in_turn(arms: dict[str, Callable[[int], dict[str, Any]]], seed: int) -> dict[str, dict[str, Any]]:
+    """The turn of each arm that took the median time, and the times of all of its turns.
+
+    Args:
+        arms: Each by its name; what a turn draws is of a seed of its own.
+        seed: Of the first turn.
+    """
+    found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
+    for turn in range(TURNS):
+        for arm, run in arms.items():
+            found[arm].append(run(seed + turn))
+    rows = {}
+    for arm, turns in found.items():
+        turns.sort(key=lambda row: float(row["ms"]["p50"]))
+        rows[arm] = {**turns[TURNS // 2], "turns_ms": [row["ms"]["p50"] for row in turns]}
+    return rows
 
 
 def main(
@@ -151,18 +183,21 @@ def main(
     text, _, chosen_by = accepted_as.partition(" ")
     measured = [measured_acceptance(file, text=text, arm=chosen_by) for file in acceptance or ()]
     lossless = {f"lossless-{one.dense_layers}": one for one in measured}
-    arms = [*ARMS, *lossless]
+    arms = [*ARMS, *(("written", *lossless) if lossless else ())]
     table = Table("dtype", "context", *arms, "quest-2 to dynamic", "quest-2 to dense", title="ms per token (p50)")
     rows = []
     for dtype in dtypes.split(","):
         model = make_model(DTYPES[dtype], seed)
         for length in map(int, lengths.split(",")):
             ms = {}
-            for arm in arms:
-                if arm in ARMS:
-                    row = time_arm(model, arm, length, repeats, seed, clock)
-                else:
-                    row = time_lossless(model, length, tokens, drafts, lossless[arm], seed, clock)
+            found = {arm: time_arm(model, arm, length, repeats, seed, clock) for arm in ARMS}
+            if lossless:
+                turns = {
+                    arm: partial(time_lossless, model, length, tokens, drafts, one, clock=clock)
+                    for arm, one in lossless.items()
+                }
+                found |= time_in_turn({"written": partial(time_plain, model, length, clock=clock), **turns}, seed)
+            for arm, row in found.items():
                 rows.append({"dtype": dtype, "context": length, "arm": arm, **row})
                 ms[arm] = row["ms"]["p50"]
             ratios = [f"{ms[arm] / ms['quest-2']:.2f}x" for arm in ("dynamic", "dense")]
@@ -179,6 +214,7 @@ def main(
             "token_budget": TOKEN_BUDGET,
             "repeats": repeats,
             "warmup": WARMUP,
+            "turns": TURNS,
             "seed": seed,
             "clock": clock.__name__,
             "load_average": os.getloadavg()[0],

@@ -41,7 +41,6 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from torch._dynamo import config as dynamo
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicCache
@@ -51,9 +50,9 @@ from quest_attention.bench.drafts import imposed_acceptance, measured_acceptance
 from quest_attention.bench.record import write_record
 from quest_attention.bench.shapes import SHAPES, check_shape
 from quest_attention.bench.timing import percentiles
+from quest_attention.bench.written import time_written
 from quest_attention.cli.app import split_list
 from quest_attention.errors import QuestValueError
-from quest_attention.hf import cache_argument
 
 PAGE_SIZE, NUM_DENSE_LAYERS = 16, 2
 INT4 = "-int4"
@@ -98,21 +97,6 @@ LOSSLESS_CASES = (
 LOSSLESS_TOKENS = 200
 """That a sequence writes, less than which rounds are too few."""
 PREFILL_LENGTHS = (8192, 32768)
-
-
-class Clock:
-    """A logits processor that notes when it is called."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.times: list[float] = []
-
-    def __call__(self, _ids: Tensor, scores: Tensor) -> Tensor:
-        """Note the time when the scores are there."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.times.append(time.perf_counter())
-        return scores
 
 
 def make_model(name: str, device: torch.device, dtype: torch.dtype, seed: int) -> LlamaForCausalLM:
@@ -193,17 +177,6 @@ def fill(cache: Cache, model: LlamaForCausalLM, batch: int, length: int, seed: i
             keys, values = torch.empty_like(keys), torch.empty_like(values)
 
 
-def decode(model: LlamaForCausalLM, cache: Cache, batch: int, length: int, tokens: int) -> list[float]:
-    """Milliseconds of each counted token that `generate()` makes after a cache of `length` tokens."""
-    clock = Clock(model.device)
-    ids = torch.ones(batch, length + 1, dtype=torch.long, device=model.device)
-    count = WARMUP + tokens
-    options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
-    model.generate(ids, **cache_argument(cache), logits_processor=[clock], **options)
-    between = [(later - sooner) * 1e3 for sooner, later in zip(clock.times, clock.times[1:], strict=False)]
-    return between[WARMUP - 1 :]
-
-
 def time_arm(
     model: LlamaForCausalLM, case: Case, arm: str, tokens: int, seed: int, imposed: dict[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -218,7 +191,10 @@ def time_arm(
     if arm == "stock":
         cache: Cache = DynamicCache(config=model.config)
         fill(cache, model, case.batch, case.context, seed)
-        return {"ms": percentiles(decode(model, cache, case.batch, case.context, tokens)), "share_read": 1.0}
+        return {
+            "ms": percentiles(time_written(model, cache, case.batch, case.context, tokens, WARMUP)),
+            "share_read": 1.0,
+        }
     layers = model.config.num_hidden_layers
     is_dense = arm == "dense"
     budget = 512 if is_dense else int(arm.split("-")[1])
@@ -231,7 +207,7 @@ def time_arm(
     with handle:
         cache = handle.make_cache(room)
         fill(cache, model, case.batch, case.context, seed)
-        ms = decode(model, cache, case.batch, case.context, tokens)
+        ms = time_written(model, cache, case.batch, case.context, tokens, WARMUP)
         steps = WARMUP + tokens
         taken = (handle.counters.sparse_steps, handle.counters.dense_steps)
         if taken != ((layers - num_dense) * steps, num_dense * steps):

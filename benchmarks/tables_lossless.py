@@ -16,7 +16,7 @@ from tables_gpu import RESULTS, Rows, as_markdown, load
 
 MEASURED = ("acceptance_smollm2.json", "acceptance_smollm2_no_dense_layers.json", "acceptance_qwen.json")
 DRAFTS = (1, 2, 4, 8)
-ARMS = ("dynamic", "dense", "lossless-2", "lossless-0")
+ARMS = ("dynamic", "written", "lossless-2", "lossless-0")
 HEAD = ("dtype", "context", "DynamicCache + sdpa", "ours, dense", "lossless, 2 dense layers", "lossless, none")
 
 
