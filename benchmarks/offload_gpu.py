@@ -31,7 +31,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from acceptance import config_of
-from decode_gpu import WARMUP, decode, fill, make_model
+from decode_gpu import WARMUP, fill, make_model
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -42,6 +42,7 @@ from quest_attention.bench.gpu import check_gpu
 from quest_attention.bench.record import write_record
 from quest_attention.bench.shapes import check_shape
 from quest_attention.bench.timing import percentiles
+from quest_attention.bench.written import time_written
 from quest_attention.cli.app import integers, split_list
 from quest_attention.errors import QuestValueError
 from quest_attention.hf.offload import Offload
@@ -124,7 +125,7 @@ def time_arm(
     if arm == "stock-offload":
         stock = DynamicCache(config=model.config, offloading=True)
         fill(stock, model, batch, context, seed)
-        return {"ms": percentiles(decode(model, stock, batch, context, tokens))}
+        return {"ms": percentiles(time_written(model, stock, batch, context, tokens, WARMUP))}
     hits, offload = hits_of(arm), None if arm == "quest" else Offload(hot)
     if arm == "all":  # within the budget a step reads everything
         config = QuestConfig(
@@ -134,7 +135,7 @@ def time_arm(
     with imposed_hits(hits, model.device) as seen, enable_quest(model, config) as handle:
         cache = QuestCache(model.config, handle.config, max_length=room, counters=handle.counters, offload=offload)
         fill(cache, model, batch, context, seed)
-        ms = decode(model, cache, batch, context, tokens)
+        ms = time_written(model, cache, batch, context, tokens, WARMUP)
         counters, graphs = handle.counters, handle.graphs
         sparse = sum(layer.kind == "quest" for layer in counters.layers)
         expected = 0 if arm == "all" else sparse * steps
