@@ -186,17 +186,17 @@ def test_rows_that_only_pad_a_batch_are_left_out_and_some_rows_are_a_batch_of_th
 
 
 def test_checks_by_sketches_that_a_gpu_has_no_memory_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = SimpleNamespace(max_model_len=131072, get_num_attention_heads=lambda _: 32, get_num_kv_heads=lambda _: 8)
+    model = SimpleNamespace(max_model_len=131072, get_num_attention_heads=lambda _: 64, get_num_kv_heads=lambda _: 8)
     config = QuestConfig(512, metadata="sketch", selection_unit="token")
     server = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_seqs=8), model_config=model, parallel_config=None
-    )  # 8 x 5 x 32 x 131072 x 4 bytes
+    )  # 8 x 9 x 64 x 131072 x 4 bytes
     gpu = SimpleNamespace(total_memory=80 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
-    check_estimates(server, 5, config, torch.device("cuda"))
+    check_estimates(server, 9, config, torch.device("cuda"))
     server.scheduler_config.max_num_seqs = 256
-    message = r"quest.metadata: got 'sketch', expected bounds, or a smaller .* take 21.5 GB by sketches"
+    message = r"quest.metadata: got 'sketch', expected bounds, or a smaller .* take 77.3 GB by sketches"
     gpu.total_memory = 16 << 30
     with pytest.raises(QuestValueError, match=message):
-        check_estimates(server, 5, config, torch.device("cuda"))
-    check_estimates(server, 4, config, torch.device("cuda"))  # whose 16 heads choose without estimates in memory
+        check_estimates(server, 9, config, torch.device("cuda"))
+    check_estimates(server, 8, config, torch.device("cuda"))  # whose 64 heads choose without estimates in memory
