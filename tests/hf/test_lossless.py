@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -125,8 +126,8 @@ def test_a_row_does_not_depend_on_memory_that_nobody_wrote(monkeypatch: pytest.M
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("ids", [prompt(1), padded()], ids=["one", "padded"])
 def test_metadata_is_that_of_the_tokens_that_stayed(form: str, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After every check, row by row, as the oracle has it of the keys in the cache."""
-    settle, checks = QuestCache.settle, []
+    """After every check, row by row, as the oracle has it of the keys in the cache, and before drafts of all held."""
+    settle, draft, checks, resumed = QuestCache.settle, Drafting._draft, [], []
 
     def watch(cache: Any, before: Any, after: Any, **options: Any) -> None:
         settle(cache, before, after, **options)
@@ -134,19 +135,22 @@ def test_metadata_is_that_of_the_tokens_that_stayed(form: str, ids: Tensor, monk
         for layer in cache.layers:
             assert_metadata_is_of_keys(layer, after)
 
-    step = Drafting.run_round
+    def watch_draft(drafting: Any, fed: Tensor, count: int) -> Any:
+        if count:
+            resumed.append(drafting.held)
+            for layer in drafting._cache.layers:
+                assert_metadata_is_of_keys(layer, drafting.held)
+        return draft(drafting, fed, count)
 
-    def watch_round(drafting: Any) -> None:
-        before = list(drafting.held)
-        step(drafting)
-        ended = [old for old, new in zip(before, drafting.held, strict=True) if old == new]
-        for layer in drafting._cache.layers if not ended else ():  # the last page of those that end is read no more
-            assert_metadata_is_of_keys(layer, drafting.held)
-
-    monkeypatch.setattr(Drafting, "run_round", watch_round)
+    pattern = itertools.cycle([3, 0, 0, 2, 0, 0, 0, 0, 0, 1])
+    monkeypatch.setattr(DraftLength, "next", lambda _: (next(pattern), "drafting does not pay"))
+    monkeypatch.setattr(Drafting, "_draft", watch_draft)
     monkeypatch.setattr(QuestCache, "settle", watch)
-    both(make_llama(), ids, FORMS[form])
-    assert len(checks) > 10
+    alone, ours, counters = both(make_llama(), ids, FORMS[form])
+    assert torch.equal(alone, ours)
+    plain = counters.drafts.plain_steps["drafting does not pay"]
+    assert plain > 10 and len(resumed) > 5
+    assert len(checks) < 3 * len(resumed), "several plain steps are taken in at once"
 
 
 def assert_metadata_is_of_keys(layer: QuestLayer, lengths: Sequence[int]) -> None:

@@ -35,7 +35,8 @@ class Drafting:
         check   a dense pass over the newest token and the K drafts, whose keys and values take the place of those
         settle  each row keeps the drafts that its own check lets stay, and has one more token from the check
 
-    Without drafts the check is a plain dense step, which takes its token into the metadata itself. A row's `held`
+    Without drafts the check is a plain dense step. Nobody chooses by the metadata meanwhile, so its token is taken into
+    them when drafting goes on: where that does not pay, a step costs little more than without Quest. A row's `held`
     tokens in the cache are then all of its tokens but the newest. Rows accept different numbers, so each is as long as
     it is, and a pass says by position and mask where a row's tokens belong.
 
@@ -52,6 +53,7 @@ class Drafting:
 
     Attributes:
         held: Tokens of each row that the cache has, B of them [tokens].
+        taken: Those of them that the metadata are of [tokens].
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Drafting:
         batch = logits.shape[0]
         self._start = cache.get_seq_length()  # tokens in the cache, also those of a prompt given as embeddings
         self.held = [self._start] * batch
+        self.taken = list(self.held)
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
         if positions is not None and positions.dim() != 2:
             raise QuestValueError("position_ids.shape", list(positions.shape), "[B, T] with lossless=True")
@@ -116,6 +119,8 @@ class Drafting:
             count, reason = (max(rooms) - 1 if self._take is None else 0), "the end"
         fed = emission.tokens.gather(1, self._places(-1))  # [B, 1]
         started = time.perf_counter()
+        if count and self.taken != self.held:
+            cache.settle(self.taken, self.held, take=self._take)
         drafts, drafted_by = self._draft(fed, count)
         drafted = time.perf_counter()
         if drafts is not None:
@@ -124,6 +129,7 @@ class Drafting:
         accepted = self._accept(self._forward(fed, 0, is_drafting=False), drafts, drafted_by)
         if count:
             cache.settle(before, self.held, take=self._take)
+            self.taken = list(self.held)
         ended = time.perf_counter()
         if count == 0:
             self._counter.count_plain(reason, rows)
@@ -252,9 +258,10 @@ class Drafting:
         right = [self._holds(length) for length in emission.ends.values()]
         least = max(self._start, min([*self.held, *right, target]))
         cache.keep(least)
+        alike = [least] * len(self.held)
+        cache.settle([min(taken, least) for taken in self.taken], alike)
         if is_kept and least < target:
             missing = target - least
-            alike = [least] * len(self.held)
             self.held = alike
             self._go_there()
             self._forward(emission.tokens[:, emission.length - 1 - missing : emission.length - 1], 0, is_drafting=False)

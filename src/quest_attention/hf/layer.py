@@ -178,15 +178,14 @@ class QuestLayer(StepReporter, StoredLayer):
     def _write(self, keys: Tensor, values: Tensor, start: int) -> None:
         """Write tokens after the first `start` ones, or where the rows of a lossless pass end.
 
-        What a check of drafts writes, `settle` takes into the metadata when it is known how much of it stays.
+        What a check of drafts writes, `QuestCache.settle` takes into the metadata when it is known how much stays, and
+        what plain steps between checks write, when drafting goes on.
         """
         storage, rows = self.storage, self.rows
         assert storage is not None, "storage allocated"
-        if rows is None or rows.lengths is None:
-            storage.write(keys, values, start)
-        elif keys.shape[2] > 1:
+        if rows is not None and rows.lengths is not None and not rows.is_drafting:
             storage.put(keys, values, start if rows.ends is None else rows.ends.long() - keys.shape[2])
-        elif rows.ends is None:
+        elif rows is None or rows.ends is None:
             storage.write(keys, values, start)
         else:
             storage.append(keys.to(storage.dtype), values.to(storage.dtype), rows.ends)
