@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -113,52 +114,73 @@ def imposed_hits(hits: int | None, device: torch.device) -> Iterator[list[float]
         fetch.launch = launch
 
 
-def time_arm(
-    model: Any, arm: str, config: QuestConfig, batch: int, context: int, hot: int, tokens: int, seed: int
-) -> dict[str, Any]:
-    """Time per token of one arm, and what came over the bus.
+def make_cache(
+    model: Any, arm: str, config: QuestConfig, batch: int, context: int, room: int, hot: int, seed: int
+) -> Any:
+    """A cache of random tokens for an arm, and for the others with the same `kind_of`."""
+    if arm == "stock-offload":
+        cache: Any = DynamicCache(config=model.config, offloading=True)
+    else:
+        offload = {"quest": None, "all": Offload()}.get(arm, Offload(hot))
+        cache = QuestCache(model.config, config_for(arm, config, room), max_length=room, offload=offload)
+    fill(cache, model, batch, context, seed)
+    return cache
+
+
+def kind_of(arm: str) -> str:
+    """Arms of a kind share a cache, which takes a while to lock where it lies in host memory."""
+    return "offload" if arm.startswith("offload") else arm
+
+
+def config_for(arm: str, config: QuestConfig, room: int) -> QuestConfig:
+    """What an arm reads."""
+    if arm != "all":
+        return config
+    budget = room + config.page_size  # within it a step reads everything
+    return QuestConfig(budget, config.page_size, metadata="bounds", num_dense_layers=NUM_DENSE_LAYERS)
+
+
+def time_arm(model: Any, cache: Any, arm: str, config: QuestConfig, batch: int, context: int, tokens: int) -> Any:
+    """Time per token of one arm, and what came over the bus; the cache holds what it held.
 
     Raises:
         RuntimeError: The arm did not take its path.
     """
-    room, steps = context + WARMUP + tokens + 2, WARMUP + tokens
+    steps = WARMUP + tokens
     if arm == "stock-offload":
-        stock = DynamicCache(config=model.config, offloading=True)
-        fill(stock, model, batch, context, seed)
-        return {"ms": percentiles(time_written(model, stock, batch, context, tokens, WARMUP))}
-    hits, offload = hits_of(arm), None if arm == "quest" else Offload(hot)
-    if arm == "all":  # within the budget a step reads everything
-        config = QuestConfig(
-            room + config.page_size, config.page_size, metadata="bounds", num_dense_layers=NUM_DENSE_LAYERS
-        )
-        offload = Offload()
-    with imposed_hits(hits, model.device) as seen, enable_quest(model, config) as handle:
-        cache = QuestCache(model.config, handle.config, max_length=room, counters=handle.counters, offload=offload)
-        fill(cache, model, batch, context, seed)
+        return {"ms": percentiles(time_written(model, cache, batch, context, tokens, WARMUP))}
+    hits = hits_of(arm)
+    cache.counters.reset()
+    with (
+        imposed_hits(hits, model.device) as seen,
+        enable_quest(model, config_for(arm, config, context + steps)) as handle,
+    ):
         ms = time_written(model, cache, batch, context, tokens, WARMUP)
-        counters, graphs = handle.counters, handle.graphs
-        sparse = sum(layer.kind == "quest" for layer in counters.layers)
-        expected = 0 if arm == "all" else sparse * steps
-        if counters.sparse_steps != expected or not sparse:
-            raise RuntimeError(f"{arm}: took {counters.sparse_steps} sparse layer steps, expected {expected}")
-        if arm not in ("quest", "all") and (counters.fetches is None or not counters.fetches.units_looked_up):
-            raise RuntimeError(f"{arm}: fetched nothing")
-        if hits is not None and not seen:
-            raise RuntimeError(f"{arm}: nobody imposed anything")
-        is_replayed = graphs is not None and graphs.replayed_steps == steps and not graphs.eager_steps
-        if model.device.type == "cuda" and arm != "all" and not is_replayed:
-            raise RuntimeError(f"{arm}: not all steps replayed a graph: {graphs and graphs.eager_steps}")
-        row: dict[str, Any] = {"ms": percentiles(ms), "share_read": counters.share_read}
-        if arm not in ("quest", "all") and counters.fetches is not None:
-            row["fetches"] = counters.fetches.to_dict()
-            row["mib_a_token"] = counters.fetches.bytes_fetched / steps / 2**20
-        if hits is not None:  # what the kernel that places units counted is not what was copied
-            text = model.config
-            unit_bytes = config.unit_size * 2 * text.head_dim * model.dtype.itemsize
-            units = sparse * batch * text.num_key_value_heads * int(copied_of(config.unit_budget, hits).sum())
-            row |= {"imposed_hit_rate": hits / 100, "mib_a_token": units * unit_bytes / 2**20}
-            del row["fetches"]
-        return row
+        graphs = handle.graphs
+    cache.keep(context)
+    counters = cache.counters
+    sparse = sum(layer.kind == "quest" for layer in counters.layers)
+    expected = 0 if arm == "all" else sparse * steps
+    if counters.sparse_steps != expected or not sparse:
+        raise RuntimeError(f"{arm}: took {counters.sparse_steps} sparse layer steps, expected {expected}")
+    if arm not in ("quest", "all") and (counters.fetches is None or not counters.fetches.units_looked_up):
+        raise RuntimeError(f"{arm}: fetched nothing")
+    if hits is not None and not seen:
+        raise RuntimeError(f"{arm}: nobody imposed anything")
+    is_replayed = graphs is not None and graphs.replayed_steps == steps and not graphs.eager_steps
+    if model.device.type == "cuda" and arm != "all" and not is_replayed:
+        raise RuntimeError(f"{arm}: not all steps replayed a graph: {graphs and graphs.eager_steps}")
+    row: dict[str, Any] = {"ms": percentiles(ms), "share_read": counters.share_read}
+    if arm not in ("quest", "all") and counters.fetches is not None:
+        row["fetches"] = counters.fetches.to_dict()
+        row["mib_a_token"] = counters.fetches.bytes_fetched / steps / 2**20
+    if hits is not None:  # what the kernel that places units counted is not what was copied
+        text = model.config
+        unit_bytes = config.unit_size * 2 * text.head_dim * model.dtype.itemsize
+        units = sparse * batch * text.num_key_value_heads * int(copied_of(config.unit_budget, hits).sum())
+        row |= {"imposed_hit_rate": hits / 100, "mib_a_token": units * unit_bytes / 2**20}
+        del row["fetches"]
+    return row
 
 
 def main(
@@ -195,13 +217,21 @@ def main(
         for context in lengths:
             for reads_what, config in configs.items():
                 near: float | None = None
+                room, cache, kind = context + WARMUP + tokens + 2, None, ""
                 for arm in names:
                     if arm in WHOLE and reads_what != next(iter(configs)):
                         continue  # nothing is chosen: timed once
-                    row = time_arm(runner, arm, config, batch, context, hot_tokens, tokens, seed)
-                    gc.collect()
-                    if where.type == "cuda":
-                        torch.cuda.empty_cache()
+                    if kind != kind_of(arm):
+                        del cache  # before the next one needs the room
+                        gc.collect()
+                        if where.type == "cuda":
+                            torch.cuda.empty_cache()
+                        began, kind = time.perf_counter(), kind_of(arm)
+                        cache = make_cache(runner, arm, config, batch, context, room, hot_tokens, seed)
+                        print(
+                            f"{context} {reads_what} {kind}: filled in {time.perf_counter() - began:.0f} s", flush=True
+                        )
+                    row = time_arm(runner, cache, arm, config, batch, context, tokens)
                     middle = row["ms"]["p50"]
                     near = middle if arm == "quest" else near
                     row["ratio_to_quest"] = None if near is None else middle / near
@@ -212,6 +242,7 @@ def main(
                     moved = f"{row['mib_a_token']:.1f}" if "mib_a_token" in row else ""
                     shown = "" if hits is None else f"{hits:.0%}"
                     table.add_row(str(context), reads_what, arm, f"{middle:.2f}", ratio, moved, shown)
+                    print(f"  {arm}: {middle:.2f} ms {ratio}", flush=True)
                     if output is not None:
                         settings = {
                             "num_dense_layers": NUM_DENSE_LAYERS,
@@ -222,6 +253,8 @@ def main(
                             "seed": seed,
                         }
                         write_record(output, f"python {' '.join(sys.argv)}", settings, rows)
+                del cache
+                gc.collect()
     Console(width=140).print(table)
 
 
