@@ -312,7 +312,21 @@ def test_offload_reads_the_prompt_in_chunks_and_says_what_came(
     fetches = report["counters"]["fetches"]
     assert 0 < fetches["units_fetched"] < fetches["units_looked_up"]
     assert report["counters"]["layers"][0]["prefill_tokens"] == tokens
-    assert "offload  keys and values in host memory; " in quest("generate", *few, "--offload", "host").err
+    summary = quest("generate", *few, "--offload", "host").err
+    assert "offload  keys and values in host memory; " in summary
+    held, mib = report["cache_bytes"], 1 << 20
+    line = f"{held['host'] / mib:,.1f} MiB in host memory, {held['device'] / mib:,.1f} MiB on the device"
+    assert f"memory   of the cache: {line}" in summary and held["host"] > 0 < held["device"]
+    assert plain["cache_bytes"] is None
+    narrow = json.loads(quest("generate", *few, "--offload", "host", "--kv-cache-dtype", "fp8", "--json").out)
+    assert 4 * narrow["cache_bytes"]["host"] == held["host"]
+
+
+def test_keys_and_values_in_8_bits(quest: Cli, model_folder: str) -> None:
+    few = ("generate", "-m", model_folder, "-p", "ice " * 200, "-n", "12", "--token-budget", "64", "--kv-cache-dtype")
+    texts = {name: json.loads(quest(*few, name, "--json").out)["text"] for name in ("auto", "fp8")}
+    assert json.loads(quest(*few, "fp8", "--lossless", "--json").out)["counters"]["drafts"]["checks"] > 0
+    assert texts["auto"] and texts["fp8"]
 
 
 def test_a_budget_that_holds_everything_gives_the_text_of_dense(quest: Cli, model_folder: str) -> None:
@@ -408,6 +422,8 @@ def test_a_prompt_longer_than_the_positions_of_the_model(quest: Cli, model_folde
         (["--lossless", "--dense"], "--lossless: got True, expected False with --dense"),
         (["--offload", "host", "--dense"], "--offload: got 'host', expected none with --dense"),
         (["--hot-tokens", "64"], "--hot-tokens: got 64, expected none without --offload"),
+        (["--kv-cache-dtype", "int4"], "--kv-cache-dtype: got 'int4', expected one of 'auto', 'fp8'"),
+        (["--kv-cache-dtype", "fp8", "--dense"], "--kv-cache-dtype: got 'fp8', expected auto with --dense"),
         (["--dense-layers", "-1"], "--dense-layers: got -1, expected a non-negative integer"),
         (["--metadata", "mean"], "--metadata: got 'mean', expected one of bounds, moments"),
         (["--moments-coefficient=-1"], "--moments-coefficient: got -1.0, expected a number from 0 to 100"),

@@ -179,7 +179,7 @@ class PagedKV:
         return cls(pages_of_keys, pages_of_values, meta_pages, page_table, contiguous, **others)
 
     @classmethod
-    def from_pool(cls, keys: Tensor, values: Tensor, page_table: Tensor, page_size: int) -> PagedKV:
+    def from_pool(cls, keys: Tensor, values: Tensor, page_table: Tensor, page_size: int, **scales: Any) -> PagedKV:
         """View a pool of pages, some of each KV head, for attention alone; nothing is copied, and no metadata is there.
 
         Args:
@@ -187,6 +187,7 @@ class PagedKV:
             values: As `keys`.
             page_table: `[B, HKV, P]` int32; page `p` of the pool of sequence `b` has id `b * HKV * S + p` there.
             page_size: Tokens per page [tokens].
+            **scales: Of keys and values, where they are in 8 bits.
 
         Raises:
             QuestValueError: A tensor is not contiguous or the shapes do not fit.
@@ -197,7 +198,7 @@ class PagedKV:
                 raise QuestValueError(f"{name}.stride()", tensor.stride(), "a contiguous tensor")
         pages_of_keys, dim = _as_pages(keys, page_size), keys.shape[3]
         nothing = keys.new_empty(dim).expand(*pages_of_keys.shape[::2], *_BOUNDS.shape(page_size, dim))
-        return cls(pages_of_keys, _as_pages(values, page_size), nothing, page_table)
+        return cls(pages_of_keys, _as_pages(values, page_size), nothing, page_table, **scales)
 
     @property
     def page_size(self) -> int:

@@ -32,6 +32,8 @@ CONFIGS = {
 }
 HOT = 36
 """Tokens of the pool: a little more than a step reads, so that what is read makes room for others."""
+in_any_dtype = pytest.mark.parametrize("stored", ["auto", "fp8"])
+"""For tests of caches whose keys and values may be in 8 bits, on the device as on the host."""
 
 
 def caches(model: Any, config: QuestConfig, **options: Any) -> tuple[QuestCache, QuestCache]:
@@ -70,15 +72,17 @@ def assert_steps_are_equal(model: Any, both: tuple[QuestCache, QuestCache], toke
         token = expected[:, -1:].argmax(-1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "stored"), [(torch.float32, "auto"), (torch.bfloat16, "auto"), (torch.bfloat16, "fp8")], ids=str
+)
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_generate_gives_the_same_logits(name: str, batch: int, dtype: torch.dtype) -> None:
+def test_generate_gives_the_same_logits(name: str, batch: int, dtype: torch.dtype, stored: str) -> None:
     model = make_llama().to(dtype)
     ids = prompt(batch, 70)
     found = []
     with enable_quest(model, CONFIGS[name]):
-        both = caches(model, CONFIGS[name])
+        both = caches(model, CONFIGS[name], kv_cache_dtype=stored)
         for cache in both:
             made = generate(
                 model, ids, 40, **cache_argument(cache), output_logits=True, return_dict_in_generate=True
@@ -89,13 +93,14 @@ def test_generate_gives_the_same_logits(name: str, batch: int, dtype: torch.dtyp
     assert_evicted(both[1])
 
 
+@in_any_dtype
 @pytest.mark.parametrize("name", ["bounds", "sketch"])
-def test_padded_batches(name: str) -> None:
+def test_padded_batches(name: str, stored: str) -> None:
     model, ids = make_llama(), prompt(2, 70)
     mask = torch.ones_like(ids)
     ids[0, :11], mask[0, :11] = 0, 0
     with enable_quest(model, CONFIGS[name]):
-        both = caches(model, CONFIGS[name])
+        both = caches(model, CONFIGS[name], kv_cache_dtype=stored)
         made = [generate(model, ids, 20, attention_mask=mask, **cache_argument(cache)) for cache in both]
     assert torch.equal(made[0], made[1])
     assert_evicted(both[1])
@@ -116,14 +121,15 @@ def test_other_families(name: str) -> None:
     assert pools(both[1])[0].hot.counts[0] > 0
 
 
+@in_any_dtype
 @pytest.mark.parametrize("name", CONFIGS)
-def test_chunks_rollbacks_and_growth(name: str) -> None:
+def test_chunks_rollbacks_and_growth(name: str, stored: str) -> None:
     """A prompt in chunks, steps, tokens taken back and others written there, several at once and one by one."""
     model = make_llama()
     ids = prompt(2, 140)
     config = CONFIGS[name]
     with enable_quest(model, config):
-        both = caches(model, config)
+        both = caches(model, config, kv_cache_dtype=stored)
         for start, stop in ((0, 33), (33, 34), (34, 61), (61, 70)):
             expected, found = (logits(model, cache, ids[:, start:stop]) for cache in both)
             assert torch.equal(found, expected)
@@ -154,19 +160,21 @@ def test_a_token_that_no_step_fetched_is_not_read_from_the_pool() -> None:
         assert_steps_are_equal(model, both, ids[:, :1], 12)
 
 
-def test_beam_search() -> None:
+@in_any_dtype
+def test_beam_search(stored: str) -> None:
     model, ids = make_llama(), prompt(2, 60)
     with enable_quest(model, SMALL):
-        both = caches(model, SMALL)
+        both = caches(model, SMALL, kv_cache_dtype=stored)
         made = [generate(model, ids, 10, num_beams=3, **cache_argument(cache)) for cache in both]
     assert torch.equal(made[0], made[1])
     assert both[1].counters.sparse_steps == 2 * 9
 
 
-def test_copies_and_other_batches() -> None:
+@in_any_dtype
+def test_copies_and_other_batches(stored: str) -> None:
     model, ids = make_llama(), prompt(2, 60)
     with enable_quest(model, SMALL):
-        both = caches(model, SMALL)
+        both = caches(model, SMALL, kv_cache_dtype=stored)
         for cache in both:
             logits(model, cache, ids)
         assert_steps_are_equal(model, both, ids[:, :1], 5)
@@ -285,6 +293,22 @@ def test_the_bundled_model_writes_the_same(name: str) -> None:
         assert storage.hot.owners.numel() < fetched < looked_up
 
 
+def test_a_user_has_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Host memory and 8 bits: the bytes that come to the device are those of 8 bits."""
+    on_a_gpu(monkeypatch)
+    model, ids = make_llama(), prompt(2, 70)
+    with enable_quest(model, SMALL, kv_cache_dtype="fp8") as quest:
+        expected = generate(model, ids, 30)
+        kept = quest.make_cache(200, offload="host", hot_tokens=40)
+        assert torch.equal(generate(model, ids, 30, **cache_argument(kept)), expected)
+        assert {storage.hot.keys.dtype for storage in pools(kept)} == {torch.float8_e4m3fn}
+    with enable_quest(model, SMALL, offload="host", hot_tokens=HOT, kv_cache_dtype="fp8") as quest:
+        assert torch.equal(generate(model, ids, 30), expected)
+        fetches = quest.counters.fetches
+        assert fetches is not None and fetches.bytes_fetched % (PAGE_SIZE * 16) == 0
+        assert fetches.units_fetched < fetches.bytes_fetched // (PAGE_SIZE * 16) < 2 * fetches.units_looked_up
+
+
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let what a user asks for be answered as on a GPU, on which these tests do not run."""
     asked = Offload.asked
@@ -346,7 +370,7 @@ def test_memory_that_is_not_free_is_said_before_work_starts(monkeypatch: pytest.
 
     on_a_gpu(monkeypatch)
     model, ids = make_llama(), prompt(1, 60)
-    shape = CacheShape(1, 1000, 2, 8, 8, torch.float32, sparse_layers=2, dense_layers=1)
+    shape = CacheShape(1, 1000, 2, 8, 8, torch.float32, sparse_layers=2, dense_layers=1, group=2)
     memory = memory_of(shape, SMALL, HOT)
     assert memory.host == 2 * 2 * 1000 * 16 * 4 and memory.dense == memory.prompt == memory.host // 2
     assert memory.metadata == 2 * 2 * 250 * 2 * 8 * 4 and memory.table == 2 * 2 * 250 * 4
@@ -362,6 +386,41 @@ def test_memory_that_is_not_free_is_said_before_work_starts(monkeypatch: pytest.
         monkeypatch.setattr(offload, "free_device_bytes", lambda _: memory.device - 1)
         with pytest.raises(QuestValueError, match=rf"\({memory.device} bytes\) on the device \(dense .*, metadata"):
             quest.make_cache(1000)
+        in_chunks = memory_of(shape, SMALL, HOT, chunk=16)
+        assert memory.mask == memory.repeated == 0 and in_chunks.mask == 16 * 1000 * (1 + 4)
+        with pytest.raises(QuestValueError, match=r"repeated .*, mask .* or smaller chunks"):
+            generate(model, ids, 940, prefill_chunk_size=16)
         monkeypatch.setattr(offload, "free_device_bytes", lambda _: memory.device)
         assert quest.make_cache(1000).get_seq_length() == 0
         assert quest.counters.sparse_steps == 0
+
+
+@pytest.mark.parametrize("chunk", [None, 20, 25])
+def test_the_mask_that_is_counted_is_the_one_that_is_made(chunk: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind other chunks transformers makes one, and has keys repeated for every query head; else neither."""
+    model, ids = make_llama(), prompt(1, 100)
+    masks: list[Tensor] = []
+    widths: set[tuple[int, int]] = set()
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def seen(query: Tensor, key: Tensor, *args: Any, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+        if query.shape[2] > 1:
+            widths.add((key.shape[1], key.shape[2]))
+            masks.extend([] if attn_mask is None else [attn_mask])
+        return attend(query, key, *args, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen)
+    with enable_quest(model, SMALL):
+        generate(model, ids, 2, prefill_chunk_size=chunk)
+    shape = CacheShape.of(model, ["dense", "quest", "quest"], batch=1, length=100)
+    assert shape is not None
+    memory = memory_of(shape, SMALL, HOT, chunk=chunk)
+    largest = max((mask.numel() * mask.element_size() for mask in masks), default=0)
+    assert {mask.dtype for mask in masks} <= {torch.bool}
+    assert memory.mask == largest * (1 + 4), "and as a number of float32 to add"
+    heads = next(heads for heads, length in widths if length == 100)
+    assert memory.repeated == (memory.prompt * 2 if heads == 4 else 0)
+    assert (chunk is None) == (memory.mask == memory.repeated == 0)
+    assert memory.device == memory.dense + memory.metadata + memory.table + max(
+        memory.pool, memory.prompt + memory.repeated + memory.mask
+    )

@@ -95,8 +95,9 @@ def assert_metadata_is_exact(cache: QuestCache) -> None:
         stored = paged.contiguous
         assert stored is not None
         fresh = torch.full_like(stored.metadata, float("nan"))
-        kv = PagedKV.from_contiguous(stored.keys, stored.values, fresh)
+        scales = {"key_scale": paged.key_scale, "value_scale": paged.value_scale}
+        kv = PagedKV.from_contiguous(stored.keys, stored.values, fresh, **scales)
         update_page_metadata(kv, length, length, backend="reference")
         torch.testing.assert_close(
-            stored.metadata[:, :, : layer.num_pages], fresh[:, :, : layer.num_pages], rtol=0, atol=0
+            stored.metadata[:, :, : layer.num_pages].float(), fresh[:, :, : layer.num_pages].float(), rtol=0, atol=0
         )

@@ -186,18 +186,19 @@ def run_tokens(
     assert token_decode.decode_tokens(step) is not None
 
 
-def run_hot_units(dtype: torch.dtype, group: int, dim: int, *, host: bool) -> None:
+def run_hot_units(dtype: torch.dtype, group: int, dim: int, *, host: bool, is_quantised: bool = False) -> None:
     """Pages and tokens fetched into a pool, and steps that read it."""
     heads, page_size, pages, length = 2, 16, 300, 4800
-    stored = torch.empty(1, heads, length, dim, dtype=dtype)
+    stored = torch.empty(1, heads, length, dim, dtype=FP8 if is_quantised else dtype)
+    scale = torch.ones(1) if is_quantised else None
     seq_lens: Any = length if host else torch.full((1,), length, dtype=torch.int32)
     query = torch.empty(1, heads * group, dim, dtype=dtype)
     for form, config in (
         (Bounds(), QuestConfig(512, page_size, metadata="bounds")),
         (Sketch(page_size), QuestConfig(128, page_size, metadata="sketch", selection_unit="token")),
     ):
-        kept = torch.empty(1, heads, pages, *form.shape(page_size, dim), dtype=form.dtypes(dtype)[0])
-        kv = PagedKV.from_contiguous(stored, stored, kept, form=form)
+        kept = torch.empty(1, heads, pages, *form.shape(page_size, dim), dtype=form.dtypes(stored.dtype)[0])
+        kv = PagedKV.from_contiguous(stored, stored, kept, form=form, key_scale=scale, value_scale=scale)
         hot = HotUnits.allocate(kv, config.unit_size, 4000 // config.unit_size)
         step = Step(query=query, kv=kv, seq_lens=seq_lens, config=config, hot=hot)
         if config.unit_size == 1:
@@ -239,6 +240,7 @@ def main() -> None:
     run_tokens(torch.bfloat16, 2, 64, scans=False, host=True, softcap=50.0, masked=True)
     run_hot_units(torch.bfloat16, 4, 128, host=False)
     run_hot_units(torch.float16, 1, 80, host=True)
+    run_hot_units(torch.bfloat16, 4, 128, host=False, is_quantised=True)
     for dim in (64, 256):
         query, key = (torch.empty(2, heads, 96, dim, dtype=torch.bfloat16) for heads in (4, 2))
         received.received_attention(query, key, 0.1)

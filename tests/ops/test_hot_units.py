@@ -13,7 +13,7 @@ from caches import Cache, make_cache
 from likeness import query_for
 from quest_attention import QuestConfig, QuestValueError, Selection, quest_decode, update_page_metadata
 from quest_attention.config import Backend
-from quest_attention.forms import Sketch, form_of
+from quest_attention.forms import Sketch, as_bits, form_of
 from quest_attention.ops import HotUnits, Step, fetch_units, resolve_backend, run_step
 
 LENGTH, PAGE_SIZE = 90, 8
@@ -49,7 +49,8 @@ def assert_holds(hot: HotUnits, cache: Cache, wanted: Tensor, lengths: list[int]
                 live = min(size, length - unit * size)
                 for pool, whole in ((hot.keys, stored.keys), (hot.values, stored.values)):
                     assert torch.equal(
-                        pool[b, h, slot * size : slot * size + live], whole[b, h, unit * size : unit * size + live]
+                        as_bits(pool[b, h, slot * size : slot * size + live]),
+                        as_bits(whole[b, h, unit * size : unit * size + live]),
                     )
             owned = {int(unit): slot for slot, unit in enumerate(hot.owners[b, h]) if unit >= 0}
             listed = {unit: int(page) - first for unit, page in enumerate(hot.table[b, h]) if page >= 0}
@@ -116,6 +117,29 @@ CONFIGS = {
 }
 
 
+@pytest.mark.parametrize("name", ["bounds of pages", "moments of pages", "sketches of tokens", "sketches of runs"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_pool_of_a_cache_in_8_bits_has_its_scales(name: str, backend: Backend) -> None:
+    config = replace(CONFIGS[name], backend=available(backend))
+    cache = make_cache([LENGTH, LENGTH], layout="contiguous", form=form_of(config), scales="head")
+    kv = cache.kv
+    update_page_metadata(kv, LENGTH, LENGTH)
+    hot = poisoned(HotUnits.allocate(kv, config.unit_size, 50 if config.unit_size == 1 else 14))
+    attend = attend_to_cache if backend == "triton" and config.unit_size > 1 else None
+    for seed in range(3):
+        query = query_for(cache, 2, dtype=torch.bfloat16, seed=seed)
+        expected = run_step(Step(query=query, kv=kv, seq_lens=LENGTH, config=config), attend=attend)
+        step = quest_decode(query, kv, LENGTH, config, hot=hot)
+        assert torch.equal(step.selected.units, expected.selected.units)
+        assert torch.equal(step.output, expected.output)
+        assert_holds(hot, cache, step.selected.units, [LENGTH, LENGTH])
+    looked_up, fetched, _ = hot.counts.tolist()
+    assert 0 < fetched < looked_up
+    others = replace(kv, key_scale=kv.key_scale.clone())
+    with pytest.raises(QuestValueError, match=r"kv.key_scale, kv.value_scale: got 'others', expected those that the"):
+        quest_decode(query, others, LENGTH, config, hot=hot)
+
+
 def attend_to_cache(step: Step, selected: Selection) -> Tensor:
     """The verb of the Triton kernels."""
     output, _ = resolve_backend("triton", "cpu").verbs.sparse_decode_attention(step, selected)
@@ -167,7 +191,7 @@ def test_pools_that_do_not_fit_are_refused() -> None:
         run(HotUnits.allocate(kv, 4, 9))
     with pytest.raises(QuestValueError, match=r"hot: got .* expected .*1, 2, 13"):
         run(HotUnits.allocate(make_cache([200], layout="contiguous").kv, 8, 9))
-    with pytest.raises(QuestValueError, match=r"kv: got 'pages that lie apart, or in 8 bits', expected a contiguous"):
+    with pytest.raises(QuestValueError, match=r"kv: got 'pages that lie apart', expected a contiguous"):
         run(HotUnits.allocate(kv, 8, 9), replace(kv, contiguous=None))
     ranked = QuestConfig(32, PAGE_SIZE, metadata="bounds", selection_unit="token")
     with pytest.raises(QuestValueError, match=r"config.selection_unit: got 'token', expected page for bounds beside"):

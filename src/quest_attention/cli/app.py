@@ -12,7 +12,14 @@ import typer
 
 from quest_attention.cli.console import say
 from quest_attention.cli.failures import INTERRUPTED, USAGE, one_line, reports_failures, usage_message
-from quest_attention.cli.options import check_seed, check_threads, check_workers, drafts_of, path_of, refuse_offload
+from quest_attention.cli.options import (
+    check_seed,
+    check_threads,
+    check_workers,
+    drafts_of,
+    path_of,
+    refuse_cache_options,
+)
 from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestValueError
 
@@ -226,6 +233,9 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    kv_cache_dtype: Annotated[
+        str, typer.Option("--kv-cache-dtype", help="Keys and values as the model has them (auto) or in 8 bits (fp8).")
+    ] = "auto",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens to write at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above 0 samples.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
@@ -262,15 +272,15 @@ def generate(
         }
     )
     drafts = drafts_of(draft_tokens, is_lossless=lossless, is_dense=dense)
-    refuse_offload(offload, hot_tokens, is_dense=dense)
+    refuse_cache_options(offload, hot_tokens, kv_cache_dtype, is_dense=dense)
     text = read_prompt(prompt, prompt_file)
     from quest_attention.cli.generate import Sampling, stream_text  # likewise
 
     stream_text(
         text, None if dense else config,
         Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed), is_chat=chat,
-        draft_tokens=drafts, offload=offload, hot_tokens=hot_tokens, model_name=model, device=device, dtype=dtype,
-        threads=threads, as_json=as_json, is_quiet=is_quiet,
+        draft_tokens=drafts, offload=offload, hot_tokens=hot_tokens, kv_cache_dtype=kv_cache_dtype, model_name=model,
+        device=device, dtype=dtype, threads=threads, as_json=as_json, is_quiet=is_quiet,
     )  # fmt: skip
 
 

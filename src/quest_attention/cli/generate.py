@@ -24,6 +24,9 @@ from quest_attention.errors import QuestValueError
 from quest_attention.eval.frame import turn_end
 from quest_attention.eval.wording import chosen_by, counted
 from quest_attention.hf import QuestCounters, enable_quest
+from quest_attention.hf.cache_dtype import CacheDtype
+from quest_attention.hf.held_memory import HeldMemory
+from quest_attention.hf.naming import CACHE
 from quest_attention.hf.offload import OffloadTo
 from quest_attention.ops.dispatch import resolve_backend
 
@@ -78,6 +81,7 @@ class Written:
         new_tokens: Tokens written, an end-of-text token included.
         prefill_seconds: From the start to the first token [s].
         decode_seconds: From the first token to the last [s].
+        memory: What the cache held in the end, where keys and values went to host memory; else None.
     """
 
     text: str
@@ -85,6 +89,7 @@ class Written:
     new_tokens: int
     prefill_seconds: float
     decode_seconds: float
+    memory: HeldMemory | None
 
     @property
     def prefill_speed(self) -> float:
@@ -99,8 +104,8 @@ class Written:
 
 def stream_text(
     prompt: str, config: QuestConfig | None, sampling: Sampling, *, is_chat: bool, draft_tokens: Drafts,
-    offload: str | None, hot_tokens: int | None, model_name: str | None, device: str, dtype: str, threads: int | None,
-    as_json: bool, is_quiet: bool,
+    offload: str | None, hot_tokens: int | None, kv_cache_dtype: str, model_name: str | None, device: str, dtype: str,
+    threads: int | None, as_json: bool, is_quiet: bool,
 ) -> None:  # fmt: skip
     """Do what `quest generate` does; `config` None is `--dense`, and `draft_tokens` are those of `--lossless`.
 
@@ -122,6 +127,7 @@ def stream_text(
             handle = enable_quest(
                 loaded.model, config, lossless=is_lossless, draft_tokens=draft_tokens,
                 offload=cast("OffloadTo | None", offload), hot_tokens=hot_tokens,
+                kv_cache_dtype=cast("CacheDtype", kv_cache_dtype),
             )  # fmt: skip
             stack.enter_context(handle)
             config, counters = handle.config, handle.counters  # with the form of its metadata
@@ -169,6 +175,7 @@ def _generate(
     generation.max_new_tokens = sampling.max_new_tokens
     generation.do_sample = sampling.temperature > 0
     generation.prefill_chunk_size = chunk
+    generation.return_dict_in_generate = chunk is not None  # whose cache is asked what it holds
     if generation.do_sample:
         generation.temperature, generation.top_p, generation.top_k = sampling.temperature, sampling.top_p, 0
         torch.manual_seed(sampling.seed)
@@ -181,13 +188,14 @@ def _generate(
         streamer = _Stream(tokenizer, until_first_token, is_silent=is_silent)
         started = time.perf_counter()
         generate = cast("Any", model).generate  # its annotations describe a class that only type checkers see
-        generate(ids, attention_mask=torch.ones_like(ids), generation_config=generation, streamer=streamer)
+        made = generate(ids, attention_mask=torch.ones_like(ids), generation_config=generation, streamer=streamer)
     return Written(
         text="".join(streamer.pieces),
         prompt_tokens=ids.shape[1],
         new_tokens=len(streamer.times),
         prefill_seconds=streamer.times[0] - started,
         decode_seconds=streamer.times[-1] - streamer.times[0],
+        memory=None if chunk is None else made[CACHE].memory,
     )
 
 
@@ -272,6 +280,8 @@ def _summary(written: Written, config: QuestConfig | None, counters: QuestCounte
         lines.append(f"drafts   {counters.drafts.summary()}")
     if counters is not None and counters.fetches is not None:
         lines.append(f"offload  {counters.fetches.summary()}")
+    if written.memory is not None:
+        lines.append(f"memory   of the cache: {written.memory.summary()}")
     if config is not None and counters is not None and counters.sparse_steps:
         lines.append(f"chosen   by {chosen_by(config)}")
     return "\n".join(lines)
@@ -306,6 +316,7 @@ def _report(
         "prefill_tokens_per_second": written.prefill_speed,
         "decode_seconds": written.decode_seconds,
         "decode_tokens_per_second": written.decode_speed,
+        "cache_bytes": None if written.memory is None else written.memory._asdict(),
         "quest": None if config is None else asdict(config),
         "counters": None if counters is None else counters.to_dict(),
     }

@@ -8,7 +8,7 @@ from typing import Literal, cast
 
 from quest_attention.errors import QuestValueError
 
-__all__ = ["check_seed", "check_threads", "check_workers", "drafts_of", "path_of", "refuse_offload"]
+__all__ = ["check_seed", "check_threads", "check_workers", "drafts_of", "path_of", "refuse_cache_options"]
 
 MOST_SEED = 2**64 - 1
 """The largest that PyTorch's generators take."""
@@ -67,8 +67,8 @@ def drafts_of(text: str | None, *, is_lossless: bool, is_dense: bool) -> int | L
     return cast("int | Literal['auto']", drafts)
 
 
-def refuse_offload(offload: str | None, hot_tokens: int | None, *, is_dense: bool) -> None:
-    """Refuse what says nothing: where the cache lies is asked of a Quest cache.
+def refuse_cache_options(offload: str | None, hot_tokens: int | None, kv_cache_dtype: str, *, is_dense: bool) -> None:
+    """Refuse what says nothing: where a cache lies and what it stores is asked of a Quest cache.
 
     Raises:
         QuestValueError: As said.
@@ -77,6 +77,13 @@ def refuse_offload(offload: str | None, hot_tokens: int | None, *, is_dense: boo
         raise QuestValueError("offload", offload, "none with --dense, which reads all of the cache")
     if offload is None and hot_tokens is not None:
         raise QuestValueError("hot_tokens", hot_tokens, "none without --offload: all tokens are as near")
+    if kv_cache_dtype == "auto":
+        return
+    if is_dense:
+        raise QuestValueError("kv_cache_dtype", kv_cache_dtype, "auto with --dense, whose cache is transformers' own")
+    from quest_attention.hf.cache_dtype import check_cache_dtype  # takes seconds, as transformers does
+
+    check_cache_dtype(kv_cache_dtype)
 
 
 def path_of(option: str, text: str) -> Path:

@@ -13,8 +13,9 @@ import torch
 
 from quest_attention.config import QuestConfig, refuse_auto
 from quest_attention.forms.bounds import KEY_MAX, KEY_MIN, Bounds
-from quest_attention.forms.form import FP8, MetadataForm, Scored, TwoVectors
+from quest_attention.forms.form import FP8, MetadataForm, Scored, TwoVectors, as_bits
 from quest_attention.forms.moments import DEVIATION, MEAN, Moments
+from quest_attention.forms.rounding import round_near
 from quest_attention.forms.sketch import Sketch, SketchLayout
 
 __all__ = [
@@ -30,8 +31,10 @@ __all__ = [
     "Sketch",
     "SketchLayout",
     "TwoVectors",
+    "as_bits",
     "form_of",
     "metadata_dtype",
+    "round_near",
 ]
 
 _FORMS: dict[str, Callable[[QuestConfig], MetadataForm]] = {

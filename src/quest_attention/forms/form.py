@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["FP8", "MetadataForm", "Scored", "TwoVectors", "as_numbers"]
+__all__ = ["FP8", "MetadataForm", "Scored", "TwoVectors", "as_bits", "as_numbers"]
 
 Scored = Literal["page", "token"]
 FP8 = torch.float8_e4m3fn
@@ -124,3 +124,8 @@ class TwoVectors:
 def as_numbers(keys: Tensor) -> Tensor:
     """Keys in a dtype that can be calculated with: those in 8 bits in bfloat16, which holds all of them."""
     return keys.to(torch.bfloat16) if keys.dtype == FP8 else keys
+
+
+def as_bits(tensor: Tensor) -> Tensor:
+    """A tensor as it can be moved about: numbers of 8 bits as bytes, since PyTorch scatters none of them."""
+    return tensor.view(torch.uint8) if tensor.dtype == FP8 else tensor

@@ -1,4 +1,4 @@
-"""Rounding outward: a bound stored in fewer bits must still bound."""
+"""Rounding to 8 bits: to the nearest number, or outward, since a bound in fewer bits must still bound."""
 
 from __future__ import annotations
 
@@ -7,9 +7,18 @@ from torch import Tensor
 
 from quest_attention.forms.form import FP8
 
-__all__ = ["round_down", "round_up"]
+__all__ = ["round_down", "round_near", "round_up"]
 
 _LARGEST = torch.finfo(FP8).max
+
+
+def round_near(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest numbers of `dtype`; in 8 bits the largest of them for what is beyond, as vLLM stores it.
+
+    >>> round_near(torch.tensor([0.3, -1000.0]), torch.float8_e4m3fn).tolist()
+    [0.3125, -448.0]
+    """
+    return numbers.clamp(-_LARGEST, _LARGEST).to(dtype) if dtype == FP8 else numbers.to(dtype)
 
 
 def round_up(bounds: Tensor, dtype: torch.dtype) -> Tensor:

@@ -91,7 +91,7 @@ def _attend(
         dense: The model's own attention.
         module: The attention module.
         query: `[B, HQ, T, D]`, T the tokens of this pass, or its last ones, which then read what it reads.
-        key: `[B, HKV, length, D]`, from `QuestLayer.update` or any other cache.
+        key: `[B, HKV, length, D]`, from `QuestLayer.update` or any other cache; for a sparse step as it is stored.
         value: `[B, HKV, length, DV]`.
         attention_mask: None, or `[B, 1, T, length]`, boolean (True attends) or additive.
         **kwargs: `scaling`, `softcap`, `s_aux` and whatever else a model passes to its attention.
@@ -106,6 +106,8 @@ def _attend(
             asked for.
     """
     layer: QuestLayer | None = getattr(key, LAYER_ATTRIBUTE, None)
+    if layer is not None:
+        layer.is_attended = True
     reading: Reading | None = getattr(layer, "reading", None)
     if reading is not None and reading.is_step and reading is not Reading.CHECK and query.shape[2] != 1:
         raise UnsupportedModelError(f"query: got {query.shape[2]} tokens, expected 1, as the decode step wrote")
@@ -135,7 +137,8 @@ def _attend(
     # It would round the scores of pages: bounds hold in float32.
     with nullcontext() if autocast is None else torch.autocast(query.device.type, enabled=False):
         mask = None if attention_mask is None else _token_mask(attention_mask)
-        step = layer.storage.decode(query[:, :, 0].to(key.dtype), layer.seq_lens, **options, token_mask=mask)
+        rows = query[:, :, 0].to(layer.storage.dtype)
+        step = layer.storage.decode(rows, layer.seq_lens, **options, token_mask=mask)
     # Nothing padded: every sequence is past the budget. Otherwise the device knows, and is not asked.
     units = batch * layer.config.unit_budget if attention_mask is None else step.selected.units_read
     layer.counter.count_sparse(units * layer.config.unit_size, batch * layer.tokens_held, batch * layer.keys_ranked)

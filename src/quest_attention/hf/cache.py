@@ -12,8 +12,10 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from quest_attention.config import QuestConfig, check_integer
 from quest_attention.errors import QuestValueError
+from quest_attention.hf.cache_dtype import CacheDtype, check_cache_dtype
 from quest_attention.hf.compiler import kept_from_compilers
 from quest_attention.hf.counters import LayerCounter, QuestCounters
+from quest_attention.hf.held_memory import HeldMemory
 from quest_attention.hf.layer import QuestLayer
 from quest_attention.hf.offload import Offload, PoolSize
 from quest_attention.hf.reading import Reading
@@ -92,6 +94,7 @@ class QuestCache(DynamicCache):
         is_lossless: Whether everything is read unless a token is drafted, as `enable_quest(lossless=True)` has it.
         offload: Keys and values of layers that choose lie in host memory, hot units on the device of the tokens. It is
             what a handle makes of `offload="host"`; made by hand it works on a CPU too, where it saves nothing.
+        kv_cache_dtype: As `enable_quest` takes it. In 8 bits only the attention of a model that is enabled reads it.
 
     Attributes:
         rows: Of a lossless cache what its layers share, else None.
@@ -104,7 +107,7 @@ class QuestCache(DynamicCache):
     def __init__(
         self, config: PretrainedConfig, quest: QuestConfig | None = None, *, max_length: int | None = None,
         counters: QuestCounters | None = None, on_select: OnSelect | None = None, is_estimate: bool = False,
-        is_lossless: bool = False, offload: Offload | None = None,
+        is_lossless: bool = False, offload: Offload | None = None, kv_cache_dtype: CacheDtype = "auto",
     ) -> None:  # fmt: skip
         self._given = QuestConfig() if quest is None else quest
         kinds = layer_kinds(config, self._given)
@@ -112,6 +115,7 @@ class QuestCache(DynamicCache):
             check_integer("max_length", max_length, minimum=1)
         check_on_select(on_select)
         _check_offload(offload, is_lossless=is_lossless)
+        check_cache_dtype(kv_cache_dtype)
         if counters is None:
             counters = QuestCounters([LayerCounter(index, kind, self._given) for index, kind in kinds.items()])
         elif not isinstance(counters, QuestCounters):
@@ -131,13 +135,19 @@ class QuestCache(DynamicCache):
                 self.layers[counter.layer] = QuestLayer(
                     self._given, counter, is_dense=counter.kind == "dense", workspaces=workspaces,
                     max_length=max_length, is_estimate=is_estimate, on_select=on_select, rows=self.rows,
-                    pool=pool,
+                    pool=pool, kv_cache_dtype=kv_cache_dtype,
                 )  # fmt: skip
 
     @property
     def quest(self) -> QuestConfig:
         """What to read, with a form of metadata once there are tokens."""
         return next((layer.config for layer in self.layers if isinstance(layer, QuestLayer)), self._given)
+
+    @property
+    def memory(self) -> HeldMemory:
+        """What layers with full attention hold, with the room that is left for more tokens."""
+        layers = [layer.storage for layer in self.layers if isinstance(layer, QuestLayer)]
+        return HeldMemory.total(storage.memory for storage in layers if storage is not None)
 
     def reading_of(self, new: int) -> Reading:
         """What a pass of `new` tokens of each sequence will read in layers that may choose."""

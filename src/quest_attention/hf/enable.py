@@ -13,6 +13,7 @@ from quest_attention.config import QuestConfig
 from quest_attention.errors import BackendError, QuestStateError, QuestValueError, QuestWarning
 from quest_attention.hf.attention import EAGER_NAME, SDPA_NAME, register_attention
 from quest_attention.hf.cache import QuestCache, check_on_select, layer_kinds
+from quest_attention.hf.cache_dtype import CacheDtype, check_cache_dtype, check_stored, stored_dtype
 from quest_attention.hf.configs import PrivateConfigs
 from quest_attention.hf.counters import LayerCounter, QuestCounters
 from quest_attention.hf.draft_counter import DraftCounter
@@ -35,7 +36,7 @@ _ABSENT = object()
 def enable_quest(
     model: PreTrainedModel, config: QuestConfig | None = None, *, on_select: OnSelect | None = None,
     cuda_graphs: bool | None = None, lossless: bool = False, draft_tokens: DraftTokens | None = None,
-    offload: OffloadTo | None = None, hot_tokens: int | None = None,
+    offload: OffloadTo | None = None, hot_tokens: int | None = None, kv_cache_dtype: CacheDtype = "auto",
 ) -> QuestHandle:  # fmt: skip
     """Make `model.generate()` and forward passes with a `QuestCache` decode with Quest.
 
@@ -62,6 +63,9 @@ def enable_quest(
             which what is missing is fetched. The text is the same. For NVIDIA GPUs alone.
         hot_tokens: With `offload`, tokens of the pool for each sequence, layer and KV head; None is what half of the
             GPU's memory holds that is free at the first sparse step [tokens].
+        kv_cache_dtype: In what keys and values are stored, by vLLM's names: "auto", in the dtype of the model, or
+            "fp8", in 8 bits (e4m3, scale 1), on a GPU and on the host. All attention reads what is stored, a prompt's
+            and dense layers' too, and metadata are of it; `lossless` then writes what the model writes with that cache.
 
     Returns:
         A handle with counters. Use it in a `with` statement, or call `disable()`.
@@ -69,7 +73,8 @@ def enable_quest(
     Raises:
         UnsupportedModelError: Quest cannot serve the model; it is left as it was. A model that somebody wrapped is
             named, with the attribute that holds the model inside. Or its layers cannot take drafted tokens back.
-        QuestValueError: Another argument is wrong; or offload is asked for where nothing is nearer than host memory.
+        QuestValueError: Another argument is wrong; or offload is asked for where nothing is nearer than host memory;
+            or 8 bits for a model or a GPU that does not take them.
         QuestStateError: Quest is enabled on the model already.
         BackendError: The backend asked for cannot run on the model's device, or cuda_graphs=True has no GPU.
 
@@ -100,7 +105,9 @@ def enable_quest(
         check_draft_tokens(draft_tokens)
         if not lossless:
             raise QuestValueError("draft_tokens", draft_tokens, "None without lossless=True: nothing is drafted")
+    check_cache_dtype(kv_cache_dtype)
     check_supported(model, config)
+    check_stored(kv_cache_dtype, model.dtype, model.device, config.backend)
     chosen = Offload.asked(offload, hot_tokens, config, model.device)
     if chosen is not None and lossless:
         raise QuestValueError("offload", offload, "None with lossless=True, whose checks read the whole cache")
@@ -119,8 +126,9 @@ def enable_quest(
     capture = can_capture if cuda_graphs is None else cuda_graphs
     drafts = (DEFAULT_DRAFTS if draft_tokens is None else draft_tokens) if lossless else None
     return QuestHandle(
-        model, config, on_select, capture=capture, must_capture=bool(cuda_graphs), draft_tokens=drafts, offload=chosen
-    )
+        model, config, on_select, capture=capture, must_capture=bool(cuda_graphs), draft_tokens=drafts, offload=chosen,
+        kv_cache_dtype=kv_cache_dtype,
+    )  # fmt: skip
 
 
 class QuestHandle:
@@ -137,6 +145,7 @@ class QuestHandle:
     def __init__(
         self, model: PreTrainedModel, config: QuestConfig, on_select: OnSelect | None, *, capture: bool = False,
         must_capture: bool = False, draft_tokens: DraftTokens | None = None, offload: Offload | None = None,
+        kv_cache_dtype: CacheDtype = "auto",
     ) -> None:  # fmt: skip
         self.model = cast("Any", model)  # a module's attributes are Tensor or Module to a type checker
         self.config = config
@@ -150,6 +159,7 @@ class QuestHandle:
             self._lossless = Lossless(self.model, draft_tokens, drafts, self.graphs.take if self.graphs else None)
         self._on_select = on_select
         self._offload = offload
+        self._kv_cache_dtype: CacheDtype = kv_cache_dtype
         self._is_entered = False
         self._make_cache = self.model._prepare_cache_for_generation
         register_attention()
@@ -205,14 +215,16 @@ class QuestHandle:
         self._configs.give_back()
 
     def make_cache(
-        self, max_length: int | None = None, *, offload: OffloadTo | None = None, hot_tokens: int | None = None
-    ) -> QuestCache:
+        self, max_length: int | None = None, *, offload: OffloadTo | None = None, hot_tokens: int | None = None,
+        kv_cache_dtype: CacheDtype | None = None,
+    ) -> QuestCache:  # fmt: skip
         """A new cache for the model that counts in this handle's counters.
 
         Args:
             max_length: Tokens to make room for at once, where known [tokens]; more may come.
             offload: "host" as `enable_quest` takes it, for this cache; None is as the model was enabled.
             hot_tokens: Likewise.
+            kv_cache_dtype: Likewise.
 
         Raises:
             QuestValueError: `max_length` is no positive integer; memory for one sequence of it is not free; or an
@@ -229,21 +241,27 @@ class QuestHandle:
             else:
                 chosen = replace(chosen, hot_tokens=hot_tokens)
                 chosen.check(self.config)
-        return self._new_cache(max_length, chosen)
+        if kv_cache_dtype is not None:
+            check_cache_dtype(kv_cache_dtype)
+            check_stored(kv_cache_dtype, self.model.dtype, self.model.device, self.config.backend)
+        return self._new_cache(max_length, chosen, kv_cache_dtype or self._kv_cache_dtype)
 
     def _new_cache(
-        self, max_length: int | None, offload: Offload | None, *, is_estimate: bool = False, batch: int = 1
-    ) -> QuestCache:
+        self, max_length: int | None, offload: Offload | None, kv_cache_dtype: CacheDtype, *, is_estimate: bool = False,
+        batch: int = 1, chunk: int | None = None,
+    ) -> QuestCache:  # fmt: skip
         self._require_enabled("make_cache")
         cache = QuestCache(
             self.model.config, self.config, max_length=max_length, counters=self.counters, on_select=self._on_select,
             is_estimate=is_estimate, is_lossless=self.is_lossless, offload=offload,
+            kv_cache_dtype=kv_cache_dtype,
         )  # fmt: skip
         if offload is not None and max_length is not None:
             kinds = [counter.kind for counter in self.counters.layers]
-            shape = CacheShape.of(self.model, kinds, batch=batch, length=max_length)
+            stored = stored_dtype(kv_cache_dtype)
+            shape = CacheShape.of(self.model, kinds, batch=batch, length=max_length, stored=stored)
             if shape is not None:
-                offload.check_fits(shape, self.config, self.model.device)
+                offload.check_fits(shape, self.config, self.model.device, chunk=chunk)
         return cache
 
     def _prepare_cache_for_generation(
@@ -271,8 +289,9 @@ class QuestHandle:
             )
         else:
             model_kwargs[CACHE] = self._new_cache(
-                max(1, max_cache_length), self._offload, is_estimate=True, batch=batch_size
-            )
+                max(1, max_cache_length), self._offload, self._kv_cache_dtype, is_estimate=True, batch=batch_size,
+                chunk=getattr(generation_config, "prefill_chunk_size", None),
+            )  # fmt: skip
             model_kwargs[CACHE].is_kept = False
             if generation_config.is_assistant:
                 model_kwargs[CACHE].activate_past_recording()

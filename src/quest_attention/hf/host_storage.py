@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quest_attention.forms import round_near
+from quest_attention.hf.held_memory import HeldMemory, bytes_of
 from quest_attention.hf.host_memory import host_empty
 from quest_attention.hf.offload import PoolSize, check_host
 from quest_attention.hf.storage import KVStorage
@@ -63,7 +65,14 @@ class HostStorage(KVStorage):
     @property
     def unit_bytes(self) -> int:
         """Keys and values of a unit in one KV head [bytes]."""
-        return self._config.unit_size * (self.keys.shape[3] + self.values.shape[3]) * self.dtype.itemsize
+        return self._config.unit_size * (self.keys.shape[3] + self.values.shape[3]) * self.keys.element_size()
+
+    @property
+    def memory(self) -> HeldMemory:
+        """See `KVStorage.memory`: keys and values on the host, the rest on the device, the pool once there is one."""
+        hot = self._hot
+        pool = () if hot is None else (hot.keys, hot.values, hot.table, hot.owners, hot.stamps)
+        return HeldMemory(bytes_of(self.keys, self.values), bytes_of(self.metadata, *pool))
 
     @property
     def hot(self) -> HotUnits:
@@ -83,18 +92,18 @@ class HostStorage(KVStorage):
             self._hot.forget(min(start, self.fresh) // self._config.unit_size)
             self.fresh = start
 
-    def for_attention(self, keys: Tensor, values: Tensor, end: int) -> tuple[Tensor, Tensor]:
+    def for_attention(self, keys: Tensor, values: Tensor, end: int, *, chooses: bool) -> tuple[Tensor, Tensor]:
         """Keys and values of the first `end` tokens, brought to the device if more than one token attends to them.
 
         One layer at a time: they go when its attention is done.
         """
         if keys.shape[2] == 1:
-            return super().for_attention(keys, values, end)
+            return super().for_attention(keys, values, end, chooses=chooses)
         start, near = end - keys.shape[2], []
         for stored, new in ((self.keys, keys), (self.values, values)):
             brought = torch.empty(*stored.shape[:2], end, stored.shape[3], dtype=self.dtype, device=new.device)
             brought[:, :, :start] = stored[:, :, :start]
-            brought[:, :, start:] = new
+            brought[:, :, start:] = round_near(new, stored.dtype)
             near.append(brought)
         return near[0], near[1]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestStateError
+from quest_attention.hf.cache_dtype import CacheDtype, check_stored, stored_dtype
 from quest_attention.hf.counters import LayerCounter
 from quest_attention.hf.host_storage import HostStorage
 from quest_attention.hf.offload import PoolSize
@@ -57,6 +58,7 @@ class QuestLayer(StepReporter, StoredLayer):
         rows: Of a lossless cache, shared with its other layers: the layer reads everything unless a token is drafted.
         pool: Keys and values lie in host memory, if the layer chooses what it reads, and so much of them is hot; None
             where they do not.
+        kv_cache_dtype: In what keys and values are stored: `"auto"`, in the dtype of tokens, or `"fp8"`.
 
     Attributes:
         captured_lengths: While a decode step is captured as a CUDA graph, `[B]` int32, tokens per sequence with the
@@ -66,7 +68,7 @@ class QuestLayer(StepReporter, StoredLayer):
     def __init__(
         self, config: QuestConfig, counter: LayerCounter, *, is_dense: bool, workspaces: Workspaces,
         max_length: int | None = None, is_estimate: bool = False, on_select: OnSelect | None = None,
-        rows: RowLengths | None = None, pool: PoolSize | None = None,
+        rows: RowLengths | None = None, pool: PoolSize | None = None, kv_cache_dtype: CacheDtype = "auto",
     ) -> None:  # fmt: skip
         StepReporter.__init__(self, counter, on_select)
         self.config = config
@@ -76,6 +78,7 @@ class QuestLayer(StepReporter, StoredLayer):
         self.is_estimate = is_estimate
         self.rows = rows
         self.pool = pool
+        self.kv_cache_dtype: CacheDtype = kv_cache_dtype
         self.captured_lengths: Tensor | None = None
         StoredLayer.__init__(self)
 
@@ -102,11 +105,12 @@ class QuestLayer(StepReporter, StoredLayer):
         if self.config.metadata == "auto":
             self.config = self.config.resolved(key_states.device.type)
             self.counter.count_by(self.config)
-        new = key_states.shape[2]
+        new, dtype = key_states.shape[2], torch.promote_types(key_states.dtype, value_states.dtype)
+        check_stored(self.kv_cache_dtype, dtype, key_states.device, self.config.backend)
         given: dict[str, Any] = {
-            "batch": key_states.shape[0], "length": max(new, self._first_room(new)),
-            "dtype": torch.promote_types(key_states.dtype, value_states.dtype), "config": self.config,
-            "has_metadata": not self.is_dense, "workspaces": self.workspaces, "has_gaps": self.rows is not None,
+            "batch": key_states.shape[0], "length": max(new, self._first_room(new)), "dtype": dtype,
+            "config": self.config, "has_metadata": not self.is_dense, "workspaces": self.workspaces,
+            "has_gaps": self.rows is not None, "stored": stored_dtype(self.kv_cache_dtype),
         }  # fmt: skip
         if self.pool is not None:
             self.pool.offload.check(self.config)  # by the first layer too, before anything is stored
@@ -139,12 +143,15 @@ class QuestLayer(StepReporter, StoredLayer):
             **kwargs: Likewise.
 
         Returns:
-            Views of all keys and values so far; the keys carry the layer itself.
+            All keys and values so far, views unless attention reads all of what is stored in 8 bits; the keys carry the
+            layer itself.
 
         Raises:
             QuestValueError: The tokens do not fit those in the cache (another batch or model); nothing is written.
-                Tokens of another dtype do fit: the storage takes the wider one, as transformers' own does.
-            QuestStateError: Gradients are being recorded, which writing in place would break.
+                Tokens of another dtype do fit: the storage takes the wider one, as transformers' own does. In 8 bits
+                none are stored of float64.
+            QuestStateError: Gradients are being recorded, which writing in place would break; or a step is to read what
+                it chose in 8 bits, and Quest's attention never saw the layer.
 
         Warns:
             QuestWarning: The model decodes past the budget without Quest's attention.
@@ -163,15 +170,23 @@ class QuestLayer(StepReporter, StoredLayer):
         if self.rows is not None and self.rows.lengths is not None:
             start = max(self.rows.lengths)
         end = start + new
+        reading = self._reading_of(new, end)
+        chooses = reading is Reading.SPARSE
+        if chooses and self.storage.is_quantised and not self.is_attended:
+            raise QuestStateError(
+                "kv_cache_dtype: got 'fp8' in a QuestCache whose keys do not reach Quest's attention, which alone "
+                "reads them: call enable_quest(model) first"
+            )
         widest = self._widest(key_states, value_states)
         if end > self.capacity or widest != self.dtype:
+            check_stored(self.kv_cache_dtype, widest, key_states.device, self.config.backend)
             length = self.capacity if end <= self.capacity else max(end, GROWTH * self.capacity)
             self._hold(self.storage.moved(start, length=length, dtype=widest))
         self.storage.before_write(start)
         self._write(key_states, value_states, start)
         self._length = end
-        self._begin(self._reading_of(new, end), new)
-        keys, values = self.storage.for_attention(key_states, value_states, end)
+        self._begin(reading, new)
+        keys, values = self.storage.for_attention(key_states, value_states, end, chooses=chooses)
         setattr(keys, LAYER_ATTRIBUTE, self)
         return keys, values
 

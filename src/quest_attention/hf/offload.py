@@ -40,9 +40,11 @@ class CacheShape(NamedTuple):
         kv_heads: KV heads of a layer.
         head_dim: Channels of keys.
         value_dim: Channels of values.
-        dtype: Of keys and values.
+        dtype: Of keys and values as attention reads them.
         sparse_layers: Layers that choose what they read.
         dense_layers: Layers that read everything.
+        group: Query heads per KV head.
+        stored: Of keys and values in memory; None is `dtype`.
     """
 
     batch: int
@@ -53,9 +55,13 @@ class CacheShape(NamedTuple):
     dtype: torch.dtype
     sparse_layers: int
     dense_layers: int = 0
+    group: int = 1
+    stored: torch.dtype | None = None
 
     @classmethod
-    def of(cls, model: Any, kinds: Collection[str], *, batch: int, length: int) -> CacheShape | None:
+    def of(
+        cls, model: Any, kinds: Collection[str], *, batch: int, length: int, stored: torch.dtype | None = None
+    ) -> CacheShape | None:
         """The sizes of a model's cache, as its configuration has them; None where that does not say.
 
         Args:
@@ -63,6 +69,7 @@ class CacheShape(NamedTuple):
             kinds: What Quest makes of its layers, as `layer_kinds` says.
             batch: Sequences.
             length: Tokens per sequence [tokens].
+            stored: Of keys and values in memory; None is the model's dtype.
         """
         text = model.config.get_text_config(decoder=True)
         heads = getattr(text, "num_attention_heads", None)
@@ -73,12 +80,13 @@ class CacheShape(NamedTuple):
         if not (isinstance(kv_heads, int) and isinstance(dim, int)):
             return None
         sparse, dense = (sum(kind == each for kind in kinds) for each in ("quest", "dense"))
-        return cls(batch, length, kv_heads, dim, dim, model.dtype, sparse, dense)
+        group = heads // kv_heads if isinstance(heads, int) else 1
+        return cls(batch, length, kv_heads, dim, dim, model.dtype, sparse, dense, group, stored)
 
     @property
     def token_bytes(self) -> int:
-        """Keys and values of a token in one KV head of one layer [bytes]."""
-        return (self.head_dim + self.value_dim) * self.dtype.itemsize
+        """Keys and values of a token in one KV head of one layer, as they are stored [bytes]."""
+        return (self.head_dim + self.value_dim) * (self.stored or self.dtype).itemsize
 
 
 class OffloadMemory(NamedTuple):
@@ -91,6 +99,11 @@ class OffloadMemory(NamedTuple):
         table: Where each unit lies, on the device [bytes].
         pool: Hot tokens of all sparse layers, on the device [bytes].
         prompt: Keys and values of one layer, which a prompt brings to the device while it attends there [bytes].
+        repeated: The same for every query head, as transformers repeats them for a chunk behind others, whose attention
+            has a mask [bytes].
+        mask: That mask, and what PyTorch makes of it to add to logits [bytes].
+        widened: Keys and values of a dense layer that are stored in 8 bits, in the dtype that attention reads, while a
+            step attends to them that is no graph's [bytes].
     """
 
     host: int
@@ -99,20 +112,26 @@ class OffloadMemory(NamedTuple):
     table: int
     pool: int
     prompt: int
+    repeated: int = 0
+    mask: int = 0
+    widened: int = 0
 
     @property
     def device(self) -> int:
-        """On the device together [bytes]: either a prompt's or the hot tokens, which come after it."""
-        return self.dense + self.metadata + self.table + max(self.pool, self.prompt)
+        """On the device together [bytes]: either what a prompt takes or what steps do, which come after it."""
+        prompt = self.prompt + self.repeated + self.mask
+        return self.dense + self.metadata + self.table + max(self.pool + self.widened, prompt)
 
 
-def memory_of(shape: CacheShape, quest: QuestConfig, hot_tokens: int) -> OffloadMemory:
+def memory_of(shape: CacheShape, quest: QuestConfig, hot_tokens: int, *, chunk: int | None = None) -> OffloadMemory:
     """What a cache takes, before anything is allocated.
 
     Args:
         shape: Of the cache.
         quest: What is read, with a form of metadata.
         hot_tokens: Of each sequence and KV head of a sparse layer [tokens].
+        chunk: Tokens of a prompt that pass at a time [tokens]. None is all of them at once, for which no mask is made
+            unless sequences are padded, or the model's attention is eager: what those take is not known here.
 
     >>> shape = CacheShape(1, 1 << 20, 8, 128, 128, torch.bfloat16, sparse_layers=30, dense_layers=2)
     >>> memory = memory_of(shape, QuestConfig(2048, metadata="bounds"), hot_tokens=16384)
@@ -123,9 +142,11 @@ def memory_of(shape: CacheShape, quest: QuestConfig, hot_tokens: int) -> Offload
     tokens = pages * quest.page_size
     rows = shape.batch * shape.kv_heads
     layer = rows * tokens * shape.token_bytes
+    read = rows * shape.length * (shape.head_dim + shape.value_dim) * shape.dtype.itemsize
+    masked = 0 if chunk is None or chunk >= shape.length else shape.batch * chunk * shape.length
     form = form_of(quest)
     page_bytes = torch.Size(form.shape(quest.page_size, shape.head_dim)).numel()
-    page_bytes *= metadata_dtype(quest, shape.dtype).itemsize
+    page_bytes *= metadata_dtype(quest, shape.stored or shape.dtype).itemsize
     slots = num_pages(min(hot_tokens, tokens), quest.unit_size)
     slot_bytes = quest.unit_size * shape.token_bytes + _SLOT_BYTES
     return OffloadMemory(
@@ -134,7 +155,10 @@ def memory_of(shape: CacheShape, quest: QuestConfig, hot_tokens: int) -> Offload
         metadata=shape.sparse_layers * rows * pages * page_bytes,
         table=shape.sparse_layers * rows * pages * quest.units_per_page * _TABLE_BYTES,
         pool=shape.sparse_layers * rows * slots * slot_bytes,
-        prompt=layer,
+        prompt=read,
+        repeated=read * shape.group if masked and shape.group > 1 else 0,
+        mask=masked * (torch.bool.itemsize + shape.dtype.itemsize),
+        widened=read if shape.dense_layers and shape.stored not in (None, shape.dtype) else 0,
     )
 
 
@@ -155,9 +179,10 @@ def check_memory(memory: OffloadMemory, free_host: int, free_device: int) -> Non
             for name, size in memory._asdict().items()
             if name != "host" and size
         )  # fmt: skip
+        what = "fewer tokens, sequences, dense layers or hot_tokens" + ", or smaller chunks" * bool(memory.mask)
         raise QuestValueError(
-            "offload", f"{_said(memory.device)} on the device ({parts}; of pool and prompt the larger)",
-            f"at most the {_said(free_device)} that are free: fewer tokens, sequences, dense layers or hot_tokens",
+            "offload", f"{_said(memory.device)} on the device ({parts}; either what steps take or what a prompt does)",
+            f"at most the {_said(free_device)} that are free: {what}",
         )  # fmt: skip
 
 
@@ -232,14 +257,17 @@ class Offload:
             expected = f"at least {least}: what a step reads together, candidates included"
             raise QuestValueError("hot_tokens", self.hot_tokens, expected)
 
-    def check_fits(self, shape: CacheShape, quest: QuestConfig, device: torch.device) -> None:
-        """Refuse a cache that host and device have no room for, before work starts.
+    def check_fits(
+        self, shape: CacheShape, quest: QuestConfig, device: torch.device, *, chunk: int | None = None
+    ) -> None:
+        """Refuse a cache that host and device have no room for, before work starts; `chunk` as in `memory_of`.
 
         Raises:
             QuestValueError: They have not.
         """
         least = least_slots(quest, 1 << 31) * quest.unit_size
-        memory = memory_of(shape, quest, least if self.hot_tokens is None else self.hot_tokens)
+        hot_tokens = least if self.hot_tokens is None else self.hot_tokens
+        memory = memory_of(shape, quest, hot_tokens, chunk=chunk)
         check_memory(memory, free_host_bytes(), free_device_bytes(device))
 
 

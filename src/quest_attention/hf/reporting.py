@@ -33,6 +33,7 @@ class StepReporter:
         on_read: Like `on_select`, with the query and the keys.
         reading: What the attention of the pass reads whose tokens came last; None before the first.
         was_attended: Whether Quest's attention function has seen the keys of the last decode step.
+        is_attended: Whether it has seen any of the layer's keys.
     """
 
     def __init__(self, counter: LayerCounter, on_select: OnSelect | None) -> None:
@@ -41,6 +42,7 @@ class StepReporter:
         self.on_read: OnRead | None = None
         self.reading: Reading | None = None
         self.was_attended = True
+        self.is_attended = False
 
     @property
     def num_pages(self) -> int:

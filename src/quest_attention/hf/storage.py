@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from quest_attention.config import QuestConfig
-from quest_attention.forms import Bounds, form_of, metadata_dtype
+from quest_attention.forms import FP8, Bounds, as_bits, form_of, metadata_dtype, round_near
+from quest_attention.hf.held_memory import HeldMemory, bytes_of
 from quest_attention.hf.workspaces import Workspaces
 from quest_attention.ops import QuestOutput, Selection, Workspace, append_token, quest_decode, update_page_metadata
 from quest_attention.pages import PagedKV, num_pages
@@ -30,7 +31,9 @@ class KVStorage:
         values: Likewise, `[_, HKV, _, DV]`.
         batch: Sequences, B.
         length: Tokens per sequence to have room for; whole pages are made [tokens].
-        dtype: Of keys and values, and of metadata of a form that keeps it in theirs, unless in 8 bits.
+        dtype: Of keys and values as tokens bring them and attention reads them.
+        stored: Of keys and values in memory, and of metadata of a form that keeps it in theirs, unless in 8 bits. None
+            is `dtype`; the other there is is float8_e4m3fn, with scales of 1: whoever reads, reads what is stored.
         config: What to read.
         has_metadata: Whether what is read is chosen. Otherwise no metadata is kept.
         workspaces: Scratch memory shared with the other layers of the cache.
@@ -38,33 +41,36 @@ class KVStorage:
             memory that nobody wrote may hold NaN, which a mask lets through.
 
     Attributes:
-        keys: `[B, HKV, capacity, D]`.
-        values: `[B, HKV, capacity, DV]`.
-        metadata: `[B, HKV, capacity / page_size, *form.shape]`, or None.
+        keys: `[B, HKV, capacity, D]`, as they are stored.
+        values: `[B, HKV, capacity, DV]`, likewise.
+        metadata: `[B, HKV, capacity / page_size, *form.shape]`, of keys as they are stored, or None.
     """
 
     def __init__(
         self, keys: Tensor, values: Tensor, *, batch: int, length: int, dtype: torch.dtype, config: QuestConfig,
-        has_metadata: bool, workspaces: Workspaces, has_gaps: bool = False,
+        has_metadata: bool, workspaces: Workspaces, has_gaps: bool = False, stored: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         self._config = config
         self._workspaces = workspaces
         self._others: dict[str, Any] = {
-            "config": config, "has_metadata": has_metadata, "workspaces": workspaces, "has_gaps": has_gaps
+            "config": config, "has_metadata": has_metadata, "workspaces": workspaces, "has_gaps": has_gaps,
+            "stored": stored,
         }  # fmt: skip
+        self._dtype = dtype
+        stored = stored or dtype
         heads, pages = keys.shape[1], num_pages(length, config.page_size)
         # What is made under inference mode could not be written outside of it, by the next turn of a conversation.
         with torch.inference_mode(False):
-            self.keys = self._empty(keys, (batch, heads, pages * config.page_size, keys.shape[3]), dtype)
-            self.values = self._empty(values, (batch, heads, pages * config.page_size, values.shape[3]), dtype)
+            self.keys = self._empty(keys, (batch, heads, pages * config.page_size, keys.shape[3]), stored)
+            self.values = self._empty(values, (batch, heads, pages * config.page_size, values.shape[3]), stored)
             if has_gaps and batch > 1:
                 self.keys.zero_()
                 self.values.zero_()
             self.metadata: Tensor | None = None
             if has_metadata:
                 shape = form_of(config).shape(config.page_size, keys.shape[3])
-                stored = metadata_dtype(config, dtype)
-                self.metadata = keys.new_empty(batch, heads, pages, *shape, dtype=stored)
+                self.metadata = keys.new_empty(batch, heads, pages, *shape, dtype=metadata_dtype(config, stored))
+            self._scale = keys.new_ones(1, dtype=torch.float32) if stored == FP8 else None
         self._paged: PagedKV | None = None
         self._every_page: Selection | None = None
         self._scratch: dict[int, Workspace | None] = {}
@@ -90,8 +96,18 @@ class KVStorage:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of keys and values."""
-        return self.keys.dtype
+        """Of keys and values as tokens bring them and attention reads them."""
+        return self._dtype
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether they are stored in 8 bits."""
+        return self.keys.dtype == FP8
+
+    @property
+    def memory(self) -> HeldMemory:
+        """What the storage takes, without scratch memory."""
+        return HeldMemory(0, bytes_of(self.keys, self.values, self.metadata))
 
     # A captured graph holds the addresses of all that follows, so each is made once.
 
@@ -104,12 +120,13 @@ class KVStorage:
         return self._paged
 
     def _as_pages(self) -> PagedKV:
+        scales = {"key_scale": self._scale, "value_scale": self._scale}
         if self.metadata is not None:
-            return PagedKV.from_contiguous(self.keys, self.values, self.metadata, form=form_of(self._config))
+            return PagedKV.from_contiguous(self.keys, self.values, self.metadata, form=form_of(self._config), **scales)
         batch, heads, capacity, dim = self.keys.shape
         pages, page_size = capacity // self._config.page_size, self._config.page_size
         shape = (batch, heads, pages, *Bounds().shape(page_size, dim))
-        paged = PagedKV.from_contiguous(self.keys, self.values, self.keys.new_empty(shape))
+        paged = PagedKV.from_contiguous(self.keys, self.values, self.keys.new_empty(shape), **scales)
         nothing = self.keys.new_empty(dim).expand(paged.metadata.shape)
         return dataclasses.replace(paged, metadata=nothing, contiguous=None)  # the tensor of the shape goes again
 
@@ -134,16 +151,18 @@ class KVStorage:
     def before_write(self, start: int) -> None:
         """Tokens from `start` on are about to be written, of every sequence [tokens]."""
 
-    def for_attention(self, keys: Tensor, values: Tensor, end: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first `end` tokens, as attention reads them.
+    def for_attention(self, keys: Tensor, values: Tensor, end: int, *, chooses: bool) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first `end` tokens, in `dtype`: views, or what they are in 8 bits written out.
 
         Args:
             keys: Those of the pass, its last ones, `[B, HKV, T, D]`.
             values: Likewise.
             end: Tokens per sequence [tokens].
+            chooses: Whether attention is `decode`, which reads what it chose where it lies: views as they are stored.
         """
         del keys, values
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        stored = self.keys[:, :, :end], self.values[:, :, :end]
+        return stored if chooses else (stored[0].to(self.dtype), stored[1].to(self.dtype))
 
     def decode(self, query: Tensor, seq_lens: Tensor | int, **options: Any) -> QuestOutput:
         """A sparse step over what is stored: see `ops.quest_decode`.
@@ -176,13 +195,17 @@ class KVStorage:
             start: Tokens before them, of every sequence or `[B]` int64 of each [tokens].
         """
         new = keys.shape[2]
+        keys, values = round_near(keys, self.keys.dtype), round_near(values, self.values.dtype)
         if not isinstance(start, Tensor):
             self.keys[:, :, start : start + new] = keys
             self.values[:, :, start : start + new] = values
             return
-        where = (start[:, None] + torch.arange(new, device=start.device))[:, None, :, None]
-        self.keys.scatter_(2, where.expand_as(keys), keys.to(self.dtype))
-        self.values.scatter_(2, where.expand_as(values), values.to(self.dtype))
+        self._scatter(keys, values, (start[:, None] + torch.arange(new, device=start.device))[:, None, :, None])
+
+    def _scatter(self, keys: Tensor, values: Tensor, where: Tensor) -> None:
+        """Write tokens as they are stored where `[B, 1, T, 1]` int64 says."""
+        for stored, new in ((self.keys, keys), (self.values, values)):
+            as_bits(stored).scatter_(2, where.expand_as(new), as_bits(new))
 
     def take(self, start: int | Tensor, end: int | Tensor) -> None:
         """Take the tokens from `start` to `end` into the metadata of their pages.
@@ -218,8 +241,7 @@ class KVStorage:
             with torch.inference_mode(False):
                 self._positions = torch.empty(lengths.shape, dtype=torch.int64, device=lengths.device)
         where = torch.sub(lengths, 1, out=self._positions)[:, None, None, None]
-        self.keys.scatter_(2, where.expand_as(keys), keys)
-        self.values.scatter_(2, where.expand_as(values), values)
+        self._scatter(round_near(keys, self.keys.dtype), round_near(values, self.values.dtype), where)
 
     def moved(self, used: int, *, length: int, dtype: torch.dtype) -> KVStorage:
         """Another storage with the same tokens.
@@ -227,7 +249,7 @@ class KVStorage:
         Args:
             used: Tokens per sequence in this one [tokens].
             length: Tokens per sequence to have room for [tokens].
-            dtype: Of the other's keys and values.
+            dtype: Of the other's keys and values, as tokens bring them.
         """
         return self._copied(used, lambda tensor: tensor, self.batch_size, length, dtype)
 

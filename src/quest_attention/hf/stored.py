@@ -36,7 +36,7 @@ class StoredLayer(DynamicLayer):
 
     @property
     def keys(self) -> Tensor | None:
-        """Keys written so far, `[B, HKV, length, D]`, a view; None before the first update."""
+        """Keys written so far as they are stored, `[B, HKV, length, D]`, a view; None before the first update."""
         return None if self.storage is None else self.storage.keys[:, :, : self._length]
 
     @keys.setter
@@ -45,7 +45,7 @@ class StoredLayer(DynamicLayer):
 
     @property
     def values(self) -> Tensor | None:
-        """Values written so far, `[B, HKV, length, DV]`, a view; None before the first update."""
+        """Values written so far as they are stored, `[B, HKV, length, DV]`, a view; None before the first update."""
         return None if self.storage is None else self.storage.values[:, :, : self._length]
 
     @values.setter

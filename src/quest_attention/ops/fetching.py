@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quest_attention.forms import as_bits
 from quest_attention.ops.hot_units import ABSENT, HotUnits
 from quest_attention.pages import PagedKV
 
@@ -44,7 +45,7 @@ def fetch_units(kv: PagedKV, hot: HotUnits, units: Tensor, seq_lens: Tensor | in
     source = (cache.first_rows * (kv.page_size // size) + wanted)[is_copied]
     for pool, stored in ((hot.keys, cache.keys), (hot.values, cache.values)):
         run = size * pool.shape[3]
-        pool.view(-1, run).index_copy_(0, to, stored.view(-1, run).index_select(0, source))
+        as_bits(pool).view(-1, run).index_copy_(0, to, as_bits(stored).view(-1, run).index_select(0, source))
     hot.counts.add_(torch.stack([is_unit.sum() * (not is_again), is_missing.sum(), is_copied.sum()]))
 
 

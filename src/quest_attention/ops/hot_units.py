@@ -50,6 +50,8 @@ class HotUnits:
         counts: `[3]` int64: units that were looked up, those of them that were not there, and those that were copied,
             the ones being written among them, which are copied again [units].
         unit_size: Tokens of a unit [tokens].
+        key_scale: Of a cache in 8 bits, else None: see `PagedKV`. The pool holds what the cache does.
+        value_scale: Likewise of values.
     """
 
     keys: Tensor
@@ -61,6 +63,8 @@ class HotUnits:
     clock: Tensor
     counts: Tensor
     unit_size: int
+    key_scale: Tensor | None = None
+    value_scale: Tensor | None = None
 
     @classmethod
     def allocate(
@@ -87,7 +91,8 @@ class HotUnits:
         return cls(
             keys, values, owners.new_full((batch, heads, units), ABSENT), owners, torch.zeros_like(owners),
             owners.new_zeros(batch, heads), owners.new_zeros(1),
-            owners.new_zeros(3, dtype=torch.int64) if counts is None else counts, unit_size,
+            owners.new_zeros(3, dtype=torch.int64) if counts is None else counts, unit_size, kv.key_scale,
+            kv.value_scale,
         )  # fmt: skip
 
     def is_of(self, kv: PagedKV, shape: tuple[int, int, int]) -> bool:
@@ -104,7 +109,8 @@ class HotUnits:
     @cached_property
     def paged(self) -> PagedKV:
         """The pool as pages of one unit each, with a page table of each KV head; nothing is copied."""
-        return PagedKV.from_pool(self.keys, self.values, self.table, self.unit_size)
+        scales = {"key_scale": self.key_scale, "value_scale": self.value_scale}
+        return PagedKV.from_pool(self.keys, self.values, self.table, self.unit_size, **scales)
 
     def forget(self, unit: int) -> None:
         """Have none of the units from this one on, of any row: they are written over, or gone."""
@@ -117,10 +123,12 @@ class HotUnits:
         """Refuse a pool of another cache, of other units, or of fewer slots than are wanted together.
 
         Raises:
-            QuestValueError: It is; or the cache is not contiguous or has scales.
+            QuestValueError: It is; or the cache is not contiguous, or has other scales than it had for the pool.
         """
-        if kv.contiguous is None or kv.is_quantised:
-            raise QuestValueError("kv", "pages that lie apart, or in 8 bits", "a contiguous cache beside hot units")
+        if kv.contiguous is None:
+            raise QuestValueError("kv", "pages that lie apart", "a contiguous cache beside hot units")
+        if kv.key_scale is not self.key_scale or kv.value_scale is not self.value_scale:
+            raise QuestValueError("kv.key_scale, kv.value_scale", "others", "those that the pool was allocated with")
         shape = (kv.batch_size, kv.num_kv_heads, kv.max_pages * (kv.page_size // self.unit_size))
         if tuple(self.table.shape) != shape or not self.is_of(kv, (*shape[:2], self.slots * self.unit_size)):
             got = f"{list(self.table.shape)} units {self.keys.dtype} on {self.keys.device}"

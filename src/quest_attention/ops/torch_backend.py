@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quest_attention.forms import FP8, MetadataForm
+from quest_attention.forms import FP8, MetadataForm, round_near
 from quest_attention.ops.fetching import fetch_units
 from quest_attention.ops.gathering import gather_keys, gather_values, metadata_rows
 from quest_attention.ops.liveness import attendable, live_tokens, live_units
@@ -40,7 +40,6 @@ __all__ = [
 _CHUNK_BYTES = 1 << 21
 """Float32 metadata scored at a time on a CPU [bytes]: a bound on scratch memory."""
 
-_LARGEST = torch.finfo(FP8).max
 _NEVER = torch.iinfo(torch.int64).min
 _BEYOND = torch.iinfo(torch.int32).max
 
@@ -161,7 +160,7 @@ def _as_stored(tokens: Tensor, scale: Tensor | None) -> Tensor:
     """Tokens `[T, HKV, D]` as a cache holds them, which is quantised if it has scales."""
     if scale is None:
         return tokens
-    return (tokens.float() / scale[:, None]).clamp(-_LARGEST, _LARGEST).to(FP8)
+    return round_near(tokens.float() / scale[:, None], FP8)
 
 
 def score_pages(step: Step, out: Tensor | None = None) -> Tensor:
