@@ -6,6 +6,7 @@ On a CPU both memories are the host's; what is fetched, kept and read is the sam
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from families import FAMILIES, build
 from quest_attention import QuestConfig, QuestValueError, enable_quest
-from quest_attention.hf import QuestCache, cache_argument
+from quest_attention.hf import QuestCache, cache_argument, host_storage
 from quest_attention.hf.host_storage import HostStorage
 from quest_attention.hf.offload import CacheShape, Offload, memory_of
+from quest_attention.hf.outgoing import Outgoing
 from quest_attention.models import bundled_model_path
 from tiny import PAGE_SIZE, SMALL, assert_metadata_is_exact, generate, make_llama, prompt, quest_layers
 
@@ -34,6 +36,26 @@ HOT = 36
 """Tokens of the pool: a little more than a step reads, so that what is read makes room for others."""
 in_any_dtype = pytest.mark.parametrize("stored", ["auto", "fp8"])
 """For tests of caches whose keys and values may be in 8 bits, on the device as on the host."""
+
+
+@pytest.fixture(autouse=True)
+def late_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a prompt writes to host memory arrives when somebody waits for it, and no sooner."""
+
+    class Late(Outgoing):
+        def __init__(self) -> None:
+            super().__init__()
+            self.copies: list[Callable[[], None]] = []
+
+        def send(self, copy: Callable[[], None], *tensors: Tensor) -> None:
+            assert tensors
+            self.copies.append(copy)
+
+        def wait(self) -> None:
+            while self.copies:
+                self.copies.pop(0)()
+
+    monkeypatch.setattr(host_storage, "Outgoing", Late)
 
 
 def caches(model: Any, config: QuestConfig, **options: Any) -> tuple[QuestCache, QuestCache]:

@@ -18,7 +18,9 @@ def round_near(numbers: Tensor, dtype: torch.dtype) -> Tensor:
     >>> round_near(torch.tensor([0.3, -1000.0]), torch.float8_e4m3fn).tolist()
     [0.3125, -448.0]
     """
-    return numbers.clamp(-_LARGEST, _LARGEST).to(dtype) if dtype == FP8 else numbers.to(dtype)
+    if dtype == FP8 and numbers.dtype != FP8:  # in which PyTorch compares no numbers
+        numbers = numbers.clamp(-_LARGEST, _LARGEST)
+    return numbers.to(dtype)
 
 
 def round_up(bounds: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quest_attention.forms import round_near
+from quest_attention.forms import form_of, round_near
 from quest_attention.hf.held_memory import HeldMemory, bytes_of
 from quest_attention.hf.host_memory import host_empty
 from quest_attention.hf.offload import PoolSize, check_host
+from quest_attention.hf.outgoing import Outgoing
 from quest_attention.hf.storage import KVStorage
-from quest_attention.ops import HotUnits, QuestOutput, quest_decode
+from quest_attention.ops import HotUnits, QuestOutput, quest_decode, update_page_metadata
+from quest_attention.pages import PagedKV, num_pages
 
 __all__ = ["HostStorage"]
 
@@ -22,7 +24,7 @@ class HostStorage(KVStorage):
 
     To the device they are tensors like others (`host_empty`), so whatever writes, moves or takes them is the same. A
     sparse step reads metadata on the device, fetches what it chose and is not hot, and attends to the pool; a prompt
-    brings the layer's keys and values to the device while it attends to them.
+    brings the layer's keys and values to the device while it attends to them, and its own go out meanwhile.
 
     Args:
         pool: How much is hot in each layer of the cache.
@@ -42,6 +44,7 @@ class HostStorage(KVStorage):
         self._before = before
         self._hot: HotUnits | None = None
         self.fresh = 0
+        self._outgoing = Outgoing()
         super().__init__(keys, values, **others)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVStorage:
@@ -86,11 +89,53 @@ class HostStorage(KVStorage):
             self._before = None
         return self._hot
 
+    def arrive(self) -> None:
+        """See `KVStorage.arrive`: a prompt's copies are waited for."""
+        self._outgoing.wait()
+
     def before_write(self, start: int) -> None:
         """Forget the hot units that tokens from `start` on are written to, or that were written since they came."""
+        self.arrive()
         if self._hot is not None and start != self.fresh:
             self._hot.forget(min(start, self.fresh) // self._config.unit_size)
             self.fresh = start
+
+    def write(self, keys: Tensor, values: Tensor, start: int) -> None:
+        """See `KVStorage.write`; several tokens go out while the device computes what follows.
+
+        So their metadata is of the keys on the device, which spares the bus the way back too.
+        """
+        if keys.shape[2] == 1:
+            super().write(keys, values, start)
+            return
+        keys, values = round_near(keys, self.keys.dtype), round_near(values, self.values.dtype)
+        self._take_near(keys, start)
+        self._outgoing.send(lambda: self.put(keys, values, start), keys, values)
+
+    def _take_near(self, keys: Tensor, start: int) -> None:
+        """Take keys on the device, `[B, HKV, T, D]` as they are stored, into the metadata of their pages."""
+        if self.metadata is None:
+            return
+        size, new = self._config.page_size, keys.shape[2]
+        first, end = start // size * size, start + new
+        pages = slice(first // size, num_pages(end, size))
+        near = keys.new_empty(*keys.shape[:2], (pages.stop - pages.start) * size, keys.shape[3])
+        near[:, :, : start - first] = self.keys[:, :, first:start]
+        near[:, :, start - first : end - first] = keys
+        metadata = self.metadata[:, :, pages].contiguous()
+        scales = {"key_scale": self._scale, "value_scale": self._scale}
+        kv = PagedKV.from_contiguous(near, near, metadata, form=form_of(self._config), **scales)
+        update_page_metadata(kv, end - first, new, self._config.backend)
+        self.metadata[:, :, pages] = metadata
+
+    def cut(self, length: int) -> None:
+        """See `KVStorage.cut`."""
+        self.arrive()
+        super().cut(length)
+
+    def _used(self, length: int) -> list[tuple[Tensor, int]]:
+        self.arrive()
+        return super()._used(length)
 
     def for_attention(self, keys: Tensor, values: Tensor, end: int, *, chooses: bool) -> tuple[Tensor, Tensor]:
         """Keys and values of the first `end` tokens, brought to the device if more than one token attends to them.

@@ -148,6 +148,9 @@ class KVStorage:
             self._scratch[num_query_heads] = self._workspaces.get(self.paged, num_query_heads, self._config)
         return self._scratch[num_query_heads]
 
+    def arrive(self) -> None:
+        """Have what was written be there for what reads it next, where writing takes its time."""
+
     def before_write(self, start: int) -> None:
         """Tokens from `start` on are about to be written, of every sequence [tokens]."""
 

@@ -37,7 +37,10 @@ class StoredLayer(DynamicLayer):
     @property
     def keys(self) -> Tensor | None:
         """Keys written so far as they are stored, `[B, HKV, length, D]`, a view; None before the first update."""
-        return None if self.storage is None else self.storage.keys[:, :, : self._length]
+        if self.storage is None:
+            return None
+        self.storage.arrive()
+        return self.storage.keys[:, :, : self._length]
 
     @keys.setter
     def keys(self, keys: Tensor | None) -> None:
@@ -46,7 +49,10 @@ class StoredLayer(DynamicLayer):
     @property
     def values(self) -> Tensor | None:
         """Values written so far as they are stored, `[B, HKV, length, DV]`, a view; None before the first update."""
-        return None if self.storage is None else self.storage.values[:, :, : self._length]
+        if self.storage is None:
+            return None
+        self.storage.arrive()
+        return self.storage.values[:, :, : self._length]
 
     @values.setter
     def values(self, values: Tensor | None) -> None:
@@ -63,6 +69,7 @@ class StoredLayer(DynamicLayer):
     def paged(self) -> PagedKV:
         """The storage as pages."""
         assert self.storage is not None, "storage allocated"
+        self.storage.arrive()
         return self.storage.paged
 
     @property

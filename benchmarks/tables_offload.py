@@ -1,0 +1,72 @@
+"""Print the tables of docs/offload.md, from the results of `hit_rates.py` and `layer_ahead.py`.
+
+    python benchmarks/tables_offload.py --fill
+
+With `--fill` they go to the page, between their marks.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from marks import DOCS, fill_page
+from tables_gpu import Rows, as_markdown, load
+
+HIT_RATES = ("hit_rates_smollm2.json", "hit_rates_qwen.json")
+AHEAD = ("layer_ahead_smollm2.json", "layer_ahead_qwen.json")
+
+
+def what_of(row: dict[str, object]) -> tuple[str, ...]:
+    """Model, context, text, form and budget of a row."""
+    form, _, budget = str(row["arm"]).partition("@")
+    unit = "tokens" if "unit=token" in form else "pages"
+    return (
+        str(row["model"]),
+        f"{row['context']:,}",
+        str(row["text"]),
+        f"{form.split(',')[0]}, {unit}",
+        f"{int(budget):,}",
+    )
+
+
+def hits_table(rows: Rows) -> str:
+    """How much of what steps read was hot, by the size of the pool."""
+    sizes = sorted({row["hot_tokens"] for row in rows})
+    rates = {(what_of(row), row["hot_tokens"]): row["hit_rate"] for row in rows}
+    cells = [
+        [*what, *(f"{rates[what, size]:.1%}" if (what, size) in rates else "" for size in sizes)]
+        for what in dict.fromkeys(what_of(row) for row in rows)
+    ]
+    head = ("model", "context", "text", "chosen by", "budget", *(f"{size:,} hot" for size in sizes))
+    return as_markdown(head, cells)
+
+
+def ahead_table(rows: Rows) -> str:
+    """How much of what a layer reads is found by what is there a layer ahead."""
+    cells = []
+    for row in rows:
+        shares = [row[f"{which}_found_{way}"] for which in ("all", "new") for way in ("projected", "neighbour's")]
+        cells.append([*what_of(row), *(f"{share:.1%}" for share in shares)])
+    ways = ("all, by its own projection", "all, by the neighbour's query", "new, by its own", "new, by the neighbour's")
+    return as_markdown(("model", "context", "text", "chosen by", "budget", *ways), cells)
+
+
+def main(
+    fill: Annotated[
+        bool, typer.Option("--fill", help="Put the tables into docs/offload.md, between their marks.")
+    ] = False,
+) -> None:
+    """Print the tables, or put them into the page."""
+    tables = {
+        "hits": hits_table([row for name in HIT_RATES for row in load(name)]),
+        "ahead": ahead_table([row for name in AHEAD for row in load(name)]),
+    }
+    if fill:
+        fill_page(DOCS / "offload.md", tables)
+    else:
+        print("\n\n".join(tables.values()))
+
+
+if __name__ == "__main__":
+    typer.run(main)
