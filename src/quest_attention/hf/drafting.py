@@ -244,9 +244,14 @@ class Drafting:
             is_kept: Whether somebody has the cache afterwards. Then rows that ended before others are fed what follows
                 their end, as `generate()` does.
         """
+        assert self._cache.rows is not None, "a lossless cache"
+        try:
+            self._make_alike(is_kept=is_kept)
+        finally:
+            self._cache.rows.end()
+
+    def _make_alike(self, *, is_kept: bool) -> None:
         emission, cache = self._emission, self._cache
-        assert cache.rows is not None, "a lossless cache"
-        cache.rows.end()
         target = max(self._start, self._holds(emission.length))  # which is less if nothing was written
         # What a row wrote past its end, before anybody looked, is not what follows there.
         right = [self._holds(length) for length in emission.ends.values()]
@@ -259,4 +264,3 @@ class Drafting:
             self._go_there()
             self._forward(emission.tokens[:, emission.length - 1 - missing : emission.length - 1], 0, is_drafting=False)
             cache.settle(alike, [target] * len(alike))
-            cache.rows.end()

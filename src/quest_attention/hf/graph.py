@@ -21,6 +21,7 @@ from quest_attention.hf.layer import QuestLayer, StorageDtypeError
 from quest_attention.hf.naming import CACHE, CACHE_NAMES, given_cache
 from quest_attention.hf.reading import Reading
 from quest_attention.hf.storage import KVStorage
+from quest_attention.ops.query_tokens import MOST_QUERY_TOKENS
 
 __all__ = ["DecodeGraphs"]
 
@@ -33,6 +34,8 @@ _MOST_GRAPHS = 4
 """Caches that have graphs at a time; with more in turn, capturing would cost more than it spares."""
 _MOST_KINDS = 10
 """Graphs of a cache: one of a decode step, where decoding is lossless one of each number of tokens in a check."""
+_TOO_MANY = f"a pass of more than {MOST_QUERY_TOKENS} tokens, which is no check of drafts"
+"""Why a pass has no graph that is a check only to `Reading`: kernels attend to no more at a time."""
 
 
 class _Pass(NamedTuple):
@@ -121,7 +124,8 @@ class DecodeGraphs:
                 starts, ends = cache.rows.lengths, cache.rows.ends
             step = _Pass(starts, ids.shape[1], reading, ends)
             with self._lock:
-                reason = self._why_not(cache, step, given)
+                # What follows the end of a row is fed at once, for whoever keeps the cache.
+                reason = _TOO_MANY if step.new > MOST_QUERY_TOKENS else self._why_not(cache, step, given)
                 if reason is None:
                     return self._replay(cache, step, given)
                 self.eager_steps[reason] = self.eager_steps.get(reason, 0) + 1
