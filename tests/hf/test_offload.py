@@ -172,7 +172,10 @@ def test_copies_and_other_batches() -> None:
         assert_steps_are_equal(model, both, ids[:, :1], 5)
         copied = copy.deepcopy(both[0]), copy.deepcopy(both[1])
         assert_steps_are_equal(model, both, ids[:, 1:2], 5)
+        counted = [cache[1].counters.fetches for cache in (both, copied)]
         assert_steps_are_equal(model, copied, ids[:, 2:3], 9)
+        assert both[1].counters.fetches == counted[0]
+        assert copied[1].counters.fetches.units_looked_up > counted[1].units_looked_up
         assert_steps_are_equal(model, both, ids[:, 3:4], 5)
         for cache in both:
             cache.batch_select_indices(torch.tensor([1]))
