@@ -444,6 +444,23 @@ def test_what_a_graph_cannot_hold_runs_eagerly_and_says_why(device: str) -> None
         assert seen == [1, 1, 1]
 
 
+def test_what_the_configuration_asks_for_is_each_steps_own(device: str) -> None:
+    """Before a capture and after it: a graph would give the same memory at each step, or nothing."""
+    model: Any = make_llama().to(device)
+    ids = prompt(1, 50).to(device)
+    with torch.inference_mode(), enabled(model, device) as quest:
+        cache = quest.make_cache(200)
+        model(ids, **cache_argument(cache))
+        for replayed in (0, 2):
+            model.config.output_hidden_states = True
+            first, second = (model(ids[:, :1], **cache_argument(cache)).hidden_states[-1] for _ in range(2))
+            assert first.data_ptr() != second.data_ptr() and not torch.equal(first, second)
+            assert quest.graphs.replayed_steps == replayed
+            model.config.output_hidden_states = False
+            steps(model, cache, ids, 2)
+        assert quest.graphs.eager_steps == {"the forward pass was given output_hidden_states": 4}
+
+
 def test_gradients_are_refused_where_a_step_would_be_captured(device: str) -> None:
     model: Any = make_llama().to(device)
     ids = prompt(1, 50).to(device)

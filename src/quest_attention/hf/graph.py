@@ -28,6 +28,8 @@ __all__ = ["DecodeGraphs"]
 _INPUTS = ("input_ids", "position_ids")
 _HANDLED = {*_INPUTS, *CACHE_NAMES, "attention_mask", "use_cache", "return_dict", "logits_to_keep"}
 """Arguments of a forward pass that a captured step takes; any other that is set keeps the step eager."""
+_BY_CONFIG = ("output_hidden_states", "output_router_logits")
+"""Arguments of a forward pass that a model takes from its configuration where they are not given."""
 _WARMUPS = 2
 """Eager runs before a capture: kernels are compiled and libraries make their handles, which a capture forbids."""
 _MOST_GRAPHS = 4
@@ -136,7 +138,8 @@ class DecodeGraphs:
     def _why_not(self, cache: QuestCache, step: _Pass, kwargs: dict[str, Any]) -> str | None:
         """What keeps a step from a graph, or None."""
         set_ones = {name for name, value in kwargs.items() if value is not None and value is not False}
-        others = sorted(set_ones - _HANDLED)
+        of_config = {name for name in _BY_CONFIG if getattr(self._model.config, name, False)}
+        others = sorted(set_ones - _HANDLED | of_config)
         if self._failure is not None:
             return self._failure
         if others:
