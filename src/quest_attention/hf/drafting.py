@@ -77,7 +77,7 @@ class Drafting:
             arguments: Of the prompt's forward pass, for all that follow.
 
         Raises:
-            QuestValueError: Positions are not one number for each token.
+            QuestValueError: Positions are not one number for each token; or a mask with padding is of other tokens.
         """
         emission, cache = self._emission, self._cache
         batch = logits.shape[0]
@@ -87,6 +87,8 @@ class Drafting:
         if positions is not None and positions.dim() != 2:
             raise QuestValueError("position_ids.shape", list(positions.shape), "[B, T] with lossless=True")
         self._mask = None if mask is None or bool(mask.all()) else mask.bool()  # [B, start]
+        if self._mask is not None and self._mask.shape != (batch, self._start):
+            raise QuestValueError("attention_mask.shape", list(self._mask.shape), f"[{batch}, {self._start}]")
         assert cache.rows is not None, "a lossless cache"
         cache.rows.padding = self._mask
         last = torch.full((batch,), self._start - 1, device=logits.device) if positions is None else positions[:, -1]
