@@ -182,6 +182,31 @@ def test_a_padded_batch_is_drafted_without_graphs(device: str, monkeypatch: pyte
         assert set(quest.graphs.eager_steps) == {"a batch with padding"}
 
 
+@pytest.mark.parametrize("padding", [0, 9])
+@pytest.mark.parametrize("new", [12, 45])
+def test_what_follows_the_end_of_a_row_is_in_a_cache_that_is_kept(
+    device: str, new: int, padding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is fed in one pass: of more tokens than a check has, and over the padding of the prompt."""
+    monkeypatch.setattr(DraftLength, "next", lambda length: (length._length, "measuring"))
+    model: Any = make_llama().to(device)
+    ids = prompt(2, 50).to(device)
+    ids[0, :padding] = 0
+    settings = {
+        "attention_mask": (ids != 0).long(), "max_new_tokens": new, "pad_token_id": 0, "do_sample": False,
+        "return_dict_in_generate": True,
+    }  # fmt: skip
+    first, second = model.generate(ids, **settings).sequences[:, 50:].tolist()
+    settings["eos_token_id"] = next(token for token in first[:-4] if token not in second)
+    alone = model.generate(ids, **settings)
+    assert alone.sequences.shape[1] == 50 + new and not alone.sequences[0, -4:].any()
+    with enabled(model, device, lossless=True):
+        ours = model.generate(ids, **settings)
+    assert torch.equal(ours.sequences, alone.sequences)
+    for layer, theirs in zip(ours[CACHE].layers, alone[CACHE].layers, strict=True):
+        torch.testing.assert_close(layer.keys, theirs.keys, rtol=1e-3, atol=1e-4)
+
+
 def test_metadata_that_cannot_be_captured_is_taken_eagerly(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("operation not permitted")
@@ -431,6 +456,23 @@ def test_what_a_graph_cannot_hold_runs_eagerly_and_says_why(device: str) -> None
         steps(model, cache, ids, 3)
         assert quest.graphs.eager_steps == {"on_select or on_read is called at every step": 3}
         assert seen == [1, 1, 1]
+
+
+def test_what_the_configuration_asks_for_is_each_steps_own(device: str) -> None:
+    """Before a capture and after it: a graph would give the same memory at each step, or nothing."""
+    model: Any = make_llama().to(device)
+    ids = prompt(1, 50).to(device)
+    with torch.inference_mode(), enabled(model, device) as quest:
+        cache = quest.make_cache(200)
+        model(ids, **cache_argument(cache))
+        for replayed in (0, 2):
+            model.config.output_hidden_states = True
+            first, second = (model(ids[:, :1], **cache_argument(cache)).hidden_states[-1] for _ in range(2))
+            assert first.data_ptr() != second.data_ptr() and not torch.equal(first, second)
+            assert quest.graphs.replayed_steps == replayed
+            model.config.output_hidden_states = False
+            steps(model, cache, ids, 2)
+        assert quest.graphs.eager_steps == {"the forward pass was given output_hidden_states": 4}
 
 
 def test_gradients_are_refused_where_a_step_would_be_captured(device: str) -> None:

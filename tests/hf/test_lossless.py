@@ -535,6 +535,11 @@ def test_models_whose_tokens_cannot_be_taken_back(name: str) -> None:
         pytest.param({"custom_generate": lambda *_, **__: None}, "custom_generate: got", id="custom_generate"),
         ({"synced_gpus": True}, "synced_gpus: got True"),
         ({"cache_implementation": "static"}, "cache_implementation: got"),
+        pytest.param(
+            {"attention_mask": (torch.arange(65) > 3).long()[None]},
+            r"attention_mask.shape: got \[1, 65\], expected \[1, 60\]",
+            id="a mask of more tokens",
+        ),
     ],
     ids=str,
 )

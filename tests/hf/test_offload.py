@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from families import FAMILIES, build
 from quest_attention import QuestConfig, QuestValueError, enable_quest
-from quest_attention.hf import QuestCache, cache_argument, host_storage
+from quest_attention.hf import QuestCache, cache_argument, host_memory, host_storage
 from quest_attention.hf.host_storage import HostStorage
 from quest_attention.hf.offload import CacheShape, Offload, memory_of
 from quest_attention.hf.outgoing import Outgoing
@@ -202,7 +203,10 @@ def test_copies_and_other_batches(stored: str) -> None:
         assert_steps_are_equal(model, both, ids[:, :1], 5)
         copied = copy.deepcopy(both[0]), copy.deepcopy(both[1])
         assert_steps_are_equal(model, both, ids[:, 1:2], 5)
+        counted = [cache[1].counters.fetches for cache in (both, copied)]
         assert_steps_are_equal(model, copied, ids[:, 2:3], 9)
+        assert both[1].counters.fetches == counted[0]
+        assert copied[1].counters.fetches.units_looked_up > counted[1].units_looked_up
         assert_steps_are_equal(model, both, ids[:, 3:4], 5)
         for cache in both:
             cache.batch_select_indices(torch.tensor([1]))
@@ -385,6 +389,18 @@ def test_a_user_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(QuestValueError, match=r"hot_tokens: got 20, expected at least 28"):
         enable_quest(model, SMALL, offload="host", hot_tokens=20)
     assert not hasattr(model, "_quest_handle")
+
+
+def test_files_that_a_container_caches_are_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As the kernel counts them for the host: a model that was just read leaves its file there."""
+    for name, text in (("_LIMIT", "9000\n"), ("_USED", "7000\n"), ("_STAT", "anon 1500\ninactive_file 5000\n")):
+        monkeypatch.setattr(host_memory, name, tmp_path / name)
+        (tmp_path / name).write_text(text)
+    assert host_memory.free_host_bytes() == 7000
+    (tmp_path / "_STAT").unlink()
+    assert host_memory.free_host_bytes() == 2000
+    (tmp_path / "_LIMIT").write_text("max\n")
+    assert host_memory.free_host_bytes() > 9000
 
 
 def test_memory_that_is_not_free_is_said_before_work_starts(monkeypatch: pytest.MonkeyPatch) -> None:

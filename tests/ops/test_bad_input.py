@@ -24,7 +24,16 @@ from quest_attention import (
     update_page_metadata,
 )
 from quest_attention.forms import Bounds, MetadataForm, Sketch
-from quest_attention.ops import DecodeWorkspace, count_reads, resolve_backend, update_slot_metadata
+from quest_attention.ops import (
+    DecodeWorkspace,
+    append_slots,
+    append_token,
+    count_reads,
+    fetch_units,
+    make_workspace,
+    resolve_backend,
+    update_slot_metadata,
+)
 
 CONFIG = QuestConfig(token_budget=24, page_size=8)
 
@@ -114,6 +123,33 @@ def test_other_verbs(cache: Cache) -> None:
             call()
         assert caught.value.argument == argument
     torch.testing.assert_close(cache.kv.metadata, before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_is_of_another_kind_is_named(cache: Cache) -> None:
+    kv, chosen, slots = cache.kv, decode(cache).selected, torch.tensor([1, 2])
+    new, query, sizes = torch.randn(2, 2, 16), torch.randn(2, 4, 16), {"page_size": 8}
+    anything: list[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = [
+        ("kv", update_page_metadata, (None, 3, 1), {}),
+        ("kv", append_token, (None, new, new, 3), {}),
+        ("kv", append_slots, (None, new, new, slots), {}),
+        ("keys", append_slots, (kv, None, new, slots), {}),
+        ("slots", append_slots, (kv, new, new, [1, 2]), {}),
+        ("metadata", update_slot_metadata, (None, new, slots), sizes),
+        ("keys", update_slot_metadata, (kv.metadata, [1], slots), sizes),
+        ("kv", score_pages, (query, None, 3), {}),
+        ("scores", select_pages, ([1.0], 3), {"token_budget": 24, **sizes}),
+        ("selected", sparse_decode_attention, (query, kv, 3, None), {}),
+        ("selected.units", sparse_decode_attention, (query, kv, 3, chosen._replace(units=[1])), {}),  # type: ignore[arg-type]
+        ("hot", quest_decode, (query, kv, 3, CONFIG), {"hot": 3}),
+        ("hot", fetch_units, (kv, None, chosen, 3), {}),
+        ("selected", count_reads, (None, 3, torch.zeros(4).long()), {"token_budget": 24}),
+        ("counters", count_reads, (chosen, 3, None), {"token_budget": 24}),
+        ("kv", make_workspace, (None, 4, CONFIG), {}),
+        ("config", make_workspace, (kv, 4, {}), {}),
+    ]
+    for argument, verb, given, options in anything:
+        with pytest.raises(QuestValueError, match=f"^{argument}: got"):
+            verb(*given, **options)
 
 
 def test_numbers_that_divide() -> None:

@@ -94,6 +94,22 @@ def test_the_unit_being_written_is_copied_each_time(backend: Backend) -> None:
     assert hot.counts.tolist() == [24, 8, 16]
 
 
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_what_a_step_looks_up_is_counted_once(backend: Backend) -> None:
+    """Candidates, and what is selected beside them, which is fetched too: no more than was looked up."""
+    verbs = resolve_backend(available(backend), "cpu").verbs
+    cache = make_cache([LENGTH, LENGTH], layout="contiguous")
+    hot = HotUnits.allocate(cache.kv, 8, 6)
+    for candidates, selected, counts in (
+        ([4, 5, 6], [4, 6, 0], [16, 16]),  # the last is no candidate
+        ([4, 5, 7], [4, 7, 0], [32, 20]),
+    ):
+        for units, is_again in ((candidates, False), (selected, True)):
+            wanted = torch.tensor(units, dtype=torch.int32).expand(2, 2, -1)
+            verbs.fetch_units(cache.kv, hot, wanted, LENGTH, is_again=is_again)
+        assert hot.counts[:2].tolist() == counts
+
+
 def test_what_is_written_over_is_forgotten() -> None:
     cache = make_cache([LENGTH, LENGTH], layout="contiguous")
     hot = HotUnits.allocate(cache.kv, 8, 6)

@@ -79,7 +79,7 @@ class Drafting:
             arguments: Of the prompt's forward pass, for all that follow.
 
         Raises:
-            QuestValueError: Positions are not one number for each token.
+            QuestValueError: Positions are not one number for each token; or a mask with padding is of other tokens.
         """
         emission, cache = self._emission, self._cache
         batch = logits.shape[0]
@@ -90,6 +90,8 @@ class Drafting:
         if positions is not None and positions.dim() != 2:
             raise QuestValueError("position_ids.shape", list(positions.shape), "[B, T] with lossless=True")
         self._mask = None if mask is None or bool(mask.all()) else mask.bool()  # [B, start]
+        if self._mask is not None and self._mask.shape != (batch, self._start):
+            raise QuestValueError("attention_mask.shape", list(self._mask.shape), f"[{batch}, {self._start}]")
         assert cache.rows is not None, "a lossless cache"
         cache.rows.padding = self._mask
         last = torch.full((batch,), self._start - 1, device=logits.device) if positions is None else positions[:, -1]
@@ -250,9 +252,14 @@ class Drafting:
             is_kept: Whether somebody has the cache afterwards. Then rows that ended before others are fed what follows
                 their end, as `generate()` does.
         """
+        assert self._cache.rows is not None, "a lossless cache"
+        try:
+            self._make_alike(is_kept=is_kept)
+        finally:
+            self._cache.rows.end()
+
+    def _make_alike(self, *, is_kept: bool) -> None:
         emission, cache = self._emission, self._cache
-        assert cache.rows is not None, "a lossless cache"
-        cache.rows.end()
         target = max(self._start, self._holds(emission.length))  # which is less if nothing was written
         # What a row wrote past its end, before anybody looked, is not what follows there.
         right = [self._holds(length) for length in emission.ends.values()]
@@ -266,4 +273,3 @@ class Drafting:
             self._go_there()
             self._forward(emission.tokens[:, emission.length - 1 - missing : emission.length - 1], 0, is_drafting=False)
             cache.settle(alike, [target] * len(alike))
-            cache.rows.end()

@@ -21,18 +21,23 @@ from quest_attention.hf.layer import QuestLayer, StorageDtypeError
 from quest_attention.hf.naming import CACHE, CACHE_NAMES, given_cache
 from quest_attention.hf.reading import Reading
 from quest_attention.hf.storage import KVStorage
+from quest_attention.ops.query_tokens import MOST_QUERY_TOKENS
 
 __all__ = ["DecodeGraphs"]
 
 _INPUTS = ("input_ids", "position_ids")
 _HANDLED = {*_INPUTS, *CACHE_NAMES, "attention_mask", "use_cache", "return_dict", "logits_to_keep"}
 """Arguments of a forward pass that a captured step takes; any other that is set keeps the step eager."""
+_BY_CONFIG = ("output_hidden_states", "output_router_logits")
+"""Arguments of a forward pass that a model takes from its configuration where they are not given."""
 _WARMUPS = 2
 """Eager runs before a capture: kernels are compiled and libraries make their handles, which a capture forbids."""
 _MOST_GRAPHS = 4
 """Caches that have graphs at a time; with more in turn, capturing would cost more than it spares."""
 _MOST_KINDS = 10
 """Graphs of a cache: one of a decode step, where decoding is lossless one of each number of tokens in a check."""
+_TOO_MANY = f"a pass of more than {MOST_QUERY_TOKENS} tokens, which is no check of drafts"
+"""Why a pass has no graph that is a check only to `Reading`: kernels attend to no more at a time."""
 
 
 class _Pass(NamedTuple):
@@ -121,7 +126,8 @@ class DecodeGraphs:
                 starts, ends = cache.rows.lengths, cache.rows.ends
             step = _Pass(starts, ids.shape[1], reading, ends)
             with self._lock:
-                reason = self._why_not(cache, step, given)
+                # What follows the end of a row is fed at once, for whoever keeps the cache.
+                reason = _TOO_MANY if step.new > MOST_QUERY_TOKENS else self._why_not(cache, step, given)
                 if reason is None:
                     return self._replay(cache, step, given)
                 self.eager_steps[reason] = self.eager_steps.get(reason, 0) + 1
@@ -132,7 +138,8 @@ class DecodeGraphs:
     def _why_not(self, cache: QuestCache, step: _Pass, kwargs: dict[str, Any]) -> str | None:
         """What keeps a step from a graph, or None."""
         set_ones = {name for name, value in kwargs.items() if value is not None and value is not False}
-        others = sorted(set_ones - _HANDLED)
+        of_config = {name for name in _BY_CONFIG if getattr(self._model.config, name, False)}
+        others = sorted(set_ones - _HANDLED | of_config)
         if self._failure is not None:
             return self._failure
         if others:

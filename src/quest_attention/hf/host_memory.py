@@ -16,6 +16,7 @@ __all__ = ["free_device_bytes", "free_host_bytes", "host_empty"]
 
 _MEMORY_OF_LINUX = Path("/proc/meminfo")
 _LIMIT, _USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+_STAT = Path("/sys/fs/cgroup/memory.stat")
 _KIBIBYTE = 1024
 _PORTABLE, _MAPPED = 1, 2
 """Flags of `cudaHostRegister`: for all devices, and at an address that kernels reach."""
@@ -87,8 +88,14 @@ def free_host_bytes() -> int:
     if _LIMIT.exists() and _USED.exists():
         limit = _LIMIT.read_text().strip()
         if limit.isdigit():
-            free = min(free, max(0, int(limit) - int(_USED.read_text())))
+            free = min(free, max(0, int(limit) - int(_USED.read_text()) + _cached_bytes()))
     return free
+
+
+def _cached_bytes() -> int:
+    """Of what a container has used, files that the kernel caches and would give back, of weights, say [bytes]."""
+    lines = _STAT.read_text().splitlines() if _STAT.exists() else []
+    return int(dict(line.split() for line in lines).get("inactive_file", 0))
 
 
 def free_device_bytes(device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class HostStorage(KVStorage):
         # Its tensors copied one by one would lie on the device, and two pools must not share memory.
         other = self.moved(self.capacity, length=self.capacity, dtype=self.dtype)
         assert isinstance(other, HostStorage), "as this one"
-        other._before = None
+        other._before, other._counts = None, copy.deepcopy(self._counts, memo)  # the copy's counters have the same copy
         memo[id(self)] = other
         return other
 

@@ -42,6 +42,7 @@ from quest_attention.config import Backend, GroupReduction, Metadata, QuestConfi
 from quest_attention.errors import QuestValueError
 from quest_attention.forms import Bounds, MetadataForm, Scored, form_of
 from quest_attention.ops.checks import (
+    check_cache,
     check_counters,
     check_kinds,
     check_lengths,
@@ -52,11 +53,12 @@ from quest_attention.ops.checks import (
     check_selected,
     check_slot_metadata,
     check_slots,
+    check_tensor,
     check_token,
     check_token_mask,
 )
 from quest_attention.ops.dispatch import ResolvedBackend, Verbs, resolve_backend
-from quest_attention.ops.hot_units import HotUnits
+from quest_attention.ops.hot_units import HotUnits, check_pool
 from quest_attention.ops.query_tokens import QueryTokens
 from quest_attention.ops.selection import DecodeWorkspace, Selection, Workspace
 from quest_attention.ops.step import Rows, Step
@@ -196,6 +198,8 @@ def append_slots(kv: PagedKV, keys: Tensor, values: Tensor, slots: Tensor, backe
     >>> kv.keys.flatten().tolist(), kv.metadata[1].flatten().tolist()
     ([0.0, 0.0, 5.0, -1.0, 0.0, 0.0], [5.0, -1.0])
     """
+    check_cache(kv)
+    check_tensor("keys", keys, "[T, HKV, D]")
     check_slots(slots, len(keys) if keys.dim() else 0, kv.keys.shape[0] * kv.page_size, kv.keys.device)
     check_token("keys", keys, kv.keys, slots.shape[0])
     check_token("values", values, kv.values, slots.shape[0])
@@ -290,6 +294,7 @@ def score_pages(
         QuestValueError: A shape, dtype, device or option is wrong.
         BackendError: The backend cannot run here, or has no scores of this kind.
     """
+    check_cache(kv)
     if kv.form.scores == "page" and selection_unit != "page":
         expected = f"page for {kv.form.name}, which scores pages: quest_decode ranks tokens of the best by their keys"
         raise QuestValueError("selection_unit", selection_unit, expected)
@@ -610,8 +615,9 @@ def fetch_units(
     >>> hot.table.tolist(), hot.keys.flatten().tolist(), hot.counts.tolist()
     ([[[-1, 0]]], [2.0, 3.0], [1, 1, 1])
     """
-    check_kinds(kv, kv.keys, _config(kv.page_size, backend))
+    check_one_table(kv)
     check_selected(selected, kv)
+    check_pool(hot)
     check_lengths("seq_lens", seq_lens, kv.batch_size, kv.max_pages * kv.page_size, kv.keys.device)
     hot.check(kv, selected.unit_size, selected.units.shape[2])
     _verbs(backend, kv.keys).fetch_units(kv, hot, selected.units, seq_lens)
@@ -672,6 +678,8 @@ def make_workspace(
     Raises:
         BackendError: The backend cannot run here, or not with these units or this metadata.
     """
+    check_cache(kv)
+    check_kinds(kv, kv.keys, config)
     config = config.resolved(kv.keys.device.type, kv.form.name)
     backend = resolve_backend(config.backend, kv.keys.device, kv.keys.dtype)
     check_backend(backend, config)

@@ -15,6 +15,7 @@ from quest_attention.ops.selection import Selection
 from quest_attention.pages import PagedKV, check_like, check_metadata, check_side_by_side
 
 __all__ = [
+    "check_cache",
     "check_counters",
     "check_factors",
     "check_kinds",
@@ -26,6 +27,7 @@ __all__ = [
     "check_selected",
     "check_slot_metadata",
     "check_slots",
+    "check_tensor",
     "check_token",
     "check_token_mask",
     "check_wide",
@@ -46,6 +48,18 @@ def check_kinds(kv: object, query: object, config: object) -> None:
     for name, value, kind in (("kv", kv, PagedKV), ("query", query, Tensor), ("config", config, QuestConfig)):
         if not isinstance(value, kind):
             raise QuestValueError(name, value, f"a {kind.__name__}")
+
+
+def check_tensor(name: str, value: object, layout: str) -> None:
+    """A tensor, where None or a list may have been given."""
+    if not isinstance(value, Tensor):
+        raise QuestValueError(name, value, f"a tensor, {layout}")
+
+
+def check_cache(kv: object) -> None:
+    """A cache, where anything may have been given."""
+    if not isinstance(kv, PagedKV):
+        raise QuestValueError("kv", kv, "a PagedKV")
 
 
 def check_factors(sm_scale: Any, softcap: Any) -> None:
@@ -109,6 +123,7 @@ def check_wide(name: str, tensor: Tensor) -> None:
 
 def check_slots(slots: Tensor, count: int, capacity: int, device: torch.device) -> None:
     """A slot for each of `count` tokens, `[T]` int32/int64 on the device (whose values are not read)."""
+    check_tensor("slots", slots, "[T] int32 or int64")
     if slots.dim() != 1 or slots.shape[0] != count:
         raise QuestValueError("slots.shape", list(slots.shape), f"[{count}]: one for each key")
     if slots.dtype not in (torch.int32, torch.int64):
@@ -122,6 +137,8 @@ def check_slots(slots: Tensor, count: int, capacity: int, device: torch.device) 
 def check_slot_metadata(metadata: Tensor, keys: Tensor, page_size: int, form: MetadataForm) -> None:
     """What a form keeps of pages, `[N, HKV, *form.shape]`, for keys `[T, HKV, D]`."""
     check_integer("page_size", page_size, minimum=1)
+    check_tensor("keys", keys, "[T, HKV, D]")
+    check_tensor("metadata", metadata, "[N, HKV] and what the form keeps of a page")
     if keys.dim() != 3 or 0 in keys.shape[1:]:
         raise QuestValueError("keys.shape", list(keys.shape), "[T, HKV, D]")
     check_metadata(metadata, keys, (metadata.shape[0] if metadata.dim() else 0, keys.shape[1]), form, page_size)
@@ -145,6 +162,7 @@ def check_token_mask(token_mask: Tensor | None, batch: int, device: torch.device
 
 def check_scores(scores: Tensor) -> None:
     """`[B, HKV, U]` float32, as `score_pages` gives them."""
+    check_tensor("scores", scores, "[B, HKV, U] float32")
     if scores.dim() != 3 or scores.shape[1] == 0:
         raise QuestValueError("scores.shape", list(scores.shape), "[B, HKV, U]")
     if scores.dtype != torch.float32:
@@ -153,6 +171,7 @@ def check_scores(scores: Tensor) -> None:
 
 def check_one_table(kv: PagedKV) -> None:
     """A page table that says where all of a page is: its keys of every KV head, and its metadata."""
+    check_cache(kv)
     if kv.has_table_by_head:
         expected = "[B, P]: with a table of each KV head only sparse_decode_attention of one query token reads"
         raise QuestValueError("kv.page_table.shape", list(kv.page_table.shape), expected)
@@ -169,6 +188,7 @@ def check_score_output(out: Tensor, kv: PagedKV, units_per_page: int) -> None:
 
 def check_selected(selected: Selection, kv: PagedKV) -> None:
     """Units `[B, HKV, K]` int32 of the cache's sequences and KV heads; any numbers, see `Selection`."""
+    _check_selection(selected)
     units, size, page_size = selected.units, selected.unit_size, kv.page_size
     shape = units.shape
     if len(shape) != 3 or shape[0] != kv.batch_size or shape[1] != kv.num_kv_heads:
@@ -184,8 +204,18 @@ def check_selected(selected: Selection, kv: PagedKV) -> None:
         raise QuestValueError("selected.unit_size", size, expected)
 
 
+def _check_selection(selected: object) -> None:
+    """A `Selection` of tensors."""
+    if not isinstance(selected, Selection):
+        raise QuestValueError("selected", selected, "a Selection")
+    check_tensor("selected.units", selected.units, "[B, HKV, K] int32")
+    check_tensor("selected.counts", selected.counts, "[B, HKV] int32")
+
+
 def check_counters(counters: Tensor, selected: Selection, seq_lens: Tensor | int, token_budget: int) -> None:
     """`[4]` int64, a count for each list of the selection, and a length for each sequence."""
+    check_tensor("counters", counters, "[4] int64")
+    _check_selection(selected)
     if tuple(counters.shape) != (4,) or counters.dtype != torch.int64:
         raise QuestValueError("counters", f"{list(counters.shape)} {counters.dtype}", "[4] torch.int64")
     counts = selected.counts

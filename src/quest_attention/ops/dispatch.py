@@ -55,7 +55,7 @@ class Verbs(Protocol):
     def fetch_units(
         self, kv: PagedKV, hot: HotUnits, units: Tensor, seq_lens: Tensor | int, *, is_again: bool = False
     ) -> None:
-        """`is_again`: the units were looked up in this step before, and are not counted again."""
+        """`is_again`: of the same step as the fetch before, whose units are not counted as looked up again."""
         ...
 
     def count_reads(self, selected: Selection, seq_lens: Tensor, counters: Tensor, token_budget: int) -> None: ...

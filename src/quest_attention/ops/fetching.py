@@ -24,13 +24,16 @@ def fetch_units(kv: PagedKV, hot: HotUnits, units: Tensor, seq_lens: Tensor | in
     page = hot.table.gather(2, wanted)  # [B, HKV, K]
     is_hot = is_unit & (page != ABSENT)
     is_missing = is_unit & ~is_hot
-    hot.clock.add_(1)
 
     # All rows of the pool, and all units of the table, one after the other; a page's number begins with the sequence.
     head = torch.arange(heads, device=units.device)[:, None] * slots  # [HKV, 1]
     first_slot = torch.arange(batch, device=units.device)[:, None, None] * (heads * slots) + head  # [B, HKV, 1]
     first_unit = first_slot // slots * hot.table.shape[2]
     table, owners, stamps = hot.table.view(-1), hot.owners.view(-1), hot.stamps.view(-1)
+    is_looked_up = is_unit
+    if is_again:
+        is_looked_up = is_unit & ~(is_hot & (stamps[(page + head).clamp(min=0)] == hot.clock))
+    hot.clock.add_(1)
     stamps[(page + head)[is_hot]] = hot.clock
     taken = (_taken(hot, is_missing) + first_slot)[is_missing]
     gone, missing = owners[taken], (first_unit + wanted)[is_missing]
@@ -46,7 +49,7 @@ def fetch_units(kv: PagedKV, hot: HotUnits, units: Tensor, seq_lens: Tensor | in
     for pool, stored in ((hot.keys, cache.keys), (hot.values, cache.values)):
         run = size * pool.shape[3]
         as_bits(pool).view(-1, run).index_copy_(0, to, as_bits(stored).view(-1, run).index_select(0, source))
-    hot.counts.add_(torch.stack([is_unit.sum() * (not is_again), is_missing.sum(), is_copied.sum()]))
+    hot.counts.add_(torch.stack([is_looked_up.sum(), is_missing.sum(), is_copied.sum()]))
 
 
 def _taken(hot: HotUnits, is_missing: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestValueError
 from quest_attention.pages import PagedKV
 
-__all__ = ["ABSENT", "HotUnits", "least_slots"]
+__all__ = ["ABSENT", "HotUnits", "check_pool", "least_slots"]
 
 ABSENT = -1
 """Stands in the table for the slot of a unit that is not in the pool, and for the owner of a slot that is free."""
@@ -31,6 +31,12 @@ def least_slots(config: QuestConfig, max_units: int) -> int:
     A mask may shift what is selected by one unit.
     """
     return min(max_units, max(config.unit_slots + 1, config.candidate_budget))
+
+
+def check_pool(hot: object) -> None:
+    """A pool, where anything may have been given."""
+    if not isinstance(hot, HotUnits):
+        raise QuestValueError("hot", hot, "a pool that HotUnits.allocate makes")
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from torch import Tensor
 from quest_attention.config import QuestConfig
 from quest_attention.errors import QuestValueError
 from quest_attention.ops.checks import check_factors, check_kinds, check_lengths, check_token_mask, check_wide
-from quest_attention.ops.hot_units import HotUnits, least_slots
+from quest_attention.ops.hot_units import HotUnits, check_pool, least_slots
 from quest_attention.ops.selection import Workspace
 from quest_attention.pages import PagedKV, check_like, num_pages
 
@@ -112,6 +112,7 @@ class Step(Rows):
         """A pool that has room for what the step reads together."""
         if self.hot is None:
             return
+        check_pool(self.hot)
         if config.candidate_pages:
             expected = f"page for {config.metadata} beside hot units: it ranks tokens by the keys of whole pages"
             raise QuestValueError("config.selection_unit", config.selection_unit, expected)

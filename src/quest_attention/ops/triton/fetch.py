@@ -70,7 +70,7 @@ def place_units(kv: PagedKV, hot: HotUnits, units: Tensor, seq_lens: Tensor | in
         place_kernel, (batch * heads,),
         by_head(units), lengths, hot.table, hot.owners, hot.stamps, hot.hands, hot.clock, hot.counts, places, copied,
         victims, heads, count, hot.table.shape[2], hot.slots,
-        SIZE=size, COUNTS=not is_again, BLOCK_K=max(16, triton.next_power_of_2(count)),
+        SIZE=size, IS_AGAIN=is_again, BLOCK_K=max(16, triton.next_power_of_2(count)),
         BLOCK_S=min(_LOOKED_AT, max(16, triton.next_power_of_2(hot.slots))), num_warps=8,
     )  # fmt: skip
     dim, width = hot.keys.shape[3], hot.values.shape[3]
@@ -90,7 +90,7 @@ def place_units(kv: PagedKV, hot: HotUnits, units: Tensor, seq_lens: Tensor | in
 def place_kernel(
     units, lengths, table, owners, stamps, hands, clock, counts, places, copied, victims, num_kv_heads, count,
     max_units, slots,
-    SIZE: tl.constexpr, COUNTS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    SIZE: tl.constexpr, IS_AGAIN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """The clock of a row: see `reference.fetch_units`. `copied` says of each unit whether it is to be copied."""
     row = tl.program_id(0)
@@ -108,7 +108,11 @@ def place_kernel(
     is_unit = (unit >= 0) & (unit * SIZE < end)
     page = tl.load(row_table + unit, mask=is_unit, other=-1)
     is_missing = is_unit & (page < 0)
-    tl.store(row_stamps + (page - first), now, mask=is_unit & (page >= 0))
+    is_hot = is_unit & (page >= 0)
+    is_looked_up = is_unit
+    if IS_AGAIN:
+        is_looked_up &= tl.load(row_stamps + (page - first), mask=is_hot, other=now) != now - 1
+    tl.store(row_stamps + (page - first), now, mask=is_hot)
     wanted = tl.sum(is_missing.to(tl.int32))
     found = 0
     hand = tl.load(hands + row)
@@ -142,8 +146,7 @@ def place_kernel(
     is_copied = is_missing | (is_unit & (unit == (end - 1) // SIZE))  # the one being written has a token more
     tl.store(places + row_lists + k, tl.where(is_unit, tl.where(is_missing, first + slot, page), 0), mask=k < count)
     tl.store(copied + row_lists + k, is_copied.to(tl.int32), mask=k < count)
-    if COUNTS:
-        tl.atomic_add(counts, tl.sum(is_unit.to(tl.int64)))
+    tl.atomic_add(counts, tl.sum(is_looked_up.to(tl.int64)))
     tl.atomic_add(counts + 1, wanted.to(tl.int64))
     tl.atomic_add(counts + 2, tl.sum(is_copied.to(tl.int64)))
 
