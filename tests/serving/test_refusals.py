@@ -16,6 +16,11 @@ from quest_attention.models import bundled_model_path
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
 QUEST = {"quest": {"token_budget": 256}}
+DRAFTS_BY_QUEST = {
+    "method": "custom_class",
+    "model": "quest_attention.vllm.proposer.QuestProposer",
+    "num_speculative_tokens": 3,
+}
 
 
 def configure(**options: Any) -> Any:
@@ -66,6 +71,10 @@ def test_what_is_right_is_taken() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            {"attention_backend": None, "additional_config": {}, "speculative_config": DRAFTS_BY_QUEST},
+            "speculative_config.model: got .*QuestProposer', expected another, or 'quest' in --additional-config",
+        ),
         ({"attention_backend": None}, "attention_backend: got .vLLM's own choice., expected CUSTOM"),
         ({"additional_config": {}}, "additional_config: got {}, expected one with 'quest'"),
         ({"additional_config": {"quest": {"token_buget": 256}}}, "did you mean token_budget"),

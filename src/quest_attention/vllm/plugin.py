@@ -18,7 +18,7 @@ from quest_attention.vllm.kinds import other_layers
 from quest_attention.vllm.options import near_misses, read_options
 from quest_attention.vllm.ranks import mark_target
 from quest_attention.vllm.refusals import BACKEND_NAME, check_block_size, check_request, check_vllm_config
-from quest_attention.vllm.speculation import drafts_by_heads, drafts_by_quest
+from quest_attention.vllm.speculation import check_drafts_without, drafts_by_heads, drafts_by_quest
 from quest_attention.vllm.transfers import check_transfer
 from quest_attention.vllm.wrapping import wrap_method
 
@@ -109,6 +109,8 @@ def _wrap_check(platform: Any) -> None:
         elif _is_ours(cls, vllm_config.attention_config.backend):
             found, neither = vllm_config.additional_config, f"or no --attention-backend {BACKEND_NAME} either"
             raise QuestValueError("additional_config", found, f"one with {KEY!r} in it, {neither}")
+        else:
+            check_drafts_without(vllm_config.speculative_config)
 
     setattr(check_and_update_config, _LOOKED_AT, True)
     platform.check_and_update_config = classmethod(check_and_update_config)
