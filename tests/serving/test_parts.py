@@ -26,7 +26,7 @@ from quest_attention.vllm.options import VLLMOptions, read_options
 from quest_attention.vllm.places import Places, read_places
 from quest_attention.vllm.proposer import QuestProposer
 from quest_attention.vllm.ranks import is_of_draft, mark_target, sparse_layers
-from quest_attention.vllm.refusals import check_vllm_config
+from quest_attention.vllm.refusals import check_session, check_vllm_config
 from quest_attention.vllm.row_tokens import RowTokens
 from quest_attention.vllm.scales import check_cache_dtype, unquantized
 from quest_attention.vllm.speculation import check_drafts_without
@@ -393,6 +393,7 @@ def a_server(**changes: Any) -> SimpleNamespace:
         "parallel_config": SimpleNamespace(**parallel),
         "kv_transfer_config": None,
         "speculative_config": None,
+        "scheduler_config": SimpleNamespace(async_scheduling=True),
         "model_config": SimpleNamespace(**model),
     }
     for name, change in changes.items():
@@ -755,6 +756,15 @@ def test_quest_does_not_draft_for_a_server_without_it() -> None:
     settings = SimpleNamespace(speculative_config=DRAFTS_BY_QUEST)
     with pytest.raises(BackendError, match=r"got vLLM's own attention .* \(VLLM_PLUGINS\)$"):  # nobody looked at it
         QuestProposer(settings).propose([[7]], [1], torch.tensor([[7]]))
+
+
+@pytest.mark.parametrize("quest", [MOMENTS, AUTO])
+def test_a_prompt_that_goes_on_has_no_moments_where_steps_are_on_their_way(quest: dict[str, Any]) -> None:
+    """vLLM goes back by a token then, and writes its place again."""
+    for good, is_async in ((BOUNDS, True), ({"quest": {"metadata": "sketch"}}, True), ({}, True), (quest, False)):
+        check_session(a_server(additional_config=good, scheduler_config={"async_scheduling": is_async}), "cpu")
+    with pytest.raises(QuestValueError, match=r"resumable: got True, expected False with quest\.metadata moments, in"):
+        check_session(a_server(additional_config=quest), "cpu")
 
 
 def test_layers_that_share_keys_and_values_are_as_dense_as_the_layer_whose_they_are() -> None:

@@ -127,6 +127,19 @@ def test_settings(options: dict[str, Any], message: str) -> None:
         configure(**options)
 
 
+def test_a_session_that_is_refused_is_its_clients_error() -> None:
+    """vLLM's CPU engine schedules nothing ahead; here it says that it does."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    config = configure()  # the plugin is there
+    config.scheduler_config.async_scheduling = True
+    processor = InputProcessor.__new__(InputProcessor)
+    processor.vllm_config = config
+    with pytest.raises(VLLMValidationError, match=r"resumable: got True, expected False with quest\.metadata moments"):
+        processor.process_inputs("a", {"prompt_token_ids": [1]}, None, (), resumable=True)
+
+
 def test_a_connector_that_was_tested_is_taken_and_compares_metadata() -> None:
     """Two servers find out in NIXL's handshake whether they keep the same of a page."""
     from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_worker
