@@ -237,7 +237,7 @@ def _check_layers(options: QuestOptions, model: Any) -> None:
     if count is None and other_layers(model) is None:
         count = getattr(model.hf_text_config, "num_hidden_layers", None)
     if count is not None and "num_dense_layers" in options.reading and options.num_dense_layers > count:
-        expected = f"less than {count}, the full-attention layers of {model.model}: else none is left to Quest"
+        expected = f"at most {count}, the full-attention layers of {model.model}: with all of them Quest has none"
         raise QuestValueError(f"{KEY}.num_dense_layers", options.num_dense_layers, expected)
 
 
