@@ -698,6 +698,15 @@ def test_a_backend_that_cannot_be_captured_is_refused_on_a_gpu() -> None:
         (
             {
                 "additional_config": BOUNDS,
+                "speculative_config": SimpleNamespace(
+                    **vars(DRAFTS_BY_QUEST), num_speculative_tokens_per_batch_size=[(1, 4, 3)]
+                ),
+            },
+            r"num_speculative_tokens_per_batch_size: got \[\(1, 4, 3\)\], expected none with speculative_config.model",
+        ),
+        (
+            {
+                "additional_config": BOUNDS,
                 "speculative_config": DRAFTS_BY_QUEST,
                 "model_config": {"enable_prompt_embeds": True},
             },

@@ -127,6 +127,10 @@ def _check_proposer(options: QuestOptions, vllm_config: Any) -> None:
     ):
         if found is not None:
             raise QuestValueError(name, "one", f"none {method}: not tested")
+    varying = "num_speculative_tokens_per_batch_size"
+    if found := getattr(vllm_config.speculative_config, varying, None):
+        expected = f"none {method}: vLLM does not tell such a class how many tokens a step is to have"
+        raise QuestValueError(f"speculative_config.{varying}", found, expected)
     if model is None:
         return
     if getattr(model, "enable_prompt_embeds", False):  # the model is then compiled for embeddings, not for tokens
