@@ -23,6 +23,7 @@ OF_THE_SERVER = {
     "--attention-backend",
     "--block-size",
     "--enable-dbo",
+    "--enable-prompt-embeds",
     "--kv-cache-dtype",
     "--kv-offloading-size",
     "--kv-sharing-fast-prefill",

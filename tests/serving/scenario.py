@@ -148,7 +148,7 @@ def api() -> dict[str, Any]:
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 
-    llm = make_llm({"token_budget": BUDGET}, enable_lora=True, max_lora_rank=8, async_scheduling=True, **ORACLE)
+    llm = make_llm({"token_budget": BUDGET}, enable_lora=True, max_lora_rank=8, **ORACLE)
     texts = prompts(2, 400)
 
     def ask(lora: Any = None, count: int = 2, **params: Any) -> list[Any]:

@@ -24,10 +24,12 @@ from quest_attention.vllm.folding import Fold
 from quest_attention.vllm.layout import BlockLayout, PaddedBlocks, Room, RowedBlocks, ask_for_room, layout_of, page_size
 from quest_attention.vllm.options import VLLMOptions, read_options
 from quest_attention.vllm.places import Places, read_places
+from quest_attention.vllm.proposer import QuestProposer
 from quest_attention.vllm.ranks import is_of_draft, mark_target, sparse_layers
-from quest_attention.vllm.refusals import check_vllm_config
+from quest_attention.vllm.refusals import check_session, check_vllm_config
 from quest_attention.vllm.row_tokens import RowTokens
 from quest_attention.vllm.scales import check_cache_dtype, unquantized
+from quest_attention.vllm.speculation import check_drafts_without
 from quest_attention.vllm.transfers import check_transfer
 from quest_attention.vllm.worker import worker_label
 
@@ -391,6 +393,7 @@ def a_server(**changes: Any) -> SimpleNamespace:
         "parallel_config": SimpleNamespace(**parallel),
         "kv_transfer_config": None,
         "speculative_config": None,
+        "scheduler_config": SimpleNamespace(async_scheduling=True),
         "model_config": SimpleNamespace(**model),
     }
     for name, change in changes.items():
@@ -695,6 +698,23 @@ def test_a_backend_that_cannot_be_captured_is_refused_on_a_gpu() -> None:
         (
             {
                 "additional_config": BOUNDS,
+                "speculative_config": SimpleNamespace(
+                    **vars(DRAFTS_BY_QUEST), num_speculative_tokens_per_batch_size=[(1, 4, 3)]
+                ),
+            },
+            r"num_speculative_tokens_per_batch_size: got \[\(1, 4, 3\)\], expected none with speculative_config.model",
+        ),
+        (
+            {
+                "additional_config": BOUNDS,
+                "speculative_config": DRAFTS_BY_QUEST,
+                "model_config": {"enable_prompt_embeds": True},
+            },
+            "enable_prompt_embeds: got True, expected False with speculative_config.model",
+        ),
+        (
+            {
+                "additional_config": BOUNDS,
                 "speculative_config": a_head("mtp"),
                 "model_config": {"hf_text_config": SimpleNamespace(layer_types=["linear_attention", "full_attention"])},
             },
@@ -735,6 +755,25 @@ def test_servers_that_are_refused(changes: dict[str, Any], message: str) -> None
     server = a_server(**changes)
     with pytest.raises((QuestValueError, UnsupportedModelError), match=message):
         check_vllm_config(server, CPU)
+
+
+def test_quest_does_not_draft_for_a_server_without_it() -> None:
+    for speculation in (None, SimpleNamespace(method="custom_class", model="a.Class"), a_head("eagle")):
+        check_drafts_without(speculation)
+    with pytest.raises(QuestValueError, match=r"speculative_config\.model: .* 'quest' in --additional-config and"):
+        check_drafts_without(DRAFTS_BY_QUEST)
+    settings = SimpleNamespace(speculative_config=DRAFTS_BY_QUEST)
+    with pytest.raises(BackendError, match=r"got vLLM's own attention .* \(VLLM_PLUGINS\)$"):  # nobody looked at it
+        QuestProposer(settings).propose([[7]], [1], torch.tensor([[7]]))
+
+
+@pytest.mark.parametrize("quest", [MOMENTS, AUTO])
+def test_a_prompt_that_goes_on_has_no_moments_where_steps_are_on_their_way(quest: dict[str, Any]) -> None:
+    """vLLM goes back by a token then, and writes its place again."""
+    for good, is_async in ((BOUNDS, True), ({"quest": {"metadata": "sketch"}}, True), ({}, True), (quest, False)):
+        check_session(a_server(additional_config=good, scheduler_config={"async_scheduling": is_async}), "cpu")
+    with pytest.raises(QuestValueError, match=r"resumable: got True, expected False with quest\.metadata moments, in"):
+        check_session(a_server(additional_config=quest), "cpu")
 
 
 def test_layers_that_share_keys_and_values_are_as_dense_as_the_layer_whose_they_are() -> None:

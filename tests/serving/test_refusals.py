@@ -16,6 +16,11 @@ from quest_attention.models import bundled_model_path
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
 QUEST = {"quest": {"token_budget": 256}}
+DRAFTS_BY_QUEST = {
+    "method": "custom_class",
+    "model": "quest_attention.vllm.proposer.QuestProposer",
+    "num_speculative_tokens": 3,
+}
 
 
 def configure(**options: Any) -> Any:
@@ -66,6 +71,10 @@ def test_what_is_right_is_taken() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            {"attention_backend": None, "additional_config": {}, "speculative_config": DRAFTS_BY_QUEST},
+            "speculative_config.model: got .*QuestProposer', expected another, or 'quest' in --additional-config",
+        ),
         ({"attention_backend": None}, "attention_backend: got .vLLM's own choice., expected CUSTOM"),
         ({"additional_config": {}}, "additional_config: got {}, expected one with 'quest'"),
         ({"additional_config": {"quest": {"token_buget": 256}}}, "did you mean token_budget"),
@@ -95,7 +104,7 @@ def test_what_is_right_is_taken() -> None:
         ({"additional_config": {"token_budget": 512}}, "with 'quest' in it, or no --attention-backend CUSTOM either"),
         (
             {"additional_config": {"quest": {"num_dense_layers": 7}}},
-            "quest.num_dense_layers: got 7, expected less than 6, the full-attention layers of",
+            "quest.num_dense_layers: got 7, expected at most 6, the full-attention layers of .* Quest has none",
         ),
         (
             {"kv_cache_dtype": "fp8"},
@@ -116,6 +125,19 @@ def test_what_is_right_is_taken() -> None:
 def test_settings(options: dict[str, Any], message: str) -> None:
     with pytest.raises(Exception, match=message):
         configure(**options)
+
+
+def test_a_session_that_is_refused_is_its_clients_error() -> None:
+    """vLLM's CPU engine schedules nothing ahead; here it says that it does."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    config = configure()  # the plugin is there
+    config.scheduler_config.async_scheduling = True
+    processor = InputProcessor.__new__(InputProcessor)
+    processor.vllm_config = config
+    with pytest.raises(VLLMValidationError, match=r"resumable: got True, expected False with quest\.metadata moments"):
+        processor.process_inputs("a", {"prompt_token_ids": [1]}, None, (), resumable=True)
 
 
 def test_a_connector_that_was_tested_is_taken_and_compares_metadata() -> None:

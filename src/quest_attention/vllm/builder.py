@@ -100,7 +100,7 @@ class QuestMetadataBuilder:
         if not self._chooses:
             watch_runner()
         self.reorder_batch_threshold = self._query_tokens  # rows that may choose come first
-        # vLLM 0.32 and newer have this runner for n-gram drafts; 0.25 has none, and CPUs never have it.
+        # vLLM 0.32 and newer have this runner for n-gram drafts; 0.25 has none, and a CPU only where there is Triton.
         is_second = device.type == "cuda" and vllm_config.use_v2_model_runner
         if self._num_speculated and options.verify == "dense" and is_second:
             every = "which vLLM's V2 runner gives to every row"

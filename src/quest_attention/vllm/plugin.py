@@ -17,8 +17,14 @@ from quest_attention.serving.options import KEY
 from quest_attention.vllm.kinds import other_layers
 from quest_attention.vllm.options import near_misses, read_options
 from quest_attention.vllm.ranks import mark_target
-from quest_attention.vllm.refusals import BACKEND_NAME, check_block_size, check_request, check_vllm_config
-from quest_attention.vllm.speculation import drafts_by_heads, drafts_by_quest
+from quest_attention.vllm.refusals import (
+    BACKEND_NAME,
+    check_block_size,
+    check_request,
+    check_session,
+    check_vllm_config,
+)
+from quest_attention.vllm.speculation import check_drafts_without, drafts_by_heads, drafts_by_quest
 from quest_attention.vllm.transfers import check_transfer
 from quest_attention.vllm.wrapping import wrap_method
 
@@ -109,6 +115,8 @@ def _wrap_check(platform: Any) -> None:
         elif _is_ours(cls, vllm_config.attention_config.backend):
             found, neither = vllm_config.additional_config, f"or no --attention-backend {BACKEND_NAME} either"
             raise QuestValueError("additional_config", found, f"one with {KEY!r} in it, {neither}")
+        else:
+            check_drafts_without(vllm_config.speculative_config)
 
     setattr(check_and_update_config, _LOOKED_AT, True)
     platform.check_and_update_config = classmethod(check_and_update_config)
@@ -148,7 +156,20 @@ def _wrap_requests(device: str) -> None:
 
         return _validate_params
 
+    def around_sessions(original: Any) -> Any:
+        @wraps(original)
+        def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("resumable"):
+                try:
+                    check_session(self.vllm_config, device)
+                except QuestValueError as error:
+                    raise VLLMValidationError(str(error), parameter=error.argument, value=error.got) from None
+            return original(self, *args, **kwargs)
+
+        return process_inputs
+
     wrap_method(InputProcessor, "_validate_params", around)  # the seam at which a request's server is known
+    wrap_method(InputProcessor, "process_inputs", around_sessions)
 
 
 @cache  # a process looks at its configuration more than once

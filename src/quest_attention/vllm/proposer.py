@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from quest_attention.errors import BackendError
 from quest_attention.vllm.draft_step import DraftStep
 from quest_attention.vllm.wrapping import wrap_method
 
@@ -60,6 +61,14 @@ class QuestProposer:
                 self._made_step().capture(sorted(sizes))
 
     def _made_step(self) -> DraftStep:
+        """The step, made once.
+
+        Raises:
+            BackendError: The runner was not handed over, which Quest's builders have it do: no layer is Quest's.
+        """
+        if self._runner is None:
+            found = "vLLM's own attention in every layer"
+            raise BackendError(f"attention backend: got {found}, expected Quest's plugin to be loaded (VLLM_PLUGINS)")
         if self._step is None:
             most = self._vllm_config.scheduler_config.max_num_seqs
             self._step = DraftStep(self._runner, self._model, self._vllm_config, most)

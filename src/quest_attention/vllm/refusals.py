@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from quest_attention.errors import BackendError, QuestValueError, UnsupportedModelError
+from quest_attention.forms import form_of
 from quest_attention.ops import resolve_backend
 from quest_attention.serving.options import KEY, QuestOptions
 from quest_attention.serving.requests import ASKED, config_asked
@@ -21,6 +22,7 @@ __all__ = [
     "check_layer",
     "check_output_scales",
     "check_request",
+    "check_session",
     "check_vllm_config",
 ]
 
@@ -106,6 +108,29 @@ def check_request(vllm_config: Any, extra: Mapping[str, Any], device: str) -> No
     model = vllm_config.model_config
     page = page_size(vllm_config.cache_config.block_size, model, device)
     config_asked(extra[ASKED], options, page, model.max_model_len)
+
+
+def check_session(vllm_config: Any, device: str) -> None:
+    """Whether a request may be one of vLLM's streaming inputs, whose prompt goes on when an answer to it has ended.
+
+    With asynchronous scheduling a step of the answer is on its way by then. vLLM drops what comes of it and goes back
+    by its token, in whose place the next part of the prompt is written.
+
+    Args:
+        vllm_config: Of its server.
+        device: vLLM's type of the device.
+
+    Raises:
+        QuestValueError: The token that is dropped would stay in the metadata.
+    """
+    options = read_options(vllm_config, device)
+    if options is None or not vllm_config.scheduler_config.async_scheduling:
+        return
+    config = options.least_config()
+    form = form_of(config)
+    if not (form.is_bound or form.takes_whole_pages):
+        reason = f"False with {KEY}.metadata moments, in which a token that is dropped would stay: use bounds or sketch"
+        raise config.mistake("resumable", True, f"{reason}, or --no-async-scheduling")
 
 
 def check_layer(*, alibi_slopes: Any, sliding_window: int | None, attn_type: str) -> None:
@@ -212,7 +237,7 @@ def _check_layers(options: QuestOptions, model: Any) -> None:
     if count is None and other_layers(model) is None:
         count = getattr(model.hf_text_config, "num_hidden_layers", None)
     if count is not None and "num_dense_layers" in options.reading and options.num_dense_layers > count:
-        expected = f"less than {count}, the full-attention layers of {model.model}: else none is left to Quest"
+        expected = f"at most {count}, the full-attention layers of {model.model}: with all of them Quest has none"
         raise QuestValueError(f"{KEY}.num_dense_layers", options.num_dense_layers, expected)
 
 

@@ -11,7 +11,7 @@ from quest_attention.serving.options import KEY, QuestOptions
 from quest_attention.vllm.kinds import other_layers
 from quest_attention.vllm.options import BACKEND_NAME
 
-__all__ = ["PROPOSER", "check_speculation", "drafts_by_heads", "drafts_by_quest"]
+__all__ = ["PROPOSER", "check_drafts_without", "check_speculation", "drafts_by_heads", "drafts_by_quest"]
 
 _DRAFT_FREE = ("ngram",)
 """Ways to speculate without a model of its own."""
@@ -50,6 +50,21 @@ def check_speculation(options: QuestOptions, vllm_config: Any) -> None:
         _check_drafts(speculation, vllm_config.model_config)
     if drafts_by_quest(speculation):
         _check_proposer(options, vllm_config)
+
+
+def check_drafts_without(speculation: Any) -> None:
+    """Look at how a server speculates that does not ask for Quest.
+
+    Args:
+        speculation: vLLM's `SpeculativeConfig`, or None.
+
+    Raises:
+        QuestValueError: Quest is to draft, which would find no layer of its own at the first request.
+    """
+    if drafts_by_quest(speculation):
+        both = f"{KEY!r} in --additional-config and --attention-backend {BACKEND_NAME}"
+        expected = f"another, or {both}: else no layer is Quest's, and none could draft"
+        raise QuestValueError("speculative_config.model", speculation.model, expected)
 
 
 def drafts_by_heads(speculation: Any) -> bool:
@@ -112,8 +127,14 @@ def _check_proposer(options: QuestOptions, vllm_config: Any) -> None:
     ):
         if found is not None:
             raise QuestValueError(name, "one", f"none {method}: not tested")
+    varying = "num_speculative_tokens_per_batch_size"
+    if found := getattr(vllm_config.speculative_config, varying, None):
+        expected = f"none {method}: vLLM does not tell such a class how many tokens a step is to have"
+        raise QuestValueError(f"speculative_config.{varying}", found, expected)
     if model is None:
         return
+    if getattr(model, "enable_prompt_embeds", False):  # the model is then compiled for embeddings, not for tokens
+        raise QuestValueError("enable_prompt_embeds", True, f"False {method}: a draft's steps are given tokens")
     others = other_layers(model)
     if others is not None or getattr(model, "is_multimodal_model", False) or getattr(model, "uses_mrope", False):
         what = others or "images or several positions a token"
