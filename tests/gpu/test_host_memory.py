@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 from quest_attention import QuestConfig, Selection, quest_decode, update_page_metadata
-from quest_attention.forms import Bounds, Sketch
+from quest_attention.forms import FP8, Bounds, Sketch
 from quest_attention.hf.host_memory import free_host_bytes, host_empty
 from quest_attention.ops import HotUnits, fetch_units
 from quest_attention.pages import PagedKV
@@ -53,17 +53,19 @@ def test_locked_memory_is_given_back() -> None:
     assert free_host_bytes() > free - size // 2
 
 
-def far_cache(form: Bounds | Sketch, length: int) -> tuple[PagedKV, PagedKV]:
+def far_cache(form: Bounds | Sketch, length: int, dtype: torch.dtype = torch.bfloat16) -> tuple[PagedKV, PagedKV]:
     """A cache on the device, and one with its keys and values in host memory."""
     shape = (2, 4, length, 128)
-    keys, values = (torch.randn(shape, device=DEVICE).to(torch.bfloat16) for _ in range(2))
+    keys, values = (torch.randn(shape, device=DEVICE).to(dtype) for _ in range(2))
     metadata = torch.empty(
         *shape[:2], length // 16, *form.shape(16, 128), device=DEVICE, dtype=form.dtypes(keys.dtype)[0]
     )
-    near = PagedKV.from_contiguous(keys, values, metadata, form=form)
+    scale = torch.ones(1, device=DEVICE) if dtype == FP8 else None
+    scales = {"key_scale": scale, "value_scale": scale}
+    near = PagedKV.from_contiguous(keys, values, metadata, form=form, **scales)
     update_page_metadata(near, length, length)
-    stored = [host_empty(shape, torch.bfloat16, DEVICE).copy_(tensor) for tensor in (keys, values)]
-    return near, PagedKV.from_contiguous(*stored, metadata, form=form)
+    stored = [host_empty(shape, dtype, DEVICE).copy_(tensor) for tensor in (keys, values)]
+    return near, PagedKV.from_contiguous(*stored, metadata, form=form, **scales)
 
 
 @pytest.mark.parametrize("size", [16, 1])
@@ -88,12 +90,13 @@ def test_units_come_and_go_as_by_the_pytorch_path(size: int) -> None:
 
 
 @pytest.mark.parametrize("group", [1, 4])
-def test_steps_over_the_pool_are_those_over_the_cache(group: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP8], ids=str)
+def test_steps_over_the_pool_are_those_over_the_cache(dtype: torch.dtype, group: int) -> None:
     """Single tokens, bit by bit: the same kernels choose and attend. Of pages the same are chosen."""
     tokens = QuestConfig(512, metadata="sketch", selection_unit="token")
     pages = QuestConfig(512, metadata="bounds")
     for config, form in ((tokens, Sketch(16)), (pages, Bounds())):
-        near, far = far_cache(form, 32_000)
+        near, far = far_cache(form, 32_000, dtype)
         hot = HotUnits.allocate(far, config.unit_size, 4_096 // config.unit_size)
         for _ in range(5):
             query = torch.randn(2, 4 * group, 128, device=DEVICE).to(torch.bfloat16)

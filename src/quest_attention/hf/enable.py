@@ -66,6 +66,7 @@ def enable_quest(
         kv_cache_dtype: In what keys and values are stored, by vLLM's names: "auto", in the dtype of the model, or
             "fp8", in 8 bits (e4m3, scale 1), on a GPU and on the host. All attention reads what is stored, a prompt's
             and dense layers' too, and metadata are of it; `lossless` then writes what the model writes with that cache.
+            Layers that are left alone keep transformers' own.
 
     Returns:
         A handle with counters. Use it in a `with` statement, or call `disable()`.

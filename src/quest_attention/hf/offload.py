@@ -309,3 +309,6 @@ class PoolSize:
                 raise QuestValueError("offload", f"{_said(free)} free on the device", expected)
             self._shared[batch] = int(free * _POOL_SHARE) // slot_bytes
         return max(least, min(most, self._shared[batch]))
+
+
+# Longer than 250 lines: what is asked for, and the memory that it takes, by which it is refused.
