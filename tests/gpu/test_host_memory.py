@@ -11,6 +11,10 @@ pytest.importorskip("transformers")
 from quest_attention import QuestConfig, Selection, quest_decode, update_page_metadata
 from quest_attention.forms import FP8, Bounds, Sketch
 from quest_attention.hf.host_memory import free_host_bytes, host_empty
+from quest_attention.hf.host_storage import HostStorage
+from quest_attention.hf.offload import Offload, PoolSize
+from quest_attention.hf.storage import KVStorage
+from quest_attention.hf.workspaces import Workspaces
 from quest_attention.ops import HotUnits, fetch_units
 from quest_attention.pages import PagedKV
 
@@ -111,3 +115,32 @@ def test_steps_over_the_pool_are_those_over_the_cache(dtype: torch.dtype, group:
                 torch.testing.assert_close(step.output, expected.output, rtol=2e-2, atol=2e-3)
         looked_up, fetched, _ = hot.counts.tolist()
         assert 0 < fetched < looked_up
+
+
+def test_prompts_arrive_whole() -> None:
+    """Chunks go out on a stream of their own: what is read afterwards, or goes on at an odd place, has all of them."""
+    length, chunk = 30_011, 2_500
+    keys, values = (torch.randn(1, 8, length, 128, device=DEVICE).to(torch.bfloat16) for _ in range(2))
+    config = QuestConfig(512, metadata="sketch", selection_unit="token")
+    given = {
+        "batch": 1, "length": length, "dtype": torch.bfloat16, "config": config, "has_metadata": True,
+        "workspaces": Workspaces(),
+    }  # fmt: skip
+    near = KVStorage(keys, values, **given)
+    far = HostStorage(keys, values, pool=PoolSize(Offload(4_096), 1), **given)
+    for start in range(0, length, chunk):
+        new = [tensor[:, :, start : start + chunk].clone() for tensor in (keys, values)]
+        for storage in (near, far):
+            storage.before_write(start)
+            storage.write(*new, start)
+        brought, expected = (
+            storage.for_attention(*new, start + new[0].shape[2], chooses=False) for storage in (far, near)
+        )
+        assert all(map(torch.equal, brought, expected))
+        del new
+    far.arrive()
+    assert torch.equal(far.keys[:, :, :length], keys)
+    assert torch.equal(far.values[:, :, :length], values)
+    whole = length // 16
+    assert near.metadata is not None and far.metadata is not None
+    assert torch.equal(far.metadata[:, :, :whole], near.metadata[:, :, :whole])
