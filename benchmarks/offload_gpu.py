@@ -48,6 +48,8 @@ NUM_DENSE_LAYERS = 2
 ARMS = "quest,offload,all,stock-offload"
 WHOLE = ("all", "stock-offload")
 """Arms that read everything."""
+MOST_WHOLE = 6
+"""Counted tokens of those at most: each takes seconds."""
 FILLING = 64
 """Steps that fill the pool and are not counted."""
 
@@ -94,15 +96,16 @@ class Embeddings:
 
 
 def make_cache(
-    model: Any, arm: str, config: QuestConfig, batch: int, context: int, room: int, hot: int, seed: int
+    model: Any, arm: str, config: QuestConfig, batch: int, context: int, room: int, hot: int, dtype: str, seed: int
 ) -> Any:
-    """A cache of random tokens for an arm, and for the others with the same `kind_of`."""
+    """A cache of random tokens for an arm."""
     cache: Any
     if arm == "stock-offload":
         cache = DynamicCache(config=model.config, offloading=True)
     else:
         offload = {"quest": None, "all": Offload()}.get(arm, Offload(hot))
-        cache = QuestCache(model.config, config_for(arm, config, room), max_length=room, offload=offload)
+        options: dict[str, Any] = {"max_length": room, "offload": offload, "kv_cache_dtype": dtype}
+        cache = QuestCache(model.config, config_for(arm, config, room), **options)
     fill(cache, model, batch, context, seed)
     return cache
 
@@ -166,6 +169,7 @@ def main(
         "0.05,0.1,0.2,0.4,1"
     ),
     hot_share: Annotated[float, typer.Option(help="Share of the context that the pool holds.", min=0, max=1)] = 0.25,
+    kv_cache_dtype: Annotated[str, typer.Option(help="How keys and values are stored: auto or fp8.")] = "auto",
     tokens: Annotated[int, typer.Option(help="Counted tokens of an arm.", min=1)] = 24,
     device: Annotated[str, typer.Option(help="Where to run; cpu tries the script out.")] = "cuda",
     seed: Annotated[int, typer.Option(help="Of weights and caches.")] = 0,
@@ -175,6 +179,8 @@ def main(
     check_shape(model)
     names, shares = split_list(arms), shares_of(own)
     check_arms(names)
+    if kv_cache_dtype != "auto" and "stock-offload" in names:
+        raise QuestValueError("arms", "stock-offload", "arms that store in 8 bits, beside --kv-cache-dtype")
     lengths = integers("contexts", contexts)
     configs = {one: config_of(one, NUM_DENSE_LAYERS) for one in split_list(reads)}
     generator = torch.Generator().manual_seed(seed)
@@ -188,6 +194,7 @@ def main(
         "num_dense_layers": NUM_DENSE_LAYERS,
         "dtype": str(dtype),
         "hot_share": hot_share,
+        "kv_cache_dtype": kv_cache_dtype,
         "tokens": tokens,
         "warmup": WARMUP,
         "filling": FILLING,
@@ -204,15 +211,17 @@ def main(
                     if arm in WHOLE and reads_what != next(iter(configs)):
                         continue  # nothing is chosen: timed once
                     began = time.perf_counter()
-                    cache = make_cache(runner, arm, config, batch, context, room, hot, seed)
+                    cache = make_cache(runner, arm, config, batch, context, room, hot, kv_cache_dtype, seed)
                     print(f"{context} {reads_what} {arm}: filled in {time.perf_counter() - began:.0f} s", flush=True)
                     for share in shares if arm == "offload" else shares[:1]:
                         embeddings.share(share)
-                        row = time_arm(runner, cache, arm, batch, context, tokens, generator)
+                        counted = min(tokens, MOST_WHOLE) if arm in WHOLE else tokens
+                        row = time_arm(runner, cache, arm, batch, context, counted, generator)
                         middle = row["ms"]["p50"]
                         near = middle if arm == "quest" else near
                         row["ratio_to_quest"] = None if near is None else middle / near
-                        shape = {"model": model, "batch": batch, "context": context, "reads": reads_what, "arm": arm}
+                        shape = {"model": model, "batch": batch, "context": context, "stored": kv_cache_dtype}
+                        shape |= {"reads": reads_what, "arm": arm}
                         if arm == "offload":
                             shape |= {"own": share, "hot_tokens": hot}
                         rows.append(shape | row)
