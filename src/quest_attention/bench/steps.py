@@ -87,14 +87,14 @@ def launch_times(steps: Sequence[Callable[[], object]], repeats: int = 10) -> li
     with launching_in_turn():
         for step in steps:
             step()  # compiles
-        with warnings.catch_warnings():  # that a profile forgets its events when it ends, which newer torch says always
+        with warnings.catch_warnings():
+            # Newer torch says of every profile that it forgets its events when it ends.
             warnings.filterwarnings("ignore", "Warning: Profiler clears events")
-            profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-        with profile:
-            for _ in range(repeats):
-                for step in steps:
-                    step()
-            torch.cuda.synchronize()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                for _ in range(repeats):
+                    for step in steps:
+                        step()
+                torch.cuda.synchronize()
     ran = [event for event in profile.events() if event.device_type.name == "CUDA"]
     ran.sort(key=lambda event: event.time_range.start)
     runs = repeats * len(steps)
