@@ -38,7 +38,7 @@ from transformers import PreTrainedTokenizerBase
 from quest_attention import QuestCache, QuestConfig, enable_quest
 from quest_attention.bench.record import write_record
 from quest_attention.cli.app import split_list
-from quest_attention.cli.loading import load_model
+from quest_attention.cli.loading import LoadedModel, load_model
 from quest_attention.eval.context import copy_cache, read_context
 from quest_attention.eval.frame import chat_frame, start_tokens
 from quest_attention.eval.methods import make_method
@@ -68,7 +68,7 @@ def source_of_library() -> str:
 
 
 def make_text(
-    kind: str, tokenizer: PreTrainedTokenizerBase, books: Path, context: int, length: int, seed: int
+    kind: str, tokenizer: PreTrainedTokenizerBase, books: Path | None, context: int, length: int, seed: int
 ) -> tuple[list[int], list[int] | None]:
     """The tokens to read, and those that the text goes on with; None where the model is to write them."""
 
@@ -102,6 +102,22 @@ def write_on(model: Any, cache: Any, context: list[int], length: int) -> list[in
         written.append(int(token))
     cache.crop(len(context) - cache.get_seq_length())
     return written
+
+
+def kinds_of(kinds: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The texts that are asked for, comma-separated; no chat where the tokenizer has no template for one."""
+    return [kind for kind in split_list(kinds) if kind != "chat" or tokenizer.chat_template is not None]
+
+
+def read_text(
+    loaded: LoadedModel, kind: str, books: Path | None, context: int, length: int, seed: int
+) -> tuple[Any, list[int]]:
+    """A cache that holds the first `context` tokens of a text, read densely, and the `length` that it goes on with."""
+    began = time.perf_counter()
+    read, text = make_text(kind, loaded.tokenizer, books, context, length, seed)
+    source = read_context(loaded.model, read).cache
+    print(f"{kind}, seed {seed}: read {len(read)} tokens in {time.perf_counter() - began:.0f} s", flush=True)
+    return source, write_on(loaded.model, source, read, length) if text is None else text
 
 
 def accepted_from(model: Any, cache: QuestCache, token: int, *, does_sample: bool) -> int:
@@ -175,22 +191,15 @@ def main(
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     loaded = load_model(model or None, device=device, dtype=dtype)
     runner: Any = loaded.model
-    names, wanted = split_list(arms), split_list(kinds)
+    names = split_list(arms)
     table = Table("text", "arm", "drafts", *map(str, range(1, DRAFTS + 1)), title="tokens a check, by drafts")
     rows: list[dict[str, Any]] = []
     with torch.inference_mode():
-        for kind in wanted:
-            if kind == "chat" and loaded.tokenizer.chat_template is None:
-                continue
+        for kind in kinds_of(kinds, loaded.tokenizer):
             found: dict[tuple[str, str], list[int]] = {}
             for number in range(texts):
                 torch.manual_seed(seed + number)
-                length = places * STRIDE
-                read, text = make_text(kind, loaded.tokenizer, books, context, length, seed + number)  # type: ignore[arg-type]
-                began = time.perf_counter()
-                source = read_context(runner, read).cache
-                print(f"{kind} {number}: read {len(read)} tokens in {time.perf_counter() - began:.0f} s", flush=True)
-                text = write_on(runner, source, read, length) if text is None else text
+                source, text = read_text(loaded, kind, books, context, places * STRIDE, seed + number)
                 for arm in names:
                     counts = measure(runner, source, text, config_of(arm, dense_layers), places)
                     for mode, accepted in counts.items():

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
 import torch
 import typer
-from acceptance import KINDS, config_of, make_text, write_on
+from acceptance import KINDS, config_of, kinds_of, read_text
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -33,7 +32,7 @@ from quest_attention.bench.record import write_record
 from quest_attention.cli.app import integers, split_list
 from quest_attention.cli.loading import load_model
 from quest_attention.errors import QuestValueError
-from quest_attention.eval.context import copy_cache, read_context
+from quest_attention.eval.context import copy_cache
 from quest_attention.hf import cache_argument
 from quest_attention.ops import HotUnits, fetch_units
 from quest_attention.pages import PagedKV, num_pages
@@ -157,7 +156,7 @@ def main(
 ) -> None:
     """Measure how much of what steps read is hot, by the size of the pool."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    names, wanted, hot = split_list(arms), split_list(kinds), integers("sizes", sizes)
+    names, hot = split_list(arms), integers("sizes", sizes)
     if warmup >= steps:
         raise QuestValueError("warmup", warmup, f"less than {steps} steps")
     configs = {arm: config_of(arm, dense_layers) for arm in names}
@@ -168,16 +167,10 @@ def main(
     rows: list[dict[str, Any]] = []
     kept: dict[str, Tensor] = {}
     with torch.inference_mode():
-        for kind in wanted:
-            if kind == "chat" and loaded.tokenizer.chat_template is None:
-                continue
+        for kind in kinds_of(kinds, loaded.tokenizer):
             found: dict[str, list[Pools]] = {}
             for number in range(texts):
-                began = time.perf_counter()
-                read, text = make_text(kind, loaded.tokenizer, books, context, steps, seed + number)  # type: ignore[arg-type]
-                source = read_context(runner, read).cache
-                print(f"{kind} {number}: read {len(read)} tokens in {time.perf_counter() - began:.0f} s", flush=True)
-                text = write_on(runner, source, read, steps) if text is None else text
+                source, text = read_text(loaded, kind, books, context, steps, seed + number)
                 for arm, config in configs.items():
                     pools = trace(runner, source, text, config, hot, warmup=warmup, keeps=traces is not None)
                     found.setdefault(arm, []).append(pools)

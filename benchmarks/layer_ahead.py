@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
 import torch
 import typer
-from acceptance import KINDS, config_of, make_text, write_on
+from acceptance import KINDS, config_of, kinds_of, read_text
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -36,7 +35,7 @@ from quest_attention.bench.record import write_record
 from quest_attention.cli.app import split_list
 from quest_attention.cli.loading import load_model
 from quest_attention.errors import UnsupportedModelError
-from quest_attention.eval.context import copy_cache, read_context
+from quest_attention.eval.context import copy_cache
 from quest_attention.hf import cache_argument
 
 WAYS = ("projected", "neighbour's")
@@ -59,6 +58,7 @@ class LayersAhead:
         self._cache = cache
         self._projected: Tensor | None = None
         self._query: Tensor | None = None
+        self._ahead: tuple[int, Tensor | None] = (0, None)  # for which layer, and its query
         self._before: dict[int, list[set[int]]] = {}
         self.found = torch.zeros(len(self._layers), 2, 1 + len(WAYS), dtype=torch.int64)
         self._hooks = [
@@ -113,7 +113,7 @@ class LayersAhead:
         self._before[layer] = read
         self._query = own
         ahead, made = self._ahead
-        self._projected = made[:, :, 0] if ahead == layer + 1 else None
+        self._projected = made[:, :, 0] if made is not None and ahead == layer + 1 else None
 
 
 def units_of(selection: Selection) -> list[set[int]]:
@@ -181,14 +181,8 @@ def main(
     table = Table("text", "arm", *(f"{which}, {way}" for which in ("all", "new") for way in WAYS))
     rows: list[dict[str, Any]] = []
     with torch.inference_mode():
-        for kind in split_list(kinds):
-            if kind == "chat" and loaded.tokenizer.chat_template is None:
-                continue
-            began = time.perf_counter()
-            read, text = make_text(kind, loaded.tokenizer, books, context, steps, seed)  # type: ignore[arg-type]
-            source = read_context(runner, read).cache
-            print(f"{kind}: read {len(read)} tokens in {time.perf_counter() - began:.0f} s", flush=True)
-            text = write_on(runner, source, read, steps) if text is None else text
+        for kind in kinds_of(kinds, loaded.tokenizer):
+            source, text = read_text(loaded, kind, books, context, steps, seed)
             for arm in split_list(arms):
                 shares = shares_of(look_ahead(runner, source, text, config_of(arm, dense_layers)))
                 rows.append({"model": name or loaded.name, "context": context, "text": kind, "arm": arm} | shares)

@@ -140,7 +140,7 @@ def config_for(arm: str, config: QuestConfig, room: int) -> QuestConfig:
     return QuestConfig(budget, config.page_size, metadata="bounds", num_dense_layers=NUM_DENSE_LAYERS)
 
 
-def time_arm(model: Any, cache: Any, arm: str, config: QuestConfig, batch: int, context: int, tokens: int) -> Any:
+def time_arm(model: Any, cache: Any, arm: str, batch: int, context: int, tokens: int) -> dict[str, Any]:
     """Time per token of one arm, and what came over the bus; the cache holds what it held.
 
     Raises:
@@ -151,10 +151,7 @@ def time_arm(model: Any, cache: Any, arm: str, config: QuestConfig, batch: int, 
         return {"ms": percentiles(time_written(model, cache, batch, context, tokens, WARMUP))}
     hits = hits_of(arm)
     cache.counters.reset()
-    with (
-        imposed_hits(hits, model.device) as seen,
-        enable_quest(model, config_for(arm, config, context + steps)) as handle,
-    ):
+    with imposed_hits(hits, model.device) as seen, enable_quest(model, cache.quest) as handle:
         ms = time_written(model, cache, batch, context, tokens, WARMUP)
         graphs = handle.graphs
     cache.keep(context)
@@ -175,7 +172,7 @@ def time_arm(model: Any, cache: Any, arm: str, config: QuestConfig, batch: int, 
         row["fetches"] = counters.fetches.to_dict()
         row["mib_a_token"] = counters.fetches.bytes_fetched / steps / 2**20
     if hits is not None:  # what the kernel that places units counted is not what was copied
-        text = model.config
+        text, config = model.config, cache.quest
         unit_bytes = config.unit_size * 2 * text.head_dim * model.dtype.itemsize
         units = sparse * batch * text.num_key_value_heads * int(copied_of(config.unit_budget, hits).sum())
         row |= {"imposed_hit_rate": hits / 100, "mib_a_token": units * unit_bytes / 2**20}
@@ -231,7 +228,7 @@ def main(
                         print(
                             f"{context} {reads_what} {kind}: filled in {time.perf_counter() - began:.0f} s", flush=True
                         )
-                    row = time_arm(runner, cache, arm, config, batch, context, tokens)
+                    row = time_arm(runner, cache, arm, batch, context, tokens)
                     middle = row["ms"]["p50"]
                     near = middle if arm == "quest" else near
                     row["ratio_to_quest"] = None if near is None else middle / near

@@ -38,7 +38,7 @@ def draw(axes: Axes, rows: Rows) -> None:
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axes.set_yscale("log")
     ticks = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2]
-    axes.set_yticks(ticks, [f"{tick:.1%}" for tick in ticks])
+    axes.set_yticks(ticks, [f"{100 * tick:.1f} %" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("hot tokens of a layer and KV head")
     axes.set_ylabel("of the units a step reads, fetched")

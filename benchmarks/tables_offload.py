@@ -14,7 +14,7 @@ from marks import DOCS, fill_page
 from tables_gpu import Rows, as_markdown, load
 
 HIT_RATES = ("hit_rates_smollm2.json", "hit_rates_qwen.json")
-AHEAD = ("layer_ahead_smollm2.json", "layer_ahead_qwen.json")
+AHEAD = ("layer_ahead_smollm2.json",)
 
 
 def what_of(row: dict[str, object]) -> tuple[str, ...]:
@@ -35,7 +35,7 @@ def hits_table(rows: Rows) -> str:
     sizes = sorted({row["hot_tokens"] for row in rows})
     rates = {(what_of(row), row["hot_tokens"]): row["hit_rate"] for row in rows}
     cells = [
-        [*what, *(f"{rates[what, size]:.1%}" if (what, size) in rates else "" for size in sizes)]
+        [*what, *(f"{100 * rates[what, size]:.1f} %" if (what, size) in rates else "" for size in sizes)]
         for what in dict.fromkeys(what_of(row) for row in rows)
     ]
     head = ("model", "context", "text", "chosen by", "budget", *(f"{size:,} hot" for size in sizes))
@@ -47,7 +47,7 @@ def ahead_table(rows: Rows) -> str:
     cells = []
     for row in rows:
         shares = [row[f"{which}_found_{way}"] for which in ("all", "new") for way in ("projected", "neighbour's")]
-        cells.append([*what_of(row), *(f"{share:.1%}" for share in shares)])
+        cells.append([*what_of(row), *(f"{100 * share:.1f} %" for share in shares)])
     ways = ("all, by its own projection", "all, by the neighbour's query", "new, by its own", "new, by the neighbour's")
     return as_markdown(("model", "context", "text", "chosen by", "budget", *ways), cells)
 

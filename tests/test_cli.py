@@ -292,7 +292,7 @@ def test_lossless_gives_the_text_of_dense(quest: Cli, model_folder: str) -> None
 def test_offload_is_refused_on_a_cpu(quest: Cli, model_folder: str) -> None:
     line = refused(quest("generate", "-m", model_folder, "-p", "ice", "--offload", "host", "--device", "cpu"))
     assert line.startswith(
-        "--offload: got 'host', expected None on device cpu, where keys and values lie in host memory"
+        "--offload: got 'host', expected none on device cpu, where keys and values lie in host memory"
     )
 
 
@@ -421,6 +421,7 @@ def test_a_prompt_longer_than_the_positions_of_the_model(quest: Cli, model_folde
         (["--lossless", "--draft-tokens", "16"], '--draft-tokens: got 16, expected 1 to 15 tokens, or "auto"'),
         (["--lossless", "--dense"], "--lossless: got True, expected False with --dense"),
         (["--offload", "host", "--dense"], "--offload: got 'host', expected none with --dense"),
+        (["--offload", "host", "--lossless"], "--offload: got 'host', expected none with --lossless, whose checks"),
         (["--hot-tokens", "64"], "--hot-tokens: got 64, expected none without --offload"),
         (["--kv-cache-dtype", "int4"], "--kv-cache-dtype: got 'int4', expected one of 'auto', 'fp8'"),
         (["--kv-cache-dtype", "fp8", "--dense"], "--kv-cache-dtype: got 'fp8', expected auto with --dense"),

@@ -442,6 +442,13 @@ def test_the_tables_of_lossless_decoding_are_those_of_the_results() -> None:
     assert all(table in page for table in tables)
 
 
+def test_the_tables_of_the_page_on_host_memory_are_those_of_the_results() -> None:
+    page = (ROOT / "docs" / "offload.md").read_text(encoding="utf-8")
+    tables = printed("tables_offload").strip().split("\n\n")
+    assert len(tables) == 2
+    assert all(table in page for table in tables)
+
+
 @pytest.mark.parametrize(("page", "scripts"), [
     ("README.md", ("accuracy", "choosing", "cpu", "gpu", "public", "vllm")),
     ("docs/speed.md", ("cpu", "gpu", "lossless", "vllm")),
@@ -522,10 +529,21 @@ def test_decode_gpu_on_a_cpu(tmp_path: Path) -> None:
     assert 0.5 < shares["quest-512"] < 1
 
 
-def test_the_figure_of_the_gpu_page(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["gpu", "offload"])
+def test_the_figures_of_pages(name: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="an extra of its own")
-    run("benchmarks/plot_gpu.py", "--output", str(tmp_path / "gpu.png"))
-    assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
+    run(f"benchmarks/plot_{name}.py", "--output", str(tmp_path / "drawn.png"))
+    assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_layer_ahead(tmp_path: Path) -> None:
+    """On the bundled model: what enters the layer before says more of a layer's reads than that layer's query does."""
+    output = tmp_path / "ahead.json"
+    few = ("--context", "600", "--steps", "6", "--kinds", "book", "--output", str(output))
+    run("benchmarks/layer_ahead.py", *few, "--arms", "bounds@128,sketch,selection_unit=token@64")
+    for row in json.loads(output.read_text(encoding="utf-8"))["rows"]:
+        assert 0 < row["new_units"] < row["all_units"]
+        assert row["all_found_neighbour's"] < row["all_found_projected"] < 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a CPU the interpreter runs the kernel")

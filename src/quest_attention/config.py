@@ -20,6 +20,7 @@ __all__ = [
     "as_given",
     "check_coefficient",
     "check_integer",
+    "check_unit_size",
     "refuse_auto",
 ]
 
@@ -528,6 +529,17 @@ def check_integer(name: str, value: object, minimum: int) -> None:
     kind = "a positive integer" if minimum == 1 else "a non-negative integer"
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise QuestValueError(name, value, kind)
+
+
+def check_unit_size(name: str, size: int, page_size: int) -> None:
+    """Refuse tokens of a unit that do not divide those of a page.
+
+    Raises:
+        QuestValueError: They do not, or are no positive integer.
+    """
+    check_integer(name, size, minimum=1)
+    if page_size % size:
+        raise QuestValueError(name, size, f"tokens that divide a page of {page_size}: units lie within pages")
 
 
 def check_coefficient(name: str, value: object) -> None:

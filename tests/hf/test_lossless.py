@@ -540,6 +540,11 @@ def test_models_whose_tokens_cannot_be_taken_back(name: str) -> None:
             r"attention_mask.shape: got \[1, 65\], expected \[1, 60\]",
             id="a mask of more tokens",
         ),
+        pytest.param(
+            {"position_ids": torch.arange(60).expand(3, 1, 60)},
+            r"position_ids.shape: got \[3, 1, 60\], expected \[B, T\] with lossless=True",
+            id="three positions a token",
+        ),
     ],
     ids=str,
 )
@@ -550,6 +555,15 @@ def test_ways_to_generate(options: dict[str, Any], named: str) -> None:
         with pytest.raises(QuestValueError, match=named):
             generate(model, prompt(), **options)
         assert torch.equal(generate(model, prompt()), alone)
+
+
+def test_a_prompt_of_no_tokens() -> None:
+    model = make_llama()
+    with (
+        enable_quest(model, LOW, lossless=True),
+        pytest.raises(QuestValueError, match=r"input_ids.shape: got \[1, 0\], expected a token or more"),
+    ):
+        generate(model, torch.zeros(1, 0, dtype=torch.long))
 
 
 def test_assistants() -> None:

@@ -409,6 +409,9 @@ def test_memory_that_is_not_free_is_said_before_work_starts(monkeypatch: pytest.
     on_a_gpu(monkeypatch)
     model, ids = make_llama(), prompt(1, 60)
     shape = CacheShape(1, 1000, 2, 8, 8, torch.float32, sparse_layers=2, dense_layers=1, group=2)
+    for wrong in ("a", 0, None):
+        with pytest.raises(QuestValueError, match=r"^hot_tokens: got .*, expected a positive integer"):
+            memory_of(shape, SMALL, wrong)  # type: ignore[arg-type]
     memory = memory_of(shape, SMALL, HOT)
     assert memory.host == 2 * 2 * 1000 * 16 * 4 and memory.dense == memory.prompt == memory.host // 2
     assert memory.metadata == 2 * 2 * 250 * 2 * 8 * 4 and memory.table == 2 * 2 * 250 * 4

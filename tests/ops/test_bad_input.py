@@ -63,6 +63,7 @@ BAD_DECODES: dict[str, tuple[str, dict[str, Any]]] = {
     "another device": ("query.device", {"query": torch.randn(2, 4, 16, device="meta")}),
     "too long": ("seq_lens", {"seq_lens": 73}),
     "negative": ("seq_lens", {"seq_lens": -1}),
+    "yes": ("seq_lens", {"seq_lens": True}),
     "one row too long": ("seq_lens", {"seq_lens": torch.tensor([60, 73])}),
     "lengths of another batch": ("seq_lens.shape", {"seq_lens": torch.tensor([60])}),
     "float lengths": ("seq_lens.dtype", {"seq_lens": torch.tensor([60.0, 33.0])}),
@@ -146,6 +147,8 @@ def test_what_is_of_another_kind_is_named(cache: Cache) -> None:
         ("counters", count_reads, (chosen, 3, None), {"token_budget": 24}),
         ("kv", make_workspace, (None, 4, CONFIG), {}),
         ("config", make_workspace, (kv, 4, {}), {}),
+        *(("num_query_heads", make_workspace, (kv, heads, CONFIG), {}) for heads in (0, 5, -2, "4", True)),
+        ("num_new_tokens", update_page_metadata, (kv, 3, True), {}),
     ]
     for argument, verb, given, options in anything:
         with pytest.raises(QuestValueError, match=f"^{argument}: got"):
@@ -181,6 +184,9 @@ def test_backends() -> None:
         resolve_backend("triton", "mps")
     with pytest.raises(QuestValueError, match="backend: got 'cuda'"):
         resolve_backend("cuda", "cpu")  # type: ignore[arg-type]
+    for device in (None, "foo", "cuda:", 0):
+        with pytest.raises(QuestValueError, match=r"^device: got .*, expected a torch\.device, or the name of one"):
+            resolve_backend("auto", device)  # type: ignore[arg-type]
     for name in ("auto", "torch", "reference"):
         assert resolve_backend(name, "cpu").reason
 

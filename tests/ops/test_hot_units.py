@@ -209,6 +209,12 @@ def test_pools_that_do_not_fit_are_refused() -> None:
         run(HotUnits.allocate(make_cache([200], layout="contiguous").kv, 8, 9))
     with pytest.raises(QuestValueError, match=r"kv: got 'pages that lie apart', expected a contiguous"):
         run(HotUnits.allocate(kv, 8, 9), replace(kv, contiguous=None))
+    for slots in (0, -1, 2.0, True):
+        with pytest.raises(QuestValueError, match=r"slots: got .*, expected a positive integer"):
+            HotUnits.allocate(kv, 8, slots)  # type: ignore[arg-type]
+    for size in (0, 3, 16, "8"):
+        with pytest.raises(QuestValueError, match=r"^unit_size: got .*, expected (a positive|tokens that divide)"):
+            HotUnits.allocate(kv, size, 9)  # type: ignore[arg-type]
     ranked = QuestConfig(32, PAGE_SIZE, metadata="bounds", selection_unit="token")
     with pytest.raises(QuestValueError, match=r"config.selection_unit: got 'token', expected page for bounds beside"):
         run(HotUnits.allocate(kv, 1, 80), config=ranked)

@@ -32,6 +32,9 @@ _EVERY = 13
 that shares nothing with layers, so that each layer gets its turn."""
 _KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
 """Of PyTorch's attention; the second is a yardstick in float32 alone."""
+_EXPONENTIAL = 20 * torch.finfo(torch.float32).eps
+"""How far PyTorch's fused kernel may be off in an exponential, of its size: `exp_u20` is good to 20 units in the last
+place where vectors are whole (ATen's `vec512_float.h` says so, and so it is off), `std::exp` to one in what is left."""
 
 
 class Oracle:
@@ -212,7 +215,10 @@ class Oracle:
     ) -> float:  # fmt: skip
         """Largest error of PyTorch's attention over the same tokens in the same dtype.
 
-        In float32 that of the worse of its two kernels, as in `likeness.plain_attention_error`.
+        In float32 that of the worse of its two kernels, as in `likeness.plain_attention_error`, or what their
+        exponentials may make of it, if that is more. Which tokens have a good one depends on how many there are: of 82
+        the two newest, which often weigh most, come after the last whole vector, and of 96 with a mask they are in it.
+        So a call over few rows may be lucky throughout, and the verbs' call over the same tokens not.
         """
         group, worst = query.shape[1] // kv.num_kv_heads, torch.finfo(torch.float32).eps
         for b, length in enumerate(lengths):
@@ -230,6 +236,9 @@ class Oracle:
                     with sdpa_kernel(kind):
                         plain = _plain(query[b, heads], keys, values, heads, impl)
                     worst = max(worst, float((plain.double() - exact[b, heads]).abs().max()))
+                if query.dtype == torch.float32:
+                    spread = _spread(query[b, heads], keys, values, heads, exact[b, heads], impl)
+                    worst = max(worst, _EXPONENTIAL * float(spread.max()))
         return worst
 
     def _fail(self, what: str) -> None:
@@ -337,3 +346,15 @@ class OracleExtension(KnownScales, QuestWorkerExtension):
         """What the oracle of this worker saw."""
         oracle: Oracle = self._oracle  # type: ignore[attr-defined]
         return oracle.report()
+
+
+def _spread(query: Tensor, keys: Tensor, values: Tensor, heads: slice, exact: Tensor, impl: Any) -> Tensor:
+    """How far values lie from the output, on the weighted mean, `[G, DV]`: what errors of weights multiply.
+
+    With weights `w_t` an output is `o = sum w_t v_t / sum w_t`. If each is off by a factor `1 + e_t`, then `o` is off
+    by `sum p_t e_t (v_t - o)` to first order, where `p_t = w_t / sum w_t`. With every `|e_t|` at most `e` that is
+    `e * sum p_t |v_t - o|` or less. What all weights are off by alike cancels. A sink is a token whose value is 0.
+    """
+    weights = _plain(query, keys, torch.eye(len(keys)).to(keys), heads, impl).double()  # [G, T]
+    apart = (values.double() - exact[:, None]).abs()  # [G, T, DV]
+    return (weights[:, None] @ apart)[:, 0] + (1 - weights.sum(-1, keepdim=True)).clamp(min=0) * exact.abs()

@@ -272,7 +272,7 @@ def generate(
         }
     )
     drafts = drafts_of(draft_tokens, is_lossless=lossless, is_dense=dense)
-    refuse_cache_options(offload, hot_tokens, kv_cache_dtype, is_dense=dense)
+    refuse_cache_options(offload, hot_tokens, kv_cache_dtype, is_lossless=lossless, is_dense=dense)
     text = read_prompt(prompt, prompt_file)
     from quest_attention.cli.generate import Sampling, stream_text  # likewise
 

@@ -105,8 +105,9 @@ def _fail(message: str) -> None:
 
 
 def _as_option(error: QuestValueError, command: Callable[..., None]) -> str:
-    """The message with the argument as it is spelt on the command line."""
-    return f"{_spelt(error.argument, command)}: got {error.got!r}, expected {error.expected}"
+    """The message as the command line has it: the argument as it is spelt there, and none where Python says `None`."""
+    expected = re.sub(r"^None\b", "none", error.expected)
+    return f"{_spelt(error.argument, command)}: got {error.got!r}, expected {expected}"
 
 
 def _with_option(message: str, command: Callable[..., None]) -> str:

@@ -67,7 +67,9 @@ def drafts_of(text: str | None, *, is_lossless: bool, is_dense: bool) -> int | L
     return cast("int | Literal['auto']", drafts)
 
 
-def refuse_cache_options(offload: str | None, hot_tokens: int | None, kv_cache_dtype: str, *, is_dense: bool) -> None:
+def refuse_cache_options(
+    offload: str | None, hot_tokens: int | None, kv_cache_dtype: str, *, is_lossless: bool, is_dense: bool
+) -> None:
     """Refuse what says nothing: where a cache lies and what it stores is asked of a Quest cache.
 
     Raises:
@@ -75,6 +77,8 @@ def refuse_cache_options(offload: str | None, hot_tokens: int | None, kv_cache_d
     """
     if offload is not None and is_dense:
         raise QuestValueError("offload", offload, "none with --dense, which reads all of the cache")
+    if offload is not None and is_lossless:
+        raise QuestValueError("offload", offload, "none with --lossless, whose checks read the whole cache")
     if offload is None and hot_tokens is not None:
         raise QuestValueError("hot_tokens", hot_tokens, "none without --offload: all tokens are as near")
     if kv_cache_dtype == "auto":

@@ -26,9 +26,9 @@ _WARMUPS = 1
 """First passes of a kind that are not timed: they allocate, and a GPU's are captured."""
 _PLAIN_STEPS = 3
 """Timed before the first draft: other work on the machine disturbs a single one."""
-_FREE_LOSS = 4
+_FREE_LOSS = 3
 """Plain steps' worth of time that drafting may lose before it stops, for the same reason [steps]."""
-_MOST_LOSS = 0.02
+_MOST_LOSS = 0.015
 """Share of the time that finding out may take where drafting does not pay."""
 _RENEWAL = 64
 """Checks after which a plain step is timed again: the text has grown."""

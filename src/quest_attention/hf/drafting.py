@@ -18,12 +18,22 @@ from quest_attention.hf.naming import CACHE
 from quest_attention.hf.prefixes import Prefixes
 from quest_attention.hf.rejection import accept_likeliest, accept_sampled, draw
 
-__all__ = ["Drafting"]
+__all__ = ["Drafting", "check_positions"]
 
 _OURS = {CACHE, "attention_mask", "position_ids", "use_cache", "logits_to_keep", "inputs_embeds", "return_dict"}
 """Arguments of a forward pass that are made for each pass; what else `generate()` was given goes to all."""
 _BY_TOKEN = ("token_type_ids", "mm_token_type_ids")
 """Arguments with a number for each token, of which later tokens have the last one's."""
+
+
+def check_positions(positions: Tensor | None) -> None:
+    """One number for each token, as those of later tokens are counted on; None where nobody gave any.
+
+    Raises:
+        QuestValueError: There are several, or one for each column.
+    """
+    if positions is not None and positions.dim() != 2:
+        raise QuestValueError("position_ids.shape", list(positions.shape), "[B, T] with lossless=True")
 
 
 class Drafting:
@@ -87,8 +97,7 @@ class Drafting:
         self.held = [self._start] * batch
         self.taken = list(self.held)
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
-        if positions is not None and positions.dim() != 2:
-            raise QuestValueError("position_ids.shape", list(positions.shape), "[B, T] with lossless=True")
+        check_positions(positions)  # again: the model may have made them
         self._mask = None if mask is None or bool(mask.all()) else mask.bool()  # [B, start]
         if self._mask is not None and self._mask.shape != (batch, self._start):
             raise QuestValueError("attention_mask.shape", list(self._mask.shape), f"[{batch}, {self._start}]")

@@ -115,8 +115,7 @@ class HostStorage(KVStorage):
 
     def _take_near(self, keys: Tensor, start: int) -> None:
         """Take keys on the device, `[B, HKV, T, D]` as they are stored, into the metadata of their pages."""
-        if self.metadata is None:
-            return
+        assert self.metadata is not None, "a layer that chooses"
         size, new = self._config.page_size, keys.shape[2]
         first, end = start // size * size, start + new
         pages = slice(first // size, num_pages(end, size))

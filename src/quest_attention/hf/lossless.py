@@ -16,7 +16,7 @@ from quest_attention.errors import QuestValueError, UnsupportedModelError
 from quest_attention.hf.cache import OnTake, QuestCache, layer_kinds
 from quest_attention.hf.draft_counter import DraftCounter
 from quest_attention.hf.draft_length import MOST_DRAFTS, DraftLength, DraftTokens
-from quest_attention.hf.drafting import Drafting
+from quest_attention.hf.drafting import Drafting, check_positions
 from quest_attention.hf.emission import Emission
 from quest_attention.hf.naming import CACHE
 from quest_attention.hf.prefixes import Prefixes
@@ -132,6 +132,9 @@ class Lossless:
         del tokenizer  # the stopping criteria have it
         if synced_gpus:
             raise QuestValueError("synced_gpus", True, f"False {_WITHOUT}: devices would check different numbers")
+        check_positions(model_kwargs.get("position_ids"))
+        if input_ids.shape[1] == 0 and model_kwargs.get("inputs_embeds") is None:
+            raise QuestValueError("input_ids.shape", list(input_ids.shape), f"a token or more {_WITHOUT}")
         cache = model_kwargs[CACHE]
         prefixes = Prefixes(logits_processor)
         pads = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)

@@ -144,11 +144,15 @@ def memory_of(
             unless sequences are padded, or the model's attention is eager: what those take is not known here.
         is_masked: Whether each has a mask all the same, for padding or because PyTorch's kernels need one there.
 
+    Raises:
+        QuestValueError: `hot_tokens` is no positive integer.
+
     >>> shape = CacheShape(1, 1 << 20, 8, 128, 128, torch.bfloat16, sparse_layers=30, dense_layers=2)
     >>> memory = memory_of(shape, QuestConfig(2048, metadata="bounds"), hot_tokens=16384)
     >>> memory.host >> 30, memory.metadata >> 20, memory.pool >> 20, memory.prompt >> 30
     (120, 7680, 1921, 4)
     """
+    check_integer("hot_tokens", hot_tokens, minimum=1)
     pages = num_pages(shape.length, quest.page_size)
     tokens = pages * quest.page_size
     rows = shape.batch * shape.kv_heads

@@ -48,6 +48,7 @@ from quest_attention.ops.checks import (
     check_lengths,
     check_new_tokens,
     check_one_table,
+    check_query_heads,
     check_score_output,
     check_scores,
     check_selected,
@@ -676,10 +677,12 @@ def make_workspace(
         none for this shape.
 
     Raises:
+        QuestValueError: `num_query_heads` is no multiple of the cache's KV heads.
         BackendError: The backend cannot run here, or not with these units or this metadata.
     """
     check_cache(kv)
     check_kinds(kv, kv.keys, config)
+    check_query_heads(num_query_heads, kv)
     config = config.resolved(kv.keys.device.type, kv.form.name)
     backend = resolve_backend(config.backend, kv.keys.device, kv.keys.dtype)
     check_backend(backend, config)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quest_attention.config import QuestConfig, check_integer
+from quest_attention.config import QuestConfig, check_integer, check_unit_size
 from quest_attention.errors import QuestValueError
 from quest_attention.forms import FP8, MetadataForm
 from quest_attention.ops.selection import Selection
@@ -22,6 +22,7 @@ __all__ = [
     "check_lengths",
     "check_new_tokens",
     "check_one_table",
+    "check_query_heads",
     "check_score_output",
     "check_scores",
     "check_selected",
@@ -76,7 +77,7 @@ def _is_number(value: object) -> bool:
 
 def check_lengths(name: str, lengths: Tensor | int, batch: int, most: int, device: torch.device) -> None:
     """A length for all sequences, known to the host, or `[B]` int32/int64, whose values are read on a CPU alone."""
-    if isinstance(lengths, int):
+    if isinstance(lengths, int) and not isinstance(lengths, bool):
         if not 0 <= lengths <= most:
             raise QuestValueError(name, lengths, f"0 to {most}: the pages of the page table hold no more")
         return
@@ -177,6 +178,13 @@ def check_one_table(kv: PagedKV) -> None:
         raise QuestValueError("kv.page_table.shape", list(kv.page_table.shape), expected)
 
 
+def check_query_heads(num_query_heads: int, kv: PagedKV) -> None:
+    """As many query heads for each KV head of a cache."""
+    check_integer("num_query_heads", num_query_heads, minimum=1)
+    if num_query_heads % kv.num_kv_heads:
+        raise QuestValueError("num_query_heads", num_query_heads, f"a multiple of the {kv.num_kv_heads} KV heads")
+
+
 def check_score_output(out: Tensor, kv: PagedKV, units_per_page: int) -> None:
     """Room for scores, `[B, HKV, U]` float32, those of a row side by side."""
     shape = (kv.batch_size, kv.num_kv_heads, kv.max_pages * units_per_page)
@@ -198,10 +206,7 @@ def check_selected(selected: Selection, kv: PagedKV) -> None:
         raise QuestValueError("selected.units.dtype", units.dtype, "torch.int32")
     if units.device != kv.keys.device:
         raise QuestValueError("selected.units.device", str(units.device), f"{kv.keys.device}, as keys")
-    check_integer("selected.unit_size", size, minimum=1)
-    if page_size % size:
-        expected = f"tokens that divide a page of {page_size}: units lie within pages"
-        raise QuestValueError("selected.unit_size", size, expected)
+    check_unit_size("selected.unit_size", size, page_size)
 
 
 def _check_selection(selected: object) -> None:

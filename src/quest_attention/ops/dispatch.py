@@ -94,13 +94,13 @@ def resolve_backend(name: Backend, device: torch.device | str, dtype: torch.dtyp
             every backend computes in. A backend that is named refuses, when it runs, keys that it does not compute in.
 
     Raises:
-        QuestValueError: The name is unknown.
+        QuestValueError: The name is unknown, or there is no such device.
         BackendError: The backend exists but cannot run on this device or in this installation.
 
     >>> resolve_backend("auto", "cpu").name
     'torch'
     """
-    kind = torch.device(device).type if isinstance(device, str) else device.type
+    kind = device.type if isinstance(device, torch.device) else _device_named(device).type
     if name == "torch":
         return _torch("asked for by name")
     if name == "reference":
@@ -120,6 +120,16 @@ def resolve_backend(name: Backend, device: torch.device | str, dtype: torch.dtyp
             return _torch(f"chosen for device {kind}: {missing}")
         return _triton(f"chosen for device {kind}: {_WHY_TRITON}")
     raise QuestValueError("backend", name, f"one of {', '.join(get_args(Backend))}")
+
+
+def _device_named(name: object) -> torch.device:
+    """The device of a name, where anything may have been given."""
+    if isinstance(name, str):
+        try:
+            return torch.device(name)
+        except RuntimeError:  # PyTorch knows no such kind
+            pass
+    raise QuestValueError("device", name, "a torch.device, or the name of one, as cpu or cuda:0")
 
 
 @cache

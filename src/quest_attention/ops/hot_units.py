@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from quest_attention.config import QuestConfig
+from quest_attention.config import QuestConfig, check_integer, check_unit_size
 from quest_attention.errors import QuestValueError
 from quest_attention.pages import PagedKV
 
@@ -84,7 +84,12 @@ class HotUnits:
             slots: Of each row [units].
             counts: To go on counting in.
             before: A pool whose memory may be used again, where it is of the same shape and dtype.
+
+        Raises:
+            QuestValueError: Units do not divide a page, or there are no slots.
         """
+        check_unit_size("unit_size", unit_size, kv.page_size)
+        check_integer("slots", slots, minimum=1)
         batch, heads, device = kv.batch_size, kv.num_kv_heads, kv.page_table.device
         shape = (batch, heads, slots * unit_size)
         if before is not None and before.is_of(kv, shape):

@@ -135,6 +135,11 @@ class QuestCPUImpl(QuestAttentionImpl, CPUAttentionBackendImpl):
     _folded: tuple[int, Fold] | None = None
     _places: Places | None = None
 
+    def close(self) -> None:
+        """See `QuestAttentionImpl`: the folded cache is views of it too."""
+        super().close()
+        self._folded = None
+
     def attend(self, layer: Any, query: Tensor, opened: OpenCache, step: QuestStep, output: Tensor) -> Selection:
         """See `QuestAttentionImpl`."""
         kv, tokens = opened.with_table(step.block_table), step.tokens
