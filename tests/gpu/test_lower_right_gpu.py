@@ -20,7 +20,12 @@ from quest_attention.hf.offload import CacheShape, memory_of
 from test_lower_right import in_chunks
 from tiny import generate, make_llama, prompt
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore:Warning. Profiler clears events"),  # newer torch says so of every profile
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
+]
 DEVICE = torch.device("cuda")
 DIM, KV_HEADS = 128, 2
 FLASH, EFFICIENT = "flash", "fmha_cutlass"  # parts of the names of PyTorch's kernels
