@@ -5,15 +5,14 @@
 Arms, each over the same random keys and values:
 
     quest           Quest with the whole cache on the card, in CUDA graphs
-    offload         keys and values in host memory, what is hot in a pool, in CUDA graphs; hits as they come
-    offload-N       the same with N of a hundred units hot: imposed, and in the record
+    offload         keys and values in host memory, what is hot in a pool, in CUDA graphs
     all             keys and values in host memory, and every step reads all of them over the bus, eagerly
     stock-offload   transformers without us: its cache that offloads layers to host memory, eager
 
-Random queries choose what no model would, so hits as they come say little: `hit_rates.py` has those of models. To
-impose them, the kernel that places units runs as ever, and of the units of a list as many are then copied as are no
-hits, evenly apart; what attention reads is in the pool's slots all the same, and takes as long to read. The keys of
-candidates, of sketches, are hot as they come.
+How much is hot is a matter of how much the queries of one step are like those of the next. So the embeddings of all
+tokens are one and the same vector but for a share of their own, and the tokens that are written are random: `offload`
+is timed for each of `--own`, hits are those that come, and rows say how many. With a share of 1 nothing is alike;
+`hit_rates.py` says which rates models have. All else is what a model does: candidates, too, are hot or not.
 
 The time of a token is that between two calls of a logits processor, as in `decode_gpu.py`. The run fails when an arm
 did not take the path it is named for. Host memory must hold the cache: 128 GiB for a million tokens of llama-3.1-8b.
@@ -21,11 +20,9 @@ did not take the path it is named for. Host memory must hold the cache: 128 GiB 
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +32,6 @@ from acceptance import config_of
 from decode_gpu import WARMUP, fill, make_model
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from quest_attention import QuestCache, QuestConfig, enable_quest
@@ -49,87 +45,69 @@ from quest_attention.errors import QuestValueError
 from quest_attention.hf.offload import Offload
 
 NUM_DENSE_LAYERS = 2
-ARMS = "quest,offload,offload-100,offload-95,offload-90,offload-75,offload-50,offload-0,all,stock-offload"
+ARMS = "quest,offload,all,stock-offload"
 WHOLE = ("all", "stock-offload")
 """Arms that read everything."""
-COPIED = 6
-"""Which argument of the kernel that copies says of each unit whether it is copied."""
+MOST_WHOLE = 6
+"""Counted tokens of those at most: each takes seconds."""
+FILLING = 64
+"""Steps that fill the pool and are not counted."""
 
 
-def hits_of(arm: str) -> int | None:
-    """Hits of a hundred that an arm imposes, or None.
+def check_arms(names: list[str]) -> None:
+    """Refuse what is no arm.
 
     Raises:
-        QuestValueError: There is no such arm.
+        QuestValueError: As said.
     """
-    name, _, hits = arm.partition("-")
-    if arm in ("quest", "offload", *WHOLE):
-        return None
-    if name != "offload" or not hits.isdecimal() or int(hits) > 100:
-        raise QuestValueError("arms", arm, "quest, offload, offload-0 to offload-100, all or stock-offload")
-    return int(hits)
+    for name in names:
+        if name not in ARMS.split(","):
+            raise QuestValueError("arms", name, f"some of {ARMS}")
 
 
-def copied_of(count: int, hits: int) -> Tensor:
-    """Which of `count` units are copied where so many of a hundred are hits, evenly apart: `[count]` int32.
+def shares_of(own: str) -> list[float]:
+    """Shares of the embeddings, comma-separated.
 
-    >>> copied_of(8, 75).tolist()
-    [0, 0, 0, 1, 0, 0, 0, 1]
+    Raises:
+        QuestValueError: One is no number from 0 to 1.
     """
-    misses = 100 - hits
-    nth = torch.arange(1, count + 1)
-    return (nth * misses // 100 - (nth - 1) * misses // 100).to(torch.int32)
+    shares = []
+    for one in split_list(own):
+        try:
+            share = float(one)
+        except ValueError:
+            share = -1.0
+        if not 0 <= share <= 1:
+            raise QuestValueError("own", one, "a number from 0 to 1")
+        shares.append(share)
+    return shares
 
 
-@contextlib.contextmanager
-def imposed_hits(hits: int | None, device: torch.device) -> Iterator[list[float]]:
-    """Have so many of a hundred wanted units be hits, as far as copying goes; None leaves it.
+class Embeddings:
+    """The embeddings of a model, of which a share is a token's own and the rest the same for all."""
 
-    Yields:
-        The share that was copied of each list, once for each launch that the host made.
-    """
-    seen: list[float] = []
-    if hits is None:
-        yield seen
-        return
-    from quest_attention.ops.triton import fetch  # noqa: PLC0415 - needs triton
+    def __init__(self, model: Any) -> None:
+        self._weight = model.get_input_embeddings().weight
+        self._random = self._weight.clone()
 
-    launch = fetch.launch
-    masks: dict[int, Tensor] = {}
-
-    def imposing(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-        if kernel is fetch.copy_kernel:
-            copied = arguments[COPIED]
-            count = copied.shape[2]
-            if count not in masks:
-                masks[count] = copied_of(count, hits).to(device)
-            copied.copy_(masks[count].expand_as(copied))
-            seen.append(1 - hits / 100)
-        launch(kernel, grid, *arguments, **options)
-
-    fetch.launch = imposing  # type: ignore[assignment]
-    try:
-        yield seen
-    finally:
-        fetch.launch = launch
+    def share(self, own: float) -> None:
+        """Have so much of each embedding be its own: two of them have a cosine of `1 - own ** 2`."""
+        self._weight.copy_(self._random * own + self._random[:1] * (1 - own**2) ** 0.5)
 
 
 def make_cache(
-    model: Any, arm: str, config: QuestConfig, batch: int, context: int, room: int, hot: int, seed: int
+    model: Any, arm: str, config: QuestConfig, batch: int, context: int, room: int, hot: int, dtype: str, seed: int
 ) -> Any:
-    """A cache of random tokens for an arm, and for the others with the same `kind_of`."""
+    """A cache of random tokens for an arm."""
+    cache: Any
     if arm == "stock-offload":
-        cache: Any = DynamicCache(config=model.config, offloading=True)
+        cache = DynamicCache(config=model.config, offloading=True)
     else:
         offload = {"quest": None, "all": Offload()}.get(arm, Offload(hot))
-        cache = QuestCache(model.config, config_for(arm, config, room), max_length=room, offload=offload)
+        options: dict[str, Any] = {"max_length": room, "offload": offload, "kv_cache_dtype": dtype}
+        cache = QuestCache(model.config, config_for(arm, config, room), **options)
     fill(cache, model, batch, context, seed)
     return cache
-
-
-def kind_of(arm: str) -> str:
-    """Arms of a kind share a cache, which takes a while to lock where it lies in host memory."""
-    return "offload" if arm.startswith("offload") else arm
 
 
 def config_for(arm: str, config: QuestConfig, room: int) -> QuestConfig:
@@ -140,19 +118,25 @@ def config_for(arm: str, config: QuestConfig, room: int) -> QuestConfig:
     return QuestConfig(budget, config.page_size, metadata="bounds", num_dense_layers=NUM_DENSE_LAYERS)
 
 
-def time_arm(model: Any, cache: Any, arm: str, batch: int, context: int, tokens: int) -> dict[str, Any]:
+def time_arm(
+    model: Any, cache: Any, arm: str, batch: int, context: int, tokens: int, generator: torch.Generator
+) -> dict[str, Any]:
     """Time per token of one arm, and what came over the bus; the cache holds what it held.
 
     Raises:
         RuntimeError: The arm did not take its path.
     """
     steps = WARMUP + tokens
+    follow = torch.randint(model.config.vocab_size, (FILLING + 1 + steps,), generator=generator).tolist()
     if arm == "stock-offload":
-        return {"ms": percentiles(time_written(model, cache, batch, context, tokens, WARMUP))}
-    hits = hits_of(arm)
-    cache.counters.reset()
-    with imposed_hits(hits, model.device) as seen, enable_quest(model, cache.quest) as handle:
-        ms = time_written(model, cache, batch, context, tokens, WARMUP)
+        return {"ms": percentiles(time_written(model, cache, batch, context, tokens, WARMUP, follow=follow))}
+    with enable_quest(model, cache.quest) as handle:
+        if arm == "offload":
+            time_written(model, cache, batch, context, 1, FILLING, follow=follow)
+            cache.keep(context)
+        cache.counters.reset()
+        before = 0 if handle.graphs is None else handle.graphs.replayed_steps
+        ms = time_written(model, cache, batch, context, tokens, WARMUP, follow=follow[FILLING + 1 :])
         graphs = handle.graphs
     cache.keep(context)
     counters = cache.counters
@@ -160,23 +144,16 @@ def time_arm(model: Any, cache: Any, arm: str, batch: int, context: int, tokens:
     expected = 0 if arm == "all" else sparse * steps
     if counters.sparse_steps != expected or not sparse:
         raise RuntimeError(f"{arm}: took {counters.sparse_steps} sparse layer steps, expected {expected}")
-    if arm not in ("quest", "all") and (counters.fetches is None or not counters.fetches.units_looked_up):
-        raise RuntimeError(f"{arm}: fetched nothing")
-    if hits is not None and not seen:
-        raise RuntimeError(f"{arm}: nobody imposed anything")
-    is_replayed = graphs is not None and graphs.replayed_steps == steps and not graphs.eager_steps
+    is_replayed = graphs is not None and graphs.replayed_steps - before == steps and not graphs.eager_steps
     if model.device.type == "cuda" and arm != "all" and not is_replayed:
         raise RuntimeError(f"{arm}: not all steps replayed a graph: {graphs and graphs.eager_steps}")
     row: dict[str, Any] = {"ms": percentiles(ms), "share_read": counters.share_read}
-    if arm not in ("quest", "all") and counters.fetches is not None:
-        row["fetches"] = counters.fetches.to_dict()
-        row["mib_a_token"] = counters.fetches.bytes_fetched / steps / 2**20
-    if hits is not None:  # what the kernel that places units counted is not what was copied
-        text, config = model.config, cache.quest
-        unit_bytes = config.unit_size * 2 * text.head_dim * model.dtype.itemsize
-        units = sparse * batch * text.num_key_value_heads * int(copied_of(config.unit_budget, hits).sum())
-        row |= {"imposed_hit_rate": hits / 100, "mib_a_token": units * unit_bytes / 2**20}
-        del row["fetches"]
+    if arm == "offload":
+        if counters.fetches is None or not counters.fetches.units_looked_up:
+            raise RuntimeError(f"{arm}: fetched nothing")
+        fetches = counters.fetches
+        row["fetches"] = fetches.to_dict()
+        row["mib_a_token"] = (fetches.bytes_fetched + fetches.bytes_in_place) / steps / 2**20
     return row
 
 
@@ -188,7 +165,11 @@ def main(
         "bounds@2048,sketch,selection_unit=token@512"
     ),
     arms: Annotated[str, typer.Option(help="What is timed, comma-separated.")] = ARMS,
-    hot_tokens: Annotated[int, typer.Option(help="Of each layer and KV head.", min=1)] = 16384,
+    own: Annotated[str, typer.Option(help="Shares of an embedding that are a token's own, comma-separated.")] = (
+        "0.05,0.1,0.2,0.4,1"
+    ),
+    hot_share: Annotated[float, typer.Option(help="Share of the context that the pool holds.", min=0, max=1)] = 0.25,
+    kv_cache_dtype: Annotated[str, typer.Option(help="How keys and values are stored: auto or fp8.")] = "auto",
     tokens: Annotated[int, typer.Option(help="Counted tokens of an arm.", min=1)] = 24,
     device: Annotated[str, typer.Option(help="Where to run; cpu tries the script out.")] = "cuda",
     seed: Annotated[int, typer.Option(help="Of weights and caches.")] = 0,
@@ -196,62 +177,65 @@ def main(
 ) -> None:
     """Time decoding with keys and values in host memory."""
     check_shape(model)
-    names = split_list(arms)
-    for arm in names:
-        hits_of(arm)
-    lengths, configs = (
-        integers("contexts", contexts),
-        {one: config_of(one, NUM_DENSE_LAYERS) for one in split_list(reads)},
-    )
+    names, shares = split_list(arms), shares_of(own)
+    check_arms(names)
+    if kv_cache_dtype != "auto" and "stock-offload" in names:
+        raise QuestValueError("arms", "stock-offload", "arms that store in 8 bits, beside --kv-cache-dtype")
+    lengths = integers("contexts", contexts)
+    configs = {one: config_of(one, NUM_DENSE_LAYERS) for one in split_list(reads)}
+    generator = torch.Generator().manual_seed(seed)
     where = torch.device(device)
     if where.type == "cuda":
         check_gpu()
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     table = Table("context", "reads", "arm", "ms per token (p50)", "to quest", "MiB over the bus", "hits")
     rows: list[dict[str, Any]] = []
+    settings = {
+        "num_dense_layers": NUM_DENSE_LAYERS,
+        "dtype": str(dtype),
+        "hot_share": hot_share,
+        "kv_cache_dtype": kv_cache_dtype,
+        "tokens": tokens,
+        "warmup": WARMUP,
+        "filling": FILLING,
+        "seed": seed,
+    }
     with torch.inference_mode():
         runner = make_model(model, where, dtype, seed)
+        embeddings = Embeddings(runner)
         for context in lengths:
             for reads_what, config in configs.items():
                 near: float | None = None
-                room, cache, kind = context + WARMUP + tokens + 2, None, ""
+                room, hot = context + FILLING + WARMUP + tokens + 2, int(hot_share * context)
                 for arm in names:
                     if arm in WHOLE and reads_what != next(iter(configs)):
                         continue  # nothing is chosen: timed once
-                    if kind != kind_of(arm):
-                        del cache  # before the next one needs the room
-                        gc.collect()
-                        if where.type == "cuda":
-                            torch.cuda.empty_cache()
-                        began, kind = time.perf_counter(), kind_of(arm)
-                        cache = make_cache(runner, arm, config, batch, context, room, hot_tokens, seed)
-                        print(
-                            f"{context} {reads_what} {kind}: filled in {time.perf_counter() - began:.0f} s", flush=True
-                        )
-                    row = time_arm(runner, cache, arm, batch, context, tokens)
-                    middle = row["ms"]["p50"]
-                    near = middle if arm == "quest" else near
-                    row["ratio_to_quest"] = None if near is None else middle / near
-                    shape = {"model": model, "batch": batch, "context": context, "reads": reads_what, "arm": arm}
-                    rows.append(shape | row)
-                    hits = row.get("imposed_hit_rate", row.get("fetches", {}).get("hit_rate"))
-                    ratio = f"{middle / near:.2f}x" if near else ""
-                    moved = f"{row['mib_a_token']:.1f}" if "mib_a_token" in row else ""
-                    shown = "" if hits is None else f"{hits:.0%}"
-                    table.add_row(str(context), reads_what, arm, f"{middle:.2f}", ratio, moved, shown)
-                    print(f"  {arm}: {middle:.2f} ms {ratio}", flush=True)
-                    if output is not None:
-                        settings = {
-                            "num_dense_layers": NUM_DENSE_LAYERS,
-                            "dtype": str(dtype),
-                            "hot_tokens": hot_tokens,
-                            "tokens": tokens,
-                            "warmup": WARMUP,
-                            "seed": seed,
-                        }
-                        write_record(output, f"python {' '.join(sys.argv)}", settings, rows)
-                del cache
-                gc.collect()
+                    began = time.perf_counter()
+                    cache = make_cache(runner, arm, config, batch, context, room, hot, kv_cache_dtype, seed)
+                    print(f"{context} {reads_what} {arm}: filled in {time.perf_counter() - began:.0f} s", flush=True)
+                    for share in shares if arm == "offload" else shares[:1]:
+                        embeddings.share(share)
+                        counted = min(tokens, MOST_WHOLE) if arm in WHOLE else tokens
+                        row = time_arm(runner, cache, arm, batch, context, counted, generator)
+                        middle = row["ms"]["p50"]
+                        near = middle if arm == "quest" else near
+                        row["ratio_to_quest"] = None if near is None else middle / near
+                        shape = {"model": model, "batch": batch, "context": context, "stored": kv_cache_dtype}
+                        shape |= {"reads": reads_what, "arm": arm}
+                        if arm == "offload":
+                            shape |= {"own": share, "hot_tokens": hot}
+                        rows.append(shape | row)
+                        ratio = f"{middle / near:.2f}x" if near else ""
+                        moved = f"{row['mib_a_token']:.1f}" if "mib_a_token" in row else ""
+                        hits = f"{row['fetches']['hit_rate']:.1%}" if "fetches" in row else ""
+                        table.add_row(str(context), reads_what, arm, f"{middle:.2f}", ratio, moved, hits)
+                        print(f"  {arm}: {middle:.2f} ms {ratio} {hits}", flush=True)
+                        if output is not None:
+                            write_record(output, f"python {' '.join(sys.argv)}", settings, rows)
+                    del cache  # before the next one needs the room
+                    gc.collect()
+                    if where.type == "cuda":
+                        torch.cuda.empty_cache()
     Console(width=140).print(table)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from quest_attention import QuestConfig, QuestValueError, Selection
+from quest_attention import QuestConfig, QuestValueError
 from quest_attention.bench.caches import make_caches, with_metadata
 from quest_attention.bench.steps import quest_steps
 from quest_attention.cli.app import split_list
@@ -25,8 +25,8 @@ from quest_attention.eval.plan import Plan
 from quest_attention.eval.report import read_results
 from quest_attention.forms import Sketch, SketchLayout
 from quest_attention.models import bundled_model_path
-from quest_attention.ops import HotUnits, fetch_units, quest_decode
-from quest_attention.pages import KEY_MAX, KEY_MIN, PagedKV
+from quest_attention.ops import quest_decode
+from quest_attention.pages import KEY_MAX, KEY_MIN
 from quest_attention.vllm.break_even import MEASURED
 from warm import Warm
 
@@ -200,40 +200,28 @@ def test_hit_rates(tmp_path: Path) -> None:
 
 
 def test_offload_gpu(tmp_path: Path) -> None:
-    """As far as a CPU goes: two pools of one memory, and no hits that are imposed."""
+    """As far as a CPU goes: two pools of one memory. Queries that are alike find more of what they read."""
     output = tmp_path / "offload.json"
     reads = "bounds@128,sketch,selection_unit=token,candidate_factor=2@64"
-    few = ("--model", "tiny", "--device", "cpu", "--contexts", "600", "--tokens", "2", "--hot-tokens", "256")
-    run(
-        "benchmarks/offload_gpu.py", *few, "--reads", reads, "--arms", "quest,offload,all", "--output", str(output)
-    )  # fmt: skip
+    few = ("--model", "tiny", "--device", "cpu", "--contexts", "600", "--tokens", "2", "--hot-share", "0.4")
+    few = (*few, "--own", "0,1", "--reads", reads, "--arms", "quest,offload,all")
+    run("benchmarks/offload_gpu.py", *few, "--output", str(output))
     rows = json.loads(output.read_text(encoding="utf-8"))["rows"]
-    assert [row["arm"] for row in rows] == ["quest", "offload", "all", "quest", "offload"]
+    assert [row["arm"] for row in rows] == ["quest", "offload", "offload", "all", "quest", "offload", "offload"]
     assert all(row["ms"]["p50"] > 0 for row in rows)
-    assert all(0 < row["fetches"]["hit_rate"] < 1 and row["mib_a_token"] > 0 for row in rows[1::3])
+    for place in (1, 5):
+        alike, other = (row["fetches"]["hit_rate"] for row in rows[place : place + 2])
+        assert 0 < other < alike <= 1 and all(row["mib_a_token"] > 0 for row in rows[place : place + 2])
+    assert [row["own"] for row in rows[1:3]] == [0.0, 1.0] and rows[1]["hot_tokens"] == 240
 
 
-@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-def test_hits_are_imposed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So many of a list are copied, wherever they were; the kernels run in Triton's interpreter."""
-    pytest.importorskip("triton", reason="Triton is for Linux")
-    if torch.cuda.is_available():
-        pytest.skip("the interpreter is for a CPU")
+def test_offload_gpu_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     offload = importlib.import_module("offload_gpu")
-    keys = torch.ones(1, 2, 64, 16)
-    kv = PagedKV.from_contiguous(keys, keys, torch.zeros(1, 2, 16, 2, 16))
-    hot = HotUnits.allocate(kv, 4, 12)
-    hot.keys.zero_()
-    wanted = torch.arange(8, dtype=torch.int32).expand(1, 2, -1)
-    with offload.imposed_hits(75, keys.device) as seen:
-        fetch_units(kv, hot, Selection(wanted, torch.full((1, 2), 8), 4), 64, backend="triton")
-    assert seen == [0.25]
-    assert hot.keys.view(2, 12, 64).amax(2).sum(1).tolist() == [2, 2]
-    assert [offload.copied_of(8, hits).sum() for hits in (100, 75, 50, 0)] == [0, 2, 4, 8]
-    assert offload.copied_of(512, 90).sum() == 51
-    with pytest.raises(QuestValueError, match="arms: got 'offload-101', expected quest, offload"):
-        offload.hits_of("offload-101")
+    with pytest.raises(QuestValueError, match="arms: got 'offload-90', expected some of quest,offload,all"):
+        offload.check_arms(["quest", "offload-90"])
+    with pytest.raises(QuestValueError, match=r"own: got '1\.5', expected a number from 0 to 1"):
+        offload.shares_of("0.5,1.5")
 
 
 def test_choice_cpu(tmp_path: Path) -> None:

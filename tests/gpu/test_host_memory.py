@@ -113,8 +113,9 @@ def test_steps_over_the_pool_are_those_over_the_cache(dtype: torch.dtype, group:
                 assert torch.equal(step.output, expected.output)
             else:
                 torch.testing.assert_close(step.output, expected.output, rtol=2e-2, atol=2e-3)
-        looked_up, fetched, _ = hot.counts.tolist()
+        looked_up, fetched, _, in_place = hot.counts.tolist()
         assert 0 < fetched < looked_up
+        assert (in_place > 0) == (config is tokens), "cold candidates and the sample"
 
 
 def test_prompts_arrive_whole() -> None:

@@ -327,3 +327,5 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         logits(model, alone, ids[:, :1])
     for each in quest_layers(alone)[:1]:
         assert each.get_seq_length() == 40, "nothing was written"
+    with enable_quest(model, SMALL):  # whose attention reads what was written before
+        logits(model, alone, ids[:, :1])

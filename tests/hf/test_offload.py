@@ -76,7 +76,7 @@ def pools(cache: QuestCache) -> list[HostStorage]:
 def assert_evicted(cache: QuestCache) -> None:
     """Units were fetched, found and displaced: more came than there is room for."""
     for storage in pools(cache):
-        looked_up, fetched, _ = storage.hot.counts.tolist()
+        looked_up, fetched, *_ = storage.hot.counts.tolist()
         assert storage.hot.owners.numel() < fetched < looked_up
 
 
@@ -315,7 +315,7 @@ def test_the_bundled_model_writes_the_same(name: str) -> None:
     assert both[1].counters.sparse_steps == sparse * 47
     assert made[0].shape[1] > 12 * 80
     for storage in pools(both[1]):
-        looked_up, fetched, _ = storage.hot.counts.tolist()
+        looked_up, fetched, *_ = storage.hot.counts.tolist()
         assert storage.hot.owners.numel() < fetched < looked_up
 
 
@@ -364,7 +364,7 @@ def test_what_a_user_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
         assert quest.counters.to_dict()["fetches"]["units_fetched"] == fetches.units_fetched
         assert [("fetches" in layer.to_dict()) for layer in quest.counters.layers] == [False, True, True]
         quest.counters.reset()
-        assert quest.counters.fetches == (0, 0, 0) and quest.counters.fetches.hit_rate is None
+        assert quest.counters.fetches == (0, 0, 0, 0) and quest.counters.fetches.hit_rate is None
         assert quest.make_cache(100).offload_to == Offload(HOT)
         assert quest.make_cache(hot_tokens=50).offload_to == Offload(50)
 

@@ -75,8 +75,8 @@ def test_units_come_and_go_as_by_the_oracle(size: int, lengths: str, backend: Ba
             assert_holds(pool, cache, wanted, held)
         for name in ("table", "owners", "stamps", "hands", "clock", "counts"):
             assert torch.equal(getattr(pools[0], name), getattr(pools[1], name)), name
-    looked_up, fetched, copied = pools[1].counts.tolist()
-    assert 0 < fetched <= copied < looked_up
+    looked_up, fetched, copied, in_place = pools[1].counts.tolist()
+    assert 0 < fetched <= copied < looked_up and in_place == 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -91,7 +91,7 @@ def test_the_unit_being_written_is_copied_each_time(backend: Backend) -> None:
         wanted = torch.tensor([2, 10], dtype=torch.int32).expand(2, 2, -1)
         fetch_units(kv, hot, Selection(wanted, torch.full((2, 2), 2), 8), length, backend=backend)
         assert_holds(hot, cache, wanted, [length, length])
-    assert hot.counts.tolist() == [24, 8, 16]
+    assert hot.counts.tolist() == [24, 8, 16, 0]
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
@@ -120,7 +120,7 @@ def test_what_is_written_over_is_forgotten() -> None:
     assert (hot.table >= 0).sum() == 8
     fetch_units(cache.kv, hot, Selection(wanted, torch.full((2, 2), 4), 8), LENGTH)
     assert_holds(hot, cache, wanted, [LENGTH, LENGTH])
-    assert hot.counts.tolist() == [32, 24, 24]
+    assert hot.counts.tolist() == [32, 24, 24, 0]
 
 
 CONFIGS = {
@@ -149,7 +149,7 @@ def test_a_pool_of_a_cache_in_8_bits_has_its_scales(name: str, backend: Backend)
         assert torch.equal(step.selected.units, expected.selected.units)
         assert torch.equal(step.output, expected.output)
         assert_holds(hot, cache, step.selected.units, [LENGTH, LENGTH])
-    looked_up, fetched, _ = hot.counts.tolist()
+    looked_up, fetched, *_ = hot.counts.tolist()
     assert 0 < fetched < looked_up
     others = replace(kv, key_scale=kv.key_scale.clone())
     with pytest.raises(QuestValueError, match=r"kv.key_scale, kv.value_scale: got 'others', expected those that the"):
@@ -190,8 +190,9 @@ def test_a_step_over_the_pool_is_that_over_the_cache_bit_by_bit(
             out = torch.empty_like(expected.output)
             assert quest_decode(query, kv, seq_lens, config, token_mask=mask, hot=hot, out=out, **options).output is out
             assert torch.equal(out, expected.output)
-    looked_up, fetched, _ = hot.counts.tolist()
+    looked_up, fetched, _, in_place = hot.counts.tolist()
     assert 0 < fetched < looked_up
+    assert (in_place > 0) == (backend == "triton" and config.unit_size == 1 and config.candidate_budget > 0)
 
 
 def test_pools_that_do_not_fit_are_refused() -> None:

@@ -69,6 +69,7 @@ def test_programs_follow_the_multiprocessors(monkeypatch: pytest.MonkeyPatch) ->
     kv, config = cache_of(8, 131072), QuestConfig.paper(4096)
     wide = tuning.tune(kv, 32, config)
     assert tuning.attending_programs(512, 16, 8, CPU) == 66
+    assert tuning.attending_programs(512, 16, 32, CPU) == 33  # with 34 a few would wait for a turn of their own
     assert tuning.scoring_programs(8192, 64, 32, CPU) == 33
     monkeypatch.setattr(tuning, "MEASURED_MULTIPROCESSORS", 264)
     tuning.filling_programs.cache_clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
@@ -86,7 +87,10 @@ def launch_times(steps: Sequence[Callable[[], object]], repeats: int = 10) -> li
     with launching_in_turn():
         for step in steps:
             step()  # compiles
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        with warnings.catch_warnings():  # that a profile forgets its events when it ends, which newer torch says always
+            warnings.filterwarnings("ignore", "Warning: Profiler clears events")
+            profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+        with profile:
             for _ in range(repeats):
                 for step in steps:
                     step()

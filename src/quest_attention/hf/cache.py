@@ -182,6 +182,12 @@ class QuestCache(DynamicCache):
             if isinstance(layer, QuestLayer):
                 layer.settle(max(after))
 
+    def expect_attention(self) -> None:
+        """The cache is given to an enabled model, whose attention will read the keys, also those that others wrote."""
+        for layer in self.layers:
+            if isinstance(layer, QuestLayer):
+                layer.is_attended = True
+
     def take(self, starts: Sequence[int], ends: Sequence[int]) -> None:
         """Take the tokens of each sequence from the first number to the second into the metadata of all layers.
 

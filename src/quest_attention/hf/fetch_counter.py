@@ -20,17 +20,19 @@ class Fetches(NamedTuple):
         units_looked_up: Those that were selected, or that were candidates for it [units].
         units_fetched: Those of them that were not hot [units].
         bytes_fetched: Keys and values that were copied by fetches: of those, and of the unit being written [bytes].
-            Keys that are read in place, to rank candidates or to sample, are not among them.
+        bytes_in_place: Keys that kernels read in host memory, to rank candidates that are not hot, or as a sample that
+            estimates what all logits amount to [bytes].
     """
 
     units_looked_up: int
     units_fetched: int
     bytes_fetched: int
+    bytes_in_place: int
 
     @classmethod
     def total(cls, parts: Iterable[Fetches]) -> Fetches:
         """Of several layers together."""
-        return cls(*map(sum, zip((0, 0, 0), *parts, strict=True)))
+        return cls(*map(sum, zip((0, 0, 0, 0), *parts, strict=True)))
 
     @property
     def hit_rate(self) -> float | None:
@@ -45,9 +47,11 @@ class Fetches(NamedTuple):
         """A line for people."""
         if self.hit_rate is None:
             return "keys and values in host memory, of which nothing was fetched"
+        in_place = self.bytes_in_place / _MIB
+        more = f", and {in_place:,.1f} MiB of keys were read in place" if in_place else ""
         return (
             f"keys and values in host memory; {self.hit_rate:.1%} of {self.units_looked_up:,} units were hot, "
-            f"{self.bytes_fetched / _MIB:,.1f} MiB of the others came to the device"
+            f"{self.bytes_fetched / _MIB:,.1f} MiB of the others came to the device{more}"
         )
 
 
@@ -56,17 +60,18 @@ class FetchCounter:
 
     Attributes:
         unit_bytes: Of the keys and values of a unit in one KV head [bytes].
+        key_bytes: Of the key of a token in one KV head [bytes].
     """
 
     def __init__(self) -> None:
-        self.unit_bytes = 0
+        self.unit_bytes = self.key_bytes = 0
         self._counts: dict[torch.device, Tensor] = {}
 
     def on(self, device: torch.device) -> Tensor:
-        """`[3]` int64 on a device: see `ops.HotUnits`. The same each time, since graphs keep its address."""
+        """`[4]` int64 on a device: see `ops.HotUnits`. The same each time, since graphs keep its address."""
         if device not in self._counts:
             with torch.inference_mode(False):
-                self._counts[device] = torch.zeros(3, dtype=torch.int64, device=device)
+                self._counts[device] = torch.zeros(4, dtype=torch.int64, device=device)
         return self._counts[device]
 
     def reset(self) -> None:
@@ -79,5 +84,6 @@ class FetchCounter:
         """What was counted; None where no cache lies in host memory. Waits for the device."""
         if not self._counts:
             return None
-        looked_up, fetched, copied = map(sum, zip(*(counts.tolist() for counts in self._counts.values()), strict=True))
-        return Fetches(looked_up, fetched, copied * self.unit_bytes)
+        counts = (counts.tolist() for counts in self._counts.values())
+        looked_up, fetched, copied, in_place = map(sum, zip(*counts, strict=True))
+        return Fetches(looked_up, fetched, copied * self.unit_bytes, in_place * self.key_bytes)

@@ -29,7 +29,7 @@ class HostStorage(KVStorage):
 
     Args:
         pool: How much is hot in each layer of the cache.
-        counts: `[3]` int64 on the device, to count fetches in: see `HotUnits`.
+        counts: `[4]` int64 on the device, to count fetches in: see `HotUnits`.
         others: As `KVStorage` takes them.
 
     Attributes:
@@ -70,6 +70,11 @@ class HostStorage(KVStorage):
     def unit_bytes(self) -> int:
         """Keys and values of a unit in one KV head [bytes]."""
         return self._config.unit_size * (self.keys.shape[3] + self.values.shape[3]) * self.keys.element_size()
+
+    @property
+    def key_bytes(self) -> int:
+        """The key of a token in one KV head [bytes]."""
+        return self.keys.shape[3] * self.keys.element_size()
 
     @property
     def memory(self) -> HeldMemory:

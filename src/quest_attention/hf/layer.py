@@ -121,6 +121,7 @@ class QuestLayer(StepReporter, StoredLayer):
                 key_states, value_states, pool=self.pool, counts=self.counter.fetched.on(key_states.device), **given
             )  # fmt: skip
             self.counter.fetched.unit_bytes = storage.unit_bytes
+            self.counter.fetched.key_bytes = storage.key_bytes
             self._hold(storage)
         self.is_initialized = True
 

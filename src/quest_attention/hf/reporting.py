@@ -33,7 +33,7 @@ class StepReporter:
         on_read: Like `on_select`, with the query and the keys.
         reading: What the attention of the pass reads whose tokens came last; None before the first.
         was_attended: Whether Quest's attention function has seen the keys of the last decode step.
-        is_attended: Whether it has seen any of the layer's keys.
+        is_attended: Whether it has seen any of the layer's keys, or an enabled model was given the cache.
     """
 
     def __init__(self, counter: LayerCounter, on_select: OnSelect | None) -> None:

@@ -98,6 +98,7 @@ class Watch:
         if reading is not Reading.SPARSE:
             return
         if isinstance(cache, QuestCache):
+            cache.expect_attention()
             if any(counter.kind == "quest" for counter in cache.counters.layers):
                 for config in self._configs.read:
                     refuse_attentions(given, config)

@@ -49,7 +49,7 @@ def fetch_units(kv: PagedKV, hot: HotUnits, units: Tensor, seq_lens: Tensor | in
     for pool, stored in ((hot.keys, cache.keys), (hot.values, cache.values)):
         run = size * pool.shape[3]
         as_bits(pool).view(-1, run).index_copy_(0, to, as_bits(stored).view(-1, run).index_select(0, source))
-    hot.counts.add_(torch.stack([is_looked_up.sum(), is_missing.sum(), is_copied.sum()]))
+    hot.counts[:3].add_(torch.stack([is_looked_up.sum(), is_missing.sum(), is_copied.sum()]))
 
 
 def _taken(hot: HotUnits, is_missing: Tensor) -> Tensor:

@@ -53,8 +53,9 @@ class HotUnits:
         stamps: `[B, HKV, S]` int32, the fetch that used each slot last, 0 for none since the hand passed it.
         hands: `[B, HKV]` int32, the slot that the hand of each row comes to next.
         clock: `[1]` int32, fetches so far.
-        counts: `[3]` int64: units that were looked up, those of them that were not there, and those that were copied,
-            the ones being written among them, which are copied again [units].
+        counts: `[4]` int64: units that were looked up, those of them that were not there, and those that were copied,
+            the ones being written among them, which are copied again [units]; and tokens whose keys kernels read where
+            the cache is, to rank candidates that are not hot or to sample [tokens].
         unit_size: Tokens of a unit [tokens].
         key_scale: Of a cache in 8 bits, else None: see `PagedKV`. The pool holds what the cache does.
         value_scale: Likewise of values.
@@ -102,7 +103,7 @@ class HotUnits:
         return cls(
             keys, values, owners.new_full((batch, heads, units), ABSENT), owners, torch.zeros_like(owners),
             owners.new_zeros(batch, heads), owners.new_zeros(1),
-            owners.new_zeros(3, dtype=torch.int64) if counts is None else counts, unit_size, kv.key_scale,
+            owners.new_zeros(4, dtype=torch.int64) if counts is None else counts, unit_size, kv.key_scale,
             kv.value_scale,
         )  # fmt: skip
 

@@ -92,7 +92,7 @@ def sparse_decode_attention(
 def fetch_units(kv: PagedKV, hot: HotUnits, units: Tensor, seq_lens: Tensor | int, *, is_again: bool = False) -> None:
     """See `ops.fetch_units`. Nothing was looked up before: candidates are weighed by the keys of the cache."""
     counted = reference.fetch_units(kv, hot, units.tolist(), _per_row(seq_lens, kv.batch_size))
-    hot.counts.add_(torch.tensor(counted, device=hot.counts.device))
+    hot.counts[:3].add_(torch.tensor(counted, device=hot.counts.device))
 
 
 def count_reads(selected: Selection, seq_lens: Tensor, counters: Tensor, token_budget: int) -> None:

@@ -248,6 +248,7 @@ def _rank_by_keys(
     else:
         page = tl.load(pool.table + row.to(tl.int64) * pool.units + token, mask=is_live, other=-1)
         is_hot = (page >= 0)[:, None]
+        tl.atomic_add(pool.counts + 3, tl.sum((is_live & (page < 0)).to(tl.int64)))
         near = pool.keys + h * pool.head + page.to(tl.int64) * SHAPE.head_dim
         far = tl.load(at[:, None] + channel[None, :], mask=inside & ~is_hot, other=0.0)
         k = tl.where(is_hot, tl.load(near[:, None] + channel[None, :], mask=inside & is_hot, other=0.0), far)

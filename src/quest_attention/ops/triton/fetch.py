@@ -34,19 +34,21 @@ class Pool(NamedTuple):
         units: Tokens of a row of it, U.
         keys: `[B, HKV, S, D]`.
         head: Numbers from one KV head to the next.
+        counts: `[4]` int64; see `HotUnits`.
     """
 
     table: Any
     units: Any
     keys: Any
     head: Any
+    counts: Any
 
 
 def pool_argument(hot: HotUnits | None) -> Pool | None:
     """A pool of single tokens as an argument; None where there is none."""
     if hot is None:
         return None
-    return Pool(hot.table, hot.table.shape[2], hot.keys, hot.keys.stride(1))
+    return Pool(hot.table, hot.table.shape[2], hot.keys, hot.keys.stride(1), hot.counts)
 
 
 def fetch_units(kv: PagedKV, hot: HotUnits, units: Tensor, seq_lens: Tensor | int, *, is_again: bool = False) -> None:

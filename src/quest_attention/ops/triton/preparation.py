@@ -53,8 +53,8 @@ def _store_planes(column, code, inside, BYTES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["lengths", "num_kv_heads", "table_stride", "token_budget", "most"])
 def prepare_kernel(
-    query, keys, page_table, table_stride, lengths, live, sinks, space, scale, softcap, num_kv_heads, token_budget,
-    most,
+    query, keys, pool, page_table, table_stride, lengths, live, sinks, space, scale, softcap, num_kv_heads,
+    token_budget, most,
     SHAPE: tl.constexpr, PACKING: tl.constexpr, SAMPLE: tl.constexpr, PARTS: tl.constexpr, HAS_BITS: tl.constexpr,
     FOLLOWS: tl.constexpr,
 ):  # fmt: skip
@@ -108,6 +108,8 @@ def prepare_kernel(
         physical = tl.load(page_table + b * table_stride + position // PAGE, mask=is_live, other=0).to(tl.int64)
         key_at = keys.base + h * keys.head + physical * keys.page + (position % PAGE).to(tl.int64) * keys.token
         inside = is_live[:, None] & (channel < SHAPE.head_dim)[None, :]
+        if pool is not None:  # these are read where the cache is, hot or not
+            tl.atomic_add(pool.counts + 3, tl.sum(is_live.to(tl.int64)))
         k = tl.load(key_at[:, None] + channel[None, :], mask=inside, other=0.0)
         HEADS: tl.constexpr = SHAPE.block_g
         logit = dot(q, tl.trans(widen(k, q.dtype)), tl.zeros([HEADS, SAMPLE], tl.float32)) * factor

@@ -143,9 +143,10 @@ def _choose(step: Step, plan: Plan, workspace: TokenWorkspace) -> Selection:
     norms = 1 if group == 1 else SAMPLE_PARTS  # ranks of a single head need no normaliser, but not too large numbers
     live = mark_live_tokens(step, workspace.counters, FOLLOWS=follows["FOLLOWS"])
     live_words, live_spans = (None, None) if live is None else live
+    pool = pool_argument(step.hot)
     launch(
-        prepare_kernel, (rows * (norms + plan.scans),), by_heads, keys, table, stride, lengths, live, sinks, workspace,
-        scale, softcap, heads, budget, plan.most,
+        prepare_kernel, (rows * (norms + plan.scans),), by_heads, keys, pool, table, stride, lengths, live, sinks,
+        workspace, scale, softcap, heads, budget, plan.most,
         SHAPE=multiplied, PACKING=packing, SAMPLE=_SAMPLE, PARTS=norms, HAS_BITS=plan.scans,
         num_warps=8, **({"FOLLOWS": follows["FOLLOWS"]} if live is None else follows),
     )  # fmt: skip
@@ -169,7 +170,7 @@ def _choose(step: Step, plan: Plan, workspace: TokenWorkspace) -> Selection:
             )  # fmt: skip
     parts = triton.next_power_of_2(plan.pick_parts)
     launch(
-        pick_kernel, (rows * plan.pick_parts,), by_heads, keys, pool_argument(step.hot), table, stride, lengths, live,
+        pick_kernel, (rows * plan.pick_parts,), by_heads, keys, pool, table, stride, lengths, live,
         workspace, scale, softcap, heads, budget, sink_pages, recent_pages, plan.pick_parts, plan.listed, plan.words,
         plan.most,
         SHAPE=multiplied, PARTS=parts, NORMS=norms, PICKED=plan.picked,

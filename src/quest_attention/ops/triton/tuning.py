@@ -128,8 +128,13 @@ def attended_block(kv: PagedKV) -> int:
 
 
 def attending_programs(slots: int, page_size: int, rows: int, device: torch.device) -> int:
-    """Programs that attend to a row of so many pages, one of so many rows."""
-    return max(1, min(-(-slots * page_size // _LEAST_TOKENS), -(-filling_programs(device) // max(1, rows))))
+    """Programs that attend to a row of so many pages, one of so many rows.
+
+    Never more than run in whole turns: one program more than that, and all wait for a turn that is nearly empty. Many
+    rows have twice as many, since what does not divide by the rows is a smaller part of those.
+    """
+    programs = filling_programs(device) * (1 if rows <= _FEWER else 2)
+    return max(1, min(-(-slots * page_size // _LEAST_TOKENS), programs // max(1, rows)))
 
 
 def scored_block(kv: PagedKV, group: int) -> tuple[int, int]:
