@@ -18,6 +18,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from quest_attention.errors import QuestValueError, UnsupportedModelError
 from quest_attention.hf.compiler import kept_from_compilers
 from quest_attention.hf.layer import LAYER_ATTRIBUTE, QuestLayer
+from quest_attention.hf.lower_right import attend_lower_right, chunk_mask, is_lower_right, written_out
 from quest_attention.hf.reading import Reading
 from quest_attention.ops import sparse_decode_attention
 
@@ -42,7 +43,7 @@ where `dense(query, key, value, attention_mask, **kwargs)` reads all.
 def register_attention() -> None:
     """Make both names known to transformers. Without the mask functions, padded batches would be silently wrong."""
     AttentionInterface.register(SDPA_NAME, _sdpa_or_quest)
-    AttentionMaskInterface.register(SDPA_NAME, sdpa_mask)
+    AttentionMaskInterface.register(SDPA_NAME, chunk_mask)
     AttentionInterface.register(EAGER_NAME, _eager_or_quest)
     AttentionMaskInterface.register(EAGER_NAME, _eager_or_decode_mask)
 
@@ -61,7 +62,20 @@ def _eager_or_decode_mask(*args: Any, **kwargs: Any) -> Tensor | None:
 def _sdpa_or_quest(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    return _attend(sdpa_attention_forward, module, query, key, value, attention_mask, **kwargs)
+    return _attend(_sdpa, module, query, key, value, attention_mask, **kwargs)
+
+
+def _sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """As transformers has it, but for a chunk behind earlier tokens whose mask is not written out: see `chunk_mask`."""
+    if attention_mask is None or not is_lower_right(attention_mask):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    fits = attention_mask.shape[2:] == (query.shape[2], key.shape[2])
+    if fits and _is_plain(kwargs) and not kwargs.get("output_attentions"):
+        options: dict[str, Any] = {"scaling": kwargs.get("scaling"), "dropout": kwargs.get("dropout") or 0.0}
+        return attend_lower_right(query, key, value, **options, autocast=_autocast_dtype(query)), None
+    return sdpa_attention_forward(module, query, key, value, written_out(attention_mask), **kwargs)
 
 
 def _eager_or_quest(
@@ -93,7 +107,7 @@ def _attend(
         query: `[B, HQ, T, D]`, T the tokens of this pass, or its last ones, which then read what it reads.
         key: `[B, HKV, length, D]`, from `QuestLayer.update` or any other cache; for a sparse step as it is stored.
         value: `[B, HKV, length, DV]`.
-        attention_mask: None, or `[B, 1, T, length]`, boolean (True attends) or additive.
+        attention_mask: None, or `[B, 1, T, length]`, boolean (True attends) or additive, or as `chunk_mask` has it.
         **kwargs: `scaling`, `softcap`, `s_aux` and whatever else a model passes to its attention.
 
     Returns:
@@ -116,6 +130,8 @@ def _attend(
         return own(functools.partial(dense, module), query, key, value, attention_mask, **kwargs)
     if layer is None or reading is Reading.SEVERAL_TOKENS:
         return dense(module, query, key, value, attention_mask, **kwargs)
+    if attention_mask is not None and is_lower_right(attention_mask):
+        attention_mask = written_out(attention_mask)  # of a few tokens, whose group is packed beside a mask
     options = {ours: kwargs.get(theirs) for ours, theirs in _OPTIONS.items()}
     if layer.captured_lengths is not None:
         _check_plain(kwargs)
@@ -123,11 +139,10 @@ def _attend(
     batch = query.shape[0]
     layer.count_attention(batch)
     if reading is not Reading.SPARSE:
-        is_plain = all(kwargs.get(name) is None for name in ("softcap", "s_aux", "position_bias"))
         # Within the budget the model's own function, so that a generation there is the model's own to the last bit.
-        is_ours = reading in (Reading.DENSE_LAYER, Reading.CHECK) and dense is sdpa_attention_forward
+        is_ours = reading in (Reading.DENSE_LAYER, Reading.CHECK) and dense is _sdpa
         is_easy = attention_mask is None if reading is Reading.DENSE_LAYER else _is_boolean(attention_mask)
-        if is_ours and is_easy and is_plain and not kwargs.get("dropout"):
+        if is_ours and is_easy and _is_plain(kwargs) and not kwargs.get("dropout"):
             return _dense_decode(query, key, value, attention_mask, options["sm_scale"]), None
         return dense(module, query, key, value, attention_mask, **kwargs)
     _check_plain(kwargs)
@@ -170,6 +185,11 @@ def _autocast_dtype(query: Tensor) -> torch.dtype | None:
     kind = query.device.type
     is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if is_on else None
+
+
+def _is_plain(kwargs: Mapping[str, Any]) -> bool:
+    """Whether logits are those of queries and keys alone."""
+    return all(kwargs.get(name) is None for name in ("softcap", "s_aux", "position_bias"))
 
 
 def _check_plain(kwargs: dict[str, Any]) -> None:

@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any, cast
 
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from quest_attention.config import QuestConfig
 from quest_attention.errors import BackendError, QuestStateError, QuestValueError, QuestWarning
+from quest_attention.hf import lower_right
 from quest_attention.hf.attention import EAGER_NAME, SDPA_NAME, register_attention
 from quest_attention.hf.cache import QuestCache, check_on_select, layer_kinds
 from quest_attention.hf.cache_dtype import CacheDtype, check_cache_dtype, check_stored, stored_dtype
@@ -164,7 +165,8 @@ class QuestHandle:
         self._is_entered = False
         self._make_cache = self.model._prepare_cache_for_generation
         register_attention()
-        self._configs = PrivateConfigs(model, EAGER_NAME if needs_eager(model) else SDPA_NAME)
+        self._is_eager = needs_eager(model)
+        self._configs = PrivateConfigs(model, EAGER_NAME if self._is_eager else SDPA_NAME)
         self._watch = Watch(model, config, self._configs)
         self._put: dict[str, tuple[Any, Any]] = {}  # attributes of the model: ours, and what was there
         ours = {_HANDLE: self, "_prepare_cache_for_generation": self._prepare_cache_for_generation, **REFUSED_METHODS}
@@ -249,7 +251,7 @@ class QuestHandle:
 
     def _new_cache(
         self, max_length: int | None, offload: Offload | None, kv_cache_dtype: CacheDtype, *, is_estimate: bool = False,
-        batch: int = 1, chunk: int | None = None,
+        batch: int = 1, chunk: int | None = None, is_masked: bool = False,
     ) -> QuestCache:  # fmt: skip
         self._require_enabled("make_cache")
         cache = QuestCache(
@@ -262,7 +264,7 @@ class QuestHandle:
             stored = stored_dtype(kv_cache_dtype)
             shape = CacheShape.of(self.model, kinds, batch=batch, length=max_length, stored=stored)
             if shape is not None:
-                offload.check_fits(shape, self.config, self.model.device, chunk=chunk)
+                offload.check_fits(shape, self.config, self.model.device, chunk=chunk, is_masked=is_masked)
         return cache
 
     def _prepare_cache_for_generation(
@@ -271,6 +273,10 @@ class QuestHandle:
     ) -> None:  # fmt: skip
         """Stands in for the method of `generate()` that makes the cache."""
         given = model_kwargs.get(CACHE)
+        chunk = getattr(generation_config, "prefill_chunk_size", None)
+        is_masked = self._is_eager or not lower_right.knows_lower_right(self.model.device)
+        if not is_masked and (chunk is not None or _has_tokens(given)) and not generation_config.is_assistant:
+            is_masked = self._watch.find_padding(model_kwargs)
         if self._lossless is not None:
             self._lossless.check(generation_config, given, generation_mode)
             max_cache_length += MOST_DRAFTS + 1  # drafts that are taken back have been somewhere
@@ -291,13 +297,18 @@ class QuestHandle:
         else:
             model_kwargs[CACHE] = self._new_cache(
                 max(1, max_cache_length), self._offload, self._kv_cache_dtype, is_estimate=True, batch=batch_size,
-                chunk=getattr(generation_config, "prefill_chunk_size", None),
+                chunk=chunk, is_masked=is_masked,
             )  # fmt: skip
             model_kwargs[CACHE].is_kept = False
             if generation_config.is_assistant:
                 model_kwargs[CACHE].activate_past_recording()
             return
         self._make_cache(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+
+
+def _has_tokens(cache: object) -> bool:
+    """Whether a prompt comes behind others; a static cache has a mask whatever comes."""
+    return isinstance(cache, DynamicCache) and cache.get_seq_length() > 0
 
 
 def _warn_dense(why: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from quest_attention.config import QuestConfig, check_integer
 from quest_attention.errors import QuestValueError
 from quest_attention.forms import form_of, metadata_dtype
+from quest_attention.hf import lower_right
 from quest_attention.hf.host_memory import free_device_bytes, free_host_bytes
 from quest_attention.ops.hot_units import least_slots
 from quest_attention.pages import num_pages
@@ -88,6 +89,13 @@ class CacheShape(NamedTuple):
         """Keys and values of a token in one KV head of one layer, as they are stored [bytes]."""
         return (self.head_dim + self.value_dim) * (self.stored or self.dtype).itemsize
 
+    @property
+    def suits_flash(self) -> bool:
+        """Whether PyTorch's flash attention takes such heads, as they are."""
+        dim = self.head_dim
+        is_size = dim == self.value_dim <= lower_right.FLASH_MOST_CHANNELS and dim % lower_right.FLASH_CHANNELS == 0
+        return is_size and self.dtype in lower_right.FLASH_DTYPES
+
 
 class OffloadMemory(NamedTuple):
     """What a cache with keys and values in host memory takes.
@@ -99,9 +107,9 @@ class OffloadMemory(NamedTuple):
         table: Where each unit lies, on the device [bytes].
         pool: Hot tokens of all sparse layers, on the device [bytes].
         prompt: Keys and values of one layer, which a prompt brings to the device while it attends there [bytes].
-        repeated: The same for every query head, as transformers repeats them for a chunk behind others, whose attention
-            has a mask [bytes].
-        mask: That mask, and what PyTorch makes of it to add to logits [bytes].
+        repeated: The same for every query head, as they are repeated for a chunk behind others that flash attention
+            does not take, for a mask or its dtype [bytes].
+        mask: The mask of such a chunk, and what PyTorch makes of it to add to logits, at most [bytes].
         widened: Keys and values of a dense layer that are stored in 8 bits, in the dtype that attention reads, while a
             step attends to them that is no graph's [bytes].
     """
@@ -123,7 +131,9 @@ class OffloadMemory(NamedTuple):
         return self.dense + self.metadata + self.table + max(self.pool + self.widened, prompt)
 
 
-def memory_of(shape: CacheShape, quest: QuestConfig, hot_tokens: int, *, chunk: int | None = None) -> OffloadMemory:
+def memory_of(
+    shape: CacheShape, quest: QuestConfig, hot_tokens: int, *, chunk: int | None = None, is_masked: bool = False
+) -> OffloadMemory:
     """What a cache takes, before anything is allocated.
 
     Args:
@@ -132,6 +142,7 @@ def memory_of(shape: CacheShape, quest: QuestConfig, hot_tokens: int, *, chunk: 
         hot_tokens: Of each sequence and KV head of a sparse layer [tokens].
         chunk: Tokens of a prompt that pass at a time [tokens]. None is all of them at once, for which no mask is made
             unless sequences are padded, or the model's attention is eager: what those take is not known here.
+        is_masked: Whether each has a mask all the same, for padding or because PyTorch's kernels need one there.
 
     Raises:
         QuestValueError: `hot_tokens` is no positive integer.
@@ -147,7 +158,8 @@ def memory_of(shape: CacheShape, quest: QuestConfig, hot_tokens: int, *, chunk: 
     rows = shape.batch * shape.kv_heads
     layer = rows * tokens * shape.token_bytes
     read = rows * shape.length * (shape.head_dim + shape.value_dim) * shape.dtype.itemsize
-    masked = 0 if chunk is None or chunk >= shape.length else shape.batch * chunk * shape.length
+    has_mask = chunk is not None and chunk < shape.length and (is_masked or not shape.suits_flash)
+    masked = shape.batch * (chunk or 0) * shape.length if has_mask else 0
     form = form_of(quest)
     page_bytes = torch.Size(form.shape(quest.page_size, shape.head_dim)).numel()
     page_bytes *= metadata_dtype(quest, shape.stored or shape.dtype).itemsize
@@ -262,16 +274,18 @@ class Offload:
             raise QuestValueError("hot_tokens", self.hot_tokens, expected)
 
     def check_fits(
-        self, shape: CacheShape, quest: QuestConfig, device: torch.device, *, chunk: int | None = None
-    ) -> None:
-        """Refuse a cache that host and device have no room for, before work starts; `chunk` as in `memory_of`.
+        self, shape: CacheShape, quest: QuestConfig, device: torch.device, *, chunk: int | None = None,
+        is_masked: bool = False,
+    ) -> None:  # fmt: skip
+        """Refuse a cache that host and device have no room for, before work starts; see `memory_of` for the last two.
 
         Raises:
             QuestValueError: They have not.
         """
         least = least_slots(quest, 1 << 31) * quest.unit_size
         hot_tokens = least if self.hot_tokens is None else self.hot_tokens
-        memory = memory_of(shape, quest, hot_tokens, chunk=chunk)
+        is_masked = is_masked or not lower_right.knows_lower_right(device)
+        memory = memory_of(shape, quest, hot_tokens, chunk=chunk, is_masked=is_masked)
         check_memory(memory, free_host_bytes(), free_device_bytes(device))
 
 

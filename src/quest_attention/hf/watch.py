@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.cache_utils import Cache
 
 from quest_attention.config import QuestConfig
@@ -39,6 +40,7 @@ class Watch:
         self.has_warned = False
         self._quest = quest
         self._configs = configs
+        self._saying_nothing: StorageWeakRef | None = None  # a mask of ours without padding, whose slices come
         self._names = tuple(inspect.signature(model.forward).parameters)
         self._hook = model.register_forward_pre_hook(self._look, with_kwargs=True)
 
@@ -46,13 +48,42 @@ class Watch:
         """Look no more."""
         self._hook.remove()
 
+    def find_padding(self, arguments: dict[str, Any]) -> bool:
+        """Whether the mask of a prompt says anything, asked once before its passes: the device has to be waited for.
+
+        If not, they go without it, as each would have to ask anew; since 5.24 transformers does so by itself. The mask
+        among the arguments becomes a copy by whose memory slices of it are known: its owner may write to the other one.
+
+        Args:
+            arguments: Of `generate()`, for the passes of its prompt; changed in place.
+        """
+        self._saying_nothing = None
+        mask = arguments.get("attention_mask")
+        if mask is None:
+            return False
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or not bool(mask.all()):
+            return True
+        arguments["attention_mask"] = mask = mask.clone()
+        self._saying_nothing = StorageWeakRef(mask.untyped_storage())
+        return False
+
     @kept_from_compilers
-    def _look(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a forward pass.
+    def _look(
+        self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before a forward pass: its arguments without a mask that is known to say nothing, or None for as they are."""
+        del model
+        self._check(args, kwargs)
+        mask, known = kwargs.get("attention_mask"), self._saying_nothing
+        if known is None or not isinstance(mask, Tensor) or StorageWeakRef(mask.untyped_storage()) != known:
+            return None
+        return args, {**kwargs, "attention_mask": None}
+
+    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse or warn of what would turn Quest off.
 
         A model that is called without a cache makes one of transformers' own, which comes back with the next token.
         """
-        del model
         self._configs.check_attention()
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         cache = given_cache(given)
@@ -77,5 +108,5 @@ class Watch:
                 f"the model was given a {type(cache).__name__}, which has no page metadata: every layer runs dense; "
                 "pass a cache of the handle's make_cache() from the first token on",
                 QuestWarning,
-                stacklevel=6,
+                stacklevel=7,
             )
