@@ -346,7 +346,7 @@ ASKED: dict[str, Any] = {
         {"use_vmap": True},
         {"config": type("Config", (), {"alibi": True})},
     ],
-    ids=str,
+    ids=" ".join,
 )
 def test_other_masks_are_transformers_own(other: dict[str, Any]) -> None:
     with forced():
