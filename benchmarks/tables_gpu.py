@@ -32,6 +32,7 @@ it reads and two bits a token, against the highest rate of a dense read."""
 NUM_DENSE_LAYERS = 2
 """Of both arms in `decode_gpu.py`."""
 RESULTS = Path(__file__).parent / "results"
+LOSSLESS = ("lossless_gpu.json", "lossless_gpu_8.json", "lossless_gpu_c8.json")
 ATTENTION_RUNS = ("attention_gpu.json", "attention_sketch_gpu.json")
 Rows = list[dict[str, Any]]
 
@@ -195,11 +196,24 @@ def decode_table(rows: Rows) -> str:
     return as_markdown(("model, batch x context", *arms), cells)
 
 
-def lossless_table(rows: Rows) -> str:
+def lossless_table(names: tuple[str, ...]) -> str:
     """Milliseconds per token and tokens a round of lossless arms beside dense; what they wrote without drafts."""
+    cells = [cell for name in names for cell in lossless_cells(name)]
+    head = (
+        "accepted as", "drafts", "layers", "batch x context", "budget", "dense", "lossless", "", "tokens a check",
+        "ms a round", "stopped drafting",
+    )  # fmt: skip
+    return as_markdown(head, cells)
+
+
+def lossless_cells(name: str) -> list[list[str]]:
+    """The cells of one run: whose acceptance was imposed, and what it wrote."""
+    settings = json.loads((RESULTS / name).read_text(encoding="utf-8"))["settings"]
+    text = settings["accepted_as"].split()[0]
+    of_run = [text, str(settings["draft_tokens"]), "compiled" if settings["compiled"] else "eager"]
     cells = []
     dense: dict[tuple[int, int], float] = {}
-    for row in rows:
+    for row in load(name):
         case, ms = (row["batch"], row["context"]), row["ms"]["p50"]
         if row["arm"] == "dense":
             dense[case] = ms
@@ -209,9 +223,8 @@ def lossless_table(rows: Rows) -> str:
         where = f"{row['batch']} x {row['context'] // 1024}K"
         times = f"{dense[case]:.1f}", f"{ms:.1f}", f"{row['ratio_to_dense']:.2f}x"
         checks = f"{drafts['tokens_a_check']:.2f}", f"{row['round_ms']['p50']:.1f}"
-        cells.append([where, row["arm"].split("-")[1], *times, *checks, "yes" if stopped else "no"])
-    head = ("batch x context", "budget", "dense", "lossless", "", "tokens a check", "ms a round", "stopped drafting")
-    return as_markdown(head, cells)
+        cells.append([*of_run, where, row["arm"].split("-")[1], *times, *checks, "yes" if stopped else "no"])
+    return cells
 
 
 def against_flashinfer_table(attention: Rows, runs: dict[str, Rows]) -> str:
@@ -265,7 +278,7 @@ def tables() -> dict[str, str]:
         "decode": decode_table(decode),
         "decode-compiled": decode_table(compiled),
         "flashinfer": against_flashinfer_table(attention, {"eager layers": decode, "compiled layers": compiled}),
-        "lossless": f"{lossless_table(load('lossless_gpu.json'))}\n\n{origin('lossless_gpu.json')}.",
+        "lossless": f"{lossless_table(LOSSLESS)}\n\n{origin(LOSSLESS[0])}; of chat {origin(LOSSLESS[1])}.",
         "prefill": prefill_table(decode),
         "prefill-again": f"{prefill_table(load('prefill_gpu.json'))}\n\n{origin('prefill_gpu.json')}.",
     }

@@ -14,7 +14,10 @@ import typer
 from marks import DOCS, fill_page
 from tables_gpu import RESULTS, Rows, as_markdown, load
 
-MEASURED = ("acceptance_smollm2.json", "acceptance_smollm2_no_dense_layers.json", "acceptance_qwen.json")
+MEASURED = (
+    "acceptance_smollm2.json", "acceptance_smollm2_no_dense_layers.json", "acceptance_qwen.json",
+    "acceptance_qwen_code_chat.json",
+)  # fmt: skip
 DRAFTS = (1, 2, 4, 8)
 ARMS = ("dynamic", "written", "lossless-2", "lossless-0")
 HEAD = ("dtype", "context", "DynamicCache + sdpa", "ours, dense", "lossless, 2 dense layers", "lossless, none")

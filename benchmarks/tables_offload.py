@@ -1,4 +1,4 @@
-"""Print the tables of docs/offload.md, from the results of `hit_rates.py` and `layer_ahead.py`.
+"""Print the tables of docs/offload.md, from the results of `hit_rates.py`, `layer_ahead.py` and `offload_gpu.py`.
 
     python benchmarks/tables_offload.py --fill
 
@@ -11,23 +11,31 @@ from typing import Annotated
 
 import typer
 from marks import DOCS, fill_page
-from tables_gpu import Rows, as_markdown, load
+from tables_gpu import Rows, as_markdown, load, origin
 
 HIT_RATES = ("hit_rates_smollm2.json", "hit_rates_qwen.json")
-AHEAD = ("layer_ahead_smollm2.json",)
+AHEAD = ("layer_ahead_smollm2.json", "layer_ahead_qwen.json")
+TIMES = "offload_gpu.json"
+
+
+ARMS = {
+    "quest": "on the card",
+    "offload": "in host memory",
+    "all": "in host memory, everything read",
+    "stock-offload": "transformers' offloaded cache",
+}
 
 
 def what_of(row: dict[str, object]) -> tuple[str, ...]:
     """Model, context, text, form and budget of a row."""
-    form, _, budget = str(row["arm"]).partition("@")
+    return str(row["model"]), f"{row['context']:,}", str(row["text"]), *chosen_of(str(row["arm"]))
+
+
+def chosen_of(arm: str) -> tuple[str, str]:
+    """Form and budget of an arm."""
+    form, _, budget = arm.partition("@")
     unit = "tokens" if "unit=token" in form else "pages"
-    return (
-        str(row["model"]),
-        f"{row['context']:,}",
-        str(row["text"]),
-        f"{form.split(',')[0]}, {unit}",
-        f"{int(budget):,}",
-    )
+    return f"{form.split(',')[0]}, {unit}", f"{int(budget):,}"
 
 
 def hits_table(rows: Rows) -> str:
@@ -52,6 +60,20 @@ def ahead_table(rows: Rows) -> str:
     return as_markdown(("model", "context", "text", "chosen by", "budget", *ways), cells)
 
 
+def times_table(rows: Rows) -> str:
+    """Milliseconds of a token of each arm, by the hits that came, and what the bus brought for it."""
+    cells = []
+    for row in rows:
+        what = chosen_of(row["reads"]) if row["arm"] in ("quest", "offload") else ("", "")
+        hits = f"{100 * row['fetches']['hit_rate']:.0f} %" if "fetches" in row else ""
+        moved = f"{row['mib_a_token']:.1f}" if "mib_a_token" in row else ""
+        hot = f"{row['hot_tokens']:,}" if "hot_tokens" in row else ""
+        times = f"{row['ms']['p50']:.2f}", f"{row['ratio_to_quest']:.2f}x"
+        cells.append([f"{row['context'] // 1024}K", *what, ARMS[row["arm"]], hot, hits, moved, *times])
+    head = ("context", "chosen by", "budget", "arm", "hot tokens", "hits", "MiB a token", "ms a token", "to Quest's")
+    return as_markdown(head, cells)
+
+
 def main(
     fill: Annotated[
         bool, typer.Option("--fill", help="Put the tables into docs/offload.md, between their marks.")
@@ -60,6 +82,7 @@ def main(
     """Print the tables, or put them into the page."""
     tables = {
         "hits": hits_table([row for name in HIT_RATES for row in load(name)]),
+        "times": f"{times_table(load(TIMES))}\n\n{origin(TIMES)}.",
         "ahead": ahead_table([row for name in AHEAD for row in load(name)]),
     }
     if fill:
