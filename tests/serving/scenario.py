@@ -891,11 +891,11 @@ def whole_blocks(llm: Any, text: str) -> dict[str, list[int]]:
 def offloading() -> dict[str, Any]:
     """Prompts whose blocks are saved by vLLM's offloading connector, made anew by other prompts, and loaded elsewhere.
 
-    It is refused, because its own store asks for a GPU; here it has one of a test.
+    On a CPU it is refused, because its own store asks for a GPU; here it has one of a test.
     """
     from quest_attention.vllm import transfers
 
-    transfers._TESTED = {"OffloadingConnector": ("cpu",)}
+    transfers._TESTED = {"OffloadingConnector": transfers._ON_A_CPU}
     pool = {"num_gpu_blocks_override": 65, "max_model_len": 1024}  # prompts of two batches do not fit together
     oracle = {"worker_extension_cls": "moved_blocks.OffloadingOracle"}
     found = {}
@@ -1079,9 +1079,6 @@ def gpu_preemption() -> dict[str, Any]:
 
 def gpu_offloading() -> dict[str, Any]:
     """Blocks that vLLM's offloading connector saves in the host's memory with its own store, and brings back."""
-    from quest_attention.vllm import transfers
-
-    transfers._TESTED, transfers._RELEASES = {"OffloadingConnector": ("cuda",)}, ((0, 32), (0, 33))
     connector = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
     connector["kv_connector_extra_config"] = {"cpu_bytes_to_use": 1 << 30}
     pool = {"num_gpu_blocks_override": 130, "max_model_len": 1024}  # prompts of two batches do not fit together

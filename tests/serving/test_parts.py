@@ -529,14 +529,19 @@ def test_a_connector_that_was_seen_to_take_metadata_along(metadata: Metadata) ->
     for transfer in (None, a_transfer("NixlConnector"), a_transfer("NixlPullConnector")):
         server = a_server(additional_config={"quest": {"metadata": metadata}}, kv_transfer_config=transfer)
         check_transfer(server, "cpu", (0, 32))
+    store = {"cpu_bytes_to_use": 1 << 30}
+    for extra in (store, {"spec_name": "CPUOffloadingSpec", **store}):
+        transfer = a_transfer("OffloadingConnector", kv_connector_extra_config=extra)
+        server = a_server(additional_config={"quest": {"metadata": metadata}}, kv_transfer_config=transfer)
+        check_transfer(server, "cuda", (0, 33))
 
 
 @pytest.mark.parametrize(("transfer", "message"), [
-    (a_transfer("ExampleConnector"), "vLLM 0.32 one of NixlConnector, .*: ExampleConnector copies .* slot"),
+    (a_transfer("ExampleConnector"), r"vLLM 0\.32 one of NixlConnector, .*: ExampleConnector copies .* slot"),
     (a_transfer("SharedStorageConnector"), "SharedStorageConnector copies keys and values slot by slot, and leaves"),
     (a_transfer("LMCacheConnectorV1"), "LMCacheConnectorV1 copies keys and values slot by slot"),
     (a_transfer("DecodeBenchConnector"), "DecodeBenchConnector fills blocks with numbers of its own"),
-    (a_transfer("OffloadingConnector"), "OffloadingConnector moves whole blocks, .* but was not tested here"),
+    (a_transfer("OffloadingConnector"), "OffloadingConnector moves whole blocks, .* but was not tested so"),
     (a_transfer("MultiConnector"), "MultiConnector is not known to take page metadata along"),
     (a_transfer("NixlConnector", kv_connector_module_path="a.b"), "kv_connector_module_path: got 'a.b', expected none"),
     (a_transfer("NixlConnector", enable_permute_local_kv=True), "enable_permute_local_kv: got True, expected False"),
@@ -556,11 +561,16 @@ def test_connectors_that_leave_metadata_behind_or_were_not_tested(transfer: Any,
 
 def test_connectors_go_with_the_device_the_release_the_model_and_the_form_they_were_tested_with() -> None:
     server = a_server(additional_config=BOUNDS, kv_transfer_config=a_transfer("NixlConnector"))
-    with pytest.raises(QuestValueError, match=r"got 'NixlConnector', expected none: .* but was not tested here"):
+    with pytest.raises(QuestValueError, match=r"expected none on device cuda with vLLM 0\.32: .* not tested so"):
         check_transfer(server, "cuda", (0, 32))
+    with pytest.raises(QuestValueError, match=r"none, or on device cuda with vLLM 0\.33 one of Offloading"):
+        check_transfer(server, "cuda", (0, 33))
     for release in ((0, 25), (0, 33)):
-        with pytest.raises(QuestValueError, match=r"on a CPU with vLLM 0\.32 one of .* but was not tested here"):
+        with pytest.raises(QuestValueError, match=rf"none on device cpu with vLLM 0\.{release[1]}: .* not tested so"):
             check_transfer(server, "cpu", release)
+    tiered = a_transfer("OffloadingConnector", kv_connector_extra_config={"spec_name": "TieringOffloadingSpec"})
+    with pytest.raises(QuestValueError, match="spec_name: got 'TieringOffloadingSpec', expected CPUOffloadingSpec: no"):
+        check_transfer(a_server(additional_config=BOUNDS, kv_transfer_config=tiered), "cuda", (0, 33))
     mixed = {"hf_text_config": SimpleNamespace(layer_types=["full_attention", "sliding_attention"])}
     several = a_server(additional_config=BOUNDS, kv_transfer_config=a_transfer("NixlConnector"), model_config=mixed)
     with pytest.raises(

@@ -18,12 +18,14 @@ from quest_attention.vllm.options import read_options
 
 __all__ = ["check_transfer", "compare_metadata"]
 
-_TESTED = {"NixlConnector": ("cpu",), "NixlPullConnector": ("cpu",)}
-"""Types of devices on which a test showed that metadata goes along. To vLLM the two are one connector."""
-_RELEASES = ((0, 32),)
-"""Of vLLM, in which it did. In 0.25 metadata is padding of a block, of which connectors need not know."""
+_ON_A_CPU, _ON_A_GPU = ("cpu", (0, 32)), ("cuda", (0, 33))
+_TESTED = {"NixlConnector": _ON_A_CPU, "NixlPullConnector": _ON_A_CPU, "OffloadingConnector": _ON_A_GPU}
+"""The type of device, and vLLM's release, with which a test showed that metadata goes along. To vLLM the first two are
+one connector. In 0.25 metadata is padding of a block, of which connectors need not know."""
+_STORE = "CPUOffloadingSpec"
+"""The one of OffloadingConnector's stores with which it did: the host's memory alone."""
 _BY_SLOT = "copies keys and values slot by slot, and leaves page metadata behind"
-_BY_BLOCK = "moves whole blocks, and page metadata in them, but was not tested here"
+_BY_BLOCK = "moves whole blocks, and page metadata in them, but was not tested so"
 _UNKNOWN = "is not known to take page metadata along"
 _WHY = {
     "DecodeBenchConnector": "fills blocks with numbers of its own, and makes no page metadata of them",
@@ -61,12 +63,14 @@ def check_transfer(vllm_config: Any, device: str, release: tuple[int, int]) -> N
     transfer = vllm_config.kv_transfer_config
     if transfer is None:
         return
-    name, argument, known = transfer.kv_connector, "kv_transfer_config", ", ".join(_TESTED)
+    name, argument = transfer.kv_connector, "kv_transfer_config"
     if transfer.kv_connector_module_path:
         path = transfer.kv_connector_module_path
         raise QuestValueError(f"{argument}.kv_connector_module_path", path, f"none: {name} from there {_UNKNOWN}")
-    if device not in _TESTED.get(name, ()) or release not in _RELEASES:
-        wanted = "none" if device != "cpu" else f"none, or on a CPU with vLLM 0.32 one of {known}"
+    if _TESTED.get(name) != (device, release):
+        here = [other for other, tested in _TESTED.items() if tested == (device, release)]
+        running = f"on device {device} with vLLM {release[0]}.{release[1]}"
+        wanted = f"none, or {running} one of {', '.join(here)}" if here else f"none {running}"
         raise QuestValueError(argument, name, f"{wanted}: {name} {_WHY.get(name, _UNKNOWN)}")
     others = None if vllm_config.model_config is None else other_layers(vllm_config.model_config)
     if others is not None:
@@ -76,6 +80,8 @@ def check_transfer(vllm_config: Any, device: str, release: tuple[int, int]) -> N
         raise QuestValueError(
             "kv_transfer_config.enable_permute_local_kv", True, "False: page metadata has no such axes to permute"
         )
+    if name == "OffloadingConnector" and extra.get("spec_name", _STORE) != _STORE:
+        raise QuestValueError(f"{_EXTRA}.spec_name", extra["spec_name"], f"{_STORE}: no other store was tested")
     if extra.get("bidirectional_kv_xfer"):
         raise QuestValueError(f"{_EXTRA}.bidirectional_kv_xfer", True, "False: blocks that go back were not tested")
     if not extra.get(_HANDSHAKE, True):
