@@ -215,6 +215,15 @@ def test_offload_gpu(tmp_path: Path) -> None:
     assert [row["own"] for row in rows[1:3]] == [0.0, 1.0] and rows[1]["hot_tokens"] == 240
 
 
+def test_prompt_gpu(tmp_path: Path) -> None:
+    output = tmp_path / "prompt.json"
+    few = ("--model", "tiny", "--device", "cpu", "--contexts", "300", "--chunks", "100", "--reads", "bounds@128")
+    run("benchmarks/prompt_gpu.py", *few, "--arms", "stock,quest", "--output", str(output))
+    rows = json.loads(output.read_text(encoding="utf-8"))["rows"]
+    assert [(row["arm"], row["chunk"]) for row in rows] == [("stock", 100), ("quest", 100)]
+    assert all(row["seconds"]["p50"] > 0 for row in rows)
+
+
 def test_offload_gpu_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     offload = importlib.import_module("offload_gpu")
