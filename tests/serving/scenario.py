@@ -896,6 +896,7 @@ def offloading() -> dict[str, Any]:
     from quest_attention.vllm import transfers
 
     transfers._TESTED = {"OffloadingConnector": transfers._ON_A_CPU}
+    transfers._STORE = "CopyingSpec"
     pool = {"num_gpu_blocks_override": 65, "max_model_len": 1024}  # prompts of two batches do not fit together
     oracle = {"worker_extension_cls": "moved_blocks.OffloadingOracle"}
     found = {}
