@@ -22,7 +22,6 @@ from tiny import generate, make_llama, prompt
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.filterwarnings("ignore:Warning. Profiler clears events"),  # newer torch says so of every profile
     pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
 ]
