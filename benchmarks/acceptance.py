@@ -2,10 +2,11 @@
 
     python benchmarks/acceptance.py --model smollm2.gguf --books books --context 7680 --output acceptance.json
 
-A text is read by dense attention up to a place. From there Quest drafts eight tokens, each by a sparse step, and the
-model checks them in one dense pass, as lossless decoding does; how many it accepts is noted. Then drafts and check are
-taken back, the text goes on by some of its own tokens, and the next eight are drafted. So the text before a draft is
-always one that people, or the model itself, wrote, and not what a small model repeats when it is left alone.
+A text is read by dense attention up to a place. From there Quest drafts eight tokens by sparse steps, all over what the
+first of them chose, and the model checks them in one dense pass, as lossless decoding does; how many it accepts is
+noted. Then drafts and check are taken back, the text goes on by some of its own tokens, and the next eight are drafted.
+So the text before a draft is always one that people, or the model itself, wrote, and not what a small model repeats
+when it is left alone.
 
     book    held-out books, `--books`
     code    the source of Python's standard library, of the Python that runs this
@@ -122,9 +123,12 @@ def read_text(
 
 def accepted_from(model: Any, cache: QuestCache, token: int, *, does_sample: bool) -> int:
     """Draft from the newest token, which the cache does not hold, check, and take both back [tokens]."""
-    length = cache.get_seq_length()
+    length, rows = cache.get_seq_length(), cache.rows
+    assert rows is not None, "a lossless cache"
     fed, drafts, drafted_by = torch.tensor([[token]], device=model.device), [], []
-    for _ in range(DRAFTS):
+    for nth in range(DRAFTS):
+        start = length + nth
+        rows.begin([start], torch.tensor([start + 1], device=model.device), is_drafting=True, nth=nth)
         scores = model(fed, **cache_argument(cache), use_cache=True).logits[:, -1].float()
         if does_sample:
             drafted_by.append(scores.softmax(-1))
@@ -132,6 +136,7 @@ def accepted_from(model: Any, cache: QuestCache, token: int, *, does_sample: boo
         else:
             fed = scores.argmax(-1, keepdim=True)
         drafts.append(fed)
+    rows.end()
     cache.crop(length - cache.get_seq_length())
     found = torch.cat(drafts, dim=1)  # [1, DRAFTS]
     first = torch.tensor([[token]], device=model.device)
@@ -145,7 +150,7 @@ def accepted_from(model: Any, cache: QuestCache, token: int, *, does_sample: boo
 def measure(model: Any, source: Any, text: list[int], config: QuestConfig, starts: int) -> dict[str, list[int]]:
     """Drafts accepted from each place of a text that goes on after what `source` holds, greedy and sampled."""
     found: dict[str, list[int]] = {"greedy": [], "sampled": []}
-    with enable_quest(model, config, cuda_graphs=False) as quest:
+    with enable_quest(model, config, lossless=True, cuda_graphs=False) as quest:
         cache = quest.make_cache(source.get_seq_length() + len(text) + DRAFTS + 1)
         copy_cache(source, cache)
         for place in range(0, starts * STRIDE, STRIDE):

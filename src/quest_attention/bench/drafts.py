@@ -21,6 +21,8 @@ __all__ = ["Acceptance", "imposed_acceptance", "measured_acceptance", "time_roun
 
 _FIRST_ROUNDS = 8
 """Not counted: they allocate, are captured, and find out what steps take."""
+_EVEN = (5**0.5 - 1) / 2
+"""Golden ratio: its multiples fill the interval from 0 to 1 evenly, so that few draws have the shares of many."""
 
 
 class Acceptance(NamedTuple):
@@ -58,20 +60,23 @@ def measured_acceptance(path: Path, *, text: str, arm: str) -> Acceptance:
 def imposed_acceptance(shares: Sequence[float], seed: int) -> Iterator[None]:
     """Let checks accept as many drafts as a measurement says, whatever they are: random weights seldom agree.
 
-    Everything else runs as it would: a row of a batch accepts a number of its own, drawn for it.
+    Everything else runs as it would: a row of a batch accepts a number of its own. Numbers follow one another as draws
+    of a low discrepancy, so that also few checks accept what the shares say.
 
     Args:
         shares: Of checks that accept so many drafts at least, from one draft on.
-        seed: Of the draws.
+        seed: Of the first draw.
     """
-    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.rand(1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     module: Any = drafting
     before = module.accept_likeliest
 
     def accept(drafts: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        at_least = torch.tensor(list(shares[: drafts.shape[1]]))
-        drawn = torch.rand(len(drafts), 1, generator=generator)
-        accepted = (drawn < at_least).sum(1).to(scores.device)
+        nonlocal drawn
+        at_least = torch.tensor(list(shares[: drafts.shape[1]]), dtype=torch.float64)
+        rows = (drawn + _EVEN * torch.arange(1, len(drafts) + 1)) % 1
+        drawn = rows[-1:]
+        accepted = (rows[:, None] < at_least).sum(1).to(scores.device)
         return accepted, scores.argmax(-1).gather(1, accepted[:, None])[:, 0]
 
     module.accept_likeliest = accept

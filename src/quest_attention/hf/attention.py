@@ -153,11 +153,15 @@ def _attend(
     with nullcontext() if autocast is None else torch.autocast(query.device.type, enabled=False):
         mask = None if attention_mask is None else _token_mask(attention_mask)
         rows = query[:, :, 0].to(layer.storage.dtype)
-        step = layer.storage.decode(rows, layer.seq_lens, **options, token_mask=mask)
+        since = layer.tokens_since_choice
+        step = layer.decode(rows, layer.seq_lens, **options, token_mask=mask)
     # Nothing padded: every sequence is past the budget. Otherwise the device knows, and is not asked.
     units = batch * layer.config.unit_budget if attention_mask is None else step.selected.units_read
-    layer.counter.count_sparse(units * layer.config.unit_size, batch * layer.tokens_held, batch * layer.keys_ranked)
-    layer.report(step.selected, query, key, **kwargs)
+    read = units * layer.config.unit_size + batch * since
+    ranked = batch * (0 if since else layer.keys_ranked)
+    layer.counter.count_sparse(read, batch * layer.tokens_held, ranked)
+    if layer.has_listeners:
+        layer.report(step.selected.within(layer.seq_lens), query, key, **kwargs)
     return step.output[:, None].to(autocast or query.dtype), None
 
 
@@ -214,7 +218,7 @@ def _attend_captured(layer: QuestLayer, lengths: Tensor, query: Tensor, options:
         pages = storage.every_page
         output, _ = sparse_decode_attention(rows, storage.paged, lengths, pages, **options, backend=backend)
     else:
-        output, _ = storage.decode(rows, lengths, **options)
+        output, _ = layer.decode(rows, lengths, **options)
     return output[:, None].to(query.dtype)
 
 

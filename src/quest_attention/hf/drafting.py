@@ -41,7 +41,8 @@ class Drafting:
 
     A round feeds the newest token, which is not in the cache yet:
 
-        draft   K sparse steps of a token each; their keys and values are Quest's
+        draft   K sparse steps of a token each; their keys and values are Quest's. The first chooses for all, and one
+                more where they are many
         check   a dense pass over the newest token and the K drafts, whose keys and values take the place of those
         settle  each row keeps the drafts that its own check lets stay, and has one more token from the check
 
@@ -182,7 +183,7 @@ class Drafting:
         rows = self._cache.rows
         assert rows is not None, "a lossless cache"
         ahead = self._held_there + (nth + torch.arange(count, device=device))  # [B, T]
-        rows.begin(starts, ahead[:, -1] + 1, is_drafting=is_drafting)
+        rows.begin(starts, ahead[:, -1] + 1, is_drafting=is_drafting, nth=nth)
         mask = None
         if rows.ends is not None or self._mask is not None or count > 1:
             mask = self._mask_of(ahead, max(starts) + count)

@@ -34,8 +34,8 @@ _WARMUPS = 2
 """Eager runs before a capture: kernels are compiled and libraries make their handles, which a capture forbids."""
 _MOST_GRAPHS = 4
 """Caches that have graphs at a time; with more in turn, capturing would cost more than it spares."""
-_MOST_KINDS = 10
-"""Graphs of a cache: one of a decode step, where decoding is lossless one of each number of tokens in a check."""
+_MOST_KINDS = 11
+"""Graphs of a cache: one of a decode step; where decoding is lossless two, and one of each number of checked tokens."""
 _TOO_MANY = f"a pass of more than {MOST_QUERY_TOKENS} tokens, which is no check of drafts"
 """Why a pass has no graph that is a check only to `Reading`: kernels attend to no more at a time."""
 
@@ -48,12 +48,14 @@ class _Pass(NamedTuple):
         new: Tokens of each sequence that it writes [tokens].
         reading: What layers read that may choose: `SPARSE`, or `CHECK` with several tokens or one.
         ends: Tokens of each sequence with it, `[B]` int32 on the device [tokens]; None where all are alike.
+        chooses: Whether it chooses what it reads, if it is sparse; otherwise a draft before it did.
     """
 
     starts: tuple[int, ...]
     new: int
     reading: Reading
     ends: Tensor | None = None
+    chooses: bool = True
 
     @property
     def length(self) -> int:
@@ -61,9 +63,9 @@ class _Pass(NamedTuple):
         return max(self.starts)
 
     @property
-    def kind(self) -> tuple[int, Reading]:
+    def kind(self) -> tuple[int, Reading, bool]:
         """What one graph serves: any lengths, which it reads on the device."""
-        return self.new, self.reading
+        return self.new, self.reading, self.chooses
 
     def set_ends(self, lengths: Tensor) -> None:
         """Write to `[B]` int32 how long the sequences are with it."""
@@ -102,7 +104,7 @@ class DecodeGraphs:
         # A model of somebody's own may know the older name alone, and leave a cache by the other unused.
         self._cache_name = next((name for name in CACHE_NAMES if name in self._names), CACHE)
         self._devices = {parameter.device for parameter in model.parameters()}
-        self._graphs: weakref.WeakKeyDictionary[QuestCache, dict[tuple[int, Reading], _CapturedStep]] = (
+        self._graphs: weakref.WeakKeyDictionary[QuestCache, dict[tuple[int, Reading, bool], _CapturedStep]] = (
             weakref.WeakKeyDictionary()
         )
         self._takes: weakref.WeakKeyDictionary[QuestCache, _CapturedTake] = weakref.WeakKeyDictionary()
@@ -121,10 +123,10 @@ class DecodeGraphs:
             is_drafting = cache.rows is not None and cache.rows.lengths is not None
             if reading is not Reading.SPARSE and not (is_drafting and reading is Reading.CHECK):
                 return self._forward(*args, **kwargs)
-            starts, ends = (cache.get_seq_length(),) * ids.shape[0], None
+            starts, ends, chooses = (cache.get_seq_length(),) * ids.shape[0], None, True
             if cache.rows is not None and cache.rows.lengths is not None:
-                starts, ends = cache.rows.lengths, cache.rows.ends
-            step = _Pass(starts, ids.shape[1], reading, ends)
+                starts, ends, chooses = cache.rows.lengths, cache.rows.ends, not cache.rows.drafts_since
+            step = _Pass(starts, ids.shape[1], reading, ends, chooses)
             with self._lock:
                 # What follows the end of a row is fed at once, for whoever keeps the cache.
                 reason = _TOO_MANY if step.new > MOST_QUERY_TOKENS else self._why_not(cache, step, given)

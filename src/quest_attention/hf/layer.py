@@ -21,6 +21,7 @@ from quest_attention.hf.storage import KVStorage
 from quest_attention.hf.stored import StoredLayer
 from quest_attention.hf.tokens import check_alike, check_fits, refuse_gradients
 from quest_attention.hf.workspaces import Workspaces
+from quest_attention.ops import QuestOutput
 from quest_attention.pages import num_pages
 
 __all__ = ["GROWTH", "LAYER_ATTRIBUTE", "QuestLayer", "StorageDtypeError"]
@@ -206,6 +207,24 @@ class QuestLayer(StepReporter, StoredLayer):
         else:
             storage.append(keys.to(storage.dtype), values.to(storage.dtype), rows.ends)
 
+    @property
+    def tokens_since_choice(self) -> int:
+        """Tokens of a sequence since the step that chose what this one reads; 0 where it chooses itself [tokens]."""
+        if self.rows is None or self.storage is None or not self.storage.has_kept:
+            return 0
+        return self.rows.drafts_since
+
+    def decode(self, query: Tensor, seq_lens: Tensor | int, **options: Any) -> QuestOutput:
+        """A sparse step: of a draft that is not the first, over what that one chose. See `KVStorage.decode`."""
+        storage = self.storage
+        assert storage is not None, "storage allocated"
+        if self.tokens_since_choice:
+            return storage.attend_to_kept(query, seq_lens, **options)
+        step = storage.decode(query, seq_lens, **options)
+        if self.rows is not None:
+            storage.keep(step.selected, seq_lens)
+        return step
+
     def settle(self, length: int) -> None:
         """The longest sequence keeps so many tokens [tokens]."""
         self._length = length
@@ -261,4 +280,5 @@ class QuestLayer(StepReporter, StoredLayer):
         self._begin(self._reading_of(new, self._length), new)
         self.count_attention(batch)
         if self.reading is Reading.SPARSE:
-            self.counter.count_sparse(batch * self.config.unit_budget * self.config.unit_size, batch * self.tokens_held)
+            read = self.config.unit_budget * self.config.unit_size + self.tokens_since_choice
+            self.counter.count_sparse(batch * read, batch * self.tokens_held)

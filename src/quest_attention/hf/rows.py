@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quest_attention.hf.reading import Reading
+from quest_attention.hf.storage import KEPT_TOKENS
 
 __all__ = ["RowLengths"]
 
@@ -22,6 +23,7 @@ class RowLengths:
     Attributes:
         lengths: Tokens of each sequence before the pass, B of them [tokens]; None outside.
         is_drafting: Whether the tokens of the pass are drafts, and Quest may choose what it reads.
+        drafts_since: Drafts since the one that chose what this one reads; 0 where the pass chooses itself [tokens].
         ends: Tokens of each sequence with those of the pass, `[B]` int32 on the device [tokens]; None where all are
             alike, which `lengths` then says.
         padding: `[B, T]` bool, False where the prompt has padding; None where nothing is padded.
@@ -30,18 +32,23 @@ class RowLengths:
     def __init__(self) -> None:
         self.lengths: tuple[int, ...] | None = None
         self.is_drafting = False
+        self.drafts_since = 0
         self.ends: Tensor | None = None
         self.padding: Tensor | None = None
 
-    def begin(self, lengths: Sequence[int], ends: Tensor, *, is_drafting: bool) -> None:
-        """The next pass takes rows from `lengths` to `ends`, the former for the host, the latter `[B]` [tokens]."""
+    def begin(self, lengths: Sequence[int], ends: Tensor, *, is_drafting: bool, nth: int = 0) -> None:
+        """The next pass takes rows from `lengths` to `ends`, the former for the host, the latter `[B]` [tokens].
+
+        A draft, the `nth` of its round from 0 on, chooses what it reads or reads what one shortly before it chose.
+        """
         self.lengths = tuple(lengths)
         self.is_drafting = is_drafting
+        self.drafts_since = nth % (KEPT_TOKENS + 1) if is_drafting else 0
         self.ends = None if len(set(self.lengths)) == 1 else ends.to(torch.int32)
 
     def end(self) -> None:
         """No pass is open: rows are alike again, or soon will be."""
-        self.lengths, self.ends, self.padding, self.is_drafting = None, None, None, False
+        self.lengths, self.ends, self.padding, self.is_drafting, self.drafts_since = None, None, None, False, 0
 
     def reading_of(self, new: int, length: int, token_budget: int, *, is_dense: bool = False) -> Reading:
         """As `Reading.of`, but whole unless tokens are drafted."""

@@ -13,10 +13,21 @@ from quest_attention.config import QuestConfig
 from quest_attention.forms import FP8, Bounds, as_bits, form_of, metadata_dtype, round_near
 from quest_attention.hf.held_memory import HeldMemory, bytes_of
 from quest_attention.hf.workspaces import Workspaces
-from quest_attention.ops import QuestOutput, Selection, Workspace, append_token, quest_decode, update_page_metadata
+from quest_attention.ops import (
+    QuestOutput,
+    Selection,
+    Workspace,
+    append_token,
+    quest_decode,
+    sparse_decode_attention,
+    update_page_metadata,
+)
 from quest_attention.pages import PagedKV, num_pages
 
-__all__ = ["KVStorage"]
+__all__ = ["KEPT_TOKENS", "KVStorage"]
+
+KEPT_TOKENS = 7
+"""Tokens after the step that chose, which read what it chose: docs/speed.md has what that does to drafts [tokens]."""
 
 
 class KVStorage:
@@ -75,6 +86,9 @@ class KVStorage:
         self._every_page: Selection | None = None
         self._scratch: dict[int, Workspace | None] = {}
         self._positions: Tensor | None = None
+        self._kept: Selection | None = None
+        self._ahead: Tensor | None = None
+        self._kept_slots: tuple[int, int] | None = None
 
     def _empty(self, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory for keys or values."""
@@ -177,6 +191,58 @@ class KVStorage:
         """
         workspace = self.workspace(query.shape[1])
         return quest_decode(query, self.paged, seq_lens, self._config, **options, workspace=workspace)
+
+    @property
+    def has_kept(self) -> bool:
+        """Whether a step's choice is kept."""
+        return self._kept is not None
+
+    def keep(self, selected: Selection, seq_lens: Tensor | int) -> None:
+        """Copy what a step chose, for the `KEPT_TOKENS` after it, with the units that these will be in.
+
+        Their memory is made once, since a captured graph holds its address.
+
+        Args:
+            selected: What it chose, the unit of its own token among it.
+            seq_lens: Tokens per sequence, with the step's own [tokens].
+        """
+        size, (batch, heads, slots) = selected.unit_size, selected.units.shape
+        ahead = num_pages(KEPT_TOKENS, size)
+        if self._kept is None:
+            device, most = selected.units.device, self._config.unit_budget + 1  # padding may shift a unit
+            with torch.inference_mode(False):
+                units = torch.full((batch, heads, most + ahead), -1, dtype=torch.int32, device=device)
+                self._kept = Selection(units, torch.zeros(batch, heads, dtype=torch.int32, device=device), size)
+                self._ahead = torch.arange(1, ahead + 1, dtype=torch.int32, device=device)
+        kept, nth = self._kept, self._ahead
+        assert nth is not None, "made with it"
+        last = (seq_lens - 1) // size
+        kept.units[:, :, :slots] = selected.units
+        kept.units[:, :, slots : slots + ahead] = nth + (last[:, None, None] if isinstance(last, Tensor) else last)
+        kept.units[:, :, slots + ahead :] = -1
+        kept.counts.copy_(selected.counts)
+        # Elsewhere a replayed step would not say so, and attention masks what it reads anyway.
+        is_here = selected.units.device.type == "cpu"
+        self._kept_slots = None if isinstance(last, Tensor) or not is_here else (slots, last)
+
+    def attend_to_kept(self, query: Tensor, seq_lens: Tensor | int, **options: Any) -> QuestOutput:
+        """A step that reads what is kept and the tokens since then, and chooses nothing.
+
+        Args:
+            query: `[B, HQ, D]`, in `dtype`.
+            seq_lens: Tokens per sequence, at most `KEPT_TOKENS` more than when it was chosen [tokens].
+            **options: As `decode` takes them.
+        """
+        kept = self._kept
+        assert kept is not None, "a step before kept it"
+        if self._kept_slots is not None and isinstance(seq_lens, int):
+            # Without units that no token is in yet, which would have to be masked.
+            slots, last = self._kept_slots
+            used = slots + (seq_lens - 1) // kept.unit_size - last
+            kept = kept._replace(units=kept.units[:, :, :used])
+        backend = self._config.backend
+        output, _ = sparse_decode_attention(query, self.paged, seq_lens, kept, **options, backend=backend)
+        return QuestOutput(output, kept)
 
     def write(self, keys: Tensor, values: Tensor, start: int) -> None:
         """Write the tokens from `start` on, and take them into the metadata of their pages.

@@ -31,6 +31,16 @@ class Selection(NamedTuple):
     counts: Tensor
     unit_size: int
 
+    def within(self, seq_lens: Tensor | int) -> Selection:
+        """The same without units in which no token is yet: -1 stands in their slots.
+
+        Args:
+            seq_lens: `[B]` on the device, or the length of every sequence [tokens].
+        """
+        ends = (seq_lens + self.unit_size - 1) // self.unit_size
+        ends = ends[:, None, None] if isinstance(ends, Tensor) else ends
+        return self._replace(units=self.units.masked_fill(self.units >= ends, -1))
+
     @property
     def units_read(self) -> Tensor:
         """Units of all sequences per KV head: the mean over KV heads, rounded down, `[]` on the device [units]."""
