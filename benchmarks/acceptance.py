@@ -2,11 +2,11 @@
 
     python benchmarks/acceptance.py --model smollm2.gguf --books books --context 7680 --output acceptance.json
 
-A text is read by dense attention up to a place. From there Quest drafts eight tokens by sparse steps, all over what the
-first of them chose, and the model checks them in one dense pass, as lossless decoding does; how many it accepts is
-noted. Then drafts and check are taken back, the text goes on by some of its own tokens, and the next eight are drafted.
-So the text before a draft is always one that people, or the model itself, wrote, and not what a small model repeats
-when it is left alone.
+A text is read by dense attention up to a place. From there Quest drafts eight tokens by sparse steps, and the model
+checks them in one dense pass, as lossless decoding does; how many it accepts is noted. Then drafts and check are taken
+back, the text goes on by some of its own tokens, and the next eight are drafted. So the text before a draft is always
+one that people, or the model itself, wrote, and not what a small model repeats when it is left alone. All drafts of a
+place read what the first of them chose, as in `generate()`; with `--choosing draft` each chooses, as in vLLM.
 
     book    held-out books, `--books`
     code    the source of Python's standard library, of the Python that runs this
@@ -40,6 +40,7 @@ from quest_attention import QuestCache, QuestConfig, enable_quest
 from quest_attention.bench.record import write_record
 from quest_attention.cli.app import split_list
 from quest_attention.cli.loading import LoadedModel, load_model
+from quest_attention.errors import QuestValueError
 from quest_attention.eval.context import copy_cache, read_context
 from quest_attention.eval.frame import chat_frame, start_tokens
 from quest_attention.eval.methods import make_method
@@ -51,6 +52,7 @@ DRAFTS = 8
 STRIDE = 6
 """Tokens of the text from one place to the next, at least two: a single one would be a sparse step [tokens]."""
 KINDS = ("book", "code", "chat")
+CHOOSING = ("round", "draft")
 QUESTION = "\n\nTell me what happens in this part of the book, and who is in it.\n"
 
 
@@ -121,14 +123,15 @@ def read_text(
     return source, write_on(loaded.model, source, read, length) if text is None else text
 
 
-def accepted_from(model: Any, cache: QuestCache, token: int, *, does_sample: bool) -> int:
+def accepted_from(model: Any, cache: QuestCache, token: int, *, does_sample: bool, chooses_once: bool) -> int:
     """Draft from the newest token, which the cache does not hold, check, and take both back [tokens]."""
     length, rows = cache.get_seq_length(), cache.rows
     assert rows is not None, "a lossless cache"
     fed, drafts, drafted_by = torch.tensor([[token]], device=model.device), [], []
     for nth in range(DRAFTS):
         start = length + nth
-        rows.begin([start], torch.tensor([start + 1], device=model.device), is_drafting=True, nth=nth)
+        end = torch.tensor([start + 1], device=model.device)
+        rows.begin([start], end, is_drafting=True, nth=nth if chooses_once else 0)
         scores = model(fed, **cache_argument(cache), use_cache=True).logits[:, -1].float()
         if does_sample:
             drafted_by.append(scores.softmax(-1))
@@ -147,7 +150,9 @@ def accepted_from(model: Any, cache: QuestCache, token: int, *, does_sample: boo
     return int(accept_likeliest(found, checked)[0])
 
 
-def measure(model: Any, source: Any, text: list[int], config: QuestConfig, starts: int) -> dict[str, list[int]]:
+def measure(
+    model: Any, source: Any, text: list[int], config: QuestConfig, starts: int, *, chooses_once: bool
+) -> dict[str, list[int]]:
     """Drafts accepted from each place of a text that goes on after what `source` holds, greedy and sampled."""
     found: dict[str, list[int]] = {"greedy": [], "sampled": []}
     with enable_quest(model, config, lossless=True, cuda_graphs=False) as quest:
@@ -155,7 +160,9 @@ def measure(model: Any, source: Any, text: list[int], config: QuestConfig, start
         copy_cache(source, cache)
         for place in range(0, starts * STRIDE, STRIDE):
             for mode, accepted in found.items():
-                accepted.append(accepted_from(model, cache, text[place], does_sample=mode == "sampled"))
+                is_drawn = mode == "sampled"
+                count = accepted_from(model, cache, text[place], does_sample=is_drawn, chooses_once=chooses_once)
+                accepted.append(count)
             ahead = torch.tensor([text[place : place + STRIDE]], device=model.device)
             model(ahead, **cache_argument(cache), use_cache=True, logits_to_keep=1)
         assert quest.counters.sparse_steps > 0, "drafts are sparse steps"
@@ -187,6 +194,7 @@ def main(
     texts: Annotated[int, typer.Option(help="Texts of each kind.", min=1)] = 1,
     places: Annotated[int, typer.Option(help="Places of each text to draft from.", min=1)] = 32,
     dense_layers: Annotated[int, typer.Option(help="Leading layers that drafts read whole.", min=0)] = 2,
+    choosing: Annotated[str, typer.Option(help="What chooses: each round once, or each draft.")] = CHOOSING[0],
     dtype: Annotated[str, typer.Option(help="Of the weights.")] = "auto",
     device: Annotated[str, typer.Option(help="Where to run.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of texts and draws.")] = 0,
@@ -194,6 +202,8 @@ def main(
 ) -> None:
     """Measure the acceptance of drafted tokens."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if choosing not in CHOOSING:
+        raise QuestValueError("choosing", choosing, f"one of {', '.join(CHOOSING)}")
     loaded = load_model(model or None, device=device, dtype=dtype)
     runner: Any = loaded.model
     names = split_list(arms)
@@ -206,7 +216,8 @@ def main(
                 torch.manual_seed(seed + number)
                 source, text = read_text(loaded, kind, books, context, places * STRIDE, seed + number)
                 for arm in names:
-                    counts = measure(runner, source, text, config_of(arm, dense_layers), places)
+                    config = config_of(arm, dense_layers)
+                    counts = measure(runner, source, text, config, places, chooses_once=choosing == "round")
                     for mode, accepted in counts.items():
                         found.setdefault((arm, mode), []).extend(accepted)
                 del source
@@ -221,6 +232,7 @@ def main(
                     "texts": texts,
                     "places": places,
                     "num_dense_layers": dense_layers,
+                    "choosing": choosing,
                     "dtype": str(runner.dtype),
                     "temperature": 1.0,
                     "seed": seed,
