@@ -155,7 +155,7 @@ def measure(
 ) -> dict[str, list[int]]:
     """Drafts accepted from each place of a text that goes on after what `source` holds, greedy and sampled."""
     found: dict[str, list[int]] = {"greedy": [], "sampled": []}
-    with enable_quest(model, config, lossless=True, cuda_graphs=False) as quest:
+    with enable_quest(model, config, lossless=True) as quest:
         cache = quest.make_cache(source.get_seq_length() + len(text) + DRAFTS + 1)
         copy_cache(source, cache)
         for place in range(0, starts * STRIDE, STRIDE):
