@@ -15,31 +15,34 @@ from marks import DOCS, fill_page
 from tables_gpu import RESULTS, Rows, as_markdown, load
 
 MEASURED = (
-    "acceptance_smollm2.json", "acceptance_smollm2_no_dense_layers.json", "acceptance_qwen.json",
-    "acceptance_qwen_code_chat.json",
+    "acceptance_smollm2.json", "acceptance_smollm2_no_dense_layers.json", "acceptance_smollm2_each_draft.json",
+    "acceptance_qwen.json", "acceptance_qwen_code_chat.json",
 )  # fmt: skip
+CHOOSING = {"round": "the first", "draft": "each"}
 DRAFTS = (1, 2, 4, 8)
 ARMS = ("dynamic", "written", "lossless-2", "lossless-0")
 HEAD = ("dtype", "context", "DynamicCache + sdpa", "ours, dense", "lossless, 2 dense layers", "lossless, none")
 
 
 def acceptance_table(rows: Rows) -> str:
-    """Tokens that a check gives, its own included, by the number of drafts; of rows with the dense layers of drafts."""
+    """Tokens that a check gives, its own included, by the number of drafts; of rows with what is said of their drafts."""
     cells = []
     for row in rows:
         form, _, budget = row["arm"].partition("@")
         counts = [f"{row['tokens_a_check'][drafts - 1]:.2f}" for drafts in DRAFTS]
         of_text = (row["model"], f"{row['context']:,}", row["text"])
-        what = (*of_text, form, f"{int(budget):,}", str(row["dense_layers"]), row["drafts"])
+        what = (*of_text, form, f"{int(budget):,}", str(row["dense_layers"]), CHOOSING[row["choosing"]], row["drafts"])
         cells.append([*what, str(row["places"]), *counts])
-    head = ("model", "context", "text", "chosen by", "budget", "dense layers", "tokens are", "places")
+    head = ("model", "context", "text", "chosen by", "budget", "dense layers", "chooses", "tokens are", "places")
     return as_markdown((*head, *(f"{drafts} draft{'s'[: drafts > 1]}" for drafts in DRAFTS)), cells)
 
 
 def measured(name: str) -> Rows:
-    """The rows of a measurement, each with the dense layers of its drafts."""
-    dense_layers = json.loads((RESULTS / name).read_text(encoding="utf-8"))["settings"]["num_dense_layers"]
-    return [row | {"dense_layers": dense_layers} for row in load(name)]
+    """The rows of a measurement, each with the dense layers of its drafts, and which of these choose."""
+    settings = json.loads((RESULTS / name).read_text(encoding="utf-8"))["settings"]
+    # Records of before there was another way do not say that each draft chose.
+    said = {"dense_layers": settings["num_dense_layers"], "choosing": settings.get("choosing", "draft")}
+    return [row | said for row in load(name)]
 
 
 def cpu_table(rows: Rows) -> str:

@@ -1,4 +1,4 @@
-"""Print the tables of docs/offload.md, from the results of `hit_rates.py`, `layer_ahead.py` and `offload_gpu.py`.
+"""Print the tables of docs/offload.md, from the results of the benchmarks that the page names.
 
     python benchmarks/tables_offload.py --fill
 
@@ -15,8 +15,8 @@ from tables_gpu import Rows, as_markdown, load, origin
 
 HIT_RATES = ("hit_rates_smollm2.json", "hit_rates_qwen.json")
 AHEAD = ("layer_ahead_smollm2.json", "layer_ahead_qwen.json")
-TIMES = "offload_gpu.json"
-
+TIMES = ("offload_gpu.json", "offload_gpu_sketch_512k.json", "offload_gpu_fp8_1m.json")
+PROMPTS = "prompt_gpu.json"
 
 ARMS = {
     "quest": "on the card",
@@ -24,6 +24,7 @@ ARMS = {
     "all": "in host memory, everything read",
     "stock-offload": "transformers' offloaded cache",
 }
+PROMPT_ARMS = {"stock": "transformers'", "quest": "Quest's, on the card", "offload": "Quest's, in host memory"}
 
 
 def what_of(row: dict[str, object]) -> tuple[str, ...]:
@@ -62,16 +63,31 @@ def ahead_table(rows: Rows) -> str:
 
 def times_table(rows: Rows) -> str:
     """Milliseconds of a token of each arm, by the hits that came, and what the bus brought for it."""
+    on_card = {(row["context"], row["reads"]): row["ms"]["p50"] for row in rows if row["arm"] == "quest"}
     cells = []
     for row in rows:
         what = chosen_of(row["reads"]) if row["arm"] in ("quest", "offload") else ("", "")
         hits = f"{100 * row['fetches']['hit_rate']:.0f} %" if "fetches" in row else ""
         moved = f"{row['mib_a_token']:.1f}" if "mib_a_token" in row else ""
         hot = f"{row['hot_tokens']:,}" if "hot_tokens" in row else ""
-        times = f"{row['ms']['p50']:.2f}", f"{row['ratio_to_quest']:.2f}x"
-        cells.append([f"{row['context'] // 1024}K", *what, ARMS[row["arm"]], hot, hits, moved, *times])
+        ms = row["ms"]["p50"]
+        times = f"{ms:.2f}", f"{ms / on_card[row['context'], row['reads']]:.2f}x"
+        where = f"{row['context'] // 1024}K" + {"auto": "", "fp8": " in 8 bits"}[row["stored"]]
+        cells.append([where, *what, ARMS[row["arm"]], hot, hits, moved, *times])
     head = ("context", "chosen by", "budget", "arm", "hot tokens", "hits", "MiB a token", "ms a token", "to Quest's")
     return as_markdown(head, cells)
+
+
+def prompts_table(rows: Rows) -> str:
+    """Seconds to the first token, and memory of the card at the peak above the weights."""
+    cells = [
+        [
+            f"{row['context'] // 1024}K", f"{row['chunk']:,}", PROMPT_ARMS[row["arm"]],
+            f"{row['seconds']['p50']:.1f}", f"{row['peak_bytes'] / 2**30:.1f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return as_markdown(("prompt", "chunks of", "cache", "seconds to the first token", "GiB at the peak"), cells)
 
 
 def main(
@@ -82,7 +98,8 @@ def main(
     """Print the tables, or put them into the page."""
     tables = {
         "hits": hits_table([row for name in HIT_RATES for row in load(name)]),
-        "times": f"{times_table(load(TIMES))}\n\n{origin(TIMES)}.",
+        "times": f"{times_table([row for name in TIMES for row in load(name)])}\n\n{'; '.join(map(origin, TIMES))}.",
+        "prompts": f"{prompts_table(load(PROMPTS))}\n\n{origin(PROMPTS)}.",
         "ahead": ahead_table([row for name in AHEAD for row in load(name)]),
     }
     if fill:

@@ -24,9 +24,9 @@ def headings(arms: list[str]) -> list[str]:
         return ["Quest"]
     called = []
     for arm in arms:
-        kind, budget, *dtype = arm.split("-")
-        kept = {"quest": "bounds", "sketch": "sketch"}[kind] + (" in 8 bits" if dtype else "")
-        called.append(f"{kept}, {int(budget):,}")
+        kind, budget, *more = arm.split("-")
+        kept = {"quest": "bounds", "sketch": "sketch"}[kind] + (" in 8 bits" if more == ["fp8"] else "")
+        called.append(f"{kept}, {int(budget):,}" + (f", {more[1]} drafts" if more[:1] == ["lossless"] else ""))
     return called
 
 
@@ -60,7 +60,7 @@ def stock_table(rows: Rows) -> str:
 
 def tables() -> list[str]:
     """All tables of docs/vllm.md, in order."""
-    names = ("_sketch", "_fp8_bounds", "_fp8_weights", "_fp8_kv", "_tp2", "_cpu")
+    names = ("_sketch", "_lossless", "_fp8_bounds", "_fp8_weights", "_fp8_kv", "_tp2", "_cpu")
     served = [latency_table(load(f"serve_vllm{name}.json")) for name in names]
     return [latency_table(load("serve_vllm.json")), stock_table(load("stock_gpu.json")), *served]
 
