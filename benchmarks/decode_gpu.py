@@ -94,8 +94,8 @@ LOSSLESS_CASES = (
     *(Case("llama-3.1-8b", batch, length, LOSSLESS_ARMS) for batch, length in ((4, 32768), (1, 131072), (4, 131072))),
     *(Case("tiny", batch, 600, ("dense", "lossless-512")) for batch in (1, 2)),
 )
-LOSSLESS_TOKENS = 600
-"""That a sequence writes: with fewer, the end of a text, where nothing is drafted, is much of it."""
+LOSSLESS_TIMES = 25
+"""Times the counted tokens that lossless arms write: of a short text the end, where nothing is drafted, is much."""
 PREFILL_LENGTHS = (8192, 32768)
 
 
@@ -137,7 +137,7 @@ def cases_of(model: str, longest: int, cases: tuple[Case, ...] | None = None) ->
     ]
 
 
-def imposed_by(acceptance: Path | None, accepted_as: str, drafts: int) -> dict[str, Any]:
+def imposed_by(acceptance: Path | None, accepted_as: str, drafts: int, tokens: int) -> dict[str, Any]:
     """What lossless arms are made to accept, for the record; refused before anything is timed.
 
     Raises:
@@ -152,7 +152,7 @@ def imposed_by(acceptance: Path | None, accepted_as: str, drafts: int) -> dict[s
         "accepted_at_least": measured.at_least,  # random weights seldom agree
         "accepted_as": accepted_as,
         "draft_tokens": drafts,
-        "lossless_tokens": LOSSLESS_TOKENS,
+        "lossless_tokens": LOSSLESS_TIMES * tokens,
     }
 
 
@@ -230,14 +230,15 @@ def time_lossless(model: LlamaForCausalLM, case: Case, arm: str, imposed: dict[s
         int(arm.split("-")[1]), PAGE_SIZE, num_dense_layers=imposed["num_dense_layers"], metadata="sketch",
         selection_unit="token",
     )  # fmt: skip
-    room = case.context + LOSSLESS_TOKENS + 32
+    tokens = imposed["lossless_tokens"]
+    room = case.context + tokens + 32
     with (
         imposed_acceptance(imposed["accepted_at_least"], seed),
         enable_quest(model, config, lossless=True, draft_tokens=imposed["draft_tokens"]) as handle,
     ):
         cache = handle.make_cache(room)
         fill(cache, model, case.batch, case.context, seed)
-        row = time_rounds(model, cache, case.batch, case.context, LOSSLESS_TOKENS)
+        row = time_rounds(model, cache, case.batch, case.context, tokens)
         counters, graphs = handle.counters, handle.graphs
         if not counters.sparse_steps:
             raise RuntimeError(f"{case} {arm}: nothing was drafted: {counters.drafts}")
@@ -296,7 +297,7 @@ def main(
 ) -> None:
     """Time decoding and prefilling on one GPU."""
     names = names_of(models)
-    imposed = imposed_by(acceptance, accepted_as, drafts) if lossless else None
+    imposed = imposed_by(acceptance, accepted_as, drafts, tokens) if lossless else None
     where = torch.device(device)
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     table = Table("model", "batch", "context", "arm", "ms per token (p50)", "to dense", "read")

@@ -25,7 +25,7 @@ HEAD = ("dtype", "context", "DynamicCache + sdpa", "ours, dense", "lossless, 2 d
 
 
 def acceptance_table(rows: Rows) -> str:
-    """Tokens that a check gives, its own included, by the number of drafts; of rows with what is said of their drafts."""
+    """Tokens that a check gives, its own included, by the number of drafts, and what is said of these."""
     cells = []
     for row in rows:
         form, _, budget = row["arm"].partition("@")

@@ -45,6 +45,17 @@ def test_it_drafts_where_that_pays() -> None:
     assert rounds.count(4) > 0.95 * len(rounds)
 
 
+def test_a_first_draft_that_is_dear_is_not_held_against_the_others() -> None:
+    """It chooses what they read."""
+    length = DraftLength(8)
+    for _ in range(4):
+        length.tell_plain(1.0)
+    for drafts in (1, 1, 8, 8):
+        assert length.next()[0] == drafts
+        length.tell_check(drafts, drafts, drafts, 1, (0.8 + 0.3 * (drafts - 1), 1.1))
+    assert length._draft.mean == pytest.approx((0.8 + 7 * 0.3) / 8)
+
+
 @pytest.mark.parametrize(
     ("draft", "agreement"), [(1.0, 0.9), (1.0, 0.0), (0.3, 0.1), (0.5, 0.5)], ids=["dear", "both", "wrong", "half"]
 )

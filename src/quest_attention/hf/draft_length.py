@@ -64,6 +64,7 @@ class DraftLength:
         self._accepted, self._refused = _PRIOR
         self._plain = _Seconds(warmups=_WARMUPS, least=_PLAIN_STEPS)
         self._draft = _Seconds()  # of one
+        self._is_of_one = True  # of rounds of a single draft, which chooses; of several most do not
         self._more = _Seconds()  # that a check takes more than a plain step, for each draft
         self._tried: set[int] = set()
         self._since_plain = 0
@@ -110,6 +111,8 @@ class DraftLength:
             self._tried.add(drafts)
             return
         plain = self._plain.mean
+        if drafts > 1 and self._is_of_one:
+            self._draft, self._is_of_one = _Seconds(), False
         self._draft.add(seconds[0] / drafts)
         self._more.add((seconds[1] - plain) / drafts)
         choices = _AUTO if self._is_auto else (self._length,)
