@@ -155,10 +155,13 @@ def test_drafts_and_checks_are_replayed(
         alone = generate(model, ids)
     with enable_quest(model, config, cuda_graphs=False, lossless=True, kv_cache_dtype=stored) as quest:
         assert generate(model, ids) == alone
+        eagerly = quest.counters.drafts.accepted
     with enabled(model, device, config, lossless=True, kv_cache_dtype=stored) as quest:
         assert generate(model, ids) == alone
         drafts, graphs = quest.counters.drafts, quest.graphs
         assert drafts.drafted > drafts.accepted > 0
+        # With graphs nothing is drafted at the very end. A GPU's kernels round otherwise in a graph.
+        assert eagerly - 3 * batch <= drafts.accepted <= eagerly or device == "cuda"
         eager = sum(graphs.eager_steps.values())
         assert set(graphs.eager_steps) <= {"the storage is full and grows in this step"}
         assert graphs.replayed_steps > 20 > eager
