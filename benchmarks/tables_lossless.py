@@ -40,7 +40,7 @@ def acceptance_table(rows: Rows) -> str:
 def measured(name: str) -> Rows:
     """The rows of a measurement, each with the dense layers of its drafts, and which of these choose."""
     settings = json.loads((RESULTS / name).read_text(encoding="utf-8"))["settings"]
-    # Records of before there was another way do not say that each draft chose.
+    # Older records do not say it: each draft chose then.
     said = {"dense_layers": settings["num_dense_layers"], "choosing": settings.get("choosing", "draft")}
     return [row | said for row in load(name)]
 

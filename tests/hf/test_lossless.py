@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from families import FAMILIES, build
 from quest_attention import QuestConfig, QuestStateError, QuestValueError, UnsupportedModelError, enable_quest
 from quest_attention.hf import QuestCache, QuestLayer, cache_argument
+from quest_attention.hf.counters import LayerCounter
 from quest_attention.hf.draft_length import DraftLength
 from quest_attention.hf.drafting import Drafting
 from quest_attention.hf.naming import CACHE
@@ -89,6 +90,7 @@ def test_batches_and_forms(form: str, ids: Tensor, drafts: int) -> None:
 
 
 def test_more_drafts_stay_with_more_budget() -> None:
+    """How many, random weights do not say."""
     model = make_llama()
     low, high = (both(model, prompt(3), config)[2].drafts.acceptance for config in (LOW, HIGH))
     assert low < high
@@ -493,20 +495,34 @@ def test_drafts_read_what_the_first_one_chose(form: str, ids: Tensor, monkeypatc
 
     def listen(layer: int, selected: Selection, _: int) -> None:
         if layer == 0:
-            rounds[-1].append([set(row[0].tolist()) - {-1} for row in selected.units])
+            used = selected.counts[:, 0].tolist()
+            rounds[-1].append(
+                [set(row[:count]) for row, count in zip(selected.units[:, 0].tolist(), used, strict=True)]
+            )
 
+    def tally(counter: LayerCounter, read: Any, *others: Any) -> None:
+        if counter.layer == 0:
+            counted.append(int(read))
+        count(counter, read, *others)
+
+    counted: list[int] = []
+    count = LayerCounter.count_sparse
+    monkeypatch.setattr(LayerCounter, "count_sparse", tally)
     monkeypatch.setattr(Drafting, "_forward", follow)
     config = FORMS[form]
     with enable_quest(make_llama(), config, lossless=True, draft_tokens=10, on_select=listen) as quest:
         generate(quest.model, ids, 20)
     has_new = False
+    reads = iter(counted)
     assert any(len(found) > KEPT_TOKENS + 1 for found in rounds)
     for found in rounds:
         for nth, rows in enumerate(found):
+            first = found[nth // (KEPT_TOKENS + 1) * (KEPT_TOKENS + 1)]
+            since = nth % (KEPT_TOKENS + 1)
+            assert next(reads) == sum(len(units) * config.unit_size + since for units in first)
             for row, units in enumerate(rows):
-                chosen = found[nth // (KEPT_TOKENS + 1) * (KEPT_TOKENS + 1)][row]
-                since = nth % (KEPT_TOKENS + 1)
-                assert chosen <= units
+                chosen = first[row]
+                assert chosen <= units and -1 not in units
                 assert len(units - chosen) <= since
                 if config.unit_size == 1:
                     assert units - chosen == {max(chosen) + 1 + n for n in range(since)}

@@ -81,6 +81,7 @@ class QuestLayer(StepReporter, StoredLayer):
         self.pool = pool
         self.kv_cache_dtype: CacheDtype = kv_cache_dtype
         self.captured_lengths: Tensor | None = None
+        self._chose_at = 0  # the draft of a round that chose last
         StoredLayer.__init__(self)
 
     @property
@@ -210,9 +211,9 @@ class QuestLayer(StepReporter, StoredLayer):
     @property
     def tokens_since_choice(self) -> int:
         """Tokens of a sequence since the step that chose what this one reads; 0 where it chooses itself [tokens]."""
-        if self.rows is None or self.storage is None or not self.storage.has_kept:
+        if self.rows is None or self.storage is None or not self.storage.has_kept or not self.rows.drafts_since:
             return 0
-        return self.rows.drafts_since
+        return self.rows.drafts_since - self._chose_at
 
     def decode(self, query: Tensor, seq_lens: Tensor | int, **options: Any) -> QuestOutput:
         """A sparse step: of a draft that is not the first, over what that one chose. See `KVStorage.decode`."""
@@ -223,6 +224,7 @@ class QuestLayer(StepReporter, StoredLayer):
         step = storage.decode(query, seq_lens, **options)
         if self.rows is not None:
             storage.keep(step.selected, seq_lens)
+            self._chose_at = self.rows.drafts_since  # not the first where the storage has grown since
         return step
 
     def settle(self, length: int) -> None:
@@ -280,5 +282,7 @@ class QuestLayer(StepReporter, StoredLayer):
         self._begin(self._reading_of(new, self._length), new)
         self.count_attention(batch)
         if self.reading is Reading.SPARSE:
+            if self.rows is not None and not self.rows.drafts_since:
+                self._chose_at = 0
             read = self.config.unit_budget * self.config.unit_size + self.tokens_since_choice
             self.counter.count_sparse(batch * read, batch * self.tokens_held)

@@ -23,7 +23,7 @@ class RowLengths:
     Attributes:
         lengths: Tokens of each sequence before the pass, B of them [tokens]; None outside.
         is_drafting: Whether the tokens of the pass are drafts, and Quest may choose what it reads.
-        drafts_since: Drafts since the one that chose what this one reads; 0 where the pass chooses itself [tokens].
+        drafts_since: Drafts since the one that is to choose for this one; 0 where the pass chooses itself [tokens].
         ends: Tokens of each sequence with those of the pass, `[B]` int32 on the device [tokens]; None where all are
             alike, which `lengths` then says.
         padding: `[B, T]` bool, False where the prompt has padding; None where nothing is padded.

@@ -27,7 +27,8 @@ from quest_attention.pages import PagedKV, num_pages
 __all__ = ["KEPT_TOKENS", "KVStorage"]
 
 KEPT_TOKENS = 7
-"""Tokens after the step that chose, which read what it chose: docs/speed.md has what that does to drafts [tokens]."""
+"""Tokens after a step that chose, which read what it chose. So of eight drafts, the most that were measured
+(docs/speed.md), one chooses [tokens]."""
 
 
 class KVStorage:

@@ -32,14 +32,17 @@ class Selection(NamedTuple):
     unit_size: int
 
     def within(self, seq_lens: Tensor | int) -> Selection:
-        """The same without units in which no token is yet: -1 stands in their slots.
+        """The units in which there is a token, ascending, and how many they are; unused slots last.
 
         Args:
             seq_lens: `[B]` on the device, or the length of every sequence [tokens].
         """
         ends = (seq_lens + self.unit_size - 1) // self.unit_size
         ends = ends[:, None, None] if isinstance(ends, Tensor) else ends
-        return self._replace(units=self.units.masked_fill(self.units >= ends, -1))
+        is_unit = (self.units >= 0) & (self.units < ends)
+        last = torch.iinfo(self.units.dtype).max
+        units = self.units.masked_fill(~is_unit, last).sort(-1).values
+        return Selection(units.masked_fill(units == last, -1), is_unit.sum(-1, dtype=torch.int32), self.unit_size)
 
     @property
     def units_read(self) -> Tensor:
