@@ -33,7 +33,14 @@ from warm import Warm
 FIXED = {"0.4", "0.3", "0.5"}
 """Numbers of docs/results_bundled.md that nothing printed: bounds on intervals, and what was expected."""
 ROOT = Path(__file__).resolve().parent.parent
-WARM = Warm()
+WARM = Warm(
+    (
+        "torch",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.auto.tokenization_auto",
+        "transformers.models.llama.modeling_llama",
+    )
+)
 
 
 def run(script: str, *arguments: str) -> str:

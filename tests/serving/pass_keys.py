@@ -62,7 +62,7 @@ def ask(model: Path, quest: dict[str, Any] | None, characters: int, *options: st
         chats: Whether it is a model for chats. Else the answer is begun for it.
     """
     worker = ("--worker-extension-cls", "quest_attention.vllm.worker.QuestWorkerExtension")
-    with serving(quest, *worker, *options, model=model) as server:
+    with serving(quest, *worker, *options, model=model, VLLM_CPU_OMP_THREADS_BIND="auto") as server:  # all cores
         if quest is not None:
             server.rpc("quest_reset")
         asked = questions(characters).items()

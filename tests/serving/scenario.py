@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 import quest_attention
+from cores import engine_environment, own_cores
 from mixed_models import ALL, BASE, FAMILIES, WITH_STATES, save, token_prompts
 from quest_attention.models import bundled_model_path
 
@@ -933,9 +934,9 @@ def prefill_and_decode(quest: dict[str, Any]) -> dict[str, Any]:
         (done,) = llm.generate([prompt], params, use_tqdm=False)
         return done
 
-    cores = sorted(os.sched_getaffinity(0))
-    first = make("kv_producer", cores[0], "PrefillOracle")
-    second = make("kv_consumer", cores[-1], "DecodeOracle")
+    first_core, second_core = own_cores()[:2]
+    first = make("kv_producer", first_core, "PrefillOracle")
+    second = make("kv_consumer", second_core, "DecodeOracle")
     for llm in (first, second):
         llm.collective_rpc("install_oracle")
     one, another, other = prompts(3, 400)
@@ -1325,14 +1326,10 @@ SCENARIOS = [
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parent.parent / "ops"))  # where `token_choice` is; workers take the path over
     os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     (run,) = [scenario for scenario in SCENARIOS if scenario.__name__ == sys.argv[1]]
-    os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for one another are slow where others use the machine
-    one, another = (sorted(os.sched_getaffinity(0)) * 2)[:2]
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"{one}|{another}" if run is tensor_parallel else str(one)
-    if run not in (tensor_parallel, fetched_by_nixl) and not run.__name__.startswith(
-        "gpu_"
-    ):  # in this process: it starts sooner
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    is_several = run in (tensor_parallel, fetched_by_nixl) or run.__name__.startswith("gpu_")
+    os.environ |= engine_environment(is_one_process=not is_several)
+    if run is tensor_parallel:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(core) for core in own_cores()[:2])
     print("\n" + json.dumps(run()), flush=True)

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 import scenario
+from cores import engine_environment
 
 HERE = Path(__file__).parent
 EXAMPLE = HERE.parent.parent / "examples" / "ask_a_server.py"
@@ -126,10 +127,8 @@ def serving(
         command += ["--attention-backend", "CUSTOM", "--additional-config", json.dumps({"quest": quest})]
     command += options
     environment = {
-        **os.environ,
+        **engine_environment(),
         "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_SERVER_DEV_MODE": "1",  # for /collective_rpc, by which a test asks the worker
         "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
         **variables,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="runs with make test-vllm, which installs vLLM")
 
+from cores import engine_environment
+
 SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "serve_vllm.py"
 MINUTES = 15
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60 * MINUTES)]
@@ -19,10 +20,10 @@ TINY = ("--device", "cpu", "--model", "tiny", "--contexts", "512", "--budget", "
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "0"}
-    environment["VLLM_CPU_KVCACHE_SPACE"] = "1"
     command = [sys.executable, str(SCRIPT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env=engine_environment(is_one_process=True)
+    )
 
 
 def test_all_arms_are_timed_and_what_does_not_fit_is_said(tmp_path: Path) -> None:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,40 @@ import pytest
 
 pytest.importorskip("vllm", reason="runs with make test-vllm, which installs vLLM")
 
+from cores import engine_environment
 from mixed_models import ALL, FAMILIES, WITH_STATES
+from warm import Warm
 
 HERE = Path(__file__).parent
 NUM_SPARSE_LAYERS = 4  # of the bundled model's six
 MINUTES = 15
 """Of a scenario at most; it takes one or two alone on two cores."""
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60 * MINUTES)]
+WARM = Warm(
+    (
+        "vllm.entrypoints.llm",
+        "vllm.v1.worker.cpu_worker",
+        "vllm.v1.attention.backends.cpu_attn",
+        "vllm.model_executor.models.llama",
+        "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors",
+        "quest_attention.vllm.worker",
+    ),
+    engine_environment() | {"VLLM_LOGGING_LEVEL": "WARNING"},
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _warm() -> Iterator[None]:
+    yield
+    WARM.stop()
 
 
 @functools.cache
 def scenario(name: str) -> Any:
     """What a scenario printed last."""
-    done = subprocess.run(
-        [sys.executable, str(HERE / "scenario.py"), name], capture_output=True, text=True, check=False, cwd=HERE
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    assert done.returncode == 0 and lines, done.stdout[-3000:] + done.stderr[-6000:]
+    code, out, err = WARM.run(HERE / "scenario.py", [name], HERE)
+    lines = [line for line in out.splitlines() if line.startswith("{")]
+    assert code == 0 and lines, out[-3000:] + err[-6000:]
     return json.loads(lines[-1])
 
 

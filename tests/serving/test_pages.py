@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 pytest.importorskip("vllm", reason="runs with make test-vllm, which installs vLLM")
 
 import snippets
+from cores import engine_environment
 from snippets import Block
 
 MINUTES = 15
@@ -26,8 +26,7 @@ PARSERS = ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_a
 def test_programs_run_as_pasted_and_read_pages(block: Block, tmp_path: Path) -> None:
     script = tmp_path / "pasted.py"
     script.write_text(block.text, encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(snippets.ROOT / "src")}
-    environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0"}
+    environment = engine_environment(is_one_process=True) | {"PYTHONPATH": str(snippets.ROOT / "src")}
     command = [sys.executable, str(script)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

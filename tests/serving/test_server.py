@@ -82,7 +82,7 @@ def test_clients_that_leave_and_rows_that_are_preempted_leave_nothing_behind(kep
     draw = random.Random(0)
     texts = [scenario.prompts(index % 24 + 1, draw.randint(30, 180))[-1] for index in range(count)]
     options = ("--dtype", "float32", "--block-size", str(scenario.BLOCK), "--max-num-seqs", "16", "--max-model-len")
-    options += ("1024", "--num-gpu-blocks-override", "40", "--worker-extension-cls", "vllm_oracle.OracleExtension")
+    options += ("640", "--num-gpu-blocks-override", "24", "--worker-extension-cls", "vllm_oracle.OracleExtension")
     with serving({"token_budget": scenario.BUDGET, **kept}, *options) as server:
         server.rpc("install_oracle")  # before there are blocks whose keys it did not see
         before = [server.ask(text) for text in texts[:2]]
@@ -91,7 +91,7 @@ def test_clients_that_leave_and_rows_that_are_preempted_leave_nothing_behind(kep
             if index % 3 == 2:
                 server.leave(texts[index], index % 7)
                 return ""
-            return server.ask(texts[index], 80 + index % 5 * 20)  # long: together they outgrow the pool
+            return server.ask(texts[index], 40 + index % 5 * 10)  # long: together they outgrow the pool
 
         with ThreadPoolExecutor(16) as clients:
             given = list(clients.map(visit, range(count)))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -215,26 +216,29 @@ class Sketch:
 
     def score_by_hand(self, query: Tensor, kept: Tensor) -> Tensor:
         """See `MetadataForm.score_by_hand`."""
-        dim, page = len(query), kept[0].cpu()
-        at = SketchLayout.of(self.page_size, dim)
-        turned = query.double().cpu() @ _matrix_by_hand(dim)
-        mean_scale, level = page[at.scales : at.scales + 2 * _FLOAT].clone().view(torch.float32).double().tolist()
-        code_bytes, numbers = page.tolist(), turned.tolist()
-        center = []
+        turned = query.double().cpu() @ _matrix_by_hand(len(query))
+        return (_turned_keys_by_hand(bytes(kept[0].tolist()), self.page_size, len(query)) @ turned).to(kept.device)
+
+
+@lru_cache(4096)  # a page is scored for many queries
+def _turned_keys_by_hand(page: bytes, page_size: int, dim: int) -> Tensor:
+    """The turned keys that the bytes of a page stand for, `[page_size, D]` float64, bit by bit."""
+    at = SketchLayout.of(page_size, dim)
+    mean_scale, level = struct.unpack_from("<2f", page, at.scales)
+    center = []
+    for channel in range(dim):
+        j, d8 = divmod(channel, dim // _BYTE)
+        bits = [page[at.mean + bit * at.row + d8] >> j & 1 for bit in range(MEAN_BITS)]
+        code = sum(bit << place for place, bit in enumerate(bits)) - (bits[-1] << MEAN_BITS)
+        center.append(code * mean_scale)
+    keys = []
+    for token in range(page_size):
+        signs = []
         for channel in range(dim):
             j, d8 = divmod(channel, dim // _BYTE)
-            bits = [code_bytes[at.mean + bit * at.row + d8] >> j & 1 for bit in range(MEAN_BITS)]
-            code = sum(bit << place for place, bit in enumerate(bits)) - (bits[-1] << MEAN_BITS)
-            center.append(code * mean_scale)
-        estimates = []
-        for token in range(self.page_size):
-            logit = 0.0
-            for channel in range(dim):
-                j, d8 = divmod(channel, dim // _BYTE)
-                sign = 1 if code_bytes[at.signs + token * at.row + d8] >> j & 1 else -1
-                logit += numbers[channel] * (center[channel] + sign * level)
-            estimates.append(logit)
-        return torch.tensor(estimates, dtype=torch.float64, device=kept.device)
+            signs.append(1 if page[at.signs + token * at.row + d8] >> j & 1 else -1)
+        keys.append([mean + sign * level for mean, sign in zip(center, signs, strict=True)])
+    return torch.tensor(keys, dtype=torch.float64)
 
 
 def _rows(kept: Tensor, start: int, count: int, size: int) -> Tensor:

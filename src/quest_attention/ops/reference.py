@@ -196,7 +196,7 @@ def _log_masses(
             normalisers = [_normaliser(logits, sinks, head) for head, logits in zip(heads, of_heads, strict=True)]
             found = _of_units(of_heads, normalisers, tokens, unit_size, group_reduction)
             if candidates is not None:
-                best = sorted(units, key=lambda unit: (-found[unit], unit))[:candidates]
+                best = set(sorted(units, key=lambda unit: (-found[unit], unit))[:candidates])
                 passing = [token for token in tokens if token // unit_size in best]
                 of_heads = [_exact_logits(q, kv, b, h, passing, begun, scale, softcap) for q in queries]
                 exact = _of_units(of_heads, normalisers, passing, unit_size, group_reduction)
@@ -256,16 +256,19 @@ def _of_units(
     group_reduction: GroupReduction,
 ) -> dict[int, float]:
     """Scores of units, from the logits `[T]` of each head of a group, NaN where not known, and what normalises them."""
-    weights = torch.stack([logits - normal for logits, normal in zip(of_heads, normalisers, strict=True)])  # [G, T]
+    weights = [(logits - normal).tolist() for logits, normal in zip(of_heads, normalisers, strict=True)]  # [G][T]
+    places: dict[int, list[int]] = {}
+    for i, token in enumerate(tokens):
+        places.setdefault(token // unit_size, []).append(i)
     found = {}
-    for unit in sorted({token // unit_size for token in tokens}):
-        here = weights[:, [i for i, token in enumerate(tokens) if token // unit_size == unit]]
-        if here.isnan().any():  # read, so that it shows as it would in dense attention
+    for unit in sorted(places):
+        here = [of_head[i] for of_head in weights for i in places[unit]]
+        if any(math.isnan(weight) for weight in here):  # read, so that it shows as it would in dense attention
             found[unit] = math.inf
         elif group_reduction == "mass":
-            found[unit] = float(torch.logsumexp(here.flatten(), 0)) - math.log(len(weights))
+            found[unit] = float(torch.logsumexp(torch.tensor(here, dtype=torch.float64), 0)) - math.log(len(weights))
         else:
-            found[unit] = float(here.max())
+            found[unit] = max(here)
     return found
 
 
@@ -277,24 +280,31 @@ def _estimates(
     NaN for those that nobody knows: estimates that are not finite, and all from token `begun` on.
     """
     pages = {token // kv.page_size for token in tokens if token < begun}
-    of_page = {page: kv.form.score_by_hand(query, kv.metadata[int(kv.page_table[b, page]), h]) for page in pages}
-    logits = torch.full((len(tokens),), math.nan, dtype=torch.float64)
-    for i, token in enumerate(tokens):
-        if token < begun:
-            logits[i] = of_page[token // kv.page_size][token % kv.page_size] * scale
-    return _capped(logits, softcap)
+    of_page = {
+        page: kv.form.score_by_hand(query, kv.metadata[int(kv.page_table[b, page]), h]).tolist() for page in pages
+    }
+    logits = [
+        of_page[token // kv.page_size][token % kv.page_size] * scale if token < begun else math.nan for token in tokens
+    ]
+    return _capped(torch.tensor(logits, dtype=torch.float64), softcap)
 
 
 def _exact_logits(
     query: Tensor, kv: PagedKV, b: int, h: int, tokens: list[int], begun: int, scale: float, softcap: float | None
 ) -> Tensor:
     """`_estimates` by the tokens' keys."""
+    known = [token for token in tokens if token < begun]  # tokens ascend
     logits = torch.full((len(tokens),), math.nan, dtype=torch.float64)
-    for i, token in enumerate(tokens):
-        if token < begun:
-            key = kv.keys[int(kv.page_table[b, token // kv.page_size]), token % kv.page_size, h]
-            logits[i] = (key.double() * query.double()).sum() * scale
+    pages, offsets = _places(kv, kv.page_table[b], known)
+    keys = kv.keys[pages, offsets, h].double()
+    logits[: len(known)] = (keys * query.double()).sum(1).cpu() * scale
     return _capped(logits, softcap)
+
+
+def _places(kv: PagedKV, table: Tensor, tokens: list[int]) -> tuple[Tensor, Tensor]:
+    """Where tokens of a sequence lie, by its page table: numbers of pages and places in them, `[T]` each."""
+    position = torch.tensor(tokens, dtype=torch.int64, device=table.device)
+    return table[position // kv.page_size].long(), position % kv.page_size
 
 
 def _capped(logits: Tensor, softcap: float | None) -> Tensor:
@@ -422,9 +432,9 @@ def sparse_decode_attention(
                 lse[b, head] = -math.inf if sinks is None else sinks[head].double()
                 continue
             table = kv.page_table[b, h] if kv.has_table_by_head else kv.page_table[b]
-            where = [(int(table[t // kv.page_size]), t % kv.page_size) for t in tokens]
-            keys = torch.stack([kv.keys[page, offset, h] for page, offset in where]).double() * key_scales[h]
-            values = torch.stack([kv.values[page, offset, h] for page, offset in where]).double() * value_scales[h]
+            pages, offsets = _places(kv, table, tokens)
+            keys = kv.keys[pages, offsets, h].double() * key_scales[h]
+            values = kv.values[pages, offsets, h].double() * value_scales[h]
             logits = keys @ query[b, head].double() * sm_scale
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
