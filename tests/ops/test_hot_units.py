@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from backends import BACKENDS, FAST_BACKENDS, available
+from backends import BACKENDS, FAST_BACKENDS, available, interpreted
 from caches import Cache, make_cache
 from likeness import query_for
 from quest_attention import QuestConfig, QuestValueError, Selection, quest_decode, update_page_metadata
@@ -181,18 +181,43 @@ def test_a_step_over_the_pool_is_that_over_the_cache_bit_by_bit(
     hot = poisoned(HotUnits.allocate(kv, config.unit_size, 50 if config.unit_size == 1 else 14))
     for seed in range(3):
         query = query_for(cache, 2, dtype=torch.float32, seed=seed)
-        for options in ({}, {"softcap": 5.0, "sinks": torch.linspace(-1, 1, query.shape[1])}):
-            given = Step(query=query, kv=kv, seq_lens=seq_lens, config=config, token_mask=mask, **options)
-            expected = run_step(given, attend=attend)
-            step = quest_decode(query, kv, seq_lens, config, token_mask=mask, hot=hot, **options)
-            assert torch.equal(step.selected.units, expected.selected.units)
-            assert torch.equal(step.output, expected.output)
-            out = torch.empty_like(expected.output)
-            assert quest_decode(query, kv, seq_lens, config, token_mask=mask, hot=hot, out=out, **options).output is out
-            assert torch.equal(out, expected.output)
+        options = {} if seed != 1 else {"softcap": 5.0, "sinks": torch.linspace(-1, 1, query.shape[1])}
+        given = Step(query=query, kv=kv, seq_lens=seq_lens, config=config, token_mask=mask, **options)
+        expected = run_step(given, attend=attend)
+        step = quest_decode(query, kv, seq_lens, config, token_mask=mask, hot=hot, **options)
+        assert torch.equal(step.selected.units, expected.selected.units)
+        assert torch.equal(step.output, expected.output)
+    out = torch.empty_like(expected.output)
+    assert quest_decode(query, kv, seq_lens, config, token_mask=mask, hot=hot, out=out, **options).output is out
+    assert torch.equal(out, expected.output)
     looked_up, fetched, _, in_place = hot.counts.tolist()
     assert 0 < fetched < looked_up
     assert (in_place > 0) == (backend == "triton" and config.unit_size == 1 and config.candidate_budget > 0)
+
+
+@interpreted
+def test_kernels_have_candidates_and_their_sample_in_the_pool_from_one_step_to_the_next() -> None:
+    config = replace(CONFIGS["sketches of tokens"], backend=available("triton"))
+    cache = make_cache([LENGTH], layout="contiguous", form=form_of(config))
+    update_page_metadata(cache.kv, LENGTH, LENGTH)
+    query = query_for(cache, 2)
+    expected = quest_decode(query, cache.kv, LENGTH, config)
+    hot = poisoned(HotUnits.allocate(cache.kv, 1, cache.kv.max_pages * PAGE_SIZE + 4 * 128))  # of both
+    heads, counts = cache.kv.num_kv_heads, []
+    for _ in range(2):
+        step = quest_decode(query, cache.kv, LENGTH, config, hot=hot)
+        assert torch.equal(step.selected.units, expected.selected.units)
+        assert torch.equal(step.output, expected.output)
+        counts.append(hot.counts.tolist())
+        hot.counts.zero_()
+    first, again = counts
+    assert first[2] >= heads * LENGTH
+    assert first[3] == heads * LENGTH, "so short a sequence is its own sample"
+    assert again[0] == first[0] >= heads * config.token_budget
+    assert again[1] == 0, "nothing is missing"
+    assert again[2] == 2 * heads, "copied is the newest token, of the sample and of what was chosen"
+    assert again[3] == heads, "of the newest token the pool knows what it was"
+    assert_holds(hot, cache, torch.arange(LENGTH, dtype=torch.int32).expand(1, heads, -1), [LENGTH])
 
 
 def test_pools_that_do_not_fit_are_refused() -> None:

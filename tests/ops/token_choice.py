@@ -26,8 +26,6 @@ _SWAPPED = 1e-3
 """Of an exact rank: such a distance two sums of products may turn round."""
 _SUM = 2e-3
 """Of a log-sum-exp in base 2."""
-_SUMMED_TOKENS = 128
-"""By whose keys a program sums."""
 
 
 def _rows(step: Step, b: int, h: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,16 +186,20 @@ def assert_chosen(
 def _sum_of(logits: Tensor, live: Tensor, parts: int, page_size: int, sinks: Tensor | None) -> Tensor:
     """The log-sum-exp `[G]` of a row's exact logits `[T, G]`, all in base 2, of the tokens that `preparation` draws."""
     first, end = int(live[0]), int(live[-1]) + 1
-    edge = min(page_size, _SUMMED_TOKENS * parts // 4)
-    drawn = _SUMMED_TOKENS * parts - 2 * edge
+    edge = min(page_size, token_workspace.SAMPLED_KEYS * parts // 4)
+    drawn = token_workspace.SAMPLED_KEYS * parts - 2 * edge
     nth = torch.arange(drawn)
     between = max(1, end - first - 2 * edge)
-    each = torch.tensor(between, dtype=torch.float32) / drawn
-    draw = (nth * 40503 & 0xFFFF) / 65536
-    position = first + edge + ((nth + draw) * each).int().clamp(max=between - 1)
+    each = max(16, -(-16 * between // drawn))  # sixteenths of a token
+    rare = max(0, each.bit_length() - 5)
+    each = -(-each >> rare << rare)
+    position = (nth * each + ((nth * 40503 >> 6 & 1023) * (each - 15) >> 10)) // 16
+    position = position[position < between] + first + edge
+    assert len(position.unique()) == len(position)
     edges = torch.cat([torch.arange(first, first + edge), torch.arange(end - edge, end)])
+    worth = torch.full([len(edges) + len(position)], math.log2(each / 16), dtype=torch.float64, device=logits.device)
+    worth[: len(edges)] = 0
     position = torch.cat([edges, position]).to(logits.device)
-    worth = torch.cat([torch.zeros(2 * edge), each.log2().expand(drawn)]).double().to(logits.device)
     is_live = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     is_live[live] = True
     is_drawn = (position >= first) & (position < end)

@@ -20,8 +20,8 @@ class Fetches(NamedTuple):
         units_looked_up: Those that were selected, or that were candidates for it [units].
         units_fetched: Those of them that were not hot [units].
         bytes_fetched: Keys and values that were copied by fetches: of those, and of the unit being written [bytes].
-        bytes_in_place: Keys that kernels read in host memory, to rank candidates that are not hot, or as a sample that
-            estimates what all logits amount to [bytes].
+        bytes_in_place: Keys that kernels read in host memory: of a sample that estimates what all logits amount to,
+            where it is not hot, and of more candidates than the pool gets [bytes].
     """
 
     units_looked_up: int

@@ -55,7 +55,7 @@ class HotUnits:
         clock: `[1]` int32, fetches so far.
         counts: `[4]` int64: units that were looked up, those of them that were not there, and those that were copied,
             the ones being written among them, which are copied again [units]; and tokens whose keys kernels read where
-            the cache is, to rank candidates that are not hot or to sample [tokens].
+            the cache is: of a sample, where it is not hot, and of more candidates than the pool gets [tokens].
         unit_size: Tokens of a unit [tokens].
         key_scale: Of a cache in 8 bits, else None: see `PagedKV`. The pool holds what the cache does.
         value_scale: Likewise of values.

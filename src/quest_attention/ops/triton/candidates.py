@@ -1,4 +1,7 @@
-"""Kernels: list the tokens that passed, rank them by their keys, and choose the best of a row."""
+"""Kernels: list the tokens that passed, rank them by their keys, and choose the best of a row.
+
+Beside a pool of hot tokens the first two are apart: what is listed is fetched before it is ranked.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,13 @@ import triton.language as tl
 from quest_attention.ops.triton.arguments import length_of, load_query
 from quest_attention.ops.triton.arithmetic import LOG2_E, cap, dot, widen
 from quest_attention.ops.triton.choice import DEAD, FORCED, LARGEST, choose_pages
+from quest_attention.ops.triton.fetch import load_keys
 from quest_attention.ops.triton.launch import wait_for_launch
 from quest_attention.ops.triton.masks import END, FIRST, RECENT, RECENT_START, SINKS_END, SPAN, count_tokens
 from quest_attention.ops.triton.preparation import norms_of
 from quest_attention.ops.triton.ranks import choice_of
 
-__all__ = ["MISSING", "choose_kernel", "pick_kernel"]
+__all__ = ["MISSING", "choose_kernel", "pick_kernel", "weigh_kernel"]
 
 MISSING = tl.constexpr(1 << 24)
 """Stands for what a part has found that has not said so: rows have fewer tokens, and 64 of it fit an int32."""
@@ -21,18 +25,20 @@ MISSING = tl.constexpr(1 << 24)
 
 @triton.jit(do_not_specialize=[
     "lengths", "num_kv_heads", "table_stride", "token_budget", "num_sink_pages", "num_recent_pages", "parts", "listed",
-    "capacity", "most",
+    "capacity", "most", "fetched",
 ])  # fmt: skip
 def pick_kernel(
-    query, keys, pool, page_table, table_stride, lengths, live, space, scale, softcap, num_kv_heads, token_budget,
-    num_sink_pages, num_recent_pages, parts, listed, capacity, most,
+    query, keys, page_table, table_stride, lengths, live, space, scale, softcap, num_kv_heads, token_budget,
+    num_sink_pages, num_recent_pages, parts, listed, capacity, most, fetched,
     SHAPE: tl.constexpr, PARTS: tl.constexpr, NORMS: tl.constexpr, PICKED: tl.constexpr, RANKED: tl.constexpr,
-    FOLLOWS: tl.constexpr,
+    RANKS: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     """The candidates of a part of a row, behind those of the parts before it, with their ranks by their keys.
 
     With a mask forced tokens are no runs of a known length. So those of sink pages are candidates whose rank nothing
     reaches, and those of recent pages are listed as well, where the room for candidates ends.
+
+    Where it `RANKS` none, the first `fetched` of a row are fetched next: -1 stands for those that there are not.
     """
     row = tl.program_id(0) // parts
     part = tl.program_id(0) % parts
@@ -58,6 +64,9 @@ def pick_kernel(
         sinks_end = tl.load(span + SINKS_END)
         recent_start = tl.load(span + RECENT_START)
         room = listed - tl.load(span + RECENT)
+    if not RANKS:
+        if (part == 0) & ~is_listed:
+            _store_unused(space.candidates + row.to(tl.int64) * listed, 0, fetched)
     if is_listed:
         words = space.passing + row.to(tl.int64) * capacity
         candidates = space.candidates + row.to(tl.int64) * listed
@@ -81,22 +90,78 @@ def pick_kernel(
         kept = tl.minimum(kept, room)
         if live is not None:
             _list_recent(candidates, row_live, first, last, recent_start // PAGE * WORDS, room, listed, PAGE, PICKED)
-        factor = scale * LOG2_E
-        if keys.scale is not None:
-            factor = factor * tl.load(keys.scale + h * keys.scale_head)
+        if RANKS:
+            factor = _factor_of(scale, keys, h)
+            table = page_table + b * table_stride
+            tl.debug_barrier()  # the list is read by other threads than those that wrote it
+            _rank(
+                q, keys, None, table, space, row, h, before, kept, listed, sinks_end, -1, norm, factor, softcap,
+                SHAPE, RANKED,
+            )  # fmt: skip
+        elif part == parts - 1:
+            _store_unused(candidates, kept, tl.minimum(fetched, room))
+
+
+@triton.jit(do_not_specialize=["lengths", "num_kv_heads", "table_stride", "parts", "listed", "most"])
+def weigh_kernel(
+    query, keys, pool, page_table, table_stride, lengths, live, space, scale, softcap, num_kv_heads, parts, listed,
+    most,
+    SHAPE: tl.constexpr, PARTS: tl.constexpr, NORMS: tl.constexpr, RANKED: tl.constexpr,
+):  # fmt: skip
+    """The ranks by their keys of a share of a row's candidates, as `pick_kernel` has listed them."""
+    row = tl.program_id(0) // parts
+    share = tl.program_id(0) % parts
+    b = (row // num_kv_heads).to(tl.int64)
+    h = (row % num_kv_heads).to(tl.int64)
+    q = load_query(query, b, h, SHAPE)
+    sinks_end = 0
+    room = listed
+    if live is not None:
+        span = live.spans + b * SPAN
+        sinks_end = tl.load(span + SINKS_END)
+        room = listed - tl.load(span + RECENT)
+    part = tl.arange(0, PARTS)
+    found = tl.load(space.found + row * parts + part, mask=part < parts, other=1)
+    total = tl.minimum(tl.sum(found - 1), room)  # below zero where nothing was listed
+    each = tl.cdiv(tl.maximum(total, 0), parts)
+    first = share * each
+    if first < total:
+        newest = tl.minimum(length_of(lengths, b), most) - 1
+        norm = norms_of(space.norms, row, SHAPE, NORMS)
+        factor = _factor_of(scale, keys, h)
         table = page_table + b * table_stride
-        tl.debug_barrier()  # the list is read by other threads than those that wrote it
-        for start in range(before, kept, RANKED):
-            here = start + tl.arange(0, RANKED)
-            is_live = here < kept
-            candidate = tl.load(candidates + here, mask=is_live, other=0)
-            physical = tl.load(table + candidate // PAGE, mask=is_live, other=0)
-            rank = _rank_by_keys(q, keys, pool, row, physical, candidate, is_live, h, norm, factor, softcap, SHAPE)
-            if live is not None:
-                rank = tl.where(candidate < sinks_end, FORCED, rank)
-            tl.store(space.exact + row.to(tl.int64) * listed + here, rank, mask=is_live)
-            place = physical * PAGE + candidate % PAGE
-            tl.store(space.located + row.to(tl.int64) * listed + here, place, mask=is_live)
+        _rank(
+            q, keys, pool, table, space, row, h, first, tl.minimum(first + each, total), listed, sinks_end, newest,
+            norm, factor, softcap, SHAPE, RANKED,
+        )  # fmt: skip
+
+
+@triton.jit
+def _factor_of(scale, keys, h):
+    """What a product of a query and a stored key is multiplied with, so that it is a logit in base 2."""
+    factor = scale * LOG2_E
+    if keys.scale is not None:
+        factor = factor * tl.load(keys.scale + h * keys.scale_head)
+    return factor
+
+
+@triton.jit
+def _rank(
+    q, keys, pool, table, space, row, h, first, last, listed, sinks_end, newest, norm, factor, softcap,
+    SHAPE: tl.constexpr, RANKED: tl.constexpr,
+):  # fmt: skip
+    """Write of some of a row's candidates the ranks by their keys, and where they lie in the cache."""
+    PAGE: tl.constexpr = SHAPE.page_size
+    to = row.to(tl.int64) * listed
+    for start in range(first, last, RANKED):
+        here = start + tl.arange(0, RANKED)
+        is_live = here < last
+        candidate = tl.load(space.candidates + to + here, mask=is_live, other=0)
+        physical = tl.load(table + candidate // PAGE, mask=is_live, other=0)
+        k = load_keys(keys, pool, row, h, physical, candidate, is_live, newest, SHAPE)
+        rank = tl.where(candidate < sinks_end, FORCED, _rank_by_keys(q, k, norm, factor, softcap, SHAPE))
+        tl.store(space.exact + to + here, rank, mask=is_live)
+        tl.store(space.located + to + here, physical * PAGE + candidate % PAGE, mask=is_live)
 
 
 @triton.jit
@@ -230,28 +295,10 @@ def choose_kernel(
 
 
 @triton.jit
-def _rank_by_keys(
-    q, keys, pool, row, physical, token, is_live, h, norm, factor, softcap, SHAPE: tl.constexpr
-):  # fmt: skip
-    """The largest log weight of a head that each token has by its key, or past all where one is not finite: `[N]`.
-
-    Where there is a pool of hot tokens, the keys of those are read there, and not where the cache is.
-    """
+def _rank_by_keys(q, k, norm, factor, softcap, SHAPE: tl.constexpr):
+    """The largest log weight of a head that each token has by its key, or past all where one is not finite: `[N]`."""
     HEADS: tl.constexpr = SHAPE.block_g
-    N: tl.constexpr = token.shape[0]
-    channel = tl.arange(0, SHAPE.block_d)
-    offset = (token % SHAPE.page_size).to(tl.int64) * keys.token
-    at = keys.base + h * keys.head + physical.to(tl.int64) * keys.page + offset
-    inside = is_live[:, None] & (channel < SHAPE.head_dim)[None, :]
-    if pool is None:
-        k = tl.load(at[:, None] + channel[None, :], mask=inside, other=0.0)
-    else:
-        page = tl.load(pool.table + row.to(tl.int64) * pool.units + token, mask=is_live, other=-1)
-        is_hot = (page >= 0)[:, None]
-        tl.atomic_add(pool.counts + 3, tl.sum((is_live & (page < 0)).to(tl.int64)))
-        near = pool.keys + h * pool.head + page.to(tl.int64) * SHAPE.head_dim
-        far = tl.load(at[:, None] + channel[None, :], mask=inside & ~is_hot, other=0.0)
-        k = tl.where(is_hot, tl.load(near[:, None] + channel[None, :], mask=inside & is_hot, other=0.0), far)
+    N: tl.constexpr = k.shape[0]
     k = widen(k, q.dtype)
     logit = dot(q, tl.trans(k), tl.zeros([HEADS, N], tl.float32)) * factor
     is_head = (tl.arange(0, HEADS) < SHAPE.group)[:, None]

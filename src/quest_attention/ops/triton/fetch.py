@@ -18,7 +18,7 @@ from quest_attention.ops.triton.arguments import by_head, length_of, lengths_arg
 from quest_attention.ops.triton.launch import launch
 from quest_attention.pages import PagedKV
 
-__all__ = ["Pool", "copy_kernel", "fetch_units", "place_kernel", "place_units", "pool_argument"]
+__all__ = ["Pool", "copy_kernel", "fetch_units", "load_keys", "place_kernel", "place_units", "pool_argument"]
 
 _LOOKED_AT = 1024
 """Slots that the hand passes at a time."""
@@ -56,8 +56,14 @@ def fetch_units(kv: PagedKV, hot: HotUnits, units: Tensor, seq_lens: Tensor | in
     place_units(kv, hot, units, seq_lens, is_again=is_again)
 
 
-def place_units(kv: PagedKV, hot: HotUnits, units: Tensor, seq_lens: Tensor | int, *, is_again: bool = False) -> Tensor:
-    """`fetch_units`; gives where the units are then, as pages of the pool, `[B, HKV, K]` int32: 0 for what is none."""
+def place_units(
+    kv: PagedKV, hot: HotUnits, units: Tensor, seq_lens: Tensor | int, *, is_again: bool = False,
+    is_looked_up: bool = True,
+) -> Tensor:  # fmt: skip
+    """`fetch_units`; gives where the units are then, as pages of the pool, `[B, HKV, K]` int32: 0 for what is none.
+
+    Without `is_looked_up` only what is copied is counted.
+    """
     cache, size = kv.contiguous, hot.unit_size
     assert cache is not None, "checked with the step"
     units = side_by_side(units)
@@ -72,7 +78,7 @@ def place_units(kv: PagedKV, hot: HotUnits, units: Tensor, seq_lens: Tensor | in
         place_kernel, (batch * heads,),
         by_head(units), lengths, hot.table, hot.owners, hot.stamps, hot.hands, hot.clock, hot.counts, places, copied,
         victims, heads, count, hot.table.shape[2], hot.slots,
-        SIZE=size, IS_AGAIN=is_again, BLOCK_K=max(16, triton.next_power_of_2(count)),
+        SIZE=size, IS_AGAIN=is_again, COUNTS=is_looked_up, BLOCK_K=max(16, triton.next_power_of_2(count)),
         BLOCK_S=min(_LOOKED_AT, max(16, triton.next_power_of_2(hot.slots))), num_warps=8,
     )  # fmt: skip
     dim, width = hot.keys.shape[3], hot.values.shape[3]
@@ -92,7 +98,7 @@ def place_units(kv: PagedKV, hot: HotUnits, units: Tensor, seq_lens: Tensor | in
 def place_kernel(
     units, lengths, table, owners, stamps, hands, clock, counts, places, copied, victims, num_kv_heads, count,
     max_units, slots,
-    SIZE: tl.constexpr, IS_AGAIN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    SIZE: tl.constexpr, IS_AGAIN: tl.constexpr, COUNTS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """The clock of a row: see `reference.fetch_units`. `copied` says of each unit whether it is to be copied."""
     row = tl.program_id(0)
@@ -148,9 +154,33 @@ def place_kernel(
     is_copied = is_missing | (is_unit & (unit == (end - 1) // SIZE))  # the one being written has a token more
     tl.store(places + row_lists + k, tl.where(is_unit, tl.where(is_missing, first + slot, page), 0), mask=k < count)
     tl.store(copied + row_lists + k, is_copied.to(tl.int32), mask=k < count)
-    tl.atomic_add(counts, tl.sum(is_looked_up.to(tl.int64)))
-    tl.atomic_add(counts + 1, wanted.to(tl.int64))
+    if COUNTS:
+        tl.atomic_add(counts, tl.sum(is_looked_up.to(tl.int64)))
+        tl.atomic_add(counts + 1, wanted.to(tl.int64))
     tl.atomic_add(counts + 2, tl.sum(is_copied.to(tl.int64)))
+
+
+@triton.jit
+def load_keys(keys, pool, row, h, physical, token, is_live, newest, SHAPE: tl.constexpr):
+    """Keys of some tokens of a row, `[N, BLOCK_D]`: from the pool where there is one and they are hot, else in place.
+
+    The pool may hold what was there before the `newest` token, which its fetch copies each time: that is read in place.
+    """
+    channel = tl.arange(0, SHAPE.block_d)
+    offset = (token % SHAPE.page_size).to(tl.int64) * keys.token
+    at = keys.base + h * keys.head + physical.to(tl.int64) * keys.page + offset
+    inside = is_live[:, None] & (channel < SHAPE.head_dim)[None, :]
+    if pool is None:
+        k = tl.load(at[:, None] + channel[None, :], mask=inside, other=0.0)
+    else:
+        is_looked_up = is_live & (token != newest)
+        page = tl.load(pool.table + row.to(tl.int64) * pool.units + token, mask=is_looked_up, other=-1)
+        is_hot = (page >= 0)[:, None]
+        tl.atomic_add(pool.counts + 3, tl.sum((is_live & (page < 0)).to(tl.int64)))
+        near = pool.keys + h * pool.head + page.to(tl.int64) * SHAPE.head_dim
+        far = tl.load(at[:, None] + channel[None, :], mask=inside & ~is_hot, other=0.0)
+        k = tl.where(is_hot, tl.load(near[:, None] + channel[None, :], mask=inside & is_hot, other=0.0), far)
+    return k
 
 
 @triton.jit(do_not_specialize=["num_kv_heads", "count", "capacity", "slots", "parts"])

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from quest_attention.ops.triton.arguments import length_of, load_query
 from quest_attention.ops.triton.arithmetic import LOG2_E, cap, dot, widen
+from quest_attention.ops.triton.fetch import load_keys
 from quest_attention.ops.triton.launch import let_next_start, wait_for_launch
 from quest_attention.ops.triton.masks import END, FIRST, LIVE, SPAN, is_live_token
 from quest_attention.ops.triton.sketch import turn
@@ -60,9 +61,10 @@ def prepare_kernel(
 ):  # fmt: skip
     """The log-sum-exp of a row's heads over a part of a sample of its tokens; and the bits of its queries.
 
-    The sample is the first and the last tokens of the sequence, a page's worth each, and as many of those between as
-    there is room for, evenly apart but for a draw in each step; these weigh as what they stand for. With a mask they
-    lie between the first and the last live token, and dead ones among them weigh nothing.
+    The sample is the first and the last tokens of the sequence, a page's worth each, and of those between about as many
+    as there is room for, evenly apart but for a draw of each; these weigh as what they stand for. With a mask they lie
+    between the first and the last live token, and dead ones among them weigh nothing. While a sequence grows by a few
+    per cent the draws stay where they are, so that a pool of hot tokens that was given the sample has it.
     """
     if live is None:
         let_next_start(FOLLOWS)
@@ -82,6 +84,7 @@ def prepare_kernel(
             _store_bits(turned, space.bits, space.factors, row, SHAPE, PACKING)
     PAGE: tl.constexpr = SHAPE.page_size
     start = 0
+    newest = end - 1
     is_sparse = end > token_budget
     if live is not None:
         wait_for_launch(FOLLOWS)
@@ -89,33 +92,34 @@ def prepare_kernel(
         is_sparse = tl.load(span + LIVE) > token_budget
         start = tl.load(span + FIRST)
         end = tl.load(span + END)
+    SAMPLED: tl.constexpr = SAMPLE * PARTS
+    if pool is not None:
+        if (part < PARTS) & ~is_sparse:
+            tl.store(space.sampled + row.to(tl.int64) * SAMPLED + part * SAMPLE + tl.arange(0, SAMPLE), -1)
     if (part < PARTS) & is_sparse:
-        EDGE: tl.constexpr = min(SHAPE.page_size, SAMPLE * PARTS // 4)
-        DRAWN: tl.constexpr = SAMPLE * PARTS - 2 * EDGE
+        EDGE: tl.constexpr = min(SHAPE.page_size, SAMPLED // 4)
+        DRAWN: tl.constexpr = SAMPLED - 2 * EDGE
         head = tl.arange(0, SHAPE.block_g)
-        channel = tl.arange(0, SHAPE.block_d)
         at = part * SAMPLE + tl.arange(0, SAMPLE)
         between = tl.maximum(end - start - 2 * EDGE, 1)
+        each = _sixteenths_apart(between, DRAWN)
         nth = at - 2 * EDGE
-        draw = ((nth * 40503) & 0xFFFF).to(tl.float32) / 65536.0
-        each = tl.div_rn(between.to(tl.float32), tl.full([], DRAWN, tl.float32))  # so that all GPUs draw the same
-        drawn = start + EDGE + tl.minimum(((nth.to(tl.float32) + draw) * each).to(tl.int32), between - 1)
-        position = tl.where(at < EDGE, start + at, tl.where(at < 2 * EDGE, end - 2 * EDGE + at, drawn))
-        is_live = (position >= start) & (position < end)
+        # No two are one token: a draw leaves a whole token to the next.
+        drawn = (nth * each + (((nth * 40503) >> 6 & 1023) * (each - 15) >> 10)) // 16
+        position = tl.where(at < EDGE, start + at, tl.where(at < 2 * EDGE, end - 2 * EDGE + at, start + EDGE + drawn))
+        is_live = (position >= start) & (position < tl.where(at < 2 * EDGE, end, end - EDGE))
         if live is not None:
             WORDS: tl.constexpr = (PAGE + 15) // 16
             is_live &= is_live_token(live.words + b * (most // PAGE * WORDS), position, is_live, PAGE)
         physical = tl.load(page_table + b * table_stride + position // PAGE, mask=is_live, other=0).to(tl.int64)
-        key_at = keys.base + h * keys.head + physical * keys.page + (position % PAGE).to(tl.int64) * keys.token
-        inside = is_live[:, None] & (channel < SHAPE.head_dim)[None, :]
-        if pool is not None:  # these are read where the cache is, hot or not
-            tl.atomic_add(pool.counts + 3, tl.sum(is_live.to(tl.int64)))
-        k = tl.load(key_at[:, None] + channel[None, :], mask=inside, other=0.0)
+        if pool is not None:
+            tl.store(space.sampled + row.to(tl.int64) * SAMPLED + at, tl.where(is_live, position, -1))
+        k = load_keys(keys, pool, row, h, physical, position, is_live, newest, SHAPE)
         HEADS: tl.constexpr = SHAPE.block_g
         logit = dot(q, tl.trans(widen(k, q.dtype)), tl.zeros([HEADS, SAMPLE], tl.float32)) * factor
         if softcap is not None:  # of which a logit that is not finite is no finite one
             logit = tl.where(tl.abs(logit) < float("inf"), cap(logit, softcap * LOG2_E), float("inf"))
-        logit += tl.where(at < 2 * EDGE, 0.0, tl.log2(each))[None, :]
+        logit += tl.where(at < 2 * EDGE, 0.0, tl.log2(each.to(tl.float32)) - 4.0)[None, :]
         is_known = is_live[None, :] & (tl.abs(logit) < float("inf"))
         logit = tl.where(is_known, logit, float("-inf"))
         largest = tl.maximum(tl.max(logit, 1), -1e30)
@@ -125,6 +129,19 @@ def prepare_kernel(
             total += tl.where(part == 0, tl.exp2(sink - largest), 0.0)
         norm = tl.where(total > 0, largest + tl.log2(total), float("-inf"))
         tl.store(space.norms + (row * PARTS + part) * HEADS + head, norm)
+
+
+@triton.jit
+def _sixteenths_apart(between, DRAWN: tl.constexpr):
+    """How far apart `DRAWN` tokens or somewhat fewer lie among `between` [sixteenths of a token], a token at least.
+
+    Five bits of it count, so that it stays the same while there come to be a few per cent more.
+    """
+    least = tl.maximum(tl.cdiv(between * 16, DRAWN), 16)
+    rare = 0
+    for _ in tl.static_range(24):
+        rare += ((least >> rare) >= 32).to(tl.int32)
+    return tl.cdiv(least, 1 << rare) << rare
 
 
 @triton.jit

@@ -3,11 +3,14 @@
     prepare     queries turned, and as bits; the log-sum-exp of each head from the keys of a sample of tokens
     sample      the ranks of some pages' tokens, by the signs of their sketches: `scan` where it fits, else `ranks`
     scan        which of all tokens reach the threshold that the sample gives: the candidates
-    pick        these, to a list, and rank them by their keys, those of hot tokens in the pool
+    pick        these, to a list, and rank them by their keys
     choose      among the candidates of a row
     attend      to the chosen, as `attention` does; the last program of a row merges
 
 With a mask a seventh comes before these (`masks`): which tokens are live, and where the forced pages end.
+
+Beside a pool of hot tokens `fetch` comes after `prepare`, so that the next step finds its sample there, after `pick`,
+which lists alone, and after `choose`; what is listed `weigh` ranks.
 
 A launch waits for all programs of the one before: a threshold needs the ranks of a whole row, and so on. It is started
 before those are done, and loads meanwhile what it does not have from them. Within `pick` a program waits for how many
@@ -36,7 +39,7 @@ from quest_attention.ops.triton.arguments import (
     values_argument,
 )
 from quest_attention.ops.triton.attention import attend_slots
-from quest_attention.ops.triton.candidates import choose_kernel, pick_kernel
+from quest_attention.ops.triton.candidates import choose_kernel, pick_kernel, weigh_kernel
 from quest_attention.ops.triton.fetch import place_units, pool_argument
 from quest_attention.ops.triton.launch import check_kernel_dtype, launch, starts_early, wait_for_launch
 from quest_attention.ops.triton.masks import mark_live_tokens
@@ -47,6 +50,7 @@ from quest_attention.ops.triton.scan import SCAN_WARPS, scan_kernel
 from quest_attention.ops.triton.sketch import packing_of
 from quest_attention.ops.triton.token_workspace import (
     SAMPLE_PARTS,
+    SAMPLED_KEYS,
     SAMPLED_RANKS,
     Plan,
     TokenWorkspace,
@@ -68,8 +72,8 @@ _ATTENDED = 4096
 """Channels of keys to which a program attends at a time."""
 _STAGES = 3
 """Blocks of these in flight."""
-_SAMPLE = 128
-"""Tokens by whose keys a program estimates a log-sum-exp."""
+_FETCHED_TIMES = 2
+"""Times the candidates that are wanted, of which a pool gets as many at most: more are ranked where they are."""
 
 
 def decode_tokens(step: Step) -> tuple[Tensor, Selection] | None:
@@ -84,7 +88,7 @@ def decode_tokens(step: Step) -> tuple[Tensor, Selection] | None:
     selected = _choose(step, plan, workspace)
     shape = shape_of(kv.page_size, group, kv.head_dim, width, unit=1)
     if step.hot is not None:  # the same attention, with a page of the pool for each token
-        places = place_units(kv, step.hot, selected.units, step.seq_lens)
+        places = place_units(kv, step.hot, selected.units, step.seq_lens, is_again=True)
         kv, workspace, shape = step.hot.paged, workspace._replace(places=places), shape._replace(page_size=1)
     output = step.out
     if output is None:
@@ -147,10 +151,14 @@ def _choose(step: Step, plan: Plan, workspace: TokenWorkspace) -> Selection:
     launch(
         prepare_kernel, (rows * (norms + plan.scans),), by_heads, keys, pool, table, stride, lengths, live, sinks,
         workspace, scale, softcap, heads, budget, plan.most,
-        SHAPE=multiplied, PACKING=packing, SAMPLE=_SAMPLE, PARTS=norms, HAS_BITS=plan.scans,
+        SHAPE=multiplied, PACKING=packing, SAMPLE=SAMPLED_KEYS, PARTS=norms, HAS_BITS=plan.scans,
         num_warps=8, **({"FOLLOWS": follows["FOLLOWS"]} if live is None else follows),
     )  # fmt: skip
     wanted = max(config.candidate_budget, _LEAST_TIMES * budget)
+    fetched = 0 if step.hot is None else min(plan.listed, step.hot.slots, _FETCHED_TIMES * wanted)
+    if step.hot is not None and fetched + norms * SAMPLED_KEYS <= step.hot.slots:
+        sampled = _listed(workspace.sampled, batch, heads, norms * SAMPLED_KEYS)
+        place_units(kv, step.hot, sampled, step.seq_lens, is_looked_up=False)
     for is_sample in (True, False):
         programs = plan.sample_parts if is_sample else plan.rank_parts
         choice = (softcap, heads, programs, plan.words, budget, sink_pages, recent_pages, wanted, plan.most)
@@ -169,19 +177,32 @@ def _choose(step: Step, plan: Plan, workspace: TokenWorkspace) -> Selection:
                 SHAPE=multiplied, PACKING=packing, PAGES=plan.ranked_pages, num_warps=4, **options,
             )  # fmt: skip
     parts = triton.next_power_of_2(plan.pick_parts)
+    weighing = {"SHAPE": multiplied, "PARTS": parts, "NORMS": norms, "num_warps": 4}
+    weighing["RANKED"] = max(16, _WEIGHED // multiplied.block_d)
     launch(
-        pick_kernel, (rows * plan.pick_parts,), by_heads, keys, pool, table, stride, lengths, live,
+        pick_kernel, (rows * plan.pick_parts,), by_heads, keys, table, stride, lengths, live,
         workspace, scale, softcap, heads, budget, sink_pages, recent_pages, plan.pick_parts, plan.listed, plan.words,
-        plan.most,
-        SHAPE=multiplied, PARTS=parts, NORMS=norms, PICKED=plan.picked,
-        RANKED=max(16, _WEIGHED // multiplied.block_d), num_warps=4, **follows,
+        plan.most, fetched,
+        PICKED=plan.picked, RANKS=step.hot is None, **weighing, **follows,
     )  # fmt: skip
+    if step.hot is not None:
+        candidates = _listed(workspace.candidates, batch, heads, plan.listed)[..., :fetched]
+        place_units(kv, step.hot, candidates, step.seq_lens)
+        launch(
+            weigh_kernel, (rows * plan.pick_parts,), by_heads, keys, pool, table, stride, lengths, live, workspace,
+            scale, softcap, heads, plan.pick_parts, plan.listed, plan.most, **weighing,
+        )  # fmt: skip
     launch(
         choose_kernel, (rows,), table, stride, lengths, live, workspace, units, counts, heads, budget, sink_pages,
         recent_pages, plan.pick_parts, plan.slots, plan.listed, plan.most,
         PAGE=kv.page_size, PARTS=parts, HELD=plan.held, num_warps=min(32, max(4, plan.held // _HELD)), **follows,
     )  # fmt: skip
     return Selection(units, counts, 1)
+
+
+def _listed(tokens: Tensor, batch: int, heads: int, count: int) -> Tensor:
+    """A list of each row in a workspace, `[B, HKV, count]`."""
+    return tokens.flatten()[: batch * heads * count].view(batch, heads, count)
 
 
 @triton.jit(do_not_specialize=["num_kv_heads", "splits", "slots"])

@@ -20,6 +20,7 @@ from quest_attention.ops.triton.tuning import filling_programs
 from quest_attention.pages import PagedKV
 
 __all__ = [
+    "SAMPLED_KEYS",
     "SAMPLED_RANKS",
     "SAMPLE_PARTS",
     "Plan",
@@ -33,6 +34,8 @@ _LEAST_HEADS = 16
 """Query heads that a row has room for at least: those of the smallest matrix product."""
 SAMPLE_PARTS = 4
 """Programs that estimate a log-sum-exp for a row, by a sample of its keys."""
+SAMPLED_KEYS = 128
+"""Tokens by whose keys one of them does."""
 SAMPLED_RANKS = 2048
 """Most ranks in which a row's threshold is looked for."""
 _RANKED_PAGES = 16
@@ -68,6 +71,7 @@ class TokenWorkspace(NamedTuple):
         exact: Their ranks by their keys, `[R, C]` float32.
         found: One more than each program of `pick` has found, `[R, parts]` int32, zero between steps.
         places: Chosen tokens in the cache, `[R, K]` int32.
+        sampled: Tokens by whose keys log-sum-exps are estimated, -1 for none, `[R, 512]` int32; only beside a pool.
         partial: `[R, splits, G, DV]` float32.
         partial_lse: `[R, splits, G]` float32.
         counters: `[R]` int32, zero between launches.
@@ -83,6 +87,7 @@ class TokenWorkspace(NamedTuple):
     exact: Tensor
     found: Tensor
     places: Tensor
+    sampled: Tensor
     partial: Tensor
     partial_lse: Tensor
     counters: Tensor
@@ -164,7 +169,7 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
     shapes = (
         (rows, tiles_of_bits * 32), (rows, 3 * _LEAST_HEADS), (rows, SAMPLE_PARTS, heads), (rows, SAMPLED_RANKS),
         (rows, words), (rows, listed), (rows, listed), (rows, listed), (rows, pick_parts), (rows, slots),
-        (rows, splits, group, kv.values.shape[-1]), (rows, splits, group), (rows,),
+        (rows, SAMPLE_PARTS * SAMPLED_KEYS), (rows, splits, group, kv.values.shape[-1]), (rows, splits, group), (rows,),
     )  # fmt: skip
     return Plan(
         scans,
@@ -185,7 +190,7 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
 
 _DTYPES = (
     torch.int32, torch.float32, torch.float32, torch.float16, torch.int32, torch.int32, torch.int32, torch.float32,
-    torch.int32, torch.int32, torch.float32, torch.float32, torch.int32,
+    torch.int32, torch.int32, torch.int32, torch.float32, torch.float32, torch.int32,
 )  # fmt: skip
 """Of the tensors of a workspace, in order."""
 
