@@ -55,9 +55,12 @@ test-real-vllm: real-models $(VLLM)/.installed ## The same model behind vLLM's O
 	TOKENIZERS_PARALLELISM=false QUEST_REAL_MODELS="$(abspath $(MODELS_DIR))" \
 		$(VLLM)/bin/python -m pytest tests/real/test_served.py $(PYTEST_ARGS)
 
-# Of engines each test starts its own, so that one file's need not stay with one worker.
+# Of engines each test starts its own, so that one file's need not stay with one worker. Those of several processes would
+# be in one another's way.
+SEVERAL := tests/serving/test_server.py tests/serving/test_processes.py
 test-vllm: $(VLLM)/.installed ## The plugin inside vLLM on a CPU: engine, OpenAI server, two ranks (about ten minutes)
-	$(VLLM)/bin/python -m pytest -n $(WORKERS) --dist worksteal tests/serving $(PYTEST_ARGS)
+	$(VLLM)/bin/python -m pytest -n $(WORKERS) --dist worksteal tests/serving $(SEVERAL:%=--ignore=%) $(PYTEST_ARGS)
+	$(VLLM)/bin/python -m pytest $(SEVERAL) $(PYTEST_ARGS)
 
 test-gpu: ## Run the tests that need an NVIDIA GPU, with the python3 and PyTorch of the machine
 	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests/gpu tests/hf/test_graph.py tests/test_snippets.py $(PYTEST_ARGS)

@@ -44,6 +44,7 @@ def test_all_arms_are_timed_and_what_does_not_fit_is_said(tmp_path: Path) -> Non
     assert "left out" in done.stdout
 
 
+@pytest.mark.thorough
 def test_arms_with_drafts_are_timed(tmp_path: Path) -> None:
     output = tmp_path / "served.json"
     more = ("--bounds", "", "--sketch", "96", "--batches", "2", "--repeats", "1", "--speculate", "3")

@@ -1,66 +1,27 @@
 """Quest inside vLLM's engine on a CPU: each test runs scenarios of `scenario.py`, each in a process of its own.
 
-For the environment that has vLLM: `make test-vllm`.
+For the environment that has vLLM: `make test-vllm`. Engines of several processes are in `test_processes.py`.
 """
 
 from __future__ import annotations
 
-import functools
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm", reason="runs with make test-vllm, which installs vLLM")
 
-from cores import engine_environment
+from engine import MINUTES, NUM_SPARSE_LAYERS, WARM, assert_checked, scenario, thorough
 from mixed_models import ALL, FAMILIES, WITH_STATES
-from warm import Warm
 
-HERE = Path(__file__).parent
-NUM_SPARSE_LAYERS = 4  # of the bundled model's six
-MINUTES = 15
-"""Of a scenario at most; it takes one or two alone on two cores."""
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60 * MINUTES)]
-WARM = Warm(
-    (
-        "vllm.entrypoints.llm",
-        "vllm.v1.worker.cpu_worker",
-        "vllm.v1.attention.backends.cpu_attn",
-        "vllm.model_executor.models.llama",
-        "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors",
-        "quest_attention.vllm.worker",
-    ),
-    engine_environment() | {"VLLM_LOGGING_LEVEL": "WARNING"},
-)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _warm() -> Iterator[None]:
     yield
     WARM.stop()
-
-
-@functools.cache
-def scenario(name: str) -> Any:
-    """What a scenario printed last."""
-    code, out, err = WARM.run(HERE / "scenario.py", [name], HERE)
-    lines = [line for line in out.splitlines() if line.startswith("{")]
-    assert code == 0 and lines, out[-3000:] + err[-6000:]
-    return json.loads(lines[-1])
-
-
-def assert_checked(found: dict[str, Any], *, ranks: int = 1, layers: int = NUM_SPARSE_LAYERS) -> None:
-    """Every sparse row of every layer that chooses went through the oracle, on every rank, and nothing was wrong."""
-    assert len(found["oracle"]) == len(found["counters"]) == ranks
-    for oracle, counters in zip(found["oracle"], found["counters"], strict=True):
-        assert oracle["failures"] == []
-        assert 0 < oracle["worst"] <= 1
-        rows = counters["sparse_rows"] + counters["verified_sparse_rows"]
-        assert oracle["seen"]["rows past the budget"] == layers * rows > 0
-        assert counters["tokens_read"] < counters["tokens_held"]
 
 
 def test_nothing_changes_where_nobody_asks() -> None:
@@ -87,7 +48,9 @@ def test_what_clients_ask_for_beside_plain_answers() -> None:
     assert [len(one) for one in given["three answers"]] == [len(one) for one in given["beam search"]] == [3, 3]
 
 
-@pytest.mark.parametrize("name", ["own_budgets", "own_budgets_of_sketches", "own_budgets_in_the_adapter_of_a_gpu"])
+@pytest.mark.parametrize(
+    "name", ["own_budgets", thorough("own_budgets_of_sketches"), "own_budgets_in_the_adapter_of_a_gpu"]
+)
 def test_requests_with_budgets_of_their_own(name: str) -> None:
     found = scenario(name)
     (oracle,) = found["oracle"]
@@ -138,17 +101,25 @@ def test_the_last_token_of_a_prompt_is_no_decode_row() -> None:
     assert found["counters"][0]["sparse_rows"] == 0
 
 
-@pytest.mark.parametrize("name", ["stock_prefixes", "prefixes", "sketch_prefixes"])
+@pytest.mark.parametrize("name", [thorough("stock_prefixes"), "prefixes", thorough("sketch_prefixes")])
 def test_prefixes_at_odd_lengths_answer_as_prompts_from_nothing_do(name: str) -> None:
-    """Lengths at, under and over a block's end and the budget; `QUEST_PREFIXES` names others."""
+    """Lengths at, under and over a block's end and the budget; `QUEST_PREFIXES` names others.
+
+    Keys that were computed in other chunks are a rounding apart. Of those a sketch may have another sign, and a token
+    at the edge of the choice make room for its neighbour: which prompt that happens to depends on the processor.
+    """
     found = scenario(name)
     fresh, reused, together = (found[way] for way in ("fresh", "reused", "together"))
     assert [one["hits"] for one in fresh] == [0] * len(fresh)
     assert [one["hits"] for one in reused] == found["expected"]
     assert together["tokens"] == [one["tokens"] for one in reused] == [one["tokens"] for one in fresh]
+    apart = 0
     for first, again, beside in zip(fresh, reused, together["logprobs"], strict=True):
-        assert again["logprobs"] == pytest.approx(first["logprobs"], abs=1e-4)  # other sums, the same numbers
-        assert beside == pytest.approx(first["logprobs"], abs=1e-4)
+        for one in (again["logprobs"], beside):
+            assert one == pytest.approx(first["logprobs"], abs=2e-3)  # of a prompt with another budget they are 0.01
+        is_same = [one == pytest.approx(first["logprobs"], abs=1e-4) for one in (again["logprobs"], beside)]
+        apart += not all(is_same)  # other sums, the same numbers
+    assert apart <= (len(fresh) // 8 if name == "sketch_prefixes" else 0)
     assert all(found["emptied"]), "no block was in use after any answer"
     if name != "stock_prefixes":
         assert_checked(found)
@@ -239,10 +210,10 @@ def test_speculated_tokens_that_are_taken_back_are_in_no_sketch() -> None:
 
 SPARSE_VERIFICATION = (
     "sparse_verification",
-    "sparse_verification_of_sketches",
-    "sparse_verification_in_the_adapter_of_a_gpu",
+    thorough("sparse_verification_of_sketches"),
+    thorough("sparse_verification_in_the_adapter_of_a_gpu"),
     "sparse_verification_of_sketches_in_the_adapter_of_a_gpu",
-    "sparse_verification_in_8_bits",
+    thorough("sparse_verification_in_8_bits"),
     "sparse_verification_of_sketches_in_8_bits",
 )
 
@@ -284,7 +255,7 @@ def test_a_budget_of_the_context_checks_drafts_as_stock_does(name: str) -> None:
     assert counters["tokens_read"] == counters["tokens_held"]
 
 
-@pytest.mark.parametrize("name", ["sparse_eagle", "sparse_eagle3", "eagle_of_the_context"])
+@pytest.mark.parametrize("name", [thorough("sparse_eagle"), "sparse_eagle3", "eagle_of_the_context"])
 def test_the_layers_of_an_eagle_head_are_stock_and_its_drafts_are_checked(name: str) -> None:
     found = scenario(name)
     *ours, last = found["backends"].values()
@@ -317,7 +288,7 @@ def test_the_layer_of_a_model_that_predicts_tokens_is_stock_and_its_drafts_are_c
 @pytest.mark.parametrize(
     ("name", "plain"),
     [
-        ("drafts_by_quest", "without_drafts"),
+        thorough("drafts_by_quest", "without_drafts"),
         ("drafts_by_sketches", "without_drafts"),
         ("drafts_where_blocks_run_out", "without_drafts_where_blocks_run_out"),
     ],
@@ -337,7 +308,9 @@ def test_a_model_that_drafts_with_quest_answers_as_stock_does(name: str, plain: 
         assert found["metrics"]["num_preemptions"] > 0
 
 
-@pytest.mark.parametrize("name", ["drafts_in_the_adapter_of_a_gpu", "replayed_drafts_in_the_adapter_of_a_gpu"])
+@pytest.mark.parametrize(
+    "name", [thorough("drafts_in_the_adapter_of_a_gpu"), "replayed_drafts_in_the_adapter_of_a_gpu"]
+)
 def test_drafts_with_quest_in_the_adapter_of_a_gpu(name: str) -> None:
     found = scenario(name)
     (counters,), (oracle,) = found["counters"], found["oracle"]
@@ -439,12 +412,6 @@ def test_a_captured_batch_of_a_gpu_runs_quest_whatever_its_lengths_were(name: st
     assert scenario(name)["planned"] == [[0, 4, 0]]
 
 
-def test_two_ranks_each_with_its_own_heads() -> None:
-    found = scenario("tensor_parallel")
-    assert_checked(found, ranks=2)
-    assert found["answers"] == scenario("one_rank")["answers"]
-
-
 @pytest.mark.parametrize("form", ["bounds", "sketch"])
 def test_blocks_that_the_offloading_connector_saved_and_loaded_elsewhere(form: str) -> None:
     found = scenario("offloading")[form]
@@ -454,15 +421,4 @@ def test_blocks_that_the_offloading_connector_saved_and_loaded_elsewhere(form: s
     (moved,) = found["moved"]
     assert found["metrics"]["external_prefix_cache_hits"] == 32 * moved["blocks"] > 1000  # none was computed again
     assert moved["elsewhere"] > moved["blocks"] / 2
-    assert moved["other bits"] == 0
-
-
-@pytest.mark.parametrize("form", ["bounds", "sketch"])
-def test_prompts_of_another_engine_fetched_by_nixl(form: str) -> None:
-    found = scenario("fetched_by_nixl")[form]
-    assert_checked(found)
-    assert found["answers"] == found["alone"]
-    (moved,) = found["moved"]
-    assert found["metrics"]["external_prefix_cache_hits"] > 1000
-    assert moved["elsewhere"] > 20 and moved["blocks"] > 40
     assert moved["other bits"] == 0

@@ -17,6 +17,7 @@ pytest.importorskip("vllm", reason="runs with make test-vllm, which installs vLL
 from openai import BadRequestError
 
 import scenario
+from engine import thorough
 from server import CLIENTS, NAME, serving
 
 MINUTES = 15
@@ -24,7 +25,9 @@ _BUSY = ("vllm:num_requests_running", "vllm:num_requests_waiting{", "vllm:kv_cac
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60 * MINUTES)]
 
 
-@pytest.mark.parametrize(("kept", "what"), [({}, "pages"), (scenario.SKETCH, "tokens")], ids=["bounds", "sketch"])
+@pytest.mark.parametrize(
+    ("kept", "what"), [thorough({}, "pages"), (scenario.SKETCH, "tokens")], ids=["bounds", "sketch"]
+)
 def test_eight_clients_get_what_one_gets_and_every_step_is_the_oracles(
     kept: dict[str, Any], what: str, tmp_path: Path
 ) -> None:
@@ -75,7 +78,7 @@ def test_eight_clients_get_what_one_gets_and_every_step_is_the_oracles(
     assert any(name.startswith("vllm:") for name in told)
 
 
-@pytest.mark.parametrize("kept", [{}, scenario.SKETCH], ids=["bounds", "sketch"])
+@pytest.mark.parametrize("kept", [{}, thorough(scenario.SKETCH)], ids=["bounds", "sketch"])
 def test_clients_that_leave_and_rows_that_are_preempted_leave_nothing_behind(kept: dict[str, Any]) -> None:
     """A pool of a quarter of what sixteen requests want; `QUEST_REQUESTS` says how many there are."""
     count = int(os.environ.get("QUEST_REQUESTS", "32"))
