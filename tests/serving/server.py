@@ -93,7 +93,7 @@ class Server:
     def leave(self, prompt: str, tokens: int) -> None:
         """Ask for a long answer as a stream, and hang up after so many tokens."""
         given = self._client.completions.create(
-            model=NAME, prompt=prompt, max_tokens=1000, temperature=0, stream=True, extra_body={"ignore_eos": True}
+            model=NAME, prompt=prompt, max_tokens=256, temperature=0, stream=True, extra_body={"ignore_eos": True}
         )
         for _, _ in zip(range(tokens), given, strict=False):
             pass
