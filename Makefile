@@ -58,7 +58,7 @@ test-real-vllm: real-models $(VLLM)/.installed ## The same model behind vLLM's O
 # Of engines each test starts its own, so that one file's need not stay with one worker. Those of several processes would
 # be in one another's way.
 SEVERAL := tests/serving/test_server.py tests/serving/test_processes.py
-test-vllm: $(VLLM)/.installed ## The plugin inside vLLM on a CPU: engine, OpenAI server, two ranks (about ten minutes)
+test-vllm: $(VLLM)/.installed ## The plugin inside vLLM on a CPU: engine, OpenAI server, two ranks (about twenty minutes)
 	$(VLLM)/bin/python -m pytest -n $(WORKERS) --dist worksteal tests/serving $(SEVERAL:%=--ignore=%) $(PYTEST_ARGS)
 	$(VLLM)/bin/python -m pytest $(SEVERAL) $(PYTEST_ARGS)
 

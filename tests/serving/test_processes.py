@@ -28,6 +28,7 @@ def test_two_ranks_each_with_its_own_heads() -> None:
     assert found["answers"] == scenario("one_rank")["answers"]
 
 
+@pytest.mark.thorough  # of four engines; in `.ci/run` blocks are moved by the offloading connector
 @pytest.mark.parametrize("form", ["bounds", "sketch"])
 def test_prompts_of_another_engine_fetched_by_nixl(form: str) -> None:
     found = scenario("fetched_by_nixl")[form]
