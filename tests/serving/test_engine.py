@@ -386,6 +386,7 @@ def test_the_adapter_of_a_gpu_with_sketches() -> None:
     assert seen["rows within it"] > 0 < seen["selections"]
 
 
+@pytest.mark.thorough  # four minutes; in `.ci/run` rows that check drafts are read in 8 bits
 @pytest.mark.parametrize("form", ["bounds", "sketch"])
 def test_the_adapter_of_a_gpu_with_keys_and_values_in_8_bits(form: str) -> None:
     """By scales that are not 1: the oracle stores every token a second time, rounded by its own arithmetic."""
