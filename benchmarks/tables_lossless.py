@@ -20,8 +20,11 @@ MEASURED = (
 )  # fmt: skip
 CHOOSING = {"round": "the first", "draft": "each"}
 DRAFTS = (1, 2, 4, 8)
+TIMED = ("lossless_cpu.json", "lossless_cpu_chat.json")
 ARMS = ("dynamic", "written", "lossless-2", "lossless-0")
-HEAD = ("dtype", "context", "DynamicCache + sdpa", "ours, dense", "lossless, 2 dense layers", "lossless, none")
+HEAD = (
+    "accepted as", "dtype", "context", "DynamicCache + sdpa", "ours, dense", "lossless, 2 dense layers", "lossless, none",
+)  # fmt: skip
 
 
 def acceptance_table(rows: Rows) -> str:
@@ -45,15 +48,21 @@ def measured(name: str) -> Rows:
     return [row | said for row in load(name)]
 
 
+def timed(name: str) -> Rows:
+    """The rows of a timing, each with the text whose acceptance it has."""
+    text = json.loads((RESULTS / name).read_text(encoding="utf-8"))["settings"]["accepted_as"].split()[0]
+    return [{"text": text, **row} for row in load(name)]
+
+
 def cpu_table(rows: Rows) -> str:
     """Milliseconds a token, and how many times faster lossless decoding is, by the dense layers of its drafts."""
-    ms = {(row["dtype"], row["context"], row["arm"]): row["ms"]["p50"] for row in rows}
+    ms = {(row["text"], row["dtype"], row["context"], row["arm"]): row["ms"]["p50"] for row in rows}
     cells = []
-    for dtype, context in dict.fromkeys((row["dtype"], row["context"]) for row in rows):
-        times = [ms[dtype, context, arm] for arm in ARMS]
+    for text, dtype, context in dict.fromkeys(case[:3] for case in ms):
+        times = [ms[text, dtype, context, arm] for arm in ARMS]
         dynamic, dense, two, none = times
         ratios = (f"{dynamic / two:.1f}x", f"{dense / two:.2f}x", f"{dynamic / none:.1f}x", f"{dense / none:.2f}x")
-        cells.append([dtype, f"{context:,}", *(f"{time:.1f}" for time in times), *ratios])
+        cells.append([text, dtype, f"{context:,}", *(f"{time:.1f}" for time in times), *ratios])
     to = ("2 layers to DynamicCache", "to ours, dense", "none to DynamicCache", "to ours, dense")
     return as_markdown((*HEAD, *to), cells)
 
@@ -66,7 +75,7 @@ def main(
     """Print the tables, or put them into the page."""
     tables = {
         "acceptance": acceptance_table([row for name in MEASURED for row in measured(name)]),
-        "lossless": cpu_table(load("lossless_cpu.json")),
+        "lossless": cpu_table([row for name in TIMED for row in timed(name)]),
     }
     if fill:
         fill_page(DOCS / "speed.md", tables)

@@ -15,7 +15,11 @@ from tables_gpu import Rows, as_markdown, load, origin
 
 HIT_RATES = ("hit_rates_smollm2.json", "hit_rates_qwen.json")
 AHEAD = ("layer_ahead_smollm2.json", "layer_ahead_qwen.json")
-TIMES = ("offload_gpu.json", "offload_gpu_sketch_512k.json", "offload_gpu_fp8_1m.json")
+TIMES = (
+    "offload_gpu.json", "offload_gpu_sketch_128k.json", "offload_gpu_256k.json", "offload_gpu_sketch_512k.json",
+    "offload_gpu_fp8_1m.json",
+)  # fmt: skip
+"""Of a context and what is read there the last record counts."""
 PROMPTS = "prompt_gpu.json"
 
 ARMS = {
@@ -61,6 +65,16 @@ def ahead_table(rows: Rows) -> str:
     return as_markdown(("model", "context", "text", "chosen by", "budget", *ways), cells)
 
 
+def last_times() -> Rows:
+    """Rows of the records, of each context and what is read there those of the last one, by context."""
+    last: dict[tuple[int, str], Rows] = {}
+    for name in TIMES:
+        rows = load(name)
+        for case in dict.fromkeys((row["context"], row["reads"]) for row in rows):
+            last[case] = [row for row in rows if (row["context"], row["reads"]) == case]
+    return [row for case in sorted(last) for row in last[case]]
+
+
 def times_table(rows: Rows) -> str:
     """Milliseconds of a token of each arm, by the hits that came, and what the bus brought for it."""
     on_card = {(row["context"], row["reads"]): row["ms"]["p50"] for row in rows if row["arm"] == "quest"}
@@ -98,7 +112,7 @@ def main(
     """Print the tables, or put them into the page."""
     tables = {
         "hits": hits_table([row for name in HIT_RATES for row in load(name)]),
-        "times": f"{times_table([row for name in TIMES for row in load(name)])}\n\n{'; '.join(map(origin, TIMES))}.",
+        "times": f"{times_table(last_times())}\n\n{'; '.join(map(origin, TIMES))}.",
         "prompts": f"{prompts_table(load(PROMPTS))}\n\n{origin(PROMPTS)}.",
         "ahead": ahead_table([row for name in AHEAD for row in load(name)]),
     }
