@@ -12,8 +12,10 @@ VLLM := .venv-vllm
 PIP := -m pip --disable-pip-version-check
 
 # One thread per test process: the workers share the cores. A file is one worker's, so that what it sets up is made once.
+# Of a test with many parameters some cases stand for all (tests/cases.py): WHICH= runs all.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-PYTEST = $(TEST_ENV) $(1)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+WHICH = -m "not thorough"
+PYTEST = $(TEST_ENV) $(1)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(WHICH) $(PYTEST_ARGS)
 
 # Without PyTorch's own memory pool, whose blocks would hide an access past the end of a tensor.
 # Races are looked for in our kernels: cuDNN's attention, with which the tests compare, has reports of its own.
@@ -21,7 +23,7 @@ SANITIZE = PYTHONPATH=src PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --e
 SMALL_GPU_TESTS = $(PYTHON) -m pytest -m gpu tests/gpu -k test_small_shapes $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-vllm demo real-models test test-oldest test-real test-real-vllm test-vllm test-gpu sanitize-gpu lint format clean
+.PHONY: help venv venv-vllm demo real-models test test-oldest test-thorough test-real test-real-vllm test-vllm test-gpu sanitize-gpu lint format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -42,6 +44,9 @@ test: $(NEWEST)/.installed ## Run the tests and the examples in docstrings, with
 test-oldest: $(OLDEST)/.installed ## The same with the oldest supported transformers
 	$(call PYTEST,$(OLDEST))
 
+test-thorough: WHICH =
+test-thorough: test test-vllm ## All cases of `make test` and `make test-vllm` (an hour or more)
+
 # One process with all the cores, as a user has it: every test waits for the same model.
 test-real: override MODELS = smollm2
 test-real: real-models ## The command line and generate() on a real model, end to end (about three minutes)
@@ -59,8 +64,8 @@ test-real-vllm: real-models $(VLLM)/.installed ## The same model behind vLLM's O
 # be in one another's way.
 SEVERAL := tests/serving/test_server.py tests/serving/test_processes.py
 test-vllm: $(VLLM)/.installed ## The plugin inside vLLM on a CPU: engine, OpenAI server, two ranks (about twenty minutes)
-	$(VLLM)/bin/python -m pytest -n $(WORKERS) --dist worksteal tests/serving $(SEVERAL:%=--ignore=%) $(PYTEST_ARGS)
-	$(VLLM)/bin/python -m pytest $(SEVERAL) $(PYTEST_ARGS)
+	$(VLLM)/bin/python -m pytest -n $(WORKERS) --dist worksteal tests/serving $(SEVERAL:%=--ignore=%) $(WHICH) $(PYTEST_ARGS)
+	$(VLLM)/bin/python -m pytest $(SEVERAL) $(WHICH) $(PYTEST_ARGS)
 
 test-gpu: ## Run the tests that need an NVIDIA GPU, with the python3 and PyTorch of the machine
 	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests/gpu tests/hf/test_graph.py tests/test_snippets.py $(PYTEST_ARGS)

@@ -47,8 +47,14 @@ collect_ignore = [
 collect_ignore += [f"tests/serving/{module}.py" for module in ("gpu_on_cpu", "gpu_oracle", "moved_blocks")]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none, and say so."""
+@pytest.hookimpl(tryfirst=True)  # `-m` chooses by what is marked
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out combinations that there are not, and mark those that others stand for; skip what needs a GPU."""
+    from cases import mark_thorough, there_is  # noqa: PLC0415 - the path to it is the ini file's
+
+    config.hook.pytest_deselected(items=[item for item in items if not there_is(item)])
+    items[:] = [item for item in items if there_is(item)]
+    mark_thorough(items)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from backends import BACKENDS, FAST_BACKENDS, available
 from caches import LAYOUTS, Cache, make_cache
+from cases import only
 from likeness import as_lists, query_for
 from quest_attention import QuestConfig, quest_decode, score_pages, update_page_metadata
 from quest_attention.config import Backend, GroupReduction, SelectionUnit
@@ -67,11 +68,12 @@ def assert_scores_are_the_oracles(step: Step, lengths: list[int]) -> Tensor:
 @pytest.mark.parametrize("factor", [0, 1, 2])
 @pytest.mark.parametrize("host", [False, True], ids=["", "host"])
 @pytest.mark.parametrize(("layout", "backend"), [*((layout, "torch") for layout in LAYOUTS), ("hnd", "triton")])
+@only(lambda backend, host, reduction, **_: backend != "triton" or not (host or reduction == "mass"))
 def test_scores(
     layout: str, backend: Backend, host: bool, factor: int, unit: SelectionUnit, reduction: GroupReduction
 ) -> None:
-    if available(backend) == "triton" and (host or reduction == "mass"):
-        pytest.skip("kernels make the estimates alone; PyTorch reduces them")
+    """Kernels make the estimates alone; PyTorch reduces them."""
+    available(backend)
     lengths = [99, 99] if host else LENGTHS
     cache = filled(lengths, layout=layout)
     config = config_of(selection_unit=unit, group_reduction=reduction, candidate_factor=factor, backend=backend)
@@ -112,11 +114,14 @@ def test_masked_steps(name: str, host: bool, unit: SelectionUnit, backend: Backe
 @pytest.mark.parametrize("scales", [None, "tensor", "head"])
 @pytest.mark.parametrize(("dim", "page_size"), [(64, 8), (80, 16), (128, 32)])
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
+@only(lambda backend, layout, unit, scales, **_: (
+    backend != "triton" or (layout == "nhd" and unit != "token" and (scales is None or unit == 4))
+))  # fmt: skip
 def test_whole_steps(
     backend: Backend, unit: SelectionUnit, layout: str, scales: str | None, dim: int, page_size: int
 ) -> None:
-    if available(backend) == "triton" and (layout != "nhd" or unit == "token" or (scales and unit != 4)):
-        pytest.skip("test_token_decode has tokens; to the kernels strides like any others, and scales of any units")
+    """test_token_decode has kernels and tokens; to kernels strides are like any others, and scales of any units."""
+    available(backend)
     lengths = [9 * page_size + 5, 6 * page_size]
     cache = filled(lengths, layout=layout, dim=dim, page_size=page_size, scales=scales)
     budget = 3 * page_size
