@@ -23,7 +23,8 @@ DRAFTS = (1, 2, 4, 8)
 TIMED = ("lossless_cpu.json", "lossless_cpu_chat.json")
 ARMS = ("dynamic", "written", "lossless-2", "lossless-0")
 HEAD = (
-    "accepted as", "dtype", "context", "DynamicCache + sdpa", "ours, dense", "lossless, 2 dense layers", "lossless, none",
+    "accepted as", "dtype", "context", "DynamicCache + sdpa", "ours, dense", "lossless, 2 dense layers",
+    "lossless, none",
 )  # fmt: skip
 
 

@@ -24,6 +24,13 @@ def test_every_pair_of_values_is_in_a_case(is_left_out: bool) -> None:
     assert len(MASKS) * len(BACKENDS) <= len(chosen) < len(cases) / 3
 
 
+def test_every_value_is_in_a_case() -> None:
+    chosen = [ALL[index] for index in sorted(stand_ins(ALL, 1))]
+    for name in ALL[0]:
+        assert {case[name] for case in chosen} == {case[name] for case in ALL}
+    assert len(chosen) == len(MASKS)
+
+
 def test_cases_of_one_parameter_all_stay() -> None:
     assert stand_ins([{"mask": mask} for mask in MASKS]) == set(MASKS)
     assert stand_ins([{}]) == {0}

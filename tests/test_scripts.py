@@ -136,7 +136,7 @@ def acceptance(tmp_path: Path) -> Path:
 
 def test_lossless_arms_on_a_cpu(tmp_path: Path, acceptance: Path) -> None:
     output = tmp_path / "decode.json"
-    few = ("--lengths", "2048", "--dtypes", "fp32", "--repeats", "2", "--tokens", "120")
+    few = ("--lengths", "2048", "--dtypes", "fp32", "--repeats", "2", "--tokens", "40")
     none = acceptance.with_name("none.json")  # without dense layers
     none.write_text(acceptance.read_text(encoding="utf-8").replace("2}", "0}"), encoding="utf-8")
     run(

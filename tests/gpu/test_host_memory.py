@@ -8,14 +8,14 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from quest_attention import QuestConfig, Selection, quest_decode, update_page_metadata
+from quest_attention import QuestConfig, quest_decode, update_page_metadata
 from quest_attention.forms import FP8, Bounds, Sketch
 from quest_attention.hf.host_memory import free_host_bytes, host_empty
 from quest_attention.hf.host_storage import HostStorage
 from quest_attention.hf.offload import Offload, PoolSize
 from quest_attention.hf.storage import KVStorage
 from quest_attention.hf.workspaces import Workspaces
-from quest_attention.ops import HotUnits, fetch_units
+from quest_attention.ops import HotUnits, resolve_backend
 from quest_attention.pages import PagedKV
 
 pytestmark = pytest.mark.gpu
@@ -77,20 +77,20 @@ def test_units_come_and_go_as_by_the_pytorch_path(size: int) -> None:
     _, far = far_cache(Bounds(), 16_000)
     pools = [HotUnits.allocate(far, size, 700) for _ in range(2)]
     generator = torch.Generator().manual_seed(0)
-    for _ in range(20):
+    for turn in range(20):
         wanted = torch.stack([torch.randperm(16_000 // size, generator=generator)[:300] for _ in range(8)])
         wanted = wanted.view(2, 4, 300).to(DEVICE, torch.int32)
         wanted[..., :200] = torch.arange(200, device=DEVICE)  # these come again
         wanted = torch.where((wanted < 200) & (torch.arange(300, device=DEVICE) >= 200), -1, wanted)
-        selected = Selection(wanted, torch.full((2, 4), 300, device=DEVICE, dtype=torch.int32), size)
         for pool, backend in zip(pools, ("torch", "triton"), strict=True):
-            fetch_units(far, pool, selected, 16_000, backend=backend)
-        for name in ("table", "owners", "stamps", "hands", "clock", "counts"):
+            verbs = resolve_backend(backend, DEVICE).verbs
+            verbs.fetch_units(far, pool, wanted, 16_000, keys_only=turn % 3 == 0)
+        for name in ("table", "owners", "stamps", "valued", "hands", "clock", "counts"):
             assert torch.equal(getattr(pools[0], name), getattr(pools[1], name)), name
     held = pools[0].owners >= 0
-    rows = held.repeat_interleave(size, 2)
+    rows, valued = (which.repeat_interleave(size, 2) for which in (held, held & (pools[0].valued > 0)))
     assert torch.equal(pools[0].keys[rows], pools[1].keys[rows])
-    assert torch.equal(pools[0].values[rows], pools[1].values[rows])
+    assert torch.equal(pools[0].values[valued], pools[1].values[valued])
 
 
 @pytest.mark.parametrize("group", [1, 4])
@@ -113,7 +113,7 @@ def test_steps_over_the_pool_are_those_over_the_cache(dtype: torch.dtype, group:
                 assert torch.equal(step.output, expected.output)
             else:
                 torch.testing.assert_close(step.output, expected.output, rtol=2e-2, atol=2e-3)
-        looked_up, fetched, _, in_place = hot.counts.tolist()
+        looked_up, fetched, _, _, in_place = hot.counts.tolist()
         assert 0 < fetched < looked_up
         assert (in_place > 0) == (config is tokens), "cold candidates and the sample"
 

@@ -34,7 +34,7 @@ def lists(units: int, count: int, seed: int) -> Tensor:
     return made.view(2, 2, count)
 
 
-def assert_holds(hot: HotUnits, cache: Cache, wanted: Tensor, lengths: list[int]) -> None:
+def assert_holds(hot: HotUnits, cache: Cache, wanted: Tensor, lengths: list[int], *, keys_only: bool = False) -> None:
     """Every wanted unit is where the table says, with the keys and values of the cache; the table and owners agree."""
     stored, size = cache.kv.contiguous, hot.unit_size
     assert stored is not None
@@ -47,7 +47,9 @@ def assert_holds(hot: HotUnits, cache: Cache, wanted: Tensor, lengths: list[int]
                 slot = int(hot.table[b, h, unit]) - first
                 assert 0 <= slot < hot.slots
                 live = min(size, length - unit * size)
-                for pool, whole in ((hot.keys, stored.keys), (hot.values, stored.values)):
+                pools = ((hot.keys, stored.keys), (hot.values, stored.values))
+                assert keys_only or hot.valued[b, h, slot]
+                for pool, whole in pools[: 1 + int(hot.valued[b, h, slot])]:
                     assert torch.equal(
                         as_bits(pool[b, h, slot * size : slot * size + live]),
                         as_bits(whole[b, h, unit * size : unit * size + live]),
@@ -69,14 +71,15 @@ def test_units_come_and_go_as_by_the_oracle(size: int, lengths: str, backend: Ba
     pools = [poisoned(HotUnits.allocate(cache.kv, size, 9)) for _ in range(2)]
     for turn in range(8):
         wanted = lists(units, count, turn // 2)  # every second time the same
-        selected = Selection(wanted, torch.full((2, 2), count, dtype=torch.int32), size)
+        keys_only = turn in (0, 3, 4, 5)  # so that values come later, at once, or never
         for pool, name in zip(pools, ("reference", backend), strict=True):
-            fetch_units(cache.kv, pool, selected, seq_lens, backend=name)
-            assert_holds(pool, cache, wanted, held)
-        for name in ("table", "owners", "stamps", "hands", "clock", "counts"):
+            verbs = resolve_backend(name, "cpu").verbs
+            verbs.fetch_units(cache.kv, pool, wanted, seq_lens, keys_only=keys_only)
+            assert_holds(pool, cache, wanted, held, keys_only=keys_only)
+        for name in ("table", "owners", "stamps", "valued", "hands", "clock", "counts"):
             assert torch.equal(getattr(pools[0], name), getattr(pools[1], name)), name
-    looked_up, fetched, copied, in_place = pools[1].counts.tolist()
-    assert 0 < fetched <= copied < looked_up and in_place == 0
+    looked_up, fetched, keys, values, in_place = pools[1].counts.tolist()
+    assert 0 < fetched <= keys < looked_up and values < keys and in_place == 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -91,7 +94,21 @@ def test_the_unit_being_written_is_copied_each_time(backend: Backend) -> None:
         wanted = torch.tensor([2, 10], dtype=torch.int32).expand(2, 2, -1)
         fetch_units(kv, hot, Selection(wanted, torch.full((2, 2), 2), 8), length, backend=backend)
         assert_holds(hot, cache, wanted, [length, length])
-    assert hot.counts.tolist() == [24, 8, 16, 0]
+    assert hot.counts.tolist() == [24, 8, 16, 16, 0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_values_of_the_unit_being_written_are_not_those_it_had(backend: Backend) -> None:
+    """When its keys alone are fetched, its values in the pool lack a token."""
+    verbs = resolve_backend(available(backend), "cpu").verbs
+    cache = make_cache([LENGTH, LENGTH], layout="contiguous")
+    hot = poisoned(HotUnits.allocate(cache.kv, 8, 4))
+    wanted = torch.tensor([2, 10], dtype=torch.int32).expand(2, 2, -1)
+    for length, keys_only, valued in ((82, False, [1, 1]), (83, True, [1, 0]), (84, False, [1, 1])):
+        verbs.fetch_units(cache.kv, hot, wanted, length, keys_only=keys_only)
+        assert hot.valued[..., :2].flatten(0, 1).unique(dim=0).tolist() == [valued]
+        assert_holds(hot, cache, wanted, [length, length], keys_only=keys_only)
+    assert hot.counts.tolist() == [24, 8, 16, 12, 0]
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
@@ -120,7 +137,7 @@ def test_what_is_written_over_is_forgotten() -> None:
     assert (hot.table >= 0).sum() == 8
     fetch_units(cache.kv, hot, Selection(wanted, torch.full((2, 2), 4), 8), LENGTH)
     assert_holds(hot, cache, wanted, [LENGTH, LENGTH])
-    assert hot.counts.tolist() == [32, 24, 24, 0]
+    assert hot.counts.tolist() == [32, 24, 24, 24, 0]
 
 
 CONFIGS = {
@@ -133,6 +150,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.every_value
 @pytest.mark.parametrize("name", ["bounds of pages", "moments of pages", "sketches of tokens", "sketches of runs"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_pool_of_a_cache_in_8_bits_has_its_scales(name: str, backend: Backend) -> None:
@@ -190,7 +208,7 @@ def test_a_step_over_the_pool_is_that_over_the_cache_bit_by_bit(
     out = torch.empty_like(expected.output)
     assert quest_decode(query, kv, seq_lens, config, token_mask=mask, hot=hot, out=out, **options).output is out
     assert torch.equal(out, expected.output)
-    looked_up, fetched, _, in_place = hot.counts.tolist()
+    looked_up, fetched, _, _, in_place = hot.counts.tolist()
     assert 0 < fetched < looked_up
     assert (in_place > 0) == (backend == "triton" and config.unit_size == 1 and config.candidate_budget > 0)
 
@@ -212,12 +230,15 @@ def test_kernels_have_candidates_and_their_sample_in_the_pool_from_one_step_to_t
         hot.counts.zero_()
     first, again = counts
     assert first[2] >= heads * LENGTH
-    assert first[3] == heads * LENGTH, "so short a sequence is its own sample"
+    assert first[3] == heads * config.token_budget, "values of what was chosen"
+    assert first[4] == heads * LENGTH, "so short a sequence is its own sample"
     assert again[0] == first[0] >= heads * config.token_budget
     assert again[1] == 0, "nothing is missing"
     assert again[2] == 2 * heads, "copied is the newest token, of the sample and of what was chosen"
-    assert again[3] == heads, "of the newest token the pool knows what it was"
-    assert_holds(hot, cache, torch.arange(LENGTH, dtype=torch.int32).expand(1, heads, -1), [LENGTH])
+    assert again[3] == heads, "and its value"
+    assert again[4] == heads, "of the newest token the pool knows what it was"
+    every = torch.arange(LENGTH, dtype=torch.int32).expand(1, heads, -1)
+    assert_holds(hot, cache, every, [LENGTH], keys_only=True)
 
 
 def test_pools_that_do_not_fit_are_refused() -> None:

@@ -139,6 +139,7 @@ def test_more_new_tokens_than_tokens_are_all_of_them_where_nobody_looks(
     torch.testing.assert_close(mine.kv.metadata, oracle.kv.metadata, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.every_value
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_table_entries_past_the_end_are_not_read(layout: str, backend: Backend) -> None:

@@ -144,6 +144,7 @@ def masks_of(width: int) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.every_value
 @pytest.mark.parametrize(("group", "sinks", "recent"), [(1, 0, 1), (4, 2, 2)])
 @pytest.mark.parametrize("name", masks_of(430))
 def test_masks(name: str, group: int, sinks: int, recent: int) -> None:
@@ -172,6 +173,7 @@ def masked_cache(lengths: list[int], mask: Tensor, page_size: int = 16, dim: int
     return cache
 
 
+@pytest.mark.every_value
 @pytest.mark.parametrize("page_size", [8, 32, 48])
 @pytest.mark.parametrize("width", [77, 500])
 def test_masks_of_other_pages_and_widths(page_size: int, width: int) -> None:

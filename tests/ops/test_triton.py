@@ -95,6 +95,7 @@ def test_the_quick_interpreter_reduces_as_tritons_own(axis: int, keep: bool, mon
     assert found[0][: 2 * size].isnan().sum() == 2 and (found[0][:size] < found[0][size : 2 * size]).sum() == size - 1
 
 
+@pytest.mark.every_value
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("group", [1, 3])
@@ -144,6 +145,7 @@ def test_length_known_to_the_host(length: int) -> None:
     assert_like_oracle(cache, 3, config(32), host_length=length)
 
 
+@pytest.mark.every_value
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_metadata_in_8_bits(layout: str, dtype: torch.dtype) -> None:

@@ -19,7 +19,8 @@ class Fetches(NamedTuple):
     Attributes:
         units_looked_up: Those that were selected, or that were candidates for it [units].
         units_fetched: Those of them that were not hot [units].
-        bytes_fetched: Keys and values that were copied by fetches: of those, and of the unit being written [bytes].
+        bytes_fetched: Keys and values that were copied by fetches: keys of those, values of what was selected of them,
+            and both of the unit being written [bytes].
         bytes_in_place: Keys that kernels read in host memory: of a sample that estimates what all logits amount to,
             where it is not hot, and of more candidates than the pool gets [bytes].
     """
@@ -59,19 +60,20 @@ class FetchCounter:
     """Counts on each device that a layer's caches are on, where a CUDA graph can add to them.
 
     Attributes:
-        unit_bytes: Of the keys and values of a unit in one KV head [bytes].
+        unit_size: Tokens of a unit [tokens].
         key_bytes: Of the key of a token in one KV head [bytes].
+        value_bytes: Of its value [bytes].
     """
 
     def __init__(self) -> None:
-        self.unit_bytes = self.key_bytes = 0
+        self.unit_size = self.key_bytes = self.value_bytes = 0
         self._counts: dict[torch.device, Tensor] = {}
 
     def on(self, device: torch.device) -> Tensor:
-        """`[4]` int64 on a device: see `ops.HotUnits`. The same each time, since graphs keep its address."""
+        """`[5]` int64 on a device: see `ops.HotUnits`. The same each time, since graphs keep its address."""
         if device not in self._counts:
             with torch.inference_mode(False):
-                self._counts[device] = torch.zeros(4, dtype=torch.int64, device=device)
+                self._counts[device] = torch.zeros(5, dtype=torch.int64, device=device)
         return self._counts[device]
 
     def reset(self) -> None:
@@ -85,5 +87,6 @@ class FetchCounter:
         if not self._counts:
             return None
         counts = (counts.tolist() for counts in self._counts.values())
-        looked_up, fetched, copied, in_place = map(sum, zip(*counts, strict=True))
-        return Fetches(looked_up, fetched, copied * self.unit_bytes, in_place * self.key_bytes)
+        looked_up, fetched, keys, values, in_place = map(sum, zip(*counts, strict=True))
+        copied = self.unit_size * (keys * self.key_bytes + values * self.value_bytes)
+        return Fetches(looked_up, fetched, copied, in_place * self.key_bytes)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quest_attention.forms import form_of, round_near
+from quest_attention.hf.fetch_counter import FetchCounter
 from quest_attention.hf.held_memory import HeldMemory, bytes_of
 from quest_attention.hf.host_memory import host_empty
 from quest_attention.hf.offload import PoolSize, check_host
@@ -29,7 +30,7 @@ class HostStorage(KVStorage):
 
     Args:
         pool: How much is hot in each layer of the cache.
-        counts: `[4]` int64 on the device, to count fetches in: see `HotUnits`.
+        counts: `[5]` int64 on the device, to count fetches in: see `HotUnits`.
         others: As `KVStorage` takes them.
 
     Attributes:
@@ -66,21 +67,17 @@ class HostStorage(KVStorage):
             dtype=dtype, **self._others,
         )  # fmt: skip
 
-    @property
-    def unit_bytes(self) -> int:
-        """Keys and values of a unit in one KV head [bytes]."""
-        return self._config.unit_size * (self.keys.shape[3] + self.values.shape[3]) * self.keys.element_size()
-
-    @property
-    def key_bytes(self) -> int:
-        """The key of a token in one KV head [bytes]."""
-        return self.keys.shape[3] * self.keys.element_size()
+    def say_sizes(self, counter: FetchCounter) -> None:
+        """Tell a counter how large what it counts is."""
+        counter.unit_size = self._config.unit_size
+        counter.key_bytes = self.keys.shape[3] * self.keys.element_size()
+        counter.value_bytes = self.values.shape[3] * self.values.element_size()
 
     @property
     def memory(self) -> HeldMemory:
         """See `KVStorage.memory`: keys and values on the host, the rest on the device, the pool once there is one."""
         hot = self._hot
-        pool = () if hot is None else (hot.keys, hot.values, hot.table, hot.owners, hot.stamps)
+        pool = () if hot is None else (hot.keys, hot.values, hot.table, hot.owners, hot.stamps, hot.valued)
         return HeldMemory(bytes_of(self.keys, self.values), bytes_of(self.metadata, *pool))
 
     @property

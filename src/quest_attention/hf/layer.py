@@ -122,8 +122,7 @@ class QuestLayer(StepReporter, StoredLayer):
             storage = HostStorage(
                 key_states, value_states, pool=self.pool, counts=self.counter.fetched.on(key_states.device), **given
             )  # fmt: skip
-            self.counter.fetched.unit_bytes = storage.unit_bytes
-            self.counter.fetched.key_bytes = storage.key_bytes
+            storage.say_sizes(self.counter.fetched)
             self._hold(storage)
         self.is_initialized = True
 

@@ -27,8 +27,8 @@ _POOL_SHARE = 0.5
 for activations, which grow and shrink."""
 _TABLE_BYTES = 4
 """Of an entry of the table: int32."""
-_SLOT_BYTES = 8
-"""Of what is kept of a slot: its owner and its stamp."""
+_SLOT_BYTES = 9
+"""Of what is kept of a slot: its owner, its stamp, and whether it has values."""
 _GIB = 1 << 30
 
 

@@ -614,7 +614,7 @@ def fetch_units(
     >>> hot = HotUnits.allocate(kv, unit_size=2, slots=1)
     >>> fetch_units(kv, hot, Selection(torch.tensor([[[1]]], dtype=torch.int32), torch.ones(1, 1), 2), 4)
     >>> hot.table.tolist(), hot.keys.flatten().tolist(), hot.counts.tolist()
-    ([[[-1, 0]]], [2.0, 3.0], [1, 1, 1, 0])
+    ([[[-1, 0]]], [2.0, 3.0], [1, 1, 1, 1, 0])
     """
     check_one_table(kv)
     check_selected(selected, kv)

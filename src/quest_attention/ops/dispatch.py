@@ -53,9 +53,13 @@ class Verbs(Protocol):
         ...
 
     def fetch_units(
-        self, kv: PagedKV, hot: HotUnits, units: Tensor, seq_lens: Tensor | int, *, is_again: bool = False
-    ) -> None:
-        """`is_again`: of the same step as the fetch before, whose units are not counted as looked up again."""
+        self, kv: PagedKV, hot: HotUnits, units: Tensor, seq_lens: Tensor | int, *, is_again: bool = False,
+        keys_only: bool = False,
+    ) -> None:  # fmt: skip
+        """`is_again`: of the same step as the fetch before, whose units are not counted as looked up again.
+
+        `keys_only`: for those who read no values. A later fetch without it brings the values of what is there.
+        """
         ...
 
     def count_reads(self, selected: Selection, seq_lens: Tensor, counters: Tensor, token_budget: int) -> None: ...

@@ -4,7 +4,8 @@ Keys and values of long contexts may lie in memory that is large and slow to rea
 chooses by metadata alone, which is near, fetches into the pool what it chose and is not there, and attends to the pool.
 A unit that is read again soon is found there: it is hot. Room is made by a clock: a hand goes round the slots, lets be
 what was used since it passed last, and takes the next other. So as little is looked at as is needed, however large the
-pool, and what is used often stays.
+pool, and what is used often stays. Of candidates, which keys alone rank, only the keys are fetched; the values of those
+that are chosen follow.
 """
 
 from __future__ import annotations
@@ -51,11 +52,13 @@ class HotUnits:
         table: `[B, HKV, U]` int32, where each unit lies, as a page of the pool, or `ABSENT`.
         owners: `[B, HKV, S]` int32, the unit that each slot holds, or `ABSENT`.
         stamps: `[B, HKV, S]` int32, the fetch that used each slot last, 0 for none since the hand passed it.
+        valued: `[B, HKV, S]` uint8, 1 where the values of the owner are in the slot, 0 where only its keys are.
         hands: `[B, HKV]` int32, the slot that the hand of each row comes to next.
-        clock: `[1]` int32, fetches so far.
-        counts: `[4]` int64: units that were looked up, those of them that were not there, and those that were copied,
-            the ones being written among them, which are copied again [units]; and tokens whose keys kernels read where
-            the cache is: of a sample, where it is not hot, and of more candidates than the pool gets [tokens].
+        clock: `[B, HKV]` int32, fetches so far.
+        counts: `[5]` int64: units that were looked up, those of them that were not there, those whose keys were
+            copied and those whose values were, the ones being written among them, which are copied again [units]; and
+            tokens whose keys kernels read where the cache is: of a sample, where it is not hot, and of more candidates
+            than the pool gets [tokens].
         unit_size: Tokens of a unit [tokens].
         key_scale: Of a cache in 8 bits, else None: see `PagedKV`. The pool holds what the cache does.
         value_scale: Likewise of values.
@@ -66,6 +69,7 @@ class HotUnits:
     table: Tensor
     owners: Tensor
     stamps: Tensor
+    valued: Tensor
     hands: Tensor
     clock: Tensor
     counts: Tensor
@@ -102,8 +106,8 @@ class HotUnits:
         owners = torch.full((batch, heads, slots), ABSENT, dtype=torch.int32, device=device)
         return cls(
             keys, values, owners.new_full((batch, heads, units), ABSENT), owners, torch.zeros_like(owners),
-            owners.new_zeros(batch, heads), owners.new_zeros(1),
-            owners.new_zeros(4, dtype=torch.int64) if counts is None else counts, unit_size, kv.key_scale,
+            torch.zeros_like(owners, dtype=torch.uint8), owners.new_zeros(batch, heads), owners.new_zeros(batch, heads),
+            owners.new_zeros(5, dtype=torch.int64) if counts is None else counts, unit_size, kv.key_scale,
             kv.value_scale,
         )  # fmt: skip
 

@@ -111,7 +111,7 @@ def _keys_of(step: Step, units: Tensor, is_unit: Tensor, fetch: Callable[..., No
     if step.hot is None:
         return gather_keys(step.kv, units, step.config.unit_size, is_unit)
     wanted = units.masked_fill(~is_unit, -1).to(torch.int32)
-    fetch(step.kv, step.hot, wanted, step.seq_lens)
+    fetch(step.kv, step.hot, wanted, step.seq_lens, keys_only=True)
     return gather_keys(step.hot.paged, units, step.hot.unit_size, is_unit)
 
 

@@ -348,20 +348,23 @@ def select_pages(
     return selected
 
 
-def fetch_units(kv: PagedKV, hot: HotUnits, wanted: list[list[list[int]]], seq_lens: list[int]) -> tuple[int, int, int]:
-    """Have the wanted units in the pool, `wanted[b][h]`.
+def fetch_units(
+    kv: PagedKV, hot: HotUnits, wanted: list[list[list[int]]], seq_lens: list[int], keys_only: bool = False
+) -> tuple[int, int, int, int]:
+    """Have the wanted units in the pool, `wanted[b][h]`, or their keys.
 
     Returns:
-        Units looked up, those of them that were not there, and those that were copied.
+        Units looked up, those of them that were not there, and those whose keys and those whose values were copied.
     """
     assert kv.contiguous is not None, "units of a contiguous cache"
     hot.clock.add_(1)
-    now, size = int(hot.clock), hot.unit_size
-    looked_up = fetched = copied = 0
+    size = hot.unit_size
+    looked_up = fetched = keys = values = 0
     for b, length in enumerate(seq_lens):
         first = b * kv.num_kv_heads * hot.slots  # of the sequence's pages in the pool
         for h in range(kv.num_kv_heads):
-            table, owners, stamps = hot.table[b, h], hot.owners[b, h], hot.stamps[b, h]
+            table, owners, stamps, valued = hot.table[b, h], hot.owners[b, h], hot.stamps[b, h], hot.valued[b, h]
+            now = int(hot.clock[b, h])
             units = [unit for unit in wanted[b][h] if unit >= 0 and unit * size < length]
             missing = [unit for unit in units if table[unit] == ABSENT]
             for unit in units:
@@ -374,14 +377,18 @@ def fetch_units(kv: PagedKV, hot: HotUnits, wanted: list[list[list[int]]], seq_l
                 owners[slot], stamps[slot], table[unit] = unit, now, first + slot
             written = (length - 1) // size  # has a token more than when it was copied
             for unit in units:
-                if unit in missing or unit == written:
-                    copied += 1
-                    slot = int(table[unit]) - first
-                    to, of = slice(slot * size, (slot + 1) * size), slice(unit * size, (unit + 1) * size)
+                slot = int(table[unit]) - first
+                to, of = slice(slot * size, (slot + 1) * size), slice(unit * size, (unit + 1) * size)
+                if is_new := unit in missing or unit == written:
+                    keys += 1
                     hot.keys[b, h, to] = kv.contiguous.keys[b, h, of]
+                    valued[slot] = 0
+                if not keys_only and (is_new or not valued[slot]):
+                    values += 1
                     hot.values[b, h, to] = kv.contiguous.values[b, h, of]
+                    valued[slot] = 1
             looked_up, fetched = looked_up + len(units), fetched + len(missing)
-    return looked_up, fetched, copied
+    return looked_up, fetched, keys, values
 
 
 def _next_slot(hot: HotUnits, b: int, h: int) -> int:
@@ -392,7 +399,7 @@ def _next_slot(hot: HotUnits, b: int, h: int) -> int:
         hot.hands[b, h] = (slot + 1) % hot.slots
         if stamps[slot] == 0:
             return slot
-        if stamps[slot] != hot.clock:  # what this fetch uses stays
+        if stamps[slot] != hot.clock[b, h]:  # what this fetch uses stays
             stamps[slot] = 0
 
 

@@ -89,10 +89,13 @@ def sparse_decode_attention(
     return output.to(query.device, query.dtype), lse.to(query.device, torch.float32) if return_lse else None
 
 
-def fetch_units(kv: PagedKV, hot: HotUnits, units: Tensor, seq_lens: Tensor | int, *, is_again: bool = False) -> None:
+def fetch_units(
+    kv: PagedKV, hot: HotUnits, units: Tensor, seq_lens: Tensor | int, *, is_again: bool = False,
+    keys_only: bool = False,
+) -> None:  # fmt: skip
     """See `ops.fetch_units`. Nothing was looked up before: candidates are weighed by the keys of the cache."""
-    counted = reference.fetch_units(kv, hot, units.tolist(), _per_row(seq_lens, kv.batch_size))
-    hot.counts[:3].add_(torch.tensor(counted, device=hot.counts.device))
+    counted = reference.fetch_units(kv, hot, units.tolist(), _per_row(seq_lens, kv.batch_size), keys_only)
+    hot.counts[:4].add_(torch.tensor(counted, device=hot.counts.device))
 
 
 def count_reads(selected: Selection, seq_lens: Tensor, counters: Tensor, token_budget: int) -> None:

@@ -106,7 +106,7 @@ def pick_kernel(
 def weigh_kernel(
     query, keys, pool, page_table, table_stride, lengths, live, space, scale, softcap, num_kv_heads, parts, listed,
     most,
-    SHAPE: tl.constexpr, PARTS: tl.constexpr, NORMS: tl.constexpr, RANKED: tl.constexpr,
+    SHAPE: tl.constexpr, PARTS: tl.constexpr, NORMS: tl.constexpr, RANKED: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     """The ranks by their keys of a share of a row's candidates, as `pick_kernel` has listed them."""
     row = tl.program_id(0) // parts
@@ -114,6 +114,7 @@ def weigh_kernel(
     b = (row // num_kv_heads).to(tl.int64)
     h = (row % num_kv_heads).to(tl.int64)
     q = load_query(query, b, h, SHAPE)
+    wait_for_launch(FOLLOWS)
     sinks_end = 0
     room = listed
     if live is not None:

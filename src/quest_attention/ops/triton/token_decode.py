@@ -158,7 +158,7 @@ def _choose(step: Step, plan: Plan, workspace: TokenWorkspace) -> Selection:
     fetched = 0 if step.hot is None else min(plan.listed, step.hot.slots, _FETCHED_TIMES * wanted)
     if step.hot is not None and fetched + norms * SAMPLED_KEYS <= step.hot.slots:
         sampled = _listed(workspace.sampled, batch, heads, norms * SAMPLED_KEYS)
-        place_units(kv, step.hot, sampled, step.seq_lens, is_looked_up=False)
+        place_units(kv, step.hot, sampled, step.seq_lens, keys_only=True, is_looked_up=False)
     for is_sample in (True, False):
         programs = plan.sample_parts if is_sample else plan.rank_parts
         choice = (softcap, heads, programs, plan.words, budget, sink_pages, recent_pages, wanted, plan.most)
@@ -187,10 +187,10 @@ def _choose(step: Step, plan: Plan, workspace: TokenWorkspace) -> Selection:
     )  # fmt: skip
     if step.hot is not None:
         candidates = _listed(workspace.candidates, batch, heads, plan.listed)[..., :fetched]
-        place_units(kv, step.hot, candidates, step.seq_lens)
+        place_units(kv, step.hot, candidates, step.seq_lens, keys_only=True)
         launch(
             weigh_kernel, (rows * plan.pick_parts,), by_heads, keys, pool, table, stride, lengths, live, workspace,
-            scale, softcap, heads, plan.pick_parts, plan.listed, plan.most, **weighing,
+            scale, softcap, heads, plan.pick_parts, plan.listed, plan.most, **weighing, **follows,
         )  # fmt: skip
     launch(
         choose_kernel, (rows,), table, stride, lengths, live, workspace, units, counts, heads, budget, sink_pages,
