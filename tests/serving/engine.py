@@ -30,7 +30,7 @@ WARM = Warm(
 
 
 def thorough(*values: Any) -> Any:
-    """Parameters of a test that another set of them stands for where there is little time: in `.ci/run`."""
+    """Parameters of a test that another set of them stands for, but in `make test-thorough`."""
     return pytest.param(*values, marks=pytest.mark.thorough)
 
 
