@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from quest_attention.hf.draft_length import DraftLength
+from quest_attention.hf.drafting import examined
 
 
 def write(
@@ -91,3 +92,10 @@ def test_auto_finds_how_many(draft: float, agreement: float, least: int, most: i
     assert least <= late[len(late) // 2] <= most
     fixed, _ = write(4, draft=draft, more=0.02, agreement=agreement)
     assert ratio < fixed * 1.02
+
+
+def test_what_is_behind_the_end_of_a_row_was_neither_kept_nor_refused() -> None:
+    for accepted, room, expected in ((4, 9, (4, 4)), (2, 9, (2, 3)), (0, 9, (0, 1)), (4, 3, (2, 2)), (1, 3, (1, 2)),
+                                     (4, 1, (0, 0)), (2, 0, (0, 0))):  # fmt: skip
+        assert examined([accepted], [room], 4) == expected
+    assert examined([4, 1, 4], [9, 9, 1], 4) == (5, 6)

@@ -250,7 +250,7 @@ def test_memory() -> None:
     config = replace(SMALL, metadata="bounds")
     wide, found = memory_of(shape, config, 40), memory_of(narrow, config, 40)
     assert (found.host, found.dense, found.metadata) == (wide.host // 2, wide.dense // 2, wide.metadata // 2)
-    assert found.pool == 2 * 2 * 2 * 10 * (PAGE_SIZE * 16 + 8) and found.table == wide.table
+    assert found.pool == 2 * 2 * 2 * 10 * (PAGE_SIZE * 16 + 9) and found.table == wide.table
     assert found.prompt == wide.prompt == 2 * 2 * 1000 * 16 * 2, "written out in bfloat16"
     assert (wide.widened, found.widened) == (0, found.prompt) and not memory_of(
         narrow._replace(dense_layers=0), config, 40

@@ -17,7 +17,7 @@ class DraftCounter:
         checks: Dense passes over drafts, of one sequence each [checks].
         plain_steps: Dense steps of a single token without drafts, of one sequence each, by reason [steps]: `"within
             budget"`, where a draft would read as much; `"measuring"`, to know what a step takes; `"drafting does not
-            pay"`; `"the end"`, where one token is left to write.
+            pay"`; `"the end"`, where one token is left to write, and with CUDA graphs no more than there are drafts.
     """
 
     def __init__(self) -> None:

@@ -30,6 +30,10 @@ _FREE_LOSS = 3
 """Plain steps' worth of time that drafting may lose before it stops, for the same reason [steps]."""
 _MOST_LOSS = 0.015
 """Share of the time that finding out may take where drafting does not pay."""
+_MOST_ACCEPTANCE = 1 - 1e-6
+"""Probability: at 1 the sum of a geometric series is another."""
+_LEAST_SECONDS = 1e-9
+"""Of a round, where clocks are coarse [s]."""
 _RENEWAL = 64
 """Checks after which a plain step is timed again: the text has grown."""
 
@@ -132,13 +136,13 @@ class DraftLength:
 
     def _tokens(self, drafts: int) -> float:
         """Tokens that a round of so many drafts is likely to give [tokens]."""
-        p = min(self.acceptance, 1 - 1e-6)
+        p = min(self.acceptance, _MOST_ACCEPTANCE)
         return (1 - p ** (drafts + 1)) / (1 - p)
 
     def _speed(self, drafts: int) -> float:
         """Tokens a second with so many drafts; checks take longer in proportion to theirs."""
         seconds = self._plain.mean + drafts * (self._draft.mean + self._more.mean)
-        return self._tokens(drafts) / max(1e-9, seconds)
+        return self._tokens(drafts) / max(_LEAST_SECONDS, seconds)
 
 
 class _Seconds:

@@ -18,7 +18,7 @@ from quest_attention.hf.naming import CACHE
 from quest_attention.hf.prefixes import Prefixes
 from quest_attention.hf.rejection import accept_likeliest, accept_sampled, draw
 
-__all__ = ["Drafting", "check_positions"]
+__all__ = ["Drafting", "check_positions", "examined"]
 
 _OURS = {CACHE, "attention_mask", "position_ids", "use_cache", "logits_to_keep", "inputs_embeds", "return_dict"}
 """Arguments of a forward pass that are made for each pass; what else `generate()` was given goes to all."""
@@ -34,6 +34,20 @@ def check_positions(positions: Tensor | None) -> None:
     """
     if positions is not None and positions.dim() != 2:
         raise QuestValueError("position_ids.shape", list(positions.shape), "[B, T] with lossless=True")
+
+
+def examined(accepted: list[int], rooms: list[int], count: int) -> tuple[int, int]:
+    """Drafts that stayed and drafts that were looked at, those and the first of a row that was refused [tokens].
+
+    Where a row has room for no more, its last token counts as the check's own, and what is behind it nobody looked at.
+
+    Args:
+        accepted: Drafts that the check of each row let stay [tokens].
+        rooms: Tokens that each row may still write; 0 where it has ended [tokens].
+        count: Drafts of each row [tokens].
+    """
+    rows = [(kept, room - 1) for kept, room in zip(accepted, rooms, strict=True) if room]
+    return sum(min(kept, most) for kept, most in rows), sum(min(kept + 1, count, most) for kept, most in rows)
 
 
 class Drafting:
@@ -79,6 +93,10 @@ class Drafting:
         self._counter = counter
         self._does_sample = does_sample
         self._take = take
+        self.held: list[int] = []
+        self.taken: list[int] = []
+        self._start = 0
+        self._mask: Tensor | None = None
         self._extra: dict[str, Any] = {}
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -107,7 +125,7 @@ class Drafting:
         last = torch.full((batch,), self._start - 1, device=logits.device) if positions is None else positions[:, -1]
         self._first_position = last.expand(batch) + 1
         self._extra = {name: value for name, value in arguments.items() if name not in _OURS and value is not None}
-        self._go_there()
+        self._send_lengths()
         self._accept(logits[:, None], drafts=None)
         emission.emit()
 
@@ -121,7 +139,7 @@ class Drafting:
         """Draft, check, settle."""
         emission, cache = self._emission, self._cache
         emission.make_room()
-        self._go_there()
+        self._send_lengths()
         rooms = [emission.room_of(row) for row in range(len(self.held))]
         rows = sum(room > 0 for room in rooms)
         count, reason = self._length.next()
@@ -148,11 +166,9 @@ class Drafting:
             if reason != "within budget":
                 self._length.tell_plain(ended - started)
             return
-        # Where a row has room for fewer tokens, the last of them counts as the check's own.
-        stayed = sum(min(kept, room - 1) for kept, room in zip(accepted, rooms, strict=True) if room)
-        examined = sum(min(kept + 1, count) for kept, room in zip(accepted, rooms, strict=True) if room)
+        stayed, looked_at = examined(accepted, rooms, count)
         self._counter.count_check(count * rows, stayed, rows)
-        self._length.tell_check(count, stayed, examined, rows, (drafted - started, ended - drafted))
+        self._length.tell_check(count, stayed, looked_at, rows, (drafted - started, ended - drafted))
 
     def _draft(self, fed: Tensor, count: int) -> tuple[Tensor | None, Tensor | None]:
         """`count` tokens of each row, `[B, K]`, and what they were drawn from, `[B, K, V]`; None for none.
@@ -200,7 +216,7 @@ class Drafting:
         logits: Tensor = made.logits[:, -count:]
         return logits.to(torch.float32)
 
-    def _go_there(self) -> None:
+    def _send_lengths(self) -> None:
         """Tell the device how long the rows are: once, as each such copy waits until it has done all before it."""
         both = torch.tensor([self.held, self._emission.lengths], device=self._emission.tokens.device)
         self._held_there, self._lengths_there = both[:, :, None]  # [B, 1] each
@@ -280,6 +296,9 @@ class Drafting:
         if is_kept and least < target:
             missing = target - least
             self.held = alike
-            self._go_there()
+            self._send_lengths()
             self._forward(emission.tokens[:, emission.length - 1 - missing : emission.length - 1], 0, is_drafting=False)
             cache.settle(alike, [target] * len(alike))
+
+
+# Longer than 250 lines: drafts and their check are passes over the same rows, by the same lengths, masks and positions.

@@ -110,9 +110,9 @@ def enable_quest(
     check_cache_dtype(kv_cache_dtype)
     check_supported(model, config)
     check_stored(kv_cache_dtype, model.dtype, model.device, config.backend)
-    chosen = Offload.asked(offload, hot_tokens, config, model.device)
-    if chosen is not None and lossless:
+    if lossless and offload is not None:
         raise QuestValueError("offload", offload, "None with lossless=True, whose checks read the whole cache")
+    chosen = Offload.asked(offload, hot_tokens, config, model.device)
     if lossless:
         check_can_draft(model, config)
     if getattr(model, _HANDLE, None) is not None:

@@ -150,7 +150,7 @@ def memory_of(
     >>> shape = CacheShape(1, 1 << 20, 8, 128, 128, torch.bfloat16, sparse_layers=30, dense_layers=2)
     >>> memory = memory_of(shape, QuestConfig(2048, metadata="bounds"), hot_tokens=16384)
     >>> memory.host >> 30, memory.metadata >> 20, memory.pool >> 20, memory.prompt >> 30
-    (120, 7680, 1921, 4)
+    (120, 7680, 1922, 4)
     """
     check_integer("hot_tokens", hot_tokens, minimum=1)
     pages = num_pages(shape.length, quest.page_size)
