@@ -67,11 +67,12 @@ def ahead_table(rows: Rows) -> str:
 
 def last_times() -> Rows:
     """Rows of the records, of each context and what is read there those of the last one, by context."""
-    last: dict[tuple[int, str], Rows] = {}
+    last: dict[tuple[int, str, str], Rows] = {}
     for name in TIMES:
-        rows = load(name)
-        for case in dict.fromkeys((row["context"], row["reads"]) for row in rows):
-            last[case] = [row for row in rows if (row["context"], row["reads"]) == case]
+        found: dict[tuple[int, str, str], Rows] = {}
+        for row in load(name):
+            found.setdefault((row["context"], row["stored"], row["reads"]), []).append(row)
+        last |= found
     return [row for case in sorted(last) for row in last[case]]
 
 

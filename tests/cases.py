@@ -2,8 +2,8 @@
 
 A test with the parameters backend, layout, unit and mask has a case for each of their combinations, hundreds of them. A
 fault that shows with one value, or with two together, shows in far fewer: those among which every pair of values of two
-parameters is. (Of the faults of four systems 70 % or more were such: Kuhn, Wallace and Gallo, "Software fault
-interactions and implications for software testing", IEEE TSE 30(6), 2004.) The others are marked `thorough`. Of a test
+parameters is. (Most faults are such: Kuhn, Wallace and Gallo, "Software fault interactions and implications for
+software testing", IEEE TSE 30(6), 2004.) The others are marked `thorough`. Of a test
 whose cases take seconds each and differ little, marked `every_value`, every single value is enough.
 """
 
