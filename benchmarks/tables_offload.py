@@ -16,8 +16,8 @@ from tables_gpu import Rows, as_markdown, load, origin
 HIT_RATES = ("hit_rates_smollm2.json", "hit_rates_qwen.json")
 AHEAD = ("layer_ahead_smollm2.json", "layer_ahead_qwen.json")
 TIMES = (
-    "offload_gpu.json", "offload_gpu_sketch_128k.json", "offload_gpu_256k.json", "offload_gpu_sketch_512k.json",
-    "offload_gpu_fp8_1m.json",
+    "offload_gpu.json", "offload_gpu_sketch_128k.json", "offload_gpu_256k.json", "offload_gpu_sketch_256k.json",
+    "offload_gpu_sketch_512k.json", "offload_gpu_fp8_1m.json",
 )  # fmt: skip
 """Of a context and what is read there the last record counts."""
 PROMPTS = "prompt_gpu.json"

@@ -7,13 +7,42 @@ costs.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from quest_attention.pages import PagedKV
 
-__all__ = ["gather_keys", "gather_values", "metadata_rows"]
+__all__ = ["UnitCopies", "copies_of_keys", "copies_of_values", "gather_keys", "gather_values", "metadata_rows"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class UnitCopies:
+    """Keys or values of units, to be copied: all at once, or for some KV heads of some sequences at a time.
+
+    Attributes:
+        rows: `[N, run]`, the storage as rows that lie together.
+        index: `[B * HKV, R]` int64, which rows each head's units are.
+        scale: `[B * HKV]`, of a quantised cache: what is stored times that is what it stands for.
+        shape: `(K * unit_size, D)`, tokens and channels of a head's copy.
+    """
+
+    rows: Tensor
+    index: Tensor
+    scale: Tensor | None
+    shape: tuple[int, int]
+
+    @property
+    def head_bytes(self) -> int:
+        """What the copy for one head takes [bytes]."""
+        return math.prod(self.shape) * (self.rows.element_size() if self.scale is None else 4)
+
+    def of_heads(self, heads: slice) -> Tensor:
+        """The copies for some of all `B * HKV` heads: `[heads, K * unit_size, D]`; quantised ones in float32."""
+        index = self.index[heads]
+        copied: Tensor = self.rows.index_select(0, index.flatten()).view(index.shape[0], *self.shape)
+        return copied if self.scale is None else copied.float() * self.scale[heads, None, None]
 
 
 def metadata_rows(kv: PagedKV, physical: Tensor, start: int, stop: int) -> Tensor:
@@ -21,7 +50,8 @@ def metadata_rows(kv: PagedKV, physical: Tensor, start: int, stop: int) -> Tenso
     if kv.contiguous is not None:
         return kv.contiguous.metadata.flatten(0, 1)[:, start:stop].flatten(2)
     kept = kv.metadata.flatten(2)[:, None]
-    return _gather(kept, physical[:, None].expand(-1, kv.num_kv_heads, -1), 1, None).flatten(0, 1)
+    rows, index = _rows_of(kept, physical[:, None].expand(-1, kv.num_kv_heads, -1), 1, None)
+    return UnitCopies(rows, index, None, (stop - start, kept.shape[3])).of_heads(slice(None))
 
 
 def gather_keys(kv: PagedKV, units: Tensor, unit_size: int, is_unit: Tensor | None = None) -> Tensor:
@@ -30,37 +60,52 @@ def gather_keys(kv: PagedKV, units: Tensor, unit_size: int, is_unit: Tensor | No
     Returns:
         `[B, HKV, K * unit_size, D]`; of a quantised cache what they stand for, in float32.
     """
-    keys = _copy_units(kv, kv.keys, None if kv.contiguous is None else kv.contiguous.keys, units, unit_size, is_unit)
-    return keys if kv.key_scale is None else keys.float() * kv.key_scale[:, None, None]
+    copied = copies_of_keys(kv, units, unit_size, is_unit).of_heads(slice(None))
+    keys: Tensor = copied.unflatten(0, units.shape[:2])
+    return keys
 
 
 def gather_values(kv: PagedKV, units: Tensor, unit_size: int, is_unit: Tensor | None = None) -> Tensor:
     """`gather_keys` for values: `[B, HKV, K * unit_size, DV]`."""
+    copied = copies_of_values(kv, units, unit_size, is_unit).of_heads(slice(None))
+    values: Tensor = copied.unflatten(0, units.shape[:2])
+    return values
+
+
+def copies_of_keys(kv: PagedKV, units: Tensor, unit_size: int, is_unit: Tensor | None = None) -> UnitCopies:
+    """What `gather_keys` copies, before it does."""
+    stored = None if kv.contiguous is None else kv.contiguous.keys
+    return _copies(kv, kv.keys, stored, kv.key_scale, units, unit_size, is_unit)
+
+
+def copies_of_values(kv: PagedKV, units: Tensor, unit_size: int, is_unit: Tensor | None = None) -> UnitCopies:
+    """What `gather_values` copies, before it does."""
     stored = None if kv.contiguous is None else kv.contiguous.values
-    values = _copy_units(kv, kv.values, stored, units, unit_size, is_unit)
-    return values if kv.value_scale is None else values.float() * kv.value_scale[:, None, None]
+    return _copies(kv, kv.values, stored, kv.value_scale, units, unit_size, is_unit)
 
 
-def _copy_units(
-    kv: PagedKV, pages_of: Tensor, contiguous: Tensor | None, units: Tensor, unit_size: int, is_unit: Tensor | None
-) -> Tensor:
+def _copies(
+    kv: PagedKV, pages_of: Tensor, contiguous: Tensor | None, scale: Tensor | None, units: Tensor, unit_size: int,
+    is_unit: Tensor | None,
+) -> UnitCopies:  # fmt: skip
     """Of keys or values `[N, page_size, HKV, D]`, which are `[B, HKV, capacity, D]` of a contiguous cache."""
     used, per_page = units.long(), kv.page_size // unit_size
+    scales = None if scale is None else scale.expand(units.shape[1]).repeat(units.shape[0])
+    shape = (units.shape[2] * unit_size, pages_of.shape[3])
     if kv.contiguous is None or contiguous is None:
         pages, place = (used, None) if per_page == 1 else (used // per_page, used % per_page)
         table = kv.page_table if kv.has_table_by_head else kv.page_table[:, None].expand(-1, units.shape[1], -1)
         physical = table.gather(2, pages)
         if is_unit is not None:  # the table of a sequence without tokens may hold anything
             physical = physical.masked_fill(~is_unit, 0)
-        return _gather(pages_of, physical, unit_size, place)
+        rows, index = _rows_of(pages_of, physical, unit_size, place)
+        return UnitCopies(rows, index, scales, shape)
     first = kv.contiguous.first_rows if per_page == 1 else kv.contiguous.first_rows * per_page
-    rows = (first + used).flatten()
-    by_unit = contiguous.view(-1, unit_size * contiguous.shape[3])
-    return by_unit.index_select(0, rows).view(*units.shape[:2], units.shape[2] * unit_size, contiguous.shape[3])
+    return UnitCopies(contiguous.view(-1, unit_size * shape[1]), (first + used).flatten(0, 1), scales, shape)
 
 
-def _gather(storage: Tensor, physical: Tensor, unit_size: int, place: Tensor | None) -> Tensor:
-    """Copy units out of storage `[N, T, HKV, D]`, each head its own: `[B, HKV, K * unit_size, D]`.
+def _rows_of(storage: Tensor, physical: Tensor, unit_size: int, place: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows of storage `[N, T, HKV, D]`, and which of them are the units of each head: `[N, run]`, `[B * HKV, R]`.
 
     `index_select` over rows is faster than indexing with two tensors, so the storage is seen as rows of
     the longest run that lies together: a whole unit where a head's tokens follow each other (HND, contiguous),
@@ -73,9 +118,8 @@ def _gather(storage: Tensor, physical: Tensor, unit_size: int, place: Tensor | N
         place: `[B, HKV, K]`, which unit of its page each is; None where a page is one.
     """
     pages, tokens, heads, dim = storage.shape
-    batch, _, slots = physical.shape
     if pages == 0:  # and no sequence has any
-        return storage.new_zeros(batch, heads, slots * unit_size, dim)
+        return storage.new_zeros(1, unit_size * dim), torch.zeros_like(physical, dtype=torch.int64).flatten(0, 1)
     if storage.stride(3) != 1 and dim > 1:  # two bounds of one channel, which a cache may have apart
         storage = storage.contiguous()
     page_stride, token_stride, head_stride, _ = storage.stride()
@@ -96,4 +140,4 @@ def _gather(storage: Tensor, physical: Tensor, unit_size: int, place: Tensor | N
         index = index[..., None] + torch.arange(unit_size, device=storage.device) * (token_stride // step)
         reach, run = reach + (unit_size - 1) * token_stride, dim
     rows = storage.as_strided((reach // step + 1, run), (step, 1), storage.storage_offset())
-    return rows.index_select(0, index.flatten()).view(batch, heads, slots * unit_size, dim)
+    return rows, index.flatten(2).flatten(0, 1)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quest_attention.forms import FP8, MetadataForm, round_near
 from quest_attention.ops.fetching import fetch_units
-from quest_attention.ops.gathering import gather_keys, gather_values, metadata_rows
+from quest_attention.ops.gathering import UnitCopies, copies_of_keys, copies_of_values, metadata_rows
 from quest_attention.ops.liveness import attendable, live_tokens, live_units
 from quest_attention.ops.masses import score_candidates, score_masses
 from quest_attention.ops.ranking import ALWAYS, ranking
@@ -39,6 +39,8 @@ __all__ = [
 
 _CHUNK_BYTES = 1 << 21
 """Float32 metadata scored at a time on a CPU [bytes]: a bound on scratch memory."""
+_PART_BYTES = 3 << 20
+"""Keys and values copied at a time on a CPU [bytes]: so that attention finds them in its caches."""
 
 _NEVER = torch.iinfo(torch.int64).min
 _BEYOND = torch.iinfo(torch.int32).max
@@ -285,8 +287,6 @@ def sparse_decode_attention(
     """See `ops.sparse_decode_attention`."""
     query, kv, seq_lens, token_mask, sinks = step.query, step.kv, step.seq_lens, step.token_mask, step.sinks
     batch, heads, dim = kv.batch_size, kv.num_kv_heads, kv.head_dim
-    # [B, HKV, G, D]: no key is repeated for its group
-    grouped = query.view(batch, heads, query.shape[1] // heads, dim)
     units, size = selected.units, selected.unit_size
     slots = units.shape[2]
     if slots == 0 or kv.max_pages == 0:  # nothing is read
@@ -294,31 +294,59 @@ def sparse_decode_attention(
         lse = empty if sinks is None else sinks.float().expand(batch, -1)
         return query.new_zeros(*query.shape[:2], kv.values.shape[-1]), lse if return_lse else None
 
-    mask = None
+    is_unit, seen, used = None, None, slots * size
     if isinstance(seq_lens, int) and token_mask is None and (is_own or _is_whole(units, seq_lens, size)):
         # The part-filled unit is last, and cutting the tail masks everything there is to mask.
-        keys, values = gather_keys(kv, units, size), gather_values(kv, units, size)  # [B, HKV, K * size, D and DV]
         used = (slots - 1) * size + (seq_lens - 1) % size + 1
-        keys, values = keys[:, :, :used], values[:, :, :used]
     else:
         ends = seq_lens[:, None, None] if isinstance(seq_lens, Tensor) else seq_lens
         is_unit = (units >= 0) & (units < (ends + size - 1) // size)
         units = units.masked_fill(~is_unit, 0).long()
-        keys, values = gather_keys(kv, units, size, is_unit), gather_values(kv, units, size, is_unit)
-        seen = attendable(units, is_unit, ends, token_mask, size)  # [B, HKV, T]
-        # What was never written may be NaN, and no weight of zero takes NaN away.
-        keys = keys.masked_fill(~seen[..., None], 0)
-        values = values.masked_fill(~seen[..., None], 0)
-        mask = seen[:, :, None]
-    if step.softcap is None and sinks is None and not return_lse:
-        output = F.scaled_dot_product_attention(
-            grouped.to(keys.dtype), keys, values, attn_mask=mask, scale=step.scale
-        ).to(query.dtype)
-        if mask is not None:  # a row with nothing to attend to is zero, not NaN
-            output = output.masked_fill(~mask.any(-1, keepdim=True), 0)
-        return output.flatten(1, 2), None
-    output, lse = _attend_by_hand(step, grouped, keys, values, mask)
-    return output, lse if return_lse else None
+        seen = attendable(units, is_unit, ends, token_mask, size).flatten(0, 1)  # [B * HKV, T]
+    keys, values = copies_of_keys(kv, units, size, is_unit), copies_of_values(kv, units, size, is_unit)
+    # [B * HKV, G, D]: no key is repeated for its group
+    grouped = query.reshape(batch * heads, query.shape[1] // heads, dim)
+    extra = None if sinks is None else sinks.float().expand(batch, -1).reshape(grouped.shape[:2])
+    outputs: list[Tensor] = []
+    masses: list[Tensor] = []
+    for part in _parts(keys, values):
+        near, far = keys.of_heads(part)[:, :used], values.of_heads(part)[:, :used]
+        mask = None
+        if seen is not None:
+            # What was never written may be NaN, and no weight of zero takes NaN away.
+            near, far = (copied.masked_fill(~seen[part, :, None], 0) for copied in (near, far))
+            mask = seen[part, None]  # [N, 1, T]
+        if step.softcap is None and sinks is None and not return_lse:
+            outputs.append(_attend(grouped[part], near, far, mask, step.scale))
+            continue
+        attended, mass = _attend_by_hand(step, grouped[part], near, far, mask, None if extra is None else extra[part])
+        outputs.append(attended)
+        masses.append(mass)
+    output = (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).flatten(0, 1).unflatten(0, query.shape[:2])
+    return output, torch.cat(masses).view(query.shape[:2]) if return_lse else None
+
+
+def _parts(keys: UnitCopies, values: UnitCopies) -> list[slice]:
+    """Heads whose keys and values are copied together: all of them, on a CPU as many as its caches hold.
+
+    Copies of many sequences at once are memory that is asked for, and given back, at every step of every layer.
+    """
+    heads = keys.index.shape[0]
+    together = heads
+    if keys.rows.device.type == "cpu":  # each thread has a head at least
+        room = _PART_BYTES // max(1, keys.head_bytes + values.head_bytes)
+        together = max(1, room, torch.get_num_threads())
+    return [slice(start, start + together) for start in range(0, max(1, heads), together)]
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of heads `[N, G, D]`, each to its own keys and values `[N, T, D and DV]`."""
+    every = None if mask is None else mask[None]
+    near, far = keys[None], values[None]
+    output = F.scaled_dot_product_attention(query[None].to(keys.dtype), near, far, attn_mask=every, scale=scale)[0]
+    if mask is not None:  # a row with nothing to attend to is zero, not NaN
+        output = output.masked_fill(~mask.any(-1, keepdim=True), 0)
+    return output.to(query.dtype)
 
 
 def count_reads(selected: Selection, seq_lens: Tensor, counters: Tensor, token_budget: int) -> None:
@@ -330,25 +358,27 @@ def count_reads(selected: Selection, seq_lens: Tensor, counters: Tensor, token_b
 
 
 def _attend_by_hand(
-    step: Step, grouped: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+    step: Step, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Softmax in float32 for what scaled_dot_product_attention does not offer: a softcap, sinks, the log-sum-exp."""
-    query, softcap = step.query, step.softcap
-    logits = grouped.float() @ keys.float().transpose(2, 3) * step.scale  # [B, HKV, G, T]
+    """Softmax in float32 for what scaled_dot_product_attention does not offer: a softcap, sinks, the log-sum-exp.
+
+    Of heads as `_attend` has them, with sinks `[N, G]`: `[N, G, DV]` and the log-sum-exp, `[N, G]`.
+    """
+    softcap = step.softcap
+    logits = query.float() @ keys.float().transpose(1, 2) * step.scale  # [N, G, T]
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if mask is not None:
         logits = logits.masked_fill(~mask, -math.inf)
     everything = logits
-    if step.sinks is not None:  # one more logit that takes weight and gives no value
-        column = step.sinks.float().view(1, logits.shape[1], -1, 1).expand(logits.shape[0], -1, -1, 1)
-        everything = torch.cat([logits, column], -1)
+    if sinks is not None:  # one more logit that takes weight and gives no value
+        everything = torch.cat([logits, sinks[..., None]], -1)
     lse = torch.logsumexp(everything, -1, keepdim=True)
     # Not the exponentials of what is left of the logits without `lse`, which is rounded as coarsely as they are large.
     weights = torch.softmax(everything, -1)[..., : logits.shape[-1]]
     if mask is not None:  # a row with nothing to attend to is zero, not NaN
         weights = weights.masked_fill(lse == -math.inf, 0)
-    return (weights @ values.float()).to(query.dtype).flatten(1, 2), lse.view(query.shape[:2])
+    return (weights @ values.float()).to(query.dtype), lse[..., 0]
 
 
 def _is_whole(units: Tensor, seq_len: int, unit_size: int) -> bool:
