@@ -95,6 +95,13 @@ def fill(cache: Cache, model: PreTrainedModel, batch: int, length: int, seed: in
         cache.update(keys, values, layer)
 
 
+def share(cache: QuestCache, other: QuestCache) -> None:
+    """Have a cache read and write the keys and values of another, which are the same: so that many fit the memory."""
+    for ours, theirs in zip(cache.layers, other.layers, strict=True):
+        ours.storage.keys, ours.storage.values = theirs.storage.keys, theirs.storage.values
+        ours.storage._paged = None  # noqa: SLF001 - made anew of them, with the metadata that this one has
+
+
 def times(
     model: PreTrainedModel, batch: int, length: int, arms: list[str], repeats: int, seed: int
 ) -> dict[str, dict[str, float]]:
@@ -113,6 +120,7 @@ def times(
             for arm, config in configs.items():
                 caches[arm] = QuestCache(model.config, config, max_length=length + repeats + WARMUP)
                 fill(caches[arm], model, batch, length, seed)
+                share(caches[arm], next(iter(caches.values())))
             for turn in range(repeats + WARMUP):
                 order = list(configs) if turn % 2 else list(configs)[::-1]
                 for arm in order:
@@ -135,7 +143,7 @@ def main(
     books: Annotated[Path | None, typer.Option(help="Folder of long *.txt files; an excerpt by default.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     lengths: Annotated[str, typer.Option(help="Contexts, comma-separated [tokens].")] = "4096,8192",
-    batches: Annotated[str, typer.Option(help="Sequences of a step, comma-separated; every arm holds a cache.")] = "1",
+    batches: Annotated[str, typer.Option(help="Sequences of a step, comma-separated.")] = "1",
     dtypes: Annotated[str, typer.Option(help="Of the times: float32, bfloat16 or both.")] = "float32",
     stretches: Annotated[int, typer.Option(help="Texts; 0 measures times alone.")] = 8,
     predicted: Annotated[int, typer.Option(help="Last tokens of each that are predicted [tokens].")] = 128,
