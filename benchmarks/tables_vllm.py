@@ -60,9 +60,10 @@ def stock_table(rows: Rows) -> str:
 
 def tables() -> list[str]:
     """All tables of docs/vllm.md, in order."""
-    names = ("_sketch", "_lossless", "_fp8_bounds", "_fp8_weights", "_fp8_kv", "_tp2", "_cpu")
-    served = [latency_table(load(f"serve_vllm{name}.json")) for name in names]
-    return [latency_table(load("serve_vllm.json")), stock_table(load("stock_gpu.json")), *served]
+    newest = ("_sketch", "_fp8_weights", "_fp8_kv", "_lossless")
+    before = ("", "_fp8_bounds", "_tp2", "_cpu")
+    main, *others = (latency_table(load(f"serve_vllm{name}.json")) for name in (*newest, *before))
+    return [main, stock_table(load("stock_gpu.json")), *others]
 
 
 if __name__ == "__main__":

@@ -93,16 +93,15 @@ def test_the_tables_of_the_page_on_vllm_are_those_of_the_results() -> None:
 
 
 def test_a_server_says_where_it_pays_as_was_measured() -> None:
-    """The longest context at which one sequence was less than 2 % faster, by device and form."""
+    """The shortest context at which one sequence was 2 % faster, by device and form."""
     runs = (("serve_vllm", "quest-2048"), ("serve_vllm_sketch", "sketch-512"), ("serve_vllm_cpu", "quest-1024"))
     found = {}
     for run, arm in runs:
         record = json.loads((ROOT / "benchmarks" / "results" / f"{run}.json").read_text(encoding="utf-8"))
         rows = [row for row in record["rows"] if row["arm"] == arm and row["batch"] == 1]
-        assert any(row["ratio_to_stock"] > 1.02 for row in rows)
         device = "cpu" if record["settings"]["device"] == "cpu" else record["machine"]["gpu"][0].split(",")[0]
         metadata = arm.split("-")[0].replace("quest", "bounds")
-        found[device, metadata] = max(row["context"] for row in rows if row["ratio_to_stock"] < 1.02)
+        found[device, metadata] = min(row["context"] for row in rows if row["ratio_to_stock"] >= 1.02)
     assert found == MEASURED
 
 

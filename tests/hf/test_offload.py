@@ -6,6 +6,7 @@ On a CPU both memories are the host's; what is fetched, kept and read is the sam
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -403,6 +404,21 @@ def test_files_that_a_container_caches_are_free(monkeypatch: pytest.MonkeyPatch,
     assert host_memory.free_host_bytes() == 2000
     (tmp_path / "_LIMIT").write_text("max\n")
     assert host_memory.free_host_bytes() > 9000
+
+
+def test_memory_to_lock_is_in_huge_pages_where_there_are_any() -> None:
+    size = 64 << 20
+    memory = host_memory.in_huge_pages(size)
+    assert memory.dtype == torch.uint8 and memory.shape == (size,) and not memory[:: 1 << 12].any()
+    memory.fill_(3)
+    assert memory.sum(dtype=torch.int64) == 3 * size
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        return
+    maps = Path("/proc/self/smaps").read_text(encoding="utf-8")
+    parts = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", maps, flags=re.MULTILINE)[1:]
+    spans = [([int(end, 16) for end in part.split()[0].split("-")], part) for part in parts]
+    (where,) = (part for (start, stop), part in spans if start <= memory.data_ptr() < stop)
+    assert " hg" in where[where.index("VmFlags") :]
 
 
 def test_memory_that_is_not_free_is_said_before_work_starts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,8 +81,16 @@ SERVED_SHAPES: dict[str, dict[str, Any]] = {name: {**_LLAMA, **shape} for name, 
         "num_local_experts": 32,
         "num_experts_per_tok": 4,
         "sliding_window": 128,
-        # Its own, yarn, has no positions behind 128K, where the benchmark writes some.
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1.5e5},
+        # Its own factor, 32, has no positions behind 128K, where the benchmark writes some. vLLM asks for yarn.
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1.5e5,
+            "factor": 33.0,
+            "original_max_position_embeddings": 4096,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+        },
         "vocab_size": 201088,
     },
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 import os
 import weakref
 from pathlib import Path
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from quest_attention.errors import BackendError
 
-__all__ = ["free_device_bytes", "free_host_bytes", "host_empty"]
+__all__ = ["free_device_bytes", "free_host_bytes", "host_empty", "in_huge_pages"]
 
 _MEMORY_OF_LINUX = Path("/proc/meminfo")
 _LIMIT, _USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
@@ -54,7 +56,7 @@ def host_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cuda" or size == 0:
         return torch.empty(shape, dtype=dtype, device=device)
-    memory = torch.empty(size, dtype=torch.uint8)
+    memory = in_huge_pages(size)
     with torch.cuda.device(device):
         status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, _PORTABLE | _MAPPED)
         if int(status) != 0:
@@ -65,6 +67,16 @@ def host_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     if seen.data_ptr() != memory.data_ptr():  # another address would be a copy
         raise BackendError(f"offload: {device} has another address for locked host memory, expected the host's own")
     return seen.view(dtype).view(shape)
+
+
+def in_huge_pages(size: int) -> Tensor:
+    """So many bytes, `[size]` uint8 zeros, in huge pages where Linux has some: locking takes a while for each page."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _release(memory: Tensor, device: torch.device) -> None:
