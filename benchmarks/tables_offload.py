@@ -20,6 +20,12 @@ TIMES = (
     "offload_gpu_sketch_512k.json", "offload_gpu_fp8_1m.json",
 )  # fmt: skip
 """Of a context and what is read there the last record counts."""
+TWO = {
+    "2 x": "offload_gpu_fp8_512k_batch2.json",
+    "first card,": "offload_gpu_fp8_512k_gpu0.json",
+    "second card,": "offload_gpu_fp8_512k_gpu1.json",
+}
+"""Of two sequences, together and at the same time on two cards."""
 PROMPTS = "prompt_gpu.json"
 
 ARMS = {
@@ -76,8 +82,13 @@ def last_times() -> Rows:
     return [row for case in sorted(last) for row in last[case]]
 
 
-def times_table(rows: Rows) -> str:
-    """Milliseconds of a token of each arm, by the hits that came, and what the bus brought for it."""
+def times_table(rows: Rows, place: str = "") -> str:
+    """Milliseconds of a token of each arm, by the hits that came, and what the bus brought for it.
+
+    Args:
+        rows: Of records.
+        place: What stands before the context.
+    """
     on_card = {(row["context"], row["reads"]): row["ms"]["p50"] for row in rows if row["arm"] == "quest"}
     cells = []
     for row in rows:
@@ -87,10 +98,16 @@ def times_table(rows: Rows) -> str:
         hot = f"{row['hot_tokens']:,}" if "hot_tokens" in row else ""
         ms = row["ms"]["p50"]
         times = f"{ms:.2f}", f"{ms / on_card[row['context'], row['reads']]:.2f}x"
-        where = f"{row['context'] // 1024}K" + {"auto": "", "fp8": " in 8 bits"}[row["stored"]]
+        where = f"{place} {row['context'] // 1024}K".strip() + {"auto": "", "fp8": " in 8 bits"}[row["stored"]]
         cells.append([where, *what, ARMS[row["arm"]], hot, hits, moved, *times])
     head = ("context", "chosen by", "budget", "arm", "hot tokens", "hits", "MiB a token", "ms a token", "to Quest's")
     return as_markdown(head, cells)
+
+
+def two_table() -> str:
+    """The same for two sequences, record by record."""
+    first, *others = (times_table(load(name), place) for place, name in TWO.items())
+    return "\n".join([first, *(line for table in others for line in table.splitlines()[2:])])
 
 
 def prompts_table(rows: Rows) -> str:
@@ -114,6 +131,7 @@ def main(
     tables = {
         "hits": hits_table([row for name in HIT_RATES for row in load(name)]),
         "times": f"{times_table(last_times())}\n\n{'; '.join(map(origin, TIMES))}.",
+        "two": f"{two_table()}\n\n{origin(next(iter(TWO.values())))}.",
         "prompts": f"{prompts_table(load(PROMPTS))}\n\n{origin(PROMPTS)}.",
         "ahead": ahead_table([row for name in AHEAD for row in load(name)]),
     }

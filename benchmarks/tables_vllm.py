@@ -20,7 +20,7 @@ def case(row: dict[str, Any]) -> str:
 
 def headings(arms: list[str]) -> list[str]:
     """What columns of arms are called: Quest where it is one, else by what is kept and the budget."""
-    if len(arms) == 1:
+    if len(arms) == 1 and arms[0].startswith("quest"):
         return ["Quest"]
     called = []
     for arm in arms:
@@ -60,8 +60,8 @@ def stock_table(rows: Rows) -> str:
 
 def tables() -> list[str]:
     """All tables of docs/vllm.md, in order."""
-    newest = ("_sketch", "_fp8_weights", "_fp8_kv", "_lossless")
-    before = ("", "_fp8_bounds", "_tp2", "_cpu")
+    newest = ("_sketch", "_fp8_weights", "_fp8_kv", "_tp2", "_gpt_oss", "_qwen3_next", "_lossless")
+    before = ("", "_fp8_bounds", "_cpu")
     main, *others = (latency_table(load(f"serve_vllm{name}.json")) for name in (*newest, *before))
     return [main, stock_table(load("stock_gpu.json")), *others]
 

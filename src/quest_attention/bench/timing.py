@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from quest_attention.serving.capture import capturing
+
 __all__ = ["percentiles", "time_calls", "time_graph", "time_graphs"]
 
 
@@ -68,7 +70,7 @@ def _capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capturing(graph):
         for call in calls:
             call()
     return graph

@@ -22,6 +22,7 @@ from quest_attention.hf.naming import CACHE, CACHE_NAMES, given_cache
 from quest_attention.hf.reading import Reading
 from quest_attention.hf.storage import KVStorage
 from quest_attention.ops.query_tokens import MOST_QUERY_TOKENS
+from quest_attention.serving.capture import capturing
 
 __all__ = ["DecodeGraphs"]
 
@@ -348,7 +349,7 @@ def _capture(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[],
     finally:  # an eager step that comes in its place waits for what was written
         torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph):
+    with torch.cuda.device(device), capturing(graph):
         outputs = run()
     return graph.replay, outputs
 

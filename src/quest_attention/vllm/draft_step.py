@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quest_attention.serving.capture import capturing
+
 __all__ = ["DraftStep"]
 
 _WARMUPS = 2
@@ -80,7 +82,7 @@ class DraftStep:
                 self._advance(size, size, metadata, CUDAGraphMode.NONE, None)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with capturing(graph, pool=pool):
                 self._advance(size, size, metadata, CUDAGraphMode.NONE, None)
             self._graphs[size] = graph, metadata  # with what the graph reads
 
