@@ -5,23 +5,16 @@ For the environment that has vLLM: `make test-vllm`. Engines of several processe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm", reason="runs with make test-vllm, which installs vLLM")
 
-from engine import MINUTES, NUM_SPARSE_LAYERS, WARM, assert_checked, scenario, thorough
+from engine import MINUTES, NUM_SPARSE_LAYERS, assert_checked, scenario, thorough
 from mixed_models import ALL, FAMILIES, WITH_STATES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60 * MINUTES)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _warm() -> Iterator[None]:
-    yield
-    WARM.stop()
 
 
 def test_nothing_changes_where_nobody_asks() -> None:

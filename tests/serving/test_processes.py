@@ -5,21 +5,13 @@ For the environment that has vLLM: `make test-vllm`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 pytest.importorskip("vllm", reason="runs with make test-vllm, which installs vLLM")
 
-from engine import MINUTES, WARM, assert_checked, scenario
+from engine import MINUTES, assert_checked, scenario
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60 * MINUTES)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _warm() -> Iterator[None]:
-    yield
-    WARM.stop()
 
 
 def test_two_ranks_each_with_its_own_heads() -> None:
