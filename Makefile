@@ -68,7 +68,7 @@ test-vllm: $(VLLM)/.installed ## The plugin inside vLLM on a CPU: engine, OpenAI
 	$(VLLM)/bin/python -m pytest $(SEVERAL) $(WHICH) $(PYTEST_ARGS)
 
 test-gpu: ## Run the tests that need an NVIDIA GPU, with the python3 and PyTorch of the machine
-	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests/gpu tests/hf/test_capture.py tests/hf/test_graph.py tests/test_snippets.py $(PYTEST_ARGS)
+	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests/gpu tests/ops/test_capture.py tests/hf/test_graph.py tests/test_snippets.py $(PYTEST_ARGS)
 
 sanitize-gpu: ## Run the kernels on small shapes under compute-sanitizer: memory accesses, then races
 	$(SANITIZE) --tool memcheck $(SMALL_GPU_TESTS)

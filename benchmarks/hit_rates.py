@@ -8,6 +8,10 @@ into pools of several sizes, by the verb that serves (`ops.fetch_units`), over a
 what makes room for it does not depend on what the keys are. A hit is a unit that was there before the step wanted it.
 What is looked up are the units that are read; candidates that are not chosen are none of them.
 
+With `--served` the same steps also run over a cache with `offload="host"` for each size, which looks up, and makes room
+for, the candidates too, as a step on a GPU does. Such rows have `"counted": "candidates"`. On a CPU the pool is memory
+like any other: what is hot is the same.
+
 With `--traces` the units themselves are kept too, as tensors `[steps, HKV, K]` by text, arm and layer.
 """
 
@@ -33,7 +37,8 @@ from quest_attention.cli.app import integers, split_list
 from quest_attention.cli.loading import load_model
 from quest_attention.errors import QuestValueError
 from quest_attention.eval.context import copy_cache
-from quest_attention.hf import cache_argument
+from quest_attention.hf import QuestCache, cache_argument
+from quest_attention.hf.offload import Offload
 from quest_attention.ops import HotUnits, fetch_units
 from quest_attention.pages import PagedKV, num_pages
 
@@ -105,6 +110,32 @@ def trace(
     return pools
 
 
+def served(
+    model: Any, source: Any, text: list[int], config: QuestConfig, hot_tokens: int, *, warmup: int
+) -> tuple[int, int]:
+    """Units that the steps of a text looked up in a pool with their candidates, and those that were fetched.
+
+    Args:
+        model: A public one.
+        source: What it has read.
+        text: What comes then.
+        config: What steps read.
+        hot_tokens: Of each KV head [tokens].
+        warmup: Steps that fill the pool and are not counted.
+    """
+    length = source.get_seq_length() + len(text) + 1
+    with enable_quest(model, config):
+        cache = QuestCache(model.config, config, max_length=length, offload=Offload(hot_tokens))
+        copy_cache(source, cache)
+        for step, token in enumerate(text):
+            if step == warmup:
+                cache.counters.reset()
+            model(torch.tensor([[token]], device=model.device), **cache_argument(cache), use_cache=True)
+    fetches = cache.counters.fetches
+    assert fetches is not None and fetches.units_looked_up, "every step is sparse"
+    return fetches.units_looked_up, fetches.units_fetched
+
+
 def rows_of(found: list[dict[int, tuple[int, int]]], tokens: int) -> dict[str, Any]:
     """Hit rates of some texts' pools of one size, together and by layer."""
     by_layer = {}
@@ -118,6 +149,18 @@ def rows_of(found: list[dict[int, tuple[int, int]]], tokens: int) -> dict[str, A
         "units_fetched": fetched,
         "hit_rate": 1 - fetched / looked_up,
         "hit_rate_by_layer": by_layer,
+    }
+
+
+def candidates_row(counted: list[tuple[int, int]], tokens: int) -> dict[str, Any]:
+    """The hit rate of some texts' steps in pools of one size, candidates included."""
+    looked_up, fetched = (sum(one[nth] for one in counted) for nth in range(2))
+    return {
+        "hot_tokens": tokens,
+        "counted": "candidates",
+        "units_looked_up": looked_up,
+        "units_fetched": fetched,
+        "hit_rate": 1 - fetched / looked_up,
     }
 
 
@@ -151,6 +194,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="Of the weights.")] = "auto",
     device: Annotated[str, typer.Option(help="Where to run.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the texts.")] = 0,
+    is_served: Annotated[bool, typer.Option("--served", help="Count candidates too, as serving does.")] = False,
     traces: Annotated[Path | None, typer.Option(help="File of tensors to write: the units themselves.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
@@ -169,11 +213,15 @@ def main(
     with torch.inference_mode():
         for kind in kinds_of(kinds, loaded.tokenizer):
             found: dict[str, list[Pools]] = {}
+            looked_up: dict[tuple[str, int], list[tuple[int, int]]] = {}
             for number in range(texts):
                 source, text = read_text(loaded, kind, books, context, steps, seed + number)
                 for arm, config in configs.items():
                     pools = trace(runner, source, text, config, hot, warmup=warmup, keeps=traces is not None)
                     found.setdefault(arm, []).append(pools)
+                    for size in hot if is_served and config.candidate_budget else ():
+                        counted = served(runner, source, text, config, size, warmup=warmup)
+                        looked_up.setdefault((arm, size), []).append(counted)
                     for layer, units in pools.units.items():
                         kept[f"{kind} {number} {arm} layer {layer}"] = torch.stack(units)
                 del source
@@ -184,6 +232,10 @@ def main(
                 ]
                 rows.extend(shared | row for row in of_arm)
                 table.add_row(kind, arm, *(f"{row['hit_rate']:.1%}" for row in of_arm))
+                of_arm = [candidates_row(looked_up[arm, size], size) for size in hot if (arm, size) in looked_up]
+                if of_arm:
+                    rows.extend(shared | row for row in of_arm)
+                    table.add_row(kind, f"{arm}, candidates", *(f"{row['hit_rate']:.1%}" for row in of_arm))
             if output is not None:
                 settings = {
                     "texts": texts,

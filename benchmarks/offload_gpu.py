@@ -42,6 +42,7 @@ from quest_attention.bench.timing import percentiles
 from quest_attention.bench.written import time_written
 from quest_attention.cli.app import integers, split_list
 from quest_attention.errors import QuestValueError
+from quest_attention.hf.cache_dtype import check_cache_dtype
 from quest_attention.hf.offload import Offload
 
 NUM_DENSE_LAYERS = 2
@@ -157,6 +158,29 @@ def time_arm(
     return row
 
 
+def check_stock(arms: list[str], kv_cache_dtype: str, device: str) -> None:
+    """Refuse transformers' own offloaded cache where it has nothing to do.
+
+    Raises:
+        QuestValueError: It stores no 8 bits, or the device is the one that it offloads to; or there is no such dtype.
+    """
+    check_cache_dtype(kv_cache_dtype)
+    if "stock-offload" in arms and kv_cache_dtype != "auto":
+        raise QuestValueError("arms", "stock-offload", "arms that store in 8 bits, beside --kv-cache-dtype")
+    if "stock-offload" in arms and device == "cpu":
+        raise QuestValueError("arms", "stock-offload", "others on a CPU, to which transformers offloads")
+
+
+def check_pools(arms: list[str], configs: list[QuestConfig], hot_tokens: int) -> None:
+    """Refuse pools that hold less than a step reads together.
+
+    Raises:
+        QuestValueError: As said.
+    """
+    for config in configs if "offload" in arms else ():
+        Offload(hot_tokens).check(config)
+
+
 def main(
     model: Annotated[str, typer.Option(help="A shape.")] = "llama-3.1-8b",
     contexts: Annotated[str, typer.Option(help="Tokens in the cache, comma-separated.")] = "131072,262144,524288",
@@ -179,10 +203,10 @@ def main(
     check_shape(model)
     names, shares = split_list(arms), shares_of(own)
     check_arms(names)
-    if kv_cache_dtype != "auto" and "stock-offload" in names:
-        raise QuestValueError("arms", "stock-offload", "arms that store in 8 bits, beside --kv-cache-dtype")
+    check_stock(names, kv_cache_dtype, device)
     lengths = integers("contexts", contexts)
     configs = {one: config_of(one, NUM_DENSE_LAYERS) for one in split_list(reads)}
+    check_pools(names, list(configs.values()), int(hot_share * min(lengths)))
     generator = torch.Generator().manual_seed(seed)
     where = torch.device(device)
     if where.type == "cuda":

@@ -89,7 +89,7 @@ def times_table(rows: Rows, place: str = "") -> str:
         rows: Of records.
         place: What stands before the context.
     """
-    on_card = {(row["context"], row["reads"]): row["ms"]["p50"] for row in rows if row["arm"] == "quest"}
+    on_card = {(row["context"], row["stored"], row["reads"]): row["ms"]["p50"] for row in rows if row["arm"] == "quest"}
     cells = []
     for row in rows:
         what = chosen_of(row["reads"]) if row["arm"] in ("quest", "offload") else ("", "")
@@ -97,7 +97,7 @@ def times_table(rows: Rows, place: str = "") -> str:
         moved = f"{row['mib_a_token']:.1f}" if "mib_a_token" in row else ""
         hot = f"{row['hot_tokens']:,}" if "hot_tokens" in row else ""
         ms = row["ms"]["p50"]
-        times = f"{ms:.2f}", f"{ms / on_card[row['context'], row['reads']]:.2f}x"
+        times = f"{ms:.2f}", f"{ms / on_card[row['context'], row['stored'], row['reads']]:.2f}x"
         where = f"{place} {row['context'] // 1024}K".strip() + {"auto": "", "fp8": " in 8 bits"}[row["stored"]]
         cells.append([where, *what, ARMS[row["arm"]], hot, hits, moved, *times])
     head = ("context", "chosen by", "budget", "arm", "hot tokens", "hits", "MiB a token", "ms a token", "to Quest's")

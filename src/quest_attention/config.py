@@ -381,11 +381,15 @@ class QuestConfig:
     @property
     def page_budget(self) -> int:
         """Whole pages that fit the token budget [pages]."""
+        if self.metadata == "auto":
+            refuse_auto()
         return self.token_budget // self.page_size
 
     @property
     def page_slots(self) -> int:
         """Pages of a sequence that just fits the token budget [pages]."""
+        if self.metadata == "auto":
+            refuse_auto()
         return -(-self.token_budget // self.page_size)
 
     @property

@@ -18,9 +18,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from families import FAMILIES, build
-from quest_attention import QuestConfig, QuestValueError, enable_quest
+from quest_attention import BackendError, QuestConfig, QuestValueError, enable_quest
 from quest_attention.hf import QuestCache, cache_argument, host_memory, host_storage
 from quest_attention.hf.host_storage import HostStorage
+from quest_attention.hf.naming import CACHE
 from quest_attention.hf.offload import CacheShape, Offload, memory_of
 from quest_attention.hf.outgoing import Outgoing
 from quest_attention.models import bundled_model_path
@@ -363,12 +364,13 @@ def test_what_a_user_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
         assert 0 < fetches.units_fetched < fetches.units_looked_up
         copied, page_bytes = divmod(fetches.bytes_fetched, PAGE_SIZE * (8 + 8) * 4)
         assert page_bytes == 0 and copied > fetches.units_fetched, "the page being written is copied again"
-        assert f"{fetches.hit_rate:.1%} of {fetches.units_looked_up:,} units were hot" in quest.counters.summary()
+        said = f"{fetches.hit_rate:.1%} of {fetches.units_looked_up:,} units looked up were hot"
+        assert said in quest.counters.summary()
         assert quest.counters.to_dict()["fetches"]["units_fetched"] == fetches.units_fetched
         assert [("fetches" in layer.to_dict()) for layer in quest.counters.layers] == [False, True, True]
         quest.counters.reset()
         assert quest.counters.fetches == (0, 0, 0, 0) and quest.counters.fetches.hit_rate is None
-        assert quest.make_cache(100).offload_to == Offload(HOT)
+        assert quest.make_cache(100).offload_to == quest.make_cache(100, offload="host").offload_to == Offload(HOT)
         assert quest.make_cache(hot_tokens=50).offload_to == Offload(50)
 
 
@@ -413,12 +415,61 @@ def test_memory_to_lock_is_in_huge_pages_where_there_are_any() -> None:
     memory.fill_(3)
     assert memory.sum(dtype=torch.int64) == 3 * size
     if not Path("/sys/kernel/mm/transparent_hugepage").exists():
-        return
+        pytest.skip("this kernel has no huge pages: the bytes are right")
     maps = Path("/proc/self/smaps").read_text(encoding="utf-8")
     parts = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", maps, flags=re.MULTILINE)[1:]
     spans = [([int(end, 16) for end in part.split()[0].split("-")], part) for part in parts]
     (where,) = (part for (start, stop), part in spans if start <= memory.data_ptr() < stop)
     assert " hg" in where[where.index("VmFlags") :]
+
+
+def test_memory_that_the_host_does_not_give() -> None:
+    with pytest.raises(BackendError, match=f"offload: cannot allocate {1 << 50} bytes of host memory: "):
+        host_memory.in_huge_pages(1 << 50)
+    assert host_memory.in_huge_pages(0).shape == (0,)
+
+
+@pytest.mark.parametrize("answers", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
+def test_generate_takes_the_memory_that_was_counted(answers: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, however the prompt comes in chunks, for every answer."""
+    on_a_gpu(monkeypatch)
+    counted, made = [], []
+    check, empty = Offload.check_fits, host_storage.host_empty
+
+    def check_fits(offload: Offload, shape: CacheShape, quest: QuestConfig, *others: Any, **more: Any) -> None:
+        counted.append(memory_of(shape, quest, HOT).host)
+        check(offload, shape, quest, *others, **more)
+
+    def host_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        made.append(torch.Size(shape).numel() * dtype.itemsize)
+        return empty(shape, dtype, device)
+
+    monkeypatch.setattr(Offload, "check_fits", check_fits)
+    monkeypatch.setattr(host_storage, "host_empty", host_empty)
+    model, ids = make_llama(), prompt(1, 70)
+    with enable_quest(model, SMALL, offload="host", hot_tokens=HOT):
+        generate(model, ids, 10, prefill_chunk_size=16, **answers)
+    assert counted == [sum(made)]
+
+
+def test_a_cache_that_grows_has_room_for_what_will_come_at_most() -> None:
+    model, ids = make_llama(), prompt(1, 70)
+    with enable_quest(model, SMALL) as quest:
+        options = {"return_dict_in_generate": True, "max_new_tokens": 10, "do_sample": False}
+        cache = model.generate(ids, prefill_chunk_size=50, **options)[CACHE]
+        assert {layer.capacity for layer in quest_layers(cache)} == {80}
+        cache = QuestCache(model.config, quest.config)
+        for _ in range(3):
+            logits(model, cache, ids[:, :50])
+        assert {layer.capacity for layer in quest_layers(cache)} == {208}, "nobody knows what will come"
+
+
+def test_models_on_several_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_gpu(monkeypatch)
+    model = make_llama()
+    model.lm_head.to("meta")
+    with pytest.raises(QuestValueError, match="offload: got 'host', expected None for a model on several devices: cpu"):
+        enable_quest(model, SMALL, offload="host", hot_tokens=HOT)
 
 
 def test_memory_that_is_not_free_is_said_before_work_starts(monkeypatch: pytest.MonkeyPatch) -> None:

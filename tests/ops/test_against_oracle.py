@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from caches import LAYOUTS, make_cache
 from likeness import as_lists, assert_like_oracle, assert_scores_like_oracle, query_for
@@ -21,7 +23,8 @@ from quest_attention import (
     sparse_decode_attention,
     update_page_metadata,
 )
-from quest_attention.ops import reference
+from quest_attention.ops import reference, torch_backend
+from quest_attention.ops.gathering import UnitCopies
 from quest_attention.pages import KEY_MAX, KEY_MIN, num_pages
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -374,3 +377,38 @@ def test_reference_is_a_backend(lengths: list[int], layout: str) -> None:
     )
     assert torch.equal(slow.selected.units, fast.selected.units)
     torch.testing.assert_close(slow.output, fast.output, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("scales", [None, "head"])
+@pytest.mark.parametrize("extra", ["plain", "softcap", "sinks", "mask"])
+def test_copies_in_parts_are_those_at_once(
+    layout: str, scales: str | None, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One KV head of one sequence at a time, and all of them."""
+    dtype = torch.float32 if scales is None else torch.bfloat16
+    cache = make_cache([100, 37, 64], heads=3, dtype=dtype, layout=layout, scales=scales)
+    update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens, backend="torch")
+    query = query_for(cache, 2)
+    options: dict[str, Any] = {
+        "plain": {}, "softcap": {"softcap": 5.0}, "sinks": {"sinks": torch.randn(6)},
+        "mask": {"token_mask": torch.rand(3, 104) > 0.3},
+    }[extra]  # fmt: skip
+    config = QuestConfig.paper(32, page_size=8, backend="torch")
+    copied: list[slice] = []
+    of_heads = UnitCopies.of_heads
+
+    def counted(copies: UnitCopies, heads: slice) -> Tensor:
+        copied.append(heads)
+        return of_heads(copies, heads)
+
+    monkeypatch.setattr(UnitCopies, "of_heads", counted)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    found, parts = [], []
+    for size in (1, 1 << 30):
+        monkeypatch.setattr(torch_backend, "_PART_BYTES", size)
+        copied.clear()
+        found.append(quest_decode(query, cache.kv, cache.seq_lens, config, **options).output)
+        parts.append(len(copied))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    assert parts[0] - parts[1] == 2 * (3 * 3 - 1), "keys and values of each head, in place of all"

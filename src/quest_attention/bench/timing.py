@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from quest_attention.serving.capture import capturing
+from quest_attention.ops.capture import capturing
 
 __all__ = ["percentiles", "time_calls", "time_graph", "time_graphs"]
 

@@ -43,7 +43,7 @@ TokenBudget = Annotated[
     typer.Option(
         "--token-budget",
         "-b",
-        help="Most tokens a step may read; by default 512 for tokens by sketch, else 2,048.",
+        help="Most tokens a step may read; by default 512 for tokens and runs of 4 by sketch, else 2,048.",
         show_default=False,
     ),
 ]

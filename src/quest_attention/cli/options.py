@@ -79,6 +79,8 @@ def refuse_cache_options(
         raise QuestValueError("offload", offload, "none with --dense, which reads all of the cache")
     if offload is not None and is_lossless:
         raise QuestValueError("offload", offload, "none with --lossless, whose checks read the whole cache")
+    if offload not in (None, "host"):
+        raise QuestValueError("offload", offload, "host, or nothing")
     if offload is None and hot_tokens is not None:
         raise QuestValueError("hot_tokens", hot_tokens, "none without --offload: all tokens are as near")
     if kv_cache_dtype == "auto":

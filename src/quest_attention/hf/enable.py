@@ -61,7 +61,8 @@ def enable_quest(
             second; None is 4 [tokens]. Where drafting takes longer than it saves, nothing is drafted.
         offload: "host" keeps keys and values of the layers that choose in host memory, page-locked; on the GPU are
             their metadata, the dense layers and a pool of hot tokens. A step reads what it chose from the pool, to
-            which what is missing is fetched. The text is the same. For NVIDIA GPUs alone.
+            which what is missing is fetched. The text is the same, but for what the last bits of sums on a GPU change
+            (docs/offload.md). For NVIDIA GPUs alone.
         hot_tokens: With `offload`, tokens of the pool for each sequence, layer and KV head; None is what half of the
             GPU's memory holds that is free at the first sparse step [tokens].
         kv_cache_dtype: In what keys and values are stored, by vLLM's names: "auto", in the dtype of the model, or
@@ -113,6 +114,8 @@ def enable_quest(
     if lossless and offload is not None:
         raise QuestValueError("offload", offload, "None with lossless=True, whose checks read the whole cache")
     chosen = Offload.asked(offload, hot_tokens, config, model.device)
+    if chosen is not None:
+        chosen.check_device(model)
     if lossless:
         check_can_draft(model, config)
     if getattr(model, _HANDLE, None) is not None:
@@ -237,7 +240,10 @@ class QuestHandle:
         self._require_enabled("make_cache")
         chosen = self._offload
         if offload is not None:
+            if hot_tokens is None and chosen is not None:
+                hot_tokens = chosen.hot_tokens
             chosen = Offload.asked(offload, hot_tokens, self.config, self.model.device)
+            Offload.check_device(self.model)
         elif hot_tokens is not None:
             if chosen is None:
                 Offload.asked(None, hot_tokens, self.config, self.model.device)
@@ -295,9 +301,11 @@ class QuestHandle:
                 "cache_implementation", generation_config.cache_implementation, "None while Quest is enabled"
             )
         else:
+            answers = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            # What is locked on the host takes a while, and to move it twice the room: so there is room for all at once.
             model_kwargs[CACHE] = self._new_cache(
-                max(1, max_cache_length), self._offload, self._kv_cache_dtype, is_estimate=True, batch=batch_size,
-                chunk=chunk, is_masked=is_masked,
+                max(1, max_cache_length), self._offload, self._kv_cache_dtype, is_estimate=self._offload is None,
+                batch=batch_size * answers, chunk=chunk, is_masked=is_masked,
             )  # fmt: skip
             model_kwargs[CACHE].is_kept = False
             if generation_config.is_assistant:

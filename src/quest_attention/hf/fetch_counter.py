@@ -51,8 +51,8 @@ class Fetches(NamedTuple):
         in_place = self.bytes_in_place / _MIB
         more = f", and {in_place:,.1f} MiB of keys were read in place" if in_place else ""
         return (
-            f"keys and values in host memory; {self.hit_rate:.1%} of {self.units_looked_up:,} units were hot, "
-            f"{self.bytes_fetched / _MIB:,.1f} MiB of the others came to the device{more}"
+            f"keys and values in host memory; {self.hit_rate:.1%} of {self.units_looked_up:,} units looked up were "
+            f"hot, candidates included; {self.bytes_fetched / _MIB:,.1f} MiB came to the device{more}"
         )
 
 

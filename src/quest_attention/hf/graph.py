@@ -21,8 +21,8 @@ from quest_attention.hf.layer import QuestLayer, StorageDtypeError
 from quest_attention.hf.naming import CACHE, CACHE_NAMES, given_cache
 from quest_attention.hf.reading import Reading
 from quest_attention.hf.storage import KVStorage
+from quest_attention.ops.capture import capturing
 from quest_attention.ops.query_tokens import MOST_QUERY_TOKENS
-from quest_attention.serving.capture import capturing
 
 __all__ = ["DecodeGraphs"]
 

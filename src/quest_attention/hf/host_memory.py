@@ -6,13 +6,14 @@ import contextlib
 import math
 import mmap
 import os
+import warnings
 import weakref
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from quest_attention.errors import BackendError
+from quest_attention.errors import BackendError, QuestWarning
 
 __all__ = ["free_device_bytes", "free_host_bytes", "host_empty", "in_huge_pages"]
 
@@ -26,6 +27,8 @@ _PORTABLE, _MAPPED = 1, 2
 
 _waiting: list[tuple[Tensor, torch.device]] = []
 """Memory that nobody has any more and that is locked still."""
+_locked: list[Tensor] = []
+"""Memory that could not be unlocked, so that it must not be given back."""
 
 
 class _Mapped:
@@ -51,7 +54,7 @@ def host_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
         device: Whose operations it is for.
 
     Raises:
-        BackendError: The host's memory cannot be locked or mapped.
+        BackendError: The host's memory cannot be allocated, locked or mapped.
     """
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cuda" or size == 0:
@@ -70,10 +73,17 @@ def host_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
 
 
 def in_huge_pages(size: int) -> Tensor:
-    """So many bytes, `[size]` uint8 zeros, in huge pages where Linux has some: locking takes a while for each page."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(size, dtype=torch.uint8)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    """So many bytes, `[size]` uint8 zeros, in huge pages where Linux has some: locking takes a while for each page.
+
+    Raises:
+        BackendError: The host does not give so many.
+    """
+    try:
+        if size == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
+            return torch.zeros(size, dtype=torch.uint8)
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, RuntimeError) as error:  # RuntimeError is PyTorch's
+        raise BackendError(f"offload: cannot allocate {size} bytes of host memory: {error}") from None
     with contextlib.suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
@@ -87,7 +97,12 @@ def _release(memory: Tensor, device: torch.device) -> None:
     while _waiting:
         kept, where = _waiting.pop()
         torch.cuda.synchronize(where)
-        torch.cuda.cudart().cudaHostUnregister(kept.data_ptr())
+        status = int(torch.cuda.cudart().cudaHostUnregister(kept.data_ptr()))
+        if status != 0:
+            _locked.append(kept)
+            warnings.warn(
+                f"offload: {kept.numel()} bytes of the host stay locked: CUDA says {status}", QuestWarning, stacklevel=2
+            )
 
 
 def free_host_bytes() -> int:

@@ -135,6 +135,11 @@ class QuestLayer(StepReporter, StoredLayer):
             return min(self.max_length, begin)
         return begin if new == 1 else new
 
+    def _more_room(self, end: int) -> int:
+        """Tokens to make room for when there are `end`: some times as many as before, but no more than will come."""
+        more = max(end, GROWTH * self.capacity)
+        return more if self.max_length is None or end > self.max_length else min(more, self.max_length)
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write new tokens and take them into the bounds of their pages.
 
@@ -182,7 +187,7 @@ class QuestLayer(StepReporter, StoredLayer):
         widest = self._widest(key_states, value_states)
         if end > self.capacity or widest != self.dtype:
             check_stored(self.kv_cache_dtype, widest, key_states.device, self.config.backend)
-            length = self.capacity if end <= self.capacity else max(end, GROWTH * self.capacity)
+            length = self.capacity if end <= self.capacity else self._more_room(end)
             self._hold(self.storage.moved(start, length=length, dtype=widest))
         self.storage.before_write(start)
         self._write(key_states, value_states, start)

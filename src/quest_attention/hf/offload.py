@@ -145,14 +145,17 @@ def memory_of(
         is_masked: Whether each has a mask all the same, for padding or because PyTorch's kernels need one there.
 
     Raises:
-        QuestValueError: `hot_tokens` is no positive integer.
+        QuestValueError: `hot_tokens`, `chunk`, or sequences or tokens of the shape are no positive integer; or the form
+            of metadata is "auto".
 
     >>> shape = CacheShape(1, 1 << 20, 8, 128, 128, torch.bfloat16, sparse_layers=30, dense_layers=2)
     >>> memory = memory_of(shape, QuestConfig(2048, metadata="bounds"), hot_tokens=16384)
     >>> memory.host >> 30, memory.metadata >> 20, memory.pool >> 20, memory.prompt >> 30
     (120, 7680, 1922, 4)
     """
-    check_integer("hot_tokens", hot_tokens, minimum=1)
+    counts = {"hot_tokens": hot_tokens, "shape.batch": shape.batch, "shape.length": shape.length}
+    for name, count in (counts if chunk is None else {**counts, "chunk": chunk}).items():
+        check_integer(name, count, minimum=1)
     pages = num_pages(shape.length, quest.page_size)
     tokens = pages * quest.page_size
     rows = shape.batch * shape.kv_heads
@@ -163,7 +166,7 @@ def memory_of(
     form = form_of(quest)
     page_bytes = torch.Size(form.shape(quest.page_size, shape.head_dim)).numel()
     page_bytes *= metadata_dtype(quest, shape.stored or shape.dtype).itemsize
-    slots = num_pages(min(hot_tokens, tokens), quest.unit_size)
+    slots = _slots_of(hot_tokens, tokens // quest.unit_size, quest)
     slot_bytes = quest.unit_size * shape.token_bytes + _SLOT_BYTES
     return OffloadMemory(
         host=shape.sparse_layers * layer,
@@ -253,11 +256,23 @@ class Offload:
         if offload != "host":
             raise QuestValueError("offload", offload, '"host" or None')
         if device.type != "cuda":
-            why = "where keys and values lie in host memory already, and nothing is nearer"
+            in_place = "where keys and values lie in host memory already, and nothing is nearer"
+            why = in_place if device.type == "cpu" else "which is no NVIDIA GPU"
             raise QuestValueError("offload", offload, f"None on device {device.type}, {why}")
         chosen = cls(hot_tokens)
         chosen.check(config)
         return chosen
+
+    @staticmethod
+    def check_device(model: Any) -> None:
+        """Refuse a model that lies on several devices: what fits, and what is hot, is counted of one.
+
+        Raises:
+            QuestValueError: It does.
+        """
+        devices = sorted({str(parameter.device) for parameter in model.parameters()})
+        if len(devices) > 1:
+            raise QuestValueError("offload", "host", f"None for a model on several devices: {', '.join(devices)}")
 
     def check(self, config: QuestConfig) -> None:
         """Refuse what cannot be served with it.
@@ -289,6 +304,17 @@ class Offload:
         check_memory(memory, free_host_bytes(), free_device_bytes(device))
 
 
+def _slots_of(hot_tokens: int, most: int, quest: QuestConfig) -> int:
+    """Slots of each row of a layer's pool for so many tokens: as many as a step reads together at least [units].
+
+    Args:
+        hot_tokens: Asked for [tokens].
+        most: All that a sequence has room for [units].
+        quest: What is read, with a form of metadata.
+    """
+    return max(least_slots(quest, most), min(most, hot_tokens // quest.unit_size))
+
+
 class PoolSize:
     """How much is hot in each layer of one cache: the same in all, so the first that has a pool decides for them.
 
@@ -316,7 +342,7 @@ class PoolSize:
         size, most = quest.unit_size, keys.shape[2] // quest.unit_size
         least = least_slots(quest, most)
         if self.offload.hot_tokens is not None:
-            return max(least, min(most, self.offload.hot_tokens // size))
+            return _slots_of(self.offload.hot_tokens, most, quest)
         batch, heads = keys.shape[:2]
         if batch not in self._shared:
             free = free_device_bytes(keys.device)

@@ -36,7 +36,7 @@ class UnitCopies:
     @property
     def head_bytes(self) -> int:
         """What the copy for one head takes [bytes]."""
-        return math.prod(self.shape) * (self.rows.element_size() if self.scale is None else 4)
+        return math.prod(self.shape) * (self.rows if self.scale is None else self.scale).element_size()
 
     def of_heads(self, heads: slice) -> Tensor:
         """The copies for some of all `B * HKV` heads: `[heads, K * unit_size, D]`; quantised ones in float32."""

@@ -40,7 +40,8 @@ __all__ = [
 _CHUNK_BYTES = 1 << 21
 """Float32 metadata scored at a time on a CPU [bytes]: a bound on scratch memory."""
 _PART_BYTES = 3 << 20
-"""Keys and values copied at a time on a CPU [bytes]: so that attention finds them in its caches."""
+"""Keys and values copied at a time on a CPU [bytes]: so that attention finds them in its caches, and the next part in
+memory that this one gave back."""
 
 _NEVER = torch.iinfo(torch.int64).min
 _BEYOND = torch.iinfo(torch.int32).max
@@ -336,11 +337,19 @@ def _parts(keys: UnitCopies, values: UnitCopies) -> list[slice]:
     if keys.rows.device.type == "cpu":  # each thread has a head at least
         room = _PART_BYTES // max(1, keys.head_bytes + values.head_bytes)
         together = max(1, room, torch.get_num_threads())
-    return [slice(start, start + together) for start in range(0, max(1, heads), together)]
+    return [slice(start, start + together) for start in range(0, max(1, heads), max(1, together))]
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Attention of heads `[N, G, D]`, each to its own keys and values `[N, T, D and DV]`."""
+    """Attention of heads `[N, G, D]`, each to its own keys and values `[N, T, D and DV]`: `[N, G, DV]`.
+
+    Args:
+        query: Of the heads.
+        keys: Copied.
+        values: Copied.
+        mask: `[N, 1, T]` bool, which tokens there are; None for all.
+        scale: Of the logits.
+    """
     every = None if mask is None else mask[None]
     near, far = keys[None], values[None]
     output = F.scaled_dot_product_attention(query[None].to(keys.dtype), near, far, attn_mask=every, scale=scale)[0]

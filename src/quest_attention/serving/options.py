@@ -139,7 +139,7 @@ class QuestOptions:
 
 
 def advice_on_budget(config: QuestConfig, max_model_len: int) -> str | None:
-    """What an operator should know of a budget that is small for the longest sequence, or None.
+    """What an operator should know of a budget that is small, for its pages or for the longest sequence, or None.
 
     Args:
         config: Of the server.
@@ -147,7 +147,14 @@ def advice_on_budget(config: QuestConfig, max_model_len: int) -> str | None:
 
     >>> advice_on_budget(QuestConfig.paper(2048), 32768) is None
     True
+    >>> advice_on_budget(QuestConfig(256, page_size=128, metadata="moments"), 2048)
+    'token_budget 256 holds no more than the pages that are always read, 2 of 128 tokens: nothing is chosen'
     """
+    if config.unit_budget <= config.num_forced_pages * config.units_per_page:
+        return (
+            f"token_budget {config.token_budget} holds no more than the pages that are always read, "
+            f"{config.num_forced_pages} of {config.page_size} tokens: nothing is chosen"
+        )
     by_tokens = config.scores_tokens and config.unit_size == 1
     most = _MOST_TIMES * (_WORTH_OF_TOKENS if by_tokens else 1)
     if config.token_budget * most >= max_model_len:

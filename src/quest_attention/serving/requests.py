@@ -48,7 +48,8 @@ def config_asked(asked: Any, options: QuestOptions, page_size: int, max_length: 
     recent = with_pages_of(server, options.query_tokens).num_recent_pages
     least = (server.num_sink_pages + max(1, recent)) * page_size
     if type(asked) is not int or not least <= asked <= most:
-        raise QuestValueError(ASKED, asked, f"{EVERYTHING!r} or {least} to {most} tokens")
+        least_to_most = f"{least} tokens" if least == most else f"{least} to {most} tokens"
+        raise QuestValueError(ASKED, asked, f"{EVERYTHING!r} or {least_to_most}")
     config = options.config(page_size, token_budget=asked)
     if config.candidate_budget > server.candidate_budget:  # what a small budget wants, but no more work than others
         factor = max(1, server.candidate_budget // config.unit_budget)

@@ -1,4 +1,4 @@
-"""`break_even_note`: past which context a sequence alone gains from Quest, on devices where that was measured."""
+"""`break_even_note`: from which context on a sequence alone gains from Quest, on devices where that was measured."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quest_attention.serving.capture import capturing
+from quest_attention.ops.capture import capturing
 
 __all__ = ["DraftStep"]
 

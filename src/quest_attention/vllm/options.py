@@ -18,6 +18,9 @@ _OURS_ALONE = tuple(name for name in READING if name != "backend")
 """Options that nobody else has: beside "quest" they would be without effect."""
 _NEAR = 0.75
 """How like "quest" a name must be to be meant for it, by `difflib`: "qest" is, and so is "request"."""
+_NEAR_OPTION = 0.85
+"""How like an option of Quest a name must be."""
+_PAGE_SIZE = "page_size"
 
 
 class VLLMOptions(QuestOptions):
@@ -70,18 +73,31 @@ def near_misses(additional: object) -> list[str]:
     """
     if not isinstance(additional, Mapping):
         return []
-    names = [name for name in additional if name in KNOWN or name == "page_size"]
+    names = {str(name): _option_meant(str(name)) for name in additional if name != KEY}
     if KEY not in additional:
         return [
             f"{name} stands in --additional-config without {KEY!r}: Quest is off, and does not read it"
-            for name in names
-            if name in _OURS_ALONE
+            for name, meant in names.items()
+            if meant in _OURS_ALONE
         ]
     return [
         f"{name} stands beside {KEY!r} in --additional-config, where Quest does not read it"
-        + (f": {KEY}.{name} would be" if name in KNOWN else "; a page is vLLM's block, set by --block-size")
-        for name in names
+        + ("; a page is vLLM's block, set by --block-size" if meant == _PAGE_SIZE else f": {KEY}.{meant} would be")
+        for name, meant in names.items()
+        if meant is not None
     ]
+
+
+def _option_meant(name: str) -> str | None:
+    """The option of Quest that a name is, or is like; None for another plugin's.
+
+    >>> _option_meant("tokenbudget"), _option_meant("quest_token_budget"), _option_meant("kv_budget")
+    ('token_budget', 'token_budget', None)
+    """
+    plain = name.removeprefix(f"{KEY}_")
+    if plain in (*KNOWN, _PAGE_SIZE):
+        return plain
+    return next(iter(difflib.get_close_matches(plain, _OURS_ALONE, n=1, cutoff=_NEAR_OPTION)), None)
 
 
 def _is_meant(name: str, value: object) -> bool:

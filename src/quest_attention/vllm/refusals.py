@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,8 @@ __all__ = [
     "check_vllm_config",
 ]
 
+_NEAR = 0.85
+"""How like the argument of a request a name must be to be meant for it, by `difflib`; "token_budget" is anybody's."""
 _FP8_CAPABILITY = 89
 """Compute capability from which GPUs convert to 8-bit floats, ten times over: vLLM's way to write 8.9."""
 
@@ -81,6 +84,16 @@ def check_block_size(cache: Any, model: Any, multiple: int) -> None:
         raise QuestValueError("block_size", size, f"a multiple of {multiple}: vLLM's attention here has no other")
 
 
+def _is_ours(name: str) -> bool:
+    """Whether an argument of a request is Quest's, or spelt nearly so.
+
+    >>> [_is_ours(name) for name in ("quest_budget", "quest-token-budget", "qest_token_budget", "token_budget")]
+    [True, True, True, False]
+    """
+    is_like = difflib.SequenceMatcher(None, name.casefold(), ASKED).ratio() >= _NEAR
+    return name.startswith(f"{KEY}_") or is_like
+
+
 def check_request(vllm_config: Any, extra: Mapping[str, Any], device: str) -> None:
     """Whether a request asks for nothing of Quest, or for what it can have.
 
@@ -92,14 +105,14 @@ def check_request(vllm_config: Any, extra: Mapping[str, Any], device: str) -> No
     Raises:
         QuestValueError: It asks for something else.
     """
-    ours = [name for name in extra if str(name).startswith(f"{KEY}_")]
+    ours = [name for name in extra if _is_ours(str(name))]
     options = read_options(vllm_config, device) if ours else None
     if options is None:  # or of an engine without Quest in this process, to which it is a parameter of nobody
         return
     for name in ours:
         if name != ASKED:
             raise QuestValueError(name, extra[name], f"{ASKED}, all that a request can ask of Quest")
-    if extra[ASKED] is None:
+    if extra.get(ASKED) is None:
         return
     replicas = vllm_config.parallel_config.data_parallel_size
     if replicas > 1 and getattr(vllm_config, "use_v2_model_runner", False):

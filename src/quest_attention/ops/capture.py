@@ -17,7 +17,8 @@ def capturing(graph: torch.cuda.CUDAGraph, **options: Any) -> Iterator[None]:
     """Capture what runs inside, as `torch.cuda.graph` does, while Python collects no cycles.
 
     A cycle may hold an earlier graph, or memory of the host that a GPU reads. Freeing either of them while a stream is
-    captured is not permitted, and ends the capture.
+    captured is not permitted, and ends the capture. Whether cycles are collected is the process's, so one captures at a
+    time.
 
     Args:
         graph: Takes the launches.

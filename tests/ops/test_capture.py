@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from quest_attention.serving.capture import capturing
+from quest_attention.ops.capture import capturing
 
 
 class InACycle:
