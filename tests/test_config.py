@@ -257,3 +257,9 @@ def test_errors_can_be_pickled() -> None:
         error.expected,
         str(error),
     )
+
+
+@pytest.mark.parametrize("name", ["page_budget", "page_slots", "unit_budget", "candidate_budget", "num_forced_pages"])
+def test_what_depends_on_a_form_that_nobody_knows(name: str) -> None:
+    with pytest.raises(QuestValueError, match="metadata: got 'auto', expected a form by name"):
+        getattr(QuestConfig(), name)

@@ -334,7 +334,7 @@ class QuestConfig:
         """Tokens of what is selected: of a page, 1 or 4 [tokens].
 
         Raises:
-            QuestValueError: No device has been asked yet; so do those below.
+            QuestValueError: No device has been asked yet; so do those below that depend on the form.
         """
         unit = self.selection_unit
         if self.metadata == "auto":
@@ -381,14 +381,14 @@ class QuestConfig:
     @property
     def page_budget(self) -> int:
         """Whole pages that fit the token budget [pages]."""
-        if self.metadata == "auto":
+        if cast("object", self.token_budget) is None:
             refuse_auto()
         return self.token_budget // self.page_size
 
     @property
     def page_slots(self) -> int:
         """Pages of a sequence that just fits the token budget [pages]."""
-        if self.metadata == "auto":
+        if cast("object", self.token_budget) is None:
             refuse_auto()
         return -(-self.token_budget // self.page_size)
 
