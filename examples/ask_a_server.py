@@ -1,7 +1,7 @@
 """Ask a vLLM server with Quest over the OpenAI protocol: a pass key hidden in a book.
 
 vllm serve $(python -c "from quest_attention.models import bundled_model_path as path; print(path())") \
-    --served-model-name quest-tiny --attention-backend CUSTOM \
+    --served-model-name quest-tiny --block-size 32 --attention-backend CUSTOM \
     --additional-config '{"quest": {"token_budget": 256}}'
 python examples/ask_a_server.py
 """

@@ -20,7 +20,7 @@
     requests.py  budgets that requests ask for themselves
     folding.py   KV heads folded into blocks, for the stock kernel of a CPU
     places.py    where a token's numbers lie in a block of a CPU's cache, for who reads them back
-    break_even.py  past which context it pays, as measured
+    break_even.py  from which context on it pays, as measured
     metrics.py   the counters for Prometheus
     worker.py    a worker's name, and its counters over vLLM's `collective_rpc`
 

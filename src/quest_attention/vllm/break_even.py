@@ -20,7 +20,7 @@ def break_even_note(device: str, metadata: str) -> str:
         metadata: The form of the pages' metadata.
 
     >>> break_even_note("NVIDIA H200", "sketch")
-    'a sequence alone gains from 32768 tokens on, the fewest measured on this device at which it did; many at once gain earlier (docs/vllm.md, How fast)'
+    'a sequence alone gains from 32768 tokens on, the fewest measured on this device at which it did (docs/vllm.md, How fast)'
     >>> break_even_note("NVIDIA L4", "sketch")
     'where NVIDIA L4 gains with sketch was not measured: compare with a server without Quest (docs/vllm.md, How fast)'
     """  # noqa: E501 (a message)
@@ -28,8 +28,5 @@ def break_even_note(device: str, metadata: str) -> str:
     if context is None:
         found = f"where {device} gains with {metadata} was not measured: compare with a server without Quest"
     else:
-        found = (
-            f"a sequence alone gains from {context} tokens on, the fewest measured on this device at which it did; "
-            "many at once gain earlier"
-        )
+        found = f"a sequence alone gains from {context} tokens on, the fewest measured on this device at which it did"
     return f"{found} (docs/vllm.md, How fast)"
