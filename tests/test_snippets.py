@@ -68,7 +68,7 @@ def needs(block: Block) -> list[pytest.MarkDecorator]:
         wanted = ("lm_eval", "accelerate", "nltk", "wonderwords")
         missing = [name for name in wanted if importlib.util.find_spec(name) is None]
         skip = pytest.mark.skipif(bool(missing), reason=f"the extra lm-eval: no {', '.join(missing)}")
-        return [skip, pytest.mark.slow, pytest.mark.timeout(LONGEST)]
+        return [skip, pytest.mark.slow, pytest.mark.thorough, pytest.mark.timeout(LONGEST)]
     return []
 
 

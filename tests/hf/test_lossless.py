@@ -29,7 +29,7 @@ from tiny import make_llama, prompt
 
 LOW = QuestConfig(token_budget=16, page_size=4, num_dense_layers=0, metadata="bounds")
 """So little that a tiny random model seldom agrees with itself."""
-HIGH = replace(LOW, token_budget=80)
+HIGH = replace(LOW, token_budget=64)
 """Nearly everything: most drafts stay."""
 FORMS = {
     "bounds": LOW,
@@ -48,7 +48,7 @@ def always_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DraftLength, "next", lambda length: (length._length, "measuring"))
 
 
-def generate(model: Any, ids: Tensor, new: int = 50, **options: Any) -> Any:
+def generate(model: Any, ids: Tensor, new: int = 24, **options: Any) -> Any:
     settings = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0, "attention_mask": (ids != 0).long()}
     return model.generate(ids, **settings | options)
 
@@ -67,6 +67,7 @@ def padded(batch: int = 3, padding: Sequence[int] = (13, 0, 40)) -> Tensor:
     return ids
 
 
+@pytest.mark.every_value
 @pytest.mark.parametrize("config", [LOW, HIGH], ids=["low", "high"])
 @pytest.mark.parametrize("name", FULL)
 def test_every_family_writes_what_it_writes_alone(name: str, config: QuestConfig) -> None:
@@ -82,7 +83,7 @@ def test_every_family_writes_what_it_writes_alone(name: str, config: QuestConfig
 @pytest.mark.parametrize("ids", [prompt(1), prompt(3), padded()], ids=["one", "three", "padded"])
 @pytest.mark.parametrize("drafts", [1, 4, 15])
 def test_batches_and_forms(form: str, ids: Tensor, drafts: int) -> None:
-    alone, ours, counters = both(make_llama(), ids, FORMS[form], drafts)
+    alone, ours, counters = both(make_llama(), ids, replace(FORMS[form], token_budget=44), drafts)
     assert torch.equal(alone, ours)
     found = counters.drafts
     assert 0 < found.accepted < found.drafted
@@ -150,7 +151,7 @@ def test_metadata_is_that_of_the_tokens_that_stayed(form: str, ids: Tensor, monk
     monkeypatch.setattr(DraftLength, "next", lambda _: (next(pattern), "drafting does not pay"))
     monkeypatch.setattr(Drafting, "_draft", watch_draft)
     monkeypatch.setattr(QuestCache, "settle", watch)
-    alone, ours, counters = both(make_llama(), ids, FORMS[form])
+    alone, ours, counters = both(make_llama(), ids, FORMS[form], new=50)
     assert torch.equal(alone, ours)
     plain = counters.drafts.plain_steps["drafting does not pay"]
     assert plain > 10 and len(resumed) > 5
@@ -188,9 +189,9 @@ def test_the_end_of_a_text_in_the_middle_of_a_check(ends: int) -> None:
     """Rows end at different tokens, and pads follow; the cache holds them too, as it does without drafts."""
     model = make_llama()
     ids = padded()
-    free = generate(model, ids)
+    free = generate(model, ids, 50)
     eos = [int(free[row, 60 + at]) for row, at in zip(range(ends), (9, 20, 33), strict=False)]
-    options = {"eos_token_id": eos, "return_dict_in_generate": True}
+    options = {"eos_token_id": eos, "return_dict_in_generate": True, "new": 50}
     alone, ours, _ = both(model, ids, HIGH, **options)
     assert alone.sequences.shape[1] <= 110
     assert (alone.sequences[:, 60:] == 0).any() == (ends > 0)
@@ -199,6 +200,7 @@ def test_the_end_of_a_text_in_the_middle_of_a_check(ends: int) -> None:
         torch.testing.assert_close(layer.keys, theirs.keys, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.every_value
 @pytest.mark.parametrize(
     "options",
     [
@@ -206,7 +208,7 @@ def test_the_end_of_a_text_in_the_middle_of_a_check(ends: int) -> None:
         {"max_new_tokens": 2},
         {"max_new_tokens": 7},
         {"max_new_tokens": None, "max_length": 77},
-        {"min_new_tokens": 30, "eos_token_id": list(range(1, 40))},
+        {"min_new_tokens": 20, "eos_token_id": list(range(1, 40))},
         {"repetition_penalty": 1.7},
         {"no_repeat_ngram_size": 1},
         {"suppress_tokens": [3, 4, 5]},
@@ -290,7 +292,7 @@ def test_scores_and_logits() -> None:
     options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     alone, ours, _ = both(make_llama(), padded(), repetition_penalty=1.3, **options)
     assert torch.equal(alone.sequences, ours.sequences)
-    assert len(ours.scores) == len(ours.logits) == 50
+    assert len(ours.scores) == len(ours.logits) == 24
     for name in ("scores", "logits"):
         torch.testing.assert_close(torch.stack(ours[name]), torch.stack(alone[name]), rtol=1e-3, atol=1e-4)
 
@@ -344,7 +346,7 @@ def test_a_pass_that_fails_between_layers() -> None:
     """Some layers have its tokens and some do not; all have the same afterwards, and the text can go on from there."""
     model: Any = make_llama()
     ids, passes = padded(), []
-    alone = generate(model, ids)
+    alone = generate(model, ids, 50)
 
     def fail(*_: Any) -> None:
         passes.append(1)
@@ -355,7 +357,7 @@ def test_a_pass_that_fails_between_layers() -> None:
     with enable_quest(model, LOW, lossless=True) as quest:
         cache = quest.make_cache()
         with pytest.raises(RuntimeError, match="no memory"):
-            generate(model, ids, **cache_argument(cache))
+            generate(model, ids, 50, **cache_argument(cache))
         hook.remove()
         (length,) = {layer.get_seq_length() for layer in cache.layers}
         assert 60 <= length < 110
@@ -435,7 +437,7 @@ def test_counters() -> None:
     with enable_quest(model, LOW, lossless=True, draft_tokens=3) as quest:
         generate(model, ids)
         drafts = quest.counters.drafts
-        assert drafts.accepted + drafts.checks + sum(drafts.plain_steps.values()) >= 2 * 49
+        assert drafts.accepted + drafts.checks + sum(drafts.plain_steps.values()) >= 2 * 23
         for layer in quest.counters.layers:
             assert layer.prefill_tokens == 60
             assert set(layer.dense_steps_by_reason) == {"check"}
@@ -456,7 +458,7 @@ def test_nothing_is_drafted_within_the_budget() -> None:
     options = {"return_dict_in_generate": True, "output_logits": True}
     alone, ours, counters = both(make_llama(), prompt(2), replace(LOW, token_budget=1024), **options)
     assert all(torch.equal(*pair) for pair in zip(alone.logits, ours.logits, strict=True))
-    assert counters.drafts.to_dict()["plain_steps"] == {"within budget": 2 * 49}
+    assert counters.drafts.to_dict()["plain_steps"] == {"within budget": 2 * 23}
     assert counters.sparse_steps == counters.drafts.drafted == 0
 
 
