@@ -14,6 +14,7 @@ from marks import DOCS, fill_page
 from tables_gpu import Rows, as_markdown, load, origin
 
 HIT_RATES = ("hit_rates_smollm2.json", "hit_rates_qwen.json")
+CANDIDATES = "hit_rates_candidates_qwen.json"
 AHEAD = ("layer_ahead_smollm2.json", "layer_ahead_qwen.json")
 TIMES = (
     "offload_gpu.json", "offload_gpu_sketch_128k.json", "offload_gpu_256k.json", "offload_gpu_sketch_256k.json",
@@ -38,8 +39,10 @@ PROMPT_ARMS = {"stock": "transformers'", "quest": "Quest's, on the card", "offlo
 
 
 def what_of(row: dict[str, object]) -> tuple[str, ...]:
-    """Model, context, text, form and budget of a row."""
-    return str(row["model"]), f"{row['context']:,}", str(row["text"]), *chosen_of(str(row["arm"]))
+    """Model, context, text, form and budget of a row; the form also says where candidates are counted too."""
+    form, budget = chosen_of(str(row["arm"]))
+    form += ", with candidates" if row.get("counted") == "candidates" else ""
+    return str(row["model"]), f"{row['context']:,}", str(row["text"]), form, budget
 
 
 def chosen_of(arm: str) -> tuple[str, str]:
@@ -129,7 +132,7 @@ def main(
 ) -> None:
     """Print the tables, or put them into the page."""
     tables = {
-        "hits": hits_table([row for name in HIT_RATES for row in load(name)]),
+        "hits": hits_table([row for name in (*HIT_RATES, CANDIDATES) for row in load(name)]),
         "times": f"{times_table(last_times())}\n\n{'; '.join(map(origin, TIMES))}.",
         "two": f"{two_table()}\n\n{origin(next(iter(TWO.values())))}.",
         "prompts": f"{prompts_table(load(PROMPTS))}\n\n{origin(PROMPTS)}.",
