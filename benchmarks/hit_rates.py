@@ -110,10 +110,10 @@ def trace(
     return pools
 
 
-def served(
+def serve(
     model: Any, source: Any, text: list[int], config: QuestConfig, hot_tokens: int, *, warmup: int
 ) -> tuple[int, int]:
-    """Units that the steps of a text looked up in a pool with their candidates, and those that were fetched.
+    """Decode a text over host memory: units looked up in the pool, candidates included, and those that were fetched.
 
     Args:
         model: A public one.
@@ -194,7 +194,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="Of the weights.")] = "auto",
     device: Annotated[str, typer.Option(help="Where to run.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the texts.")] = 0,
-    is_served: Annotated[bool, typer.Option("--served", help="Count candidates too, as serving does.")] = False,
+    served: Annotated[bool, typer.Option("--served", help="Count candidates too, as serving does.")] = False,
     traces: Annotated[Path | None, typer.Option(help="File of tensors to write: the units themselves.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
@@ -219,8 +219,8 @@ def main(
                 for arm, config in configs.items():
                     pools = trace(runner, source, text, config, hot, warmup=warmup, keeps=traces is not None)
                     found.setdefault(arm, []).append(pools)
-                    for size in hot if is_served and config.candidate_budget else ():
-                        counted = served(runner, source, text, config, size, warmup=warmup)
+                    for size in hot if served and config.candidate_budget else ():
+                        counted = serve(runner, source, text, config, size, warmup=warmup)
                         looked_up.setdefault((arm, size), []).append(counted)
                     for layer, units in pools.units.items():
                         kept[f"{kind} {number} {arm} layer {layer}"] = torch.stack(units)
