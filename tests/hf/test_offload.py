@@ -481,6 +481,10 @@ def test_memory_that_is_not_free_is_said_before_work_starts(monkeypatch: pytest.
     for wrong in ("a", 0, None):
         with pytest.raises(QuestValueError, match=r"^hot_tokens: got .*, expected a positive integer"):
             memory_of(shape, SMALL, wrong)  # type: ignore[arg-type]
+    with pytest.raises(QuestValueError, match=r"^shape.length: got -5, expected a positive integer"):
+        memory_of(shape._replace(length=-5), SMALL, HOT)
+    with pytest.raises(QuestValueError, match=r"^chunk: got 'a', expected a positive integer"):
+        memory_of(shape, SMALL, HOT, chunk="a")  # type: ignore[arg-type]
     memory = memory_of(shape, SMALL, HOT)
     assert memory.host == 2 * 2 * 1000 * 16 * 4 and memory.dense == memory.prompt == memory.host // 2
     assert memory.metadata == 2 * 2 * 250 * 2 * 8 * 4 and memory.table == 2 * 2 * 250 * 4
