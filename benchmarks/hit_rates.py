@@ -143,25 +143,23 @@ def rows_of(found: list[dict[int, tuple[int, int]]], tokens: int) -> dict[str, A
         looked_up, fetched = (sum(one[layer][nth] for one in found) for nth in range(2))
         by_layer[layer] = 1 - fetched / looked_up
     looked_up, fetched = (sum(counts[nth] for one in found for counts in one.values()) for nth in range(2))
+    return hits_of(looked_up, fetched, tokens) | {"hit_rate_by_layer": by_layer}
+
+
+def hits_of(looked_up: int, fetched: int, tokens: int) -> dict[str, Any]:
+    """What a row says of the units that steps looked up in pools of a size [tokens], and of those that were fetched."""
     return {
         "hot_tokens": tokens,
         "units_looked_up": looked_up,
         "units_fetched": fetched,
         "hit_rate": 1 - fetched / looked_up,
-        "hit_rate_by_layer": by_layer,
     }
 
 
 def candidates_row(counted: list[tuple[int, int]], tokens: int) -> dict[str, Any]:
     """The hit rate of some texts' steps in pools of one size, candidates included."""
     looked_up, fetched = (sum(one[nth] for one in counted) for nth in range(2))
-    return {
-        "hot_tokens": tokens,
-        "counted": "candidates",
-        "units_looked_up": looked_up,
-        "units_fetched": fetched,
-        "hit_rate": 1 - fetched / looked_up,
-    }
+    return hits_of(looked_up, fetched, tokens) | {"counted": "candidates"}
 
 
 def check_sizes(sizes: list[int], configs: list[QuestConfig]) -> None:
