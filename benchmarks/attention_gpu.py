@@ -6,12 +6,13 @@ All arms replay CUDA graphs over rotating layers, so that nothing is found in th
 is the better of its two forms (with and without tensor cores). Quest runs as it is served: with bounds in the dtype of
 the keys and in 8 bits, their verbs timed alone beside it, and with sketches, which choose single tokens, at several
 budgets. One shape, the one of docs/choosing.md, is timed with bounds, moments and sketches at each of that page's
-budgets. `bytes_...` count what a step must read: of every page what ranks it, and keys and values of what is selected.
-`launches_sketch` are the kernels of a step, which run one after the other, and `launch_times_us` the launches in their
-order, each timed alone, without its early start. `break-even` is the shortest context at which Quest with bounds is no
-slower. `tables_gpu.py` makes the tables of docs/gpu.md from the file. The run fails when a step was not sparse: with
-metadata of pages it must be the fused kernel alone, and with any it must have read as many pages or tokens as the
-budget gives.
+budgets; `alone` are sketches whose estimates alone choose, with the budget of bounds, of which they read as much as
+`tokens_alone` says. `bytes_...` count what a step must read: of every page what ranks it, and keys and values of what
+is selected. `launches_sketch` are the kernels of a step, which run one after the other, and `launch_times_us` the
+launches in their order, each timed alone, without its early start. `break-even` is the shortest context at which Quest
+with bounds is no slower. `tables_gpu.py` makes the tables of docs/gpu.md from the file. The run fails when a step was
+not sparse: with metadata of pages it must be the fused kernel alone, and with any it must have read as many pages or
+tokens as the budget gives.
 
 FlashInfer is not a dependency: `pip install flashinfer-python==0.6.13`.
 """
@@ -132,7 +133,7 @@ def time_dense(shape: Shape, caches: list[PagedKV], queries: list[Tensor], repea
     return times
 
 
-def config_of(metadata: str, token_budget: int, **others: str) -> QuestConfig:
+def config_of(metadata: str, token_budget: int, **others: str | int) -> QuestConfig:
     """A form with what it selects: sketches choose tokens, other forms pages. All else is what the form wants."""
     unit = "token" if metadata == "sketch" else "page"
     options = {"page_size": PAGE_SIZE, "metadata": metadata, "selection_unit": unit, **others}
@@ -171,6 +172,24 @@ def time_sketch(
     return times, [(one.kernel, one.alone) for one in launches]
 
 
+def time_alone(
+    token_budget: int, caches: list[PagedKV], queries: list[Tensor], lengths: Tensor, repeats: int
+) -> tuple[dict[str, float], list[tuple[str, float]], float]:
+    """Where estimates alone choose: the whole step [us], its launches, each alone [us], and the tokens that it reads.
+
+    Raises:
+        RuntimeError: The kernels did not hold it.
+    """
+    config = config_of("sketch", token_budget, candidate_factor=0)
+    sketched = [with_metadata(kv, lengths, config) for kv in caches]
+    steps = quest_steps(queries, sketched, lengths, config)
+    launches = [(one.kernel, one.alone) for one in launch_times(steps)]
+    if launches[-1][0] != "attend_passing_kernel":
+        raise RuntimeError(f"a step ran {[name for name, _ in launches]}, expected attend_passing_kernel last")
+    read = sum(step().selected.counts.float().mean().item() for step in steps) / len(steps)
+    return percentiles(time_graph(steps, repeats)), launches, read
+
+
 def time_choices(
     caches: list[PagedKV], queries: list[Tensor], lengths: Tensor, repeats: int
 ) -> dict[str, dict[str, dict[str, float]]]:
@@ -182,6 +201,9 @@ def time_choices(
             str(budget): time_quest(config_of(metadata, budget), kept, queries, lengths, repeats)
             for budget in CHOICE_BUDGETS
         }
+    times["alone"] = {
+        str(budget): time_alone(budget, caches, queries, lengths, repeats)[0] for budget in CHOICE_BUDGETS
+    }
     return times
 
 
@@ -205,14 +227,14 @@ def time_verbs(
     return {name: percentiles(time_graph(calls, repeats))["p50"] for name, calls in verbs.items()}
 
 
-def bytes_read(shape: Shape, config: QuestConfig) -> int:
-    """What Quest must read: of every page what ranks it, keys and values of what is selected [bytes].
+def bytes_read(shape: Shape, config: QuestConfig, tokens: float | None = None) -> int:
+    """What Quest must read: of every page what ranks it, keys and values of what is selected, `tokens` or all [bytes].
 
     Two vectors rank a page, and a sketch the tokens of one. Where keys rank candidates, those of all of them are read,
     of which the selected tokens are some.
     """
     rows, pages = shape.batch * shape.kv_heads, shape.context // PAGE_SIZE
-    selected = keys = config.unit_budget * config.unit_size
+    selected = keys = config.unit_budget * config.unit_size if tokens is None else round(tokens)
     if config.metadata == "sketch":
         ranking = pages * SketchLayout.of(PAGE_SIZE, HEAD_DIM).total
         keys = max(keys, min(shape.context, config.candidate_budget * config.unit_size))
@@ -254,7 +276,21 @@ def main(
     """Time FlashInfer and Quest, with every form, over the table of shapes."""
     check_gpu()
     torch.manual_seed(seed)
-    columns = ("dense", "quest", "", "quest fp8", "", "sketch 512", "", "score", "select", "attend", "break-even")
+    columns = (
+        "dense",
+        "quest",
+        "",
+        "quest fp8",
+        "",
+        "sketch 512",
+        "",
+        "alone",
+        "",
+        "score",
+        "select",
+        "attend",
+        "break-even",
+    )
     table = Table("B x HQ/HKV x context, budget", *columns, title="us per layer and step (p50)")
     rows: list[dict[str, Any]] = []
     for shape in SHAPES:
@@ -268,6 +304,7 @@ def main(
         del kept
         verbs = time_verbs(shape, caches, queries, lengths, repeats)
         sketch, launches = time_sketch(caches, queries, lengths, repeats)
+        alone, launches_alone, read = time_alone(shape.token_budget, caches, queries, lengths, repeats)
         row = {
             "shape": list(shape),
             "dense_us": dense,
@@ -276,10 +313,14 @@ def main(
             "sketch_us": sketch,
             "launches_sketch": Counter(name for name, _ in launches),
             "launch_times_us": launches,
+            "alone_us": alone,
+            "tokens_alone": read,
+            "launch_times_alone_us": launches_alone,
             "verbs_us": verbs,
             "bytes_quest": bytes_read(shape, bounds),
             "bytes_quest_fp8": bytes_read(shape, in_8_bits),
             "bytes_sketch": {str(budget): bytes_read(shape, config_of("sketch", budget)) for budget in SKETCH_BUDGETS},
+            "bytes_alone": bytes_read(shape, config_of("sketch", shape.token_budget, candidate_factor=0), read),
             "bytes_scan": bytes_scanned(shape),
             "bytes_dense": 2 * shape.batch * shape.kv_heads * shape.context * HEAD_DIM * DTYPE.itemsize,
             "ratio": best / quest["p50"],
@@ -298,6 +339,7 @@ def main(
         least = sketch[str(SKETCH_BUDGETS[0])]["p50"]
         times = [f"{best:.1f}", f"{quest['p50']:.1f}", f"{row['ratio']:.1f}x"]
         times += [f"{narrow['p50']:.1f}", f"{row['ratio_fp8']:.1f}x", f"{least:.1f}", f"{best / least:.1f}x"]
+        times += [f"{alone['p50']:.1f}", f"{best / alone['p50']:.1f}x"]
         times += [f"{verbs[verb]:.1f}" for verb in ("score", "select", "attend")]
         times.append(str(row["break_even_context"] or ""))
         table.add_row(name, *times)

@@ -51,6 +51,22 @@ def test_whom_it_chooses(dim: int, group: int, dtype: torch.dtype, page_size: in
     assert min(shares) > 0.7, "most of the best tokens"
 
 
+@pytest.mark.parametrize(
+    ("dim", "group", "dtype"),
+    [(128, 4, torch.bfloat16), (64, 1, torch.bfloat16), (256, 6, torch.float16), (80, 3, torch.bfloat16)],
+)
+def test_what_passes_is_read_where_estimates_alone_choose(dim: int, group: int, dtype: torch.dtype) -> None:
+    cache = make_cache([20_000, 300, 4_321], 2, dim, dtype)
+    query = torch.randn(3, 2 * group, dim, device="cuda").to(dtype)
+    config = QuestConfig(1024, metadata="sketch", selection_unit="token", candidate_factor=0)
+    assert min(assert_chosen(cache, query, config)) > 0.95, "those of the largest estimates"
+    assert min(assert_chosen(cache, query, config, softcap=2.0)) > 0.95
+    smaller = QuestConfig(256, metadata="sketch", selection_unit="token", candidate_factor=0)
+    steps = quest_steps([query], [cache.kv], cache.seq_lens, smaller)
+    names = [one.kernel for one in launch_times(steps, 3)]
+    assert names[0] == "prepare_kernel" and names[-1] == "attend_passing_kernel" and len(names) == 4
+
+
 @pytest.mark.parametrize(("dim", "group"), [(128, 1), (64, 1), (128, 4), (128, 8)])
 def test_steps_that_follow_one_another_choose_the_same(dim: int, group: int) -> None:
     """Sixty of them, so that what depends on which warp is first shows."""

@@ -167,6 +167,7 @@ def run_tokens(
     is_quantised: bool = False,
     softcap: float | None = None,
     masked: bool = False,
+    ranks_by_keys: bool = True,
 ) -> None:
     """The step over single tokens, which starts launches early and ranks by binary products where it can."""
     heads, page_size, pages = 2, 16, 9000
@@ -176,7 +177,10 @@ def run_tokens(
     kept = torch.empty(1, heads, *form.shape(page_size, dim), dtype=torch.uint8).expand(pages, -1, -1, -1)
     table = torch.zeros(1, pages, dtype=torch.int32)
     kv = PagedKV(keys, keys, kept, table, form=form, key_scale=scale, value_scale=scale)
-    config = QuestConfig(512, page_size, metadata="sketch", selection_unit="token")
+    factor = 4 if ranks_by_keys else 0
+    config = QuestConfig(
+        512 if ranks_by_keys else 2048, page_size, metadata="sketch", selection_unit="token", candidate_factor=factor
+    )
     lengths: Any = pages * page_size if host else torch.full((1,), pages * page_size, dtype=torch.int32)
     query, sinks = torch.empty(1, heads * group, dim, dtype=dtype), torch.empty(heads * group) if host else None
     token_workspace.can_scan = lambda *_: scans
@@ -237,6 +241,8 @@ def main() -> None:
     run_tokens(torch.float16, 1, 80, scans=False, host=False, is_quantised=True)
     run_tokens(torch.bfloat16, 20, 128, scans=False, host=False)
     run_tokens(torch.bfloat16, 64, 256, scans=False, host=False)
+    run_tokens(torch.bfloat16, 4, 128, scans=True, host=False, ranks_by_keys=False)
+    run_tokens(torch.float16, 1, 80, scans=False, host=True, is_quantised=True, ranks_by_keys=False)
     run_tokens(torch.bfloat16, 2, 64, scans=False, host=True, softcap=50.0, masked=True)
     run_hot_units(torch.bfloat16, 4, 128, host=False)
     run_hot_units(torch.float16, 1, 80, host=True)

@@ -54,6 +54,53 @@ def test_whom_it_chooses(
     assert min(shares) > 0.7, "most of the best tokens"
 
 
+@pytest.mark.parametrize(
+    ("dim", "page_size", "group", "dtype", "budget", "sinks", "recent"),
+    [
+        (16, 16, 4, torch.float32, 64, 1, 1),
+        (64, 8, 1, torch.bfloat16, 160, 0, 3),
+        (80, 32, 3, torch.float16, 128, 2, 1),
+        (32, 16, 12, torch.bfloat16, 256, 1, 2),
+    ],
+)
+def test_what_passes_is_read_where_estimates_alone_choose(
+    dim: int, page_size: int, group: int, dtype: torch.dtype, budget: int, sinks: int, recent: int
+) -> None:
+    cache = make_cache([700, 60, 433], dim=dim, page_size=page_size, dtype=dtype, form=Sketch(page_size))
+    update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens, backend="torch")
+    config = config_of(budget, page_size, candidate_factor=0, num_sink_pages=sinks, num_recent_pages=recent)
+    given = {"softcap": 3.0, "sinks": torch.linspace(-1, 2, 2 * group)} if group == 3 else {}
+    shares = assert_chosen(cache, query_for(cache, group), config, **given)
+    assert min(shares) > 0.95, "those of the largest estimates"
+
+
+def test_what_passes_and_has_no_room() -> None:
+    """All tokens have one rank, so that all pass: the latest are read."""
+    cache = make_cache([1500], heads=1, dim=16, page_size=16, form=Sketch(16))
+    cache.kv.keys.copy_(cache.kv.keys.nan_to_num()[:1, :1].expand_as(cache.kv.keys))
+    update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens, backend="torch")
+    config = config_of(96, candidate_factor=0)
+    step = Step(query=query_for(cache, 2), kv=cache.kv, seq_lens=cache.seq_lens, config=config)
+    done = token_decode.decode_tokens(step)
+    assert done is not None
+    assert done[1].units[0, 0].tolist() == [*range(16), *range(1500 - 80, 1500)]
+
+
+def test_who_ranks_by_estimates_alone_in_single_verbs() -> None:
+    """A budget so small that a sample says too little, a mask, and a choice for others: none is this kernel's."""
+    cache = make_cache([1500], heads=1, dim=16, page_size=16, form=Sketch(16))
+    update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens, backend="torch")
+    step = Step(
+        query=query_for(cache, 2), kv=cache.kv, seq_lens=cache.seq_lens, config=config_of(96, candidate_factor=0)
+    )
+    assert token_workspace.plan_of(cache.kv, 2, config_of(32, candidate_factor=0)) is None
+    assert token_decode.choose_tokens(step) is None
+    mask = torch.ones(1, 1500, dtype=torch.bool)
+    assert token_decode.decode_tokens(replace(step, token_mask=mask)) is None
+    found = quest_decode(step.query, cache.kv, cache.seq_lens, config_of(96, candidate_factor=0), token_mask=mask)
+    assert found.selected.counts.tolist() == [[96]]
+
+
 def test_forced_pages_and_lists_longer_than_what_is_held_at_once() -> None:
     cache = make_cache([1500], heads=1, dim=16, page_size=16, form=Sketch(16))
     update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens, backend="torch")
@@ -273,7 +320,9 @@ def test_a_softcap_hides_no_key_that_is_not_finite() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"group_reduction": "mass"}, {"candidate_factor": 0}, {"selection_unit": 4}], ids=str
+    "options",
+    [{"group_reduction": "mass"}, {"candidate_factor": 0, "token_budget": 32}, {"selection_unit": 4}],
+    ids=str,
 )
 def test_what_it_leaves_to_the_verbs(options: dict[str, Any]) -> None:
     cache = make_cache([300], dim=16, page_size=16, form=Sketch(16))

@@ -74,7 +74,8 @@ def assert_choice(step: Step, selected: Selection) -> list[float]:
         selected: What it chose.
 
     Returns:
-        Of each row of more live tokens than the budget, the share of those of the largest weights that were chosen.
+        Of each row of more live tokens than the budget, the share of those of the largest weights that were chosen; by
+        estimates where these alone choose.
     """
     kv, query, config, workspace = step.kv, step.query, step.config, step.workspace
     assert isinstance(workspace, token_workspace.TokenWorkspace)
@@ -99,7 +100,8 @@ def assert_choice(step: Step, selected: Selection) -> list[float]:
             if len(live) <= config.token_budget:
                 assert chosen.tolist() == live.tolist(), "read whole"
                 continue
-            assert len(chosen) == config.token_budget
+            if config.candidate_factor:
+                assert len(chosen) == config.token_budget
             pages = (live // kv.page_size).unique()
             forced = int(pages[config.num_sink_pages]) * kv.page_size
             last = int(pages[-max(1, config.num_recent_pages)]) * kv.page_size
@@ -115,7 +117,8 @@ def assert_choice(step: Step, selected: Selection) -> list[float]:
             assert (norm - expected).abs().max() < _SUM, f"heads' sums {norm.tolist()}, not {expected.tolist()}"
             exact, rough = ((one - norm).amax(1) for one in (logits, estimates))
             passes = _passing(workspace.passing, row, kv.max_pages, kv.page_size)[:last]
-            assert passes[among].sum() >= len(chosen) - len(always), "candidates for all that is read"
+            if config.candidate_factor:
+                assert passes[among].sum() >= len(chosen) - len(always), "candidates for all that is read"
             ranks = rough[among[passes[among]]]
             assert passes[among][rough[among].isnan()].all(), "of a page whose sketch is not finite all pass"
             lowest = ranks[~ranks.isnan()].min()
@@ -130,6 +133,13 @@ def assert_choice(step: Step, selected: Selection) -> list[float]:
             assert mine[live].sum() == len(chosen), "none of the dead is"
             free = among[mine[among]]
             assert passes[free].all()
+            if not config.candidate_factor:
+                room = config.token_budget - len(always)
+                assert free.tolist() == among[passes[among]][-room:].tolist(), "all that passes, if there is room"
+                assert 0 < len(free) <= room
+                best = among[rough[among].nan_to_num(math.inf).topk(len(free)).indices]
+                shares.append(float(mine[best].double().mean()))
+                continue
             left = among[passes[among] & ~mine[among]]
             if len(left):
                 assert exact[left].max() <= exact[free].min() + _SWAPPED, "the best of the candidates by their keys"
@@ -216,5 +226,5 @@ def _passing(words: Tensor, row: int, max_pages: int, page_size: int) -> Tensor:
     each = -(-page_size // 16)
     mine = words.flatten()[row * max_pages * each : (row + 1) * max_pages * each].view(max_pages, each)
     token = torch.arange(16, device=words.device)
-    passing: Tensor = (mine[..., None] >> (token // 2 * 4 + token % 2) & 1).bool().flatten(1)[:, :page_size].flatten()
+    passing: Tensor = (mine[..., None] >> (token % 8 * 4 + token // 8) & 1).bool().flatten(1)[:, :page_size].flatten()
     return passing

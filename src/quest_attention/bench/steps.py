@@ -36,7 +36,7 @@ def quest_steps(
 
     Raises:
         RuntimeError: Metadata scores pages and the fused kernel cannot hold the step; or the step read another number
-            of pages or tokens than the budget gives.
+            of pages or tokens than the budget gives: where estimates alone choose, more, or less than a quarter.
     """
     batch, num_heads = queries[0].shape[:2]
     workspace = make_workspace(caches[0], num_heads, config)
@@ -48,7 +48,10 @@ def quest_steps(
         for q, kv in zip(queries, caches, strict=True)
     ]
     counts = steps[0]().selected.counts.tolist()
-    if counts != [[config.unit_budget] * caches[0].num_kv_heads] * batch:
+    # Where estimates alone choose, a sample of them says how many tokens reach a threshold.
+    is_about = config.metadata == "sketch" and not config.candidate_factor
+    least = config.unit_budget // 4 if is_about else config.unit_budget
+    if not all(least <= count <= config.unit_budget for row in counts for count in row):
         what = (
             "pages"
             if config.units_per_page == 1
@@ -56,7 +59,7 @@ def quest_steps(
             if config.unit_size == 1
             else f"runs of {config.unit_size} tokens"
         )
-        raise RuntimeError(f"read {counts} {what}, expected {config.unit_budget} of each row")
+        raise RuntimeError(f"read {counts} {what}, expected {least} to {config.unit_budget} of each row")
     return steps
 
 

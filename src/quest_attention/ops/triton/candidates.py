@@ -17,7 +17,15 @@ from quest_attention.ops.triton.masks import END, FIRST, RECENT, RECENT_START, S
 from quest_attention.ops.triton.preparation import norms_of
 from quest_attention.ops.triton.ranks import choice_of
 
-__all__ = ["MISSING", "choose_kernel", "pick_kernel", "weigh_kernel"]
+__all__ = [
+    "MISSING",
+    "choose_kernel",
+    "list_tokens",
+    "pick_kernel",
+    "store_run",
+    "store_unused",
+    "weigh_kernel",
+]
 
 MISSING = tl.constexpr(1 << 24)
 """Stands for what a part has found that has not said so: rows have fewer tokens, and 64 of it fit an int32."""
@@ -66,7 +74,7 @@ def pick_kernel(
         room = listed - tl.load(span + RECENT)
     if not RANKS:
         if (part == 0) & ~is_listed:
-            _store_unused(space.candidates + row.to(tl.int64) * listed, 0, fetched)
+            store_unused(space.candidates + row.to(tl.int64) * listed, 0, fetched)
     if is_listed:
         words = space.passing + row.to(tl.int64) * capacity
         candidates = space.candidates + row.to(tl.int64) * listed
@@ -82,11 +90,11 @@ def pick_kernel(
         tl.atomic_xchg(space.found + row * parts + part, mine + 1, sem="relaxed", scope="gpu")
         norm = norms_of(space.norms, row, SHAPE, NORMS)
         before = _found_before(space.found + row * parts, part, PARTS)
-        kept = _list(candidates, at, passing, before, room, PAGE)
+        kept = list_tokens(candidates, None, None, at, passing, before, 0, room, PAGE)
         for start in range(first + PICKED, last, PICKED):
             more = start + tl.arange(0, PICKED)
             passing = _words(words, row_live, more, last, sinks_end, recent_start, PAGE)
-            kept = _list(candidates, more, passing, kept, room, PAGE)
+            kept = list_tokens(candidates, None, None, more, passing, kept, 0, room, PAGE)
         kept = tl.minimum(kept, room)
         if live is not None:
             _list_recent(candidates, row_live, first, last, recent_start // PAGE * WORDS, room, listed, PAGE, PICKED)
@@ -99,7 +107,7 @@ def pick_kernel(
                 SHAPE, RANKED,
             )  # fmt: skip
         elif part == parts - 1:
-            _store_unused(candidates, kept, tl.minimum(fetched, room))
+            store_unused(candidates, kept, tl.minimum(fetched, room))
 
 
 @triton.jit(do_not_specialize=["lengths", "num_kv_heads", "table_stride", "parts", "listed", "most"])
@@ -188,19 +196,26 @@ def _list_recent(
         kept += tl.sum(count_tokens(tl.load(live + at, mask=at < first, other=0)))
     for start in range(tl.maximum(first, recent), last, PICKED):
         at = start + tl.arange(0, PICKED)
-        kept = _list(candidates, at, tl.load(live + at, mask=at < last, other=0), kept, listed, PAGE)
+        words = tl.load(live + at, mask=at < last, other=0)
+        kept = list_tokens(candidates, None, None, at, words, kept, 0, listed, PAGE)
 
 
 @triton.jit
-def _list(candidates, at, passing, kept, listed, PAGE: tl.constexpr):
-    """Write the tokens that pass behind the `kept` ones before them; gives how many there are then."""
+def list_tokens(to, places, physical, at, passing, kept, least, most, PAGE: tl.constexpr):
+    """Write the tokens that pass behind the `kept` ones before them, from `least` to `most`; gives how many there are.
+
+    Where there are `places`, where they lie too: `physical` has the page of each word.
+    """
     WORDS: tl.constexpr = (PAGE + 15) // 16
     each = count_tokens(passing)
     slot = kept + tl.cumsum(each) - each
     token = at // WORDS * PAGE + at % WORDS * 16
-    for offset in tl.static_range(16):
-        passes = (passing >> (offset // 2 * 4 + offset % 2)) & 1
-        tl.store(candidates + slot, token + offset, mask=(passes != 0) & (slot < listed))
+    for offset in range(16):
+        passes = (passing >> (offset % 8 * 4 + offset // 8)) & 1
+        is_listed = (passes != 0) & (slot >= least) & (slot < most)
+        tl.store(to + slot, token + offset, mask=is_listed)
+        if places is not None:
+            tl.store(places + slot, physical * PAGE + at % WORDS * 16 + offset, mask=is_listed)
         slot += passes
     return kept + tl.sum(each)
 
@@ -255,13 +270,13 @@ def choose_kernel(
             place = tl.load(table + token // PAGE, mask=nth < recent, other=0) * PAGE + token % PAGE
             tl.store(units + want + nth, token, mask=nth < recent)
             tl.store(places + want + nth, place, mask=nth < recent)
-        _store_unused(units, want + recent, slots)
+        store_unused(units, want + recent, slots)
         tl.store(space.found + row * parts + each, 0, mask=each < parts)
         _choose(space, start, rank, units, places, total, want, HELD)
     elif end <= token_budget:
         wait_for_launch(FOLLOWS)
-        _store_run(table, units, places, 0, 0, end, PAGE)
-        _store_unused(units, end, slots)
+        store_run(table, units, places, 0, 0, end, PAGE)
+        store_unused(units, end, slots)
         tl.store(counts + row, end)
     else:
         first_page, last_page = choice_of(end, num_sink_pages, num_recent_pages, PAGE)
@@ -287,10 +302,10 @@ def choose_kernel(
         tl.store(units + slot, token, mask=is_forced)
         tl.store(places + slot, place, mask=is_forced)
         if sinks > RUN:
-            _store_run(table, units, places, RUN, RUN, sinks - RUN, PAGE)
+            store_run(table, units, places, RUN, RUN, sinks - RUN, PAGE)
         if recent > RUN:
-            _store_run(table, units, places, last_page * PAGE + RUN, sinks + want + RUN, recent - RUN, PAGE)
-        _store_unused(units, sinks + want + recent, slots)
+            store_run(table, units, places, last_page * PAGE + RUN, sinks + want + RUN, recent - RUN, PAGE)
+        store_unused(units, sinks + want + recent, slots)
         tl.store(space.found + row * parts + each, 0, mask=each < parts)
         _choose(space, start, rank, units + sinks, places + sinks, total, want, HELD)
 
@@ -311,7 +326,7 @@ def _rank_by_keys(q, k, norm, factor, softcap, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def _store_run(table, units, places, first, slot, count, PAGE: tl.constexpr):
+def store_run(table, units, places, first, slot, count, PAGE: tl.constexpr):
     """Tokens that follow one another from `first` on, which are read whatever their rank."""
     for start in range(0, count, 128):
         token = start + tl.arange(0, 128)
@@ -321,7 +336,7 @@ def _store_run(table, units, places, first, slot, count, PAGE: tl.constexpr):
 
 
 @triton.jit
-def _store_unused(units, count, slots):
+def store_unused(units, count, slots):
     """-1 in the slots that stay unused."""
     for start in range(count, slots, 128):
         unused = start + tl.arange(0, 128)
@@ -338,14 +353,14 @@ def _choose(space, row_start, rank, units, places, total, want, HELD: tl.constex
     candidates = space.candidates + row_start
     located = space.located + row_start
     here = tl.arange(0, HELD)
-    source = here
     kept = tl.minimum(HELD, total)
     at = kept
     rank = tl.where(here < kept, rank, DEAD)
+    # Asked for before it is known who is chosen, so that the two wait together.
+    token = tl.load(candidates + here, mask=here < kept, other=0, cache_modifier=".cg")
+    place = tl.load(located + here, mask=here < kept, other=0, cache_modifier=".cg")
     while at < total:
         chosen, slot = choose_pages(rank, kept, tl.minimum(want, kept))
-        token = tl.load(candidates + source, mask=chosen, other=0, cache_modifier=".cg")
-        place = tl.load(located + source, mask=chosen, other=0, cache_modifier=".cg")
         tl.debug_barrier()  # everybody has loaded what is written over
         tl.store(exact + slot, rank, mask=chosen)
         tl.store(candidates + slot, token, mask=chosen)
@@ -356,10 +371,10 @@ def _choose(space, row_start, rank, units, places, total, want, HELD: tl.constex
         kept = best + fresh
         source = tl.where(here < best, here, at + here - best)
         rank = tl.load(exact + source, mask=here < kept, other=DEAD, cache_modifier=".cg")
+        token = tl.load(candidates + source, mask=here < kept, other=0, cache_modifier=".cg")
+        place = tl.load(located + source, mask=here < kept, other=0, cache_modifier=".cg")
         at += fresh
     chosen, slot = choose_pages(rank, kept, want)
-    token = tl.load(candidates + source, mask=chosen, other=0, cache_modifier=".cg")
-    place = tl.load(located + source, mask=chosen, other=0, cache_modifier=".cg")
     tl.store(units + slot, token, mask=chosen)
     tl.store(places + slot, place, mask=chosen)
 

@@ -1,6 +1,6 @@
 """Kernels: the tokens that a mask lets a step attend to, page by page; and as bits, with where forced pages end.
 
-A word of bits is of 16 tokens of a page, two bits of four for two of them.
+A word of bits is of 16 tokens of a page: of four bits each time two, for the first token and the ninth, and so on.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def is_live_token(words, token, known, PAGE: tl.constexpr):
     WORDS: tl.constexpr = (PAGE + 15) // 16
     word = tl.load(words + token // PAGE * WORDS + token % PAGE // 16, mask=known, other=0)
     bit = token % PAGE % 16
-    return ((word >> (bit // 2 * 4 + bit % 2)) & 1) != 0
+    return ((word >> (bit % 8 * 4 + bit // 8)) & 1) != 0
 
 
 @triton.jit
@@ -168,7 +168,7 @@ def _mark_kernel(
     position = page[:, None, None] * PAGE + offset[None, :, :]
     known = (offset < PAGE)[None, :, :] & (position < end) & (position < mask_width)
     seen = tl.load(token_mask + b * mask_stride + position, mask=known, other=0) != 0
-    named = tl.sum(seen.to(tl.int32) << (bit // 2 * 4 + bit % 2)[None, None, :], 2)
+    named = tl.sum(seen.to(tl.int32) << (bit % 8 * 4 + bit // 8)[None, None, :], 2)
     inside = (page * PAGE < most)[:, None] & (word < WORDS)[None, :]
     tl.store(words + page[:, None] * WORDS + word[None, :], named, mask=inside)
     tokens = tl.sum(count_tokens(named), 1)

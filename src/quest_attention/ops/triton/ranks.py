@@ -1,7 +1,7 @@
 """Kernel: rank tokens by the signs of their sketches where `scan` does not fit; and the sample that gives a threshold.
 
 Of the pages of a row some are drawn, the ranks of their tokens say which rank about as many tokens reach as are wanted,
-and of all tokens it is then written which reach that: two bits of four for two tokens, 16 tokens a word.
+and of all tokens it is then written which reach that: as words of 16 tokens (`masks`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from quest_attention.ops.triton.masks import (
     RECENT_START,
     SINKS_END,
     SPAN,
+    count_tokens,
     is_live_token,
 )
 from quest_attention.ops.triton.preparation import norms_of
@@ -58,7 +59,8 @@ def choice_of(end, num_sink_pages, num_recent_pages, PAGE: tl.constexpr):
 def rank_kernel(
     query, key_scale, scale_head, metadata, page_table, table_stride, lengths, live, space, scale, softcap,
     num_kv_heads, parts, capacity, token_budget, num_sink_pages, num_recent_pages, candidate_budget, most,
-    IS_SAMPLE: tl.constexpr, SHAPE: tl.constexpr, PACKING: tl.constexpr, PAGES: tl.constexpr, SAMPLED: tl.constexpr,
+    IS_SAMPLE: tl.constexpr, COUNTS: tl.constexpr, SHAPE: tl.constexpr, PACKING: tl.constexpr, PAGES: tl.constexpr,
+    SAMPLED: tl.constexpr,
     FEWEST: tl.constexpr, NORMS: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     """What `scan` does, for any shape and in the interpreter, with queries that are not rounded.
@@ -66,6 +68,7 @@ def rank_kernel(
     Pages count from the one of the first live token, and end before the one of the last, which is read anyway.
     """
     row = tl.program_id(0) // parts
+    part = tl.program_id(0) % parts
     b = (row // num_kv_heads).to(tl.int64)
     h = (row % num_kv_heads).to(tl.int64)
     end = tl.minimum(length_of(lengths, b), most)
@@ -88,13 +91,15 @@ def rank_kernel(
     drawn, rare = _drawn_of(whole, PAGE, SAMPLED)
     norm = norms_of(space.norms, row, SHAPE, NORMS)
     token = tl.arange(0, BLOCK)
-    last = drawn if IS_SAMPLE else whole
+    ranked = drawn if IS_SAMPLE else whole
+    share = tl.cdiv(tl.cdiv(ranked, parts), PAGES) * PAGES
+    last = tl.minimum((part + 1) * share, ranked)
     low = 0.0
+    number = 0
+    first_page, last_page = choice_of(end, num_sink_pages, num_recent_pages, PAGE)
     if not IS_SAMPLE:
-        if live is None:
-            first_page, last_page = choice_of(end, num_sink_pages, num_recent_pages, PAGE)
-            free = (last_page - first_page) * PAGE
-        else:
+        free = (last_page - first_page) * PAGE
+        if live is not None:
             first_page = tl.load(span + SINKS_END) // PAGE
             last_page = tl.load(span + RECENT_START) // PAGE
             free = tl.load(span + FREE)
@@ -102,7 +107,7 @@ def rank_kernel(
             space.sample + row * SAMPLED, row_live, drawn, rare, begin, first_page, last_page, free, candidate_budget,
             PAGE, SAMPLED, FEWEST,
         )  # fmt: skip
-    for start in range(tl.program_id(0) % parts * PAGES, last, parts * PAGES):
+    for start in range(part * share, last, PAGES):
         nth = start + tl.arange(0, PAGES)
         page = begin + (_drawn_page(nth, rare) if IS_SAMPLE else nth)
         physical = tl.load(page_table + b * table_stride + page, mask=nth < last, other=0).to(tl.int64)
@@ -123,10 +128,15 @@ def rank_kernel(
             EACH: tl.constexpr = min(BLOCK, 16)
             passes = (inside & ~(rank.to(tl.float32) < low)).to(tl.int32)  # NaN passes
             bit = tl.arange(0, EACH)
-            passes = tl.reshape(passes, [PAGES, ROOM, EACH]) << (bit // 2 * 4 + bit % 2)[None, None, :]
+            passes = tl.reshape(passes, [PAGES, ROOM, EACH]) << (bit % 8 * 4 + bit // 8)[None, None, :]
             word = tl.arange(0, ROOM)
             to = space.passing + row.to(tl.int64) * capacity + page[:, None] * WORDS + word[None, :]
-            tl.store(to, tl.sum(passes, 2), mask=(nth < last)[:, None] & (word < WORDS)[None, :])
+            named = tl.sum(passes, 2)
+            tl.store(to, named, mask=(nth < last)[:, None] & (word < WORDS)[None, :])
+            is_free = (page >= first_page) & (page < last_page)
+            number += tl.sum(tl.where(is_free[:, None], count_tokens(named), 0))
+    if COUNTS:
+        tl.store(space.passed + row * parts + part, number)
 
 
 @triton.jit

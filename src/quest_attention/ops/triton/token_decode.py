@@ -7,6 +7,10 @@
     choose      among the candidates of a row
     attend      to the chosen, as `attention` does; the last program of a row merges
 
+Where estimates alone choose (`candidate_factor=0`) one launch comes after `scan` in place of three:
+
+    passing     attend to all that reach the threshold; the last program of a row merges
+
 With a mask a seventh comes before these (`masks`): which tokens are live, and where the forced pages end.
 
 Beside a pool of hot tokens `fetch` comes after `prepare`, so that the next step finds its sample there, after `pick`,
@@ -29,6 +33,7 @@ from quest_attention.errors import QuestValueError
 from quest_attention.ops.selection import Selection
 from quest_attention.ops.step import Step
 from quest_attention.ops.triton.arguments import (
+    Shape,
     by_head,
     keys_argument,
     lengths_argument,
@@ -42,16 +47,17 @@ from quest_attention.ops.triton.attention import attend_slots
 from quest_attention.ops.triton.candidates import choose_kernel, pick_kernel, weigh_kernel
 from quest_attention.ops.triton.fetch import place_units, pool_argument
 from quest_attention.ops.triton.launch import check_kernel_dtype, launch, starts_early, wait_for_launch
-from quest_attention.ops.triton.masks import mark_live_tokens
+from quest_attention.ops.triton.masks import LiveTokens, mark_live_tokens
 from quest_attention.ops.triton.merge import merge_splits, store_partial
+from quest_attention.ops.triton.passing import attend_passing_kernel
 from quest_attention.ops.triton.preparation import prepare_kernel
 from quest_attention.ops.triton.ranks import rank_kernel
 from quest_attention.ops.triton.scan import SCAN_WARPS, scan_kernel
 from quest_attention.ops.triton.sketch import packing_of
 from quest_attention.ops.triton.token_workspace import (
+    FEWEST_RANKS,
     SAMPLE_PARTS,
     SAMPLED_KEYS,
-    SAMPLED_RANKS,
     Plan,
     TokenWorkspace,
     make_token_workspace,
@@ -60,16 +66,14 @@ from quest_attention.ops.triton.token_workspace import (
 
 __all__ = ["choose_tokens", "decode_tokens"]
 
-_FEWEST = 8
-"""Sampled ranks that pass the threshold at least: of fewer none says much about a row."""
-_LEAST_TIMES = 3
-"""Times the budget that are to pass at least: a threshold from a sample lets through now more, now fewer."""
 _WEIGHED = 16384
 """Channels of keys by which a program ranks candidates at a time."""
 _HELD = 512
 """Candidates of a warp where is chosen among them."""
-_ATTENDED = 4096
-"""Channels of keys to which a program attends at a time."""
+_ATTENDED = (2048, 8192)
+"""Channels of keys to which a program attends at a time, of one query head and of several, which it multiplies with."""
+_ATTENDED_OF_MORE = (4096, 4096)
+"""The same where it reads all that passes, which is more tokens."""
 _STAGES = 3
 """Blocks of these in flight."""
 _FETCHED_TIMES = 2
@@ -82,6 +86,8 @@ def decode_tokens(step: Step) -> tuple[Tensor, Selection] | None:
     if planned is None:
         return None
     plan, workspace = planned
+    if not plan.ranks_by_keys:
+        return None if step.token_mask is not None or step.hot is not None else _attend_passing(step, plan, workspace)
     query, kv, sinks = step.query, step.kv, step.sinks
     batch, heads, width = kv.batch_size, kv.num_kv_heads, kv.values.shape[-1]
     group = query.shape[1] // heads
@@ -97,9 +103,9 @@ def decode_tokens(step: Step) -> tuple[Tensor, Selection] | None:
         _attend_kernel, (batch * heads * plan.splits,), by_head(side_by_side(query)), keys_argument(kv),
         values_argument(kv), workspace, selected.counts, None if sinks is None else side_by_side(sinks), output,
         float(step.scale), None if step.softcap is None else float(step.softcap), heads, plan.splits, plan.slots,
-        SHAPE=shape, BLOCK_T=max(16, _ATTENDED // max(shape.block_d, shape.block_dv)),
-        STAGES=1 if group == 1 else _STAGES, BLOCK_S=max(2, triton.next_power_of_2(plan.splits)),
-        num_warps=4, **starts_early(query),
+        SHAPE=shape, BLOCK_S=max(2, triton.next_power_of_2(plan.splits)), num_warps=4,
+        **_attending(shape, group, _ATTENDED),
+        **starts_early(query),
     )  # fmt: skip
     return output, selected
 
@@ -107,7 +113,7 @@ def decode_tokens(step: Step) -> tuple[Tensor, Selection] | None:
 def choose_tokens(step: Step) -> Selection | None:
     """What `decode_tokens` attends to, for those who attend in a way of their own; None where that is None."""
     planned = _plan(step)
-    return None if planned is None else _choose(step, *planned)
+    return None if planned is None or not planned[0].ranks_by_keys else _choose(step, *planned)
 
 
 def _plan(step: Step) -> tuple[Plan, TokenWorkspace] | None:
@@ -124,61 +130,104 @@ def _plan(step: Step) -> tuple[Plan, TokenWorkspace] | None:
     return plan, workspace
 
 
-def _choose(step: Step, plan: Plan, workspace: TokenWorkspace) -> Selection:
-    """All launches but the last."""
+def _attending(shape: Shape, group: int, channels: tuple[int, int]) -> dict[str, int]:
+    """How a program goes through the tokens to which it attends."""
+    width = max(shape.block_d, shape.block_dv)
+    return {"BLOCK_T": max(16, channels[group > 1] // width), "STAGES": 1 if group == 1 else _STAGES}
+
+
+def _attend_passing(step: Step, plan: Plan, workspace: TokenWorkspace) -> tuple[Tensor, Selection]:
+    """The step where all that passes is read."""
+    query, kv, config, sinks = step.query, step.kv, step.config, step.sinks
+    batch, heads, width = kv.batch_size, kv.num_kv_heads, kv.values.shape[-1]
+    group = query.shape[1] // heads
+    units = torch.empty(batch, heads, plan.slots, dtype=torch.int32, device=query.device)
+    counts = torch.empty(batch, heads, dtype=torch.int32, device=query.device)
+    table = side_by_side(kv.page_table)
+    _rank(step, plan, workspace)
+    output = step.out
+    if output is None:
+        output = torch.empty(batch, query.shape[1], width, dtype=query.dtype, device=query.device)
+    shape = shape_of(kv.page_size, group, kv.head_dim, width, unit=1)
+    launch(
+        attend_passing_kernel, (batch * heads * plan.splits,), by_head(side_by_side(query)), keys_argument(kv),
+        values_argument(kv), table, table.stride(0), lengths_argument(step.seq_lens), workspace, units, counts,
+        None if sinks is None else side_by_side(sinks), output, float(step.scale),
+        None if step.softcap is None else float(step.softcap), heads, config.token_budget, config.num_sink_pages,
+        max(1, config.num_recent_pages), plan.splits, plan.rank_parts, plan.ranked_pages, plan.slots, plan.words,
+        plan.most,
+        SHAPE=shape, PARTS=max(2, triton.next_power_of_2(plan.splits)), COUNTED=triton.next_power_of_2(plan.rank_parts),
+        PICKED=plan.picked, num_warps=4, maxnreg=128,
+        **_attending(shape, group, _ATTENDED_OF_MORE), **starts_early(query),
+    )  # fmt: skip
+    return output, Selection(units, counts, 1)
+
+
+def _rank(step: Step, plan: Plan, workspace: TokenWorkspace) -> LiveTokens | None:
+    """The launches after which it is known which tokens pass; gives which are live, None without a mask."""
     query, kv, config = step.query, step.kv, step.config
-    batch, heads, device = kv.batch_size, kv.num_kv_heads, query.device
-    group, width, rows = query.shape[1] // heads, kv.values.shape[-1], batch * heads
-    units = torch.empty(batch, heads, plan.slots, dtype=torch.int32, device=device)
-    counts = torch.empty(batch, heads, dtype=torch.int32, device=device)
-    by_heads, table, lengths = (
-        by_head(side_by_side(query)),
-        side_by_side(kv.page_table),
-        lengths_argument(step.seq_lens),
-    )
-    keys, metadata, sinks = keys_argument(kv), metadata_argument(kv.metadata), step.sinks
-    sinks = None if sinks is None else side_by_side(sinks)
+    batch, heads, width = kv.batch_size, kv.num_kv_heads, kv.values.shape[-1]
+    group, rows = query.shape[1] // heads, batch * heads
+    by_heads, table = by_head(side_by_side(query)), side_by_side(kv.page_table)
+    keys, metadata, lengths = keys_argument(kv), metadata_argument(kv.metadata), lengths_argument(step.seq_lens)
+    sinks = None if step.sinks is None else side_by_side(step.sinks)
     stride, scale = table.stride(0), float(step.scale)
     softcap = None if step.softcap is None else float(step.softcap)
-    multiplied = shape_of(kv.page_size, group, kv.head_dim, width, unit=1, multiplies=True)
+    shape = shape_of(kv.page_size, group, kv.head_dim, width, unit=1, multiplies=True)
     packing = packing_of(kv.form, kv.page_size, kv.head_dim)
     budget, sink_pages, recent_pages = config.token_budget, config.num_sink_pages, max(1, config.num_recent_pages)
-    follows = starts_early(query)
-    norms = 1 if group == 1 else SAMPLE_PARTS  # ranks of a single head need no normaliser, but not too large numbers
+    follows, norms = starts_early(query), _norms(group)
     live = mark_live_tokens(step, workspace.counters, FOLLOWS=follows["FOLLOWS"])
     live_words, live_spans = (None, None) if live is None else live
-    pool = pool_argument(step.hot)
     launch(
-        prepare_kernel, (rows * (norms + plan.scans),), by_heads, keys, pool, table, stride, lengths, live, sinks,
-        workspace, scale, softcap, heads, budget, plan.most,
-        SHAPE=multiplied, PACKING=packing, SAMPLE=SAMPLED_KEYS, PARTS=norms, HAS_BITS=plan.scans,
-        num_warps=8, **({"FOLLOWS": follows["FOLLOWS"]} if live is None else follows),
+        prepare_kernel, (rows * (norms + plan.scans),), by_heads, keys, pool_argument(step.hot), table, stride, lengths,
+        live, sinks, workspace, scale, softcap, heads, budget, plan.most,
+        SHAPE=shape, PACKING=packing, SAMPLE=SAMPLED_KEYS, PARTS=norms, HAS_BITS=plan.scans,
+        num_warps=4, **({"FOLLOWS": follows["FOLLOWS"]} if live is None else follows),
     )  # fmt: skip
-    wanted = max(config.candidate_budget, _LEAST_TIMES * budget)
-    fetched = 0 if step.hot is None else min(plan.listed, step.hot.slots, _FETCHED_TIMES * wanted)
-    if step.hot is not None and fetched + norms * SAMPLED_KEYS <= step.hot.slots:
+    if step.hot is not None and _fetched(step, plan) + norms * SAMPLED_KEYS <= step.hot.slots:
         sampled = _listed(workspace.sampled, batch, heads, norms * SAMPLED_KEYS)
         place_units(kv, step.hot, sampled, step.seq_lens, keys_only=True, is_looked_up=False)
     for is_sample in (True, False):
         programs = plan.sample_parts if is_sample else plan.rank_parts
-        choice = (softcap, heads, programs, plan.words, budget, sink_pages, recent_pages, wanted, plan.most)
-        options = {"IS_SAMPLE": is_sample, "SAMPLED": SAMPLED_RANKS, "FEWEST": _FEWEST, "NORMS": norms, **follows}
+        choice = (softcap, heads, programs, plan.words, budget, sink_pages, recent_pages, plan.wanted, plan.most)
+        options = {"IS_SAMPLE": is_sample, "COUNTS": not (is_sample or plan.ranks_by_keys), "SAMPLED": plan.sampled}
+        options |= {"FEWEST": FEWEST_RANKS, "NORMS": norms, **follows}
         if plan.scans:
             launch(
                 scan_kernel, (rows * programs,),
                 metadata.base, metadata.page, metadata.head, table, stride, lengths, live_words, live_spans,
-                workspace.bits, workspace.factors, workspace.norms, workspace.sample, workspace.passing, *choice,
+                workspace.bits, workspace.factors, workspace.norms, workspace.sample, workspace.passing,
+                workspace.passed, *choice,
                 GROUP=group, WORDS=kv.head_dim // 32, WARPS=SCAN_WARPS, num_warps=SCAN_WARPS, maxnreg=128, **options,
             )  # fmt: skip
         else:
             launch(
                 rank_kernel, (rows * programs,), by_heads, keys.scale, keys.scale_head, metadata, table, stride,
                 lengths, live, workspace, scale, *choice,
-                SHAPE=multiplied, PACKING=packing, PAGES=plan.ranked_pages, num_warps=4, **options,
+                SHAPE=shape, PACKING=packing, PAGES=plan.ranked_pages, num_warps=4, **options,
             )  # fmt: skip
+    return live
+
+
+def _choose(step: Step, plan: Plan, workspace: TokenWorkspace) -> Selection:
+    """All launches but the last."""
+    query, kv, config = step.query, step.kv, step.config
+    batch, heads, device = kv.batch_size, kv.num_kv_heads, query.device
+    group, rows = query.shape[1] // heads, batch * heads
+    units = torch.empty(batch, heads, plan.slots, dtype=torch.int32, device=device)
+    counts = torch.empty(batch, heads, dtype=torch.int32, device=device)
+    live = _rank(step, plan, workspace)
+    by_heads, table = by_head(side_by_side(query)), side_by_side(kv.page_table)
+    keys, lengths = keys_argument(kv), lengths_argument(step.seq_lens)
+    stride, scale = table.stride(0), float(step.scale)
+    softcap = None if step.softcap is None else float(step.softcap)
+    budget, sink_pages, recent_pages = config.token_budget, config.num_sink_pages, max(1, config.num_recent_pages)
+    follows, fetched = starts_early(query), _fetched(step, plan)
+    shape = shape_of(kv.page_size, group, kv.head_dim, kv.values.shape[-1], unit=1, multiplies=True)
     parts = triton.next_power_of_2(plan.pick_parts)
-    weighing = {"SHAPE": multiplied, "PARTS": parts, "NORMS": norms, "num_warps": 4}
-    weighing["RANKED"] = max(16, _WEIGHED // multiplied.block_d)
+    weighing = {"SHAPE": shape, "PARTS": parts, "NORMS": _norms(group), "num_warps": 4}
+    weighing["RANKED"] = max(16, _WEIGHED // shape.block_d)
     launch(
         pick_kernel, (rows * plan.pick_parts,), by_heads, keys, table, stride, lengths, live,
         workspace, scale, softcap, heads, budget, sink_pages, recent_pages, plan.pick_parts, plan.listed, plan.words,
@@ -189,8 +238,8 @@ def _choose(step: Step, plan: Plan, workspace: TokenWorkspace) -> Selection:
         candidates = _listed(workspace.candidates, batch, heads, plan.listed)[..., :fetched]
         place_units(kv, step.hot, candidates, step.seq_lens, keys_only=True)
         launch(
-            weigh_kernel, (rows * plan.pick_parts,), by_heads, keys, pool, table, stride, lengths, live, workspace,
-            scale, softcap, heads, plan.pick_parts, plan.listed, plan.most, **weighing, **follows,
+            weigh_kernel, (rows * plan.pick_parts,), by_heads, keys, pool_argument(step.hot), table, stride, lengths,
+            live, workspace, scale, softcap, heads, plan.pick_parts, plan.listed, plan.most, **weighing, **follows,
         )  # fmt: skip
     launch(
         choose_kernel, (rows,), table, stride, lengths, live, workspace, units, counts, heads, budget, sink_pages,
@@ -198,6 +247,16 @@ def _choose(step: Step, plan: Plan, workspace: TokenWorkspace) -> Selection:
         PAGE=kv.page_size, PARTS=parts, HELD=plan.held, num_warps=min(32, max(4, plan.held // _HELD)), **follows,
     )  # fmt: skip
     return Selection(units, counts, 1)
+
+
+def _norms(group: int) -> int:
+    """Parts of the sample: ranks of a single head need no normaliser, but not too large numbers."""
+    return 1 if group == 1 else SAMPLE_PARTS
+
+
+def _fetched(step: Step, plan: Plan) -> int:
+    """Candidates of a row that a pool gets at most."""
+    return 0 if step.hot is None else min(plan.listed, step.hot.slots, _FETCHED_TIMES * plan.wanted)
 
 
 def _listed(tokens: Tensor, batch: int, heads: int, count: int) -> Tensor:

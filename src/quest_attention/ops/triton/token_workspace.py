@@ -20,8 +20,8 @@ from quest_attention.ops.triton.tuning import filling_programs
 from quest_attention.pages import PagedKV
 
 __all__ = [
+    "FEWEST_RANKS",
     "SAMPLED_KEYS",
-    "SAMPLED_RANKS",
     "SAMPLE_PARTS",
     "Plan",
     "TokenWorkspace",
@@ -36,8 +36,8 @@ SAMPLE_PARTS = 4
 """Programs that estimate a log-sum-exp for a row, by a sample of its keys."""
 SAMPLED_KEYS = 128
 """Tokens by whose keys one of them does."""
-SAMPLED_RANKS = 2048
-"""Most ranks in which a row's threshold is looked for."""
+_SAMPLED_RANKS = (4096, 2048)
+"""Most ranks in which a row's threshold is looked for, where what passes is read, and where keys rank it."""
 _RANKED_PAGES = 16
 """Pages that a program of `rank_kernel` ranks at a time, for up to 16 heads."""
 _MOST_WORDS = 512
@@ -48,6 +48,14 @@ _LEAST_SHARE = 64
 """One in so many tokens may be a candidate at least: four times what passes where the fewest sampled ranks do."""
 _MOST_HELD = 32768
 """Candidates among which a program chooses: 32 a thread."""
+_MOST_PARTS = (32, 64)
+"""Programs at most that attend to what passes of a row, whose results one of them merges, and that pick from a row."""
+FEWEST_RANKS = 8
+"""Sampled ranks that pass the threshold at least: of fewer none says much about a row."""
+_LEAST_TIMES = 3
+"""Times the budget that are to pass at least: a threshold from a sample lets through now more, now fewer."""
+_AIMED_AT = 0.8
+"""Share of the budget that is to pass where that is what is read: no more than the budget is."""
 _LEAST_TOKENS = 64
 """Fewest tokens worth a program that attends to them."""
 _LEAST_SPLITS = 8
@@ -64,8 +72,9 @@ class TokenWorkspace(NamedTuple):
         bits: Queries, `[R, tiles * 32]` int32; see `scan`.
         factors: `[R, 3 * 16]` float32; see `scan`.
         norms: Log-sum-exps of the parts of the sample in base 2, `[R, 4, H]` float32, H a power of two of the heads.
-        sample: Ranks of the tokens of some pages, `[R, 2048]` float16.
-        passing: Which tokens pass, two bits of four for two tokens, 16 tokens a word: `[R, words]` int32.
+        sample: Ranks of the tokens of some pages, `[R, 2048 or 4096]` float16.
+        passing: Which tokens pass, as words of 16 (`masks`): `[R, words]` int32.
+        passed: How many pass that are not read anyway, as each program that ranked has counted, `[R, programs]` int32.
         candidates: Tokens that passed the threshold, `[R, C]` int32.
         located: Where they lie in the cache, `[R, C]` int32.
         exact: Their ranks by their keys, `[R, C]` float32.
@@ -82,6 +91,7 @@ class TokenWorkspace(NamedTuple):
     norms: Tensor
     sample: Tensor
     passing: Tensor
+    passed: Tensor
     candidates: Tensor
     located: Tensor
     exact: Tensor
@@ -110,10 +120,13 @@ class Plan(NamedTuple):
 
     Attributes:
         scans: Whether `scan` ranks.
-        ranked_pages: Pages that a program of `rank_kernel` ranks at a time.
+        ranks_by_keys: Whether the tokens that pass are candidates, ranked by their keys; else they are what is read.
+        wanted: Tokens that are to pass.
+        sampled: Ranks of a sample in which a threshold for that is looked for.
+        ranked_pages: Pages that a program ranks at a time.
         sample_parts: Programs that rank the sample of a row.
         rank_parts: Programs that rank a row.
-        pick_parts: Programs that pick from a row.
+        pick_parts: Programs that pick from a row, or attend to what passes.
         picked: Words of those that one of them looks at at a time.
         held: Candidates among which is chosen at a time.
         splits: Programs that attend to a row.
@@ -125,6 +138,9 @@ class Plan(NamedTuple):
     """
 
     scans: bool
+    ranks_by_keys: bool
+    wanted: int
+    sampled: int
     ranked_pages: int
     sample_parts: int
     rank_parts: int
@@ -146,7 +162,6 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
         kv.form.name != "sketch"
         or config.unit_size != 1
         or config.group_reduction != "max"
-        or not config.candidate_factor
         or rows == 0
         or kv.max_pages == 0
         or group > MOST_CHOOSING_HEADS
@@ -161,21 +176,37 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
     tiles = triton.cdiv(kv.max_pages, pages)
     most, words = kv.max_pages * kv.page_size, kv.max_pages * triton.cdiv(kv.page_size, 16)
     slots = min(most, config.token_budget)
-    listed = min(most, max(8 * config.candidate_budget, most // _LEAST_SHARE))
-    pick_parts = max(1, min(64, triton.cdiv(words, _LEAST_WORDS), triton.cdiv(2 * programs, rows)))
-    held = max(16, min(triton.next_power_of_2(2 * config.candidate_budget), triton.next_power_of_2(listed)))
-    splits = max(1, min(slots // _LEAST_TOKENS, max(_LEAST_SPLITS, triton.cdiv(programs // 2, rows))))
+    ranks_by_keys = config.candidate_factor > 0
+    sampled = _SAMPLED_RANKS[ranks_by_keys]
+    rank_parts = triton.cdiv(tiles, triton.cdiv(tiles, max(1, programs // rows)))  # no more than have work
+    if ranks_by_keys:
+        wanted = max(config.candidate_budget, _LEAST_TIMES * config.token_budget)
+        listed = min(most, max(8 * config.candidate_budget, most // _LEAST_SHARE))
+        pick_parts = max(1, min(_MOST_PARTS[1], triton.cdiv(words, _LEAST_WORDS), triton.cdiv(2 * programs, rows)))
+        splits = max(1, min(slots // _LEAST_TOKENS, max(_LEAST_SPLITS, triton.cdiv(programs // 2, rows))))
+    else:
+        forced = (config.num_sink_pages + max(1, config.num_recent_pages)) * kv.page_size
+        wanted = int(_AIMED_AT * (config.token_budget - forced))
+        if wanted * sampled < FEWEST_RANKS * most:
+            return None
+        listed, pick_parts = 0, triton.cdiv(rank_parts, triton.cdiv(rank_parts, _MOST_PARTS[0]))
+        splits = pick_parts
+    held = max(16, min(triton.next_power_of_2(2 * config.candidate_budget), triton.next_power_of_2(max(1, listed))))
     tiles_of_bits = 6 * triton.cdiv(group, 4) * max(1, kv.head_dim // 128)
     shapes = (
-        (rows, tiles_of_bits * 32), (rows, 3 * _LEAST_HEADS), (rows, SAMPLE_PARTS, heads), (rows, SAMPLED_RANKS),
-        (rows, words), (rows, listed), (rows, listed), (rows, listed), (rows, pick_parts), (rows, slots),
-        (rows, SAMPLE_PARTS * SAMPLED_KEYS), (rows, splits, group, kv.values.shape[-1]), (rows, splits, group), (rows,),
+        (rows, tiles_of_bits * 32), (rows, 3 * _LEAST_HEADS), (rows, SAMPLE_PARTS, heads), (rows, sampled),
+        (rows, words), (rows, rank_parts), (rows, listed), (rows, listed), (rows, listed), (rows, pick_parts),
+        (rows, slots), (rows, SAMPLE_PARTS * SAMPLED_KEYS), (rows, splits, group, kv.values.shape[-1]),
+        (rows, splits, group), (rows,),
     )  # fmt: skip
     return Plan(
         scans,
-        ranked,
-        max(1, min(tiles, triton.cdiv(SAMPLED_RANKS, pages * kv.page_size), programs // rows)),
-        max(1, min(tiles, programs // rows)),
+        ranks_by_keys,
+        wanted,
+        sampled,
+        pages,
+        max(1, min(tiles, triton.cdiv(sampled, pages * kv.page_size), programs // rows)),
+        rank_parts,
         pick_parts,
         max(16, min(_MOST_WORDS, triton.next_power_of_2(triton.cdiv(words, pick_parts)))),
         held,
@@ -189,8 +220,8 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
 
 
 _DTYPES = (
-    torch.int32, torch.float32, torch.float32, torch.float16, torch.int32, torch.int32, torch.int32, torch.float32,
-    torch.int32, torch.int32, torch.int32, torch.float32, torch.float32, torch.int32,
+    torch.int32, torch.float32, torch.float32, torch.float16, torch.int32, torch.int32, torch.int32, torch.int32,
+    torch.float32, torch.int32, torch.int32, torch.int32, torch.float32, torch.float32, torch.int32,
 )  # fmt: skip
 """Of the tensors of a workspace, in order."""
 
