@@ -15,7 +15,7 @@ import typer
 
 mpl.use("Agg")  # no display is needed
 
-from eval_public import BOUNDS, EXACT_TOKENS, MOMENTS, SKETCH
+from eval_public import BOUNDS, ESTIMATES, EXACT_TOKENS, MOMENTS, SKETCH
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from tables_choosing import LABELS, PICTURE, Point, kept_runs, points
@@ -25,6 +25,7 @@ STYLES = {
     BOUNDS: ("#2a6f97", "o", "-"),
     MOMENTS: ("#e69f00", "s", "-"),
     SKETCH: ("#d55e00", "D", "-"),
+    ESTIMATES: ("#8e6bbf", "^", "-"),
     EXACT_TOKENS: ("#5c8a00", "x", "--"),
 }
 """Colour, marker and line."""

@@ -21,13 +21,15 @@ SKETCH_INTRO = """\
 **Sketches that choose single tokens**, beside bounds and dense attention in the same run, microseconds (median). Each
 form has its floor, the time that reading its bytes takes at the highest rate of a dense read of the run: of sketches
 those of all pages, the keys of the candidates, and the values of what is selected ([choosing.md](choosing.md)
-explains the form)."""
+explains the form). The last columns are sketches whose estimates alone choose, with the budget of the row's bounds."""
 """Stands above the table of sketches, where there is one."""
 LAUNCHES_INTRO = """\
 **Launch by launch**, each alone, without its early start, microseconds (median). In a step the end of one overlaps the
 beginning of the next. The last column is the rate at which the second scan moves its bytes, those of the sketches that
 it reads and two bits a token, against the highest rate of a dense read."""
 """Stands above the table of launches, where they were timed."""
+ALONE_INTRO = "The same where estimates alone choose:"
+"""Stands above theirs."""
 
 NUM_DENSE_LAYERS = 2
 """Of both arms in `decode_gpu.py`."""
@@ -112,6 +114,8 @@ def sketch_table(rows: Rows) -> str:
     head = ["B x HQ/HKV x context", "dense", "bounds", "floor"]
     for budget in budgets:
         head += [f"sketch, {int(budget):,}", "to dense", "to bounds", "floor"]
+    if has_alone := all("alone_us" in row for row in rows):
+        head += ["estimates alone", "to dense", "to bounds", "floor", "tokens read"]
     cells = []
     for row in rows:
         batch, heads, kv_heads, context, token_budget = row["shape"]
@@ -122,6 +126,10 @@ def sketch_table(rows: Rows) -> str:
             time = row["sketch_us"][budget]["p50"]
             line += [f"{time:.1f}", f"{dense / time:.2f}x", f"{bounds / time:.2f}x"]
             line.append(f"{row['bytes_sketch'][budget] / rate:.1f}")
+        if has_alone:
+            time = row["alone_us"]["p50"]
+            line += [f"{time:.1f}", f"{dense / time:.2f}x", f"{bounds / time:.2f}x"]
+            line += [f"{row['bytes_alone'] / rate:.1f}", f"{row['tokens_alone']:,.0f}"]
         cells.append(line)
     return as_markdown(tuple(head), cells)
 
@@ -133,21 +141,27 @@ def launches_line(rows: Rows) -> str:
     return f"A step with sketches runs {said}. Floors are at {fastest_read(rows) / 1e6:.2f} TB/s."
 
 
-def launches_table(rows: Rows) -> str:
-    """The launches of a step with sketches, each alone, and at which share of the read rate its scan runs."""
-    rate, budget = fastest_read(rows), next(iter(rows[0]["sketch_us"]))
-    names = [name.strip("_").removesuffix("_kernel") for name, _ in rows[0]["launch_times_us"]]
+def launches_table(rows: Rows, timed: str, steps: list[float]) -> str:
+    """The launches of a step with sketches, each alone, and at which share of the read rate its scan runs.
+
+    Args:
+        rows: Of a run.
+        timed: Under which name they have the launches.
+        steps: Times of the whole steps [us].
+    """
+    rate = fastest_read(rows)
+    names = [name.strip("_").removesuffix("_kernel").replace("_", " ") for name, _ in rows[0][timed]]
     scan = len(names) - 1 - names[::-1].index("scan")  # the first of the two ranks a sample
     cells = []
-    for row in rows:
+    for row, step in zip(rows, steps, strict=True):
         batch, heads, kv_heads, context, _ = row["shape"]
-        times = [time for _, time in row["launch_times_us"]]
+        times = [time for _, time in row[timed]]
         cells.append(
             [
                 f"{batch} x {heads}/{kv_heads} x {context // 1024}K",
                 *(f"{time:.1f}" for time in times),
                 f"{sum(times):.1f}",
-                f"{row['sketch_us'][budget]['p50']:.1f}",
+                f"{step:.1f}",
                 f"{100 * row['bytes_scan'] / times[scan] / rate:.0f} %",
             ]
         )
@@ -271,7 +285,11 @@ def tables() -> dict[str, str]:
         json_file = f"{origin(run)} ([JSON](../benchmarks/results/{run}))."
         made |= {"sketch": f"{SKETCH_INTRO}\n\n{sketch_table(rows)}\n\n{launches_line(rows)} {json_file}"}
         if all("launch_times_us" in row for row in rows):
-            made["sketch"] += f"\n\n{LAUNCHES_INTRO}\n\n{launches_table(rows)}"
+            steps = [next(iter(row["sketch_us"].values()))["p50"] for row in rows]
+            made["sketch"] += f"\n\n{LAUNCHES_INTRO}\n\n{launches_table(rows, 'launch_times_us', steps)}"
+        if all("launch_times_alone_us" in row for row in rows):
+            steps = [row["alone_us"]["p50"] for row in rows]
+            made["sketch"] += f"\n\n{ALONE_INTRO}\n\n{launches_table(rows, 'launch_times_alone_us', steps)}"
     return made | {
         "break-even": break_even_table(attention),
         "layers": layers_table(load("layers_gpu.json")),

@@ -339,9 +339,11 @@ def test_sketches_beside_bounds_once_they_were_timed(tmp_path: Path, monkeypatch
     assert line == (
         "| 1 x 32/8 x 32K, bounds 2,048 | 40.0 | 24.0 | 2.0 | 16.0 | 2.50x | 1.50x | 0.5 | 20.0 | 2.00x | 1.20x | 1.0 |"
     )
+    alone = {**row, "alone_us": {"p50": 12.0}, "bytes_alone": 3_000_000, "tokens_alone": 1640.2}
+    assert gpu.sketch_table([alone]).splitlines()[2] == f"{line} 12.0 | 3.33x | 2.00x | 1.5 | 1,640 |"
     timed = {**row, "launch_times_us": [["scan_kernel", 2.0], ["scan_kernel", 4.0], ["_attend_kernel", 12.5]]}
     timed["bytes_scan"] = 4_000_000
-    table = gpu.launches_table([timed]).splitlines()
+    table = gpu.launches_table([timed], "launch_times_us", [16.0]).splitlines()
     assert table[0] == "| B x HQ/HKV x context | scan | scan | attend | together | the step | scan, of the read rate |"
     assert table[2] == "| 1 x 32/8 x 32K | 2.0 | 4.0 | 12.5 | 18.5 | 16.0 | 50 % |"
     assert gpu.launches_line([row]) == "A step with sketches runs `_scan`, `_merge` x 2. Floors are at 2.00 TB/s."
@@ -398,7 +400,7 @@ def test_ways_to_choose_are_of_both_tables_and_of_the_picture(tmp_path: Path, mo
 
     runs = {"choice_qwen_31k_text": run_of(12, (512, 1024, 2048))}
     budgets = ("512", "1024", "2048")
-    times = {form: {budget: {"p50": 10.0} for budget in budgets} for form in ("bounds", "moments", "sketch")}
+    times = {form: {budget: {"p50": 10.0} for budget in budgets} for form in ("bounds", "moments", "sketch", "alone")}
     row = {
         "choices_us": times,
         "bytes_exact": dict.fromkeys(budgets, 50),
@@ -410,7 +412,7 @@ def test_ways_to_choose_are_of_both_tables_and_of_the_picture(tmp_path: Path, mo
         monkeypatch.setattr(module, "sketch_run", lambda: "attention_gpu.json")
     assert choosing.points({}) == {}
     found = choosing.points(runs)
-    assert [[point.token_budget for point in some] for some in found.values()] == [[512, 1024, 2048]] * 4
+    assert [[point.token_budget for point in some] for some in found.values()] == [[512, 1024, 2048]] * 5
     assert {point.time for point in found[ask.EXACT_TOKENS]} == {20.0}  # half of the bytes of 40 us
     assert "| sketches, tokens | 10.0 | 10.0 | 10.0 |" in choosing.time_table(runs)["times"]
     text = choosing.text_tables(runs)["text"].splitlines()

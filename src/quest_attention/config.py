@@ -145,10 +145,11 @@ class QuestConfig:
         candidate_factor: Where units are ranked in two stages: the best of all by a first estimate, this many times
             those of the budget, are ranked once more, by their exact keys, which are read beside the tokens of the
             budget. Sketch estimates the logit of every token, and its candidates are units; 0 ranks by the estimates
-            alone. Bounds and moments score pages, and where less than a page is selected, as many pages are the
-            candidates. None is what the metadata wants: 4, by sketch as much as makes 2,048 candidates where the budget
-            is less than 512, and 0, the only one allowed, for whole pages by bounds or moments; it is replaced as for
-            `num_sink_pages`.
+            alone, and on a GPU single tokens are then as many as a sample of estimates lets pass: about four fifths of
+            the budget, never more than it. Bounds and moments score pages, and where less than a page is selected, as
+            many pages are the candidates. None is what the metadata wants: 4, by sketch as much as makes 2,048
+            candidates where the budget is less than 512, and 0, the only one allowed, for whole pages by bounds or
+            moments; it is replaced as for `num_sink_pages`.
 
     Raises:
         QuestValueError: A value is out of range, or the budget cannot hold the pages that are always read.
