@@ -86,6 +86,7 @@ def generate(model: Any, ids: Tensor, **options: Any) -> list[list[int]]:
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("metadata", [
     {}, {"metadata_dtype": "fp8"}, {"metadata": "moments"}, {"metadata": "sketch", "selection_unit": "token"},
+    {"metadata": "sketch", "selection_unit": "token", "candidate_factor": 0},
 ], ids=str)  # fmt: skip
 @in_any_dtype
 def test_the_tokens_of_eager_steps(device: str, stored: str, batch: int, metadata: dict[str, Any]) -> None:

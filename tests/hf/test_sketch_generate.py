@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from backends import available, interpreted
 from families import FAMILIES, Family, build
 from quest_attention import QuestCache, QuestConfig, QuestValueError, enable_quest, update_page_metadata
 from quest_attention.config import SelectionUnit
@@ -170,6 +171,21 @@ def test_keys_that_rank_candidates_are_counted(factor: int, unit: SelectionUnit)
     expected = [min(candidates, tokens) for tokens in held] if factor else [config.token_budget] * 3
     assert layer.keys_read == 2 * sum(expected)
     assert quest.counters.to_dict()["keys_read" if factor else "tokens_read"] == quest.counters.keys_read
+
+
+@interpreted
+def test_what_kernels_let_pass_is_counted_and_not_the_budget() -> None:
+    available("triton")
+    model, seen = make_llama(), []
+    config = sketch(SMALL, "token", candidate_factor=0, backend="triton")
+    with enable_quest(model, config, on_select=lambda _, chosen, __: seen.append(chosen.counts)) as quest:
+        generate(model, prompt(batch=2, length=90), new=4)
+        read = sum(int(counts.sum()) // counts.shape[1] for counts in seen)
+        sparse = quest.counters.layers[1:]
+        assert sum(layer.tokens_read for layer in sparse) == read < len(seen) * 2 * config.token_budget
+        assert sum(layer.keys_read for layer in sparse) == read
+        quest.counters.reset()
+        assert quest.counters.tokens_read == 0
 
 
 def test_heads_that_no_sketch_fits_are_refused_before_anything_is_written() -> None:

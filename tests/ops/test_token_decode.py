@@ -74,6 +74,22 @@ def test_what_passes_is_read_where_estimates_alone_choose(
     assert min(shares) > 0.95, "those of the largest estimates"
 
 
+@pytest.mark.parametrize("length", [256 + 16, 256 + 31], ids=["full", "half full"])
+def test_about_four_fifths_of_the_budget_pass(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a sample of all pages, and of every second one."""
+    monkeypatch.setattr(token_workspace, "_SAMPLED_TO_READ", 256)
+    cache = make_cache([length] * 3, heads=8, dim=16, page_size=16, form=Sketch(16))
+    update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens, backend="torch")
+    config, query = config_of(48, candidate_factor=0, num_sink_pages=0), query_for(cache, 1)
+    workspace = token_workspace.make_token_workspace(cache.kv, query.shape[1], config)
+    assert workspace is not None
+    step = Step(query=query, kv=cache.kv, seq_lens=cache.seq_lens, config=config, workspace=workspace)
+    assert token_decode.decode_tokens(step) is not None
+    room = 48 - (length - 1) % 16 - 1
+    assert 0.75 < float(workspace.passed.sum(1).double().mean()) / (0.8 * (48 - 16)) < 1.15
+    assert float((workspace.passed.sum(1) > room).double().mean()) < 0.3
+
+
 def test_what_passes_and_has_no_room() -> None:
     """All tokens have one rank, so that all pass: the latest are read."""
     cache = make_cache([1500], heads=1, dim=16, page_size=16, form=Sketch(16))

@@ -416,6 +416,7 @@ def test_every_kernel_compiles_for_a_hopper_gpu() -> None:
         "_select_kernel",
         "_slot_kernel",
         "_update_kernel",
+        "attend_passing_kernel",
         "choose_kernel",
         "copy_kernel",
         "merge_kernel",

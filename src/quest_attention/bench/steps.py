@@ -19,6 +19,8 @@ from quest_attention.pages import PagedKV
 
 __all__ = ["LaunchTime", "check_kernels", "launch_times", "quest_steps"]
 
+_LEAST_SHARE = 1 / 3
+"""Of the budget that a step reads at least where estimates alone choose: four fifths are aimed at."""
 _FUSED = "_decode_kernel"
 """The kernel that is all of a step by metadata of pages."""
 
@@ -36,7 +38,8 @@ def quest_steps(
 
     Raises:
         RuntimeError: Metadata scores pages and the fused kernel cannot hold the step; or the step read another number
-            of pages or tokens than the budget gives: where estimates alone choose, more, or less than a quarter.
+            of pages or tokens than the budget gives: where kernels let estimates alone choose, more, or less than a
+            third.
     """
     batch, num_heads = queries[0].shape[:2]
     workspace = make_workspace(caches[0], num_heads, config)
@@ -48,9 +51,9 @@ def quest_steps(
         for q, kv in zip(queries, caches, strict=True)
     ]
     counts = steps[0]().selected.counts.tolist()
-    # Where estimates alone choose, a sample of them says how many tokens reach a threshold.
-    is_about = config.metadata == "sketch" and not config.candidate_factor
-    least = config.unit_budget // 4 if is_about else config.unit_budget
+    # Where estimates alone choose single tokens, kernels read what a sample of them lets pass.
+    is_about = workspace is not None and config.unit_size == 1 and not config.candidate_factor
+    least = int(_LEAST_SHARE * config.unit_budget) if is_about else config.unit_budget
     if not all(least <= count <= config.unit_budget for row in counts for count in row):
         what = (
             "pages"

@@ -156,7 +156,8 @@ def _attend(
         since = layer.tokens_since_choice
         step = layer.decode(rows, layer.seq_lens, **options, token_mask=mask)
     # Nothing padded: every sequence is past the budget. Otherwise the device knows, and is not asked.
-    units = batch * layer.config.unit_budget if attention_mask is None else step.selected.units_read
+    is_known = attention_mask is None and not layer.counter.is_told_by_device
+    units = batch * layer.config.unit_budget if is_known else step.selected.units_read
     read = units * layer.config.unit_size + batch * since
     ranked = batch * (0 if since else layer.keys_ranked)
     layer.counter.count_sparse(read, batch * layer.tokens_held, ranked)
@@ -218,7 +219,9 @@ def _attend_captured(layer: QuestLayer, lengths: Tensor, query: Tensor, options:
         pages = storage.every_page
         output, _ = sparse_decode_attention(rows, storage.paged, lengths, pages, **options, backend=backend)
     else:
-        output, _ = layer.decode(rows, lengths, **options)
+        output, selected = layer.decode(rows, lengths, **options)
+        if layer.counter.is_told_by_device:
+            layer.counter.read_on(query.device).add_(selected.units_read)
     return output[:, None].to(query.dtype)
 
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from quest_attention.config import QuestConfig
@@ -41,6 +42,7 @@ class LayerCounter:
         self.layer = layer
         self.kind = kind
         self.fetched = FetchCounter()
+        self._tokens_read_on_device: Tensor | None = None
         self.count_by(config)
         self._lock = threading.Lock()
         self.reset()
@@ -52,6 +54,10 @@ class LayerCounter:
         self.page_size = config.page_size
         self.unit_size = config.page_size if is_open else config.unit_size
         self._ranks_by_keys = not is_open and config.candidate_budget > 0
+        # Kernels then read what passes a threshold, and only the device knows how much.
+        self.is_told_by_device = (
+            not is_open and config.scores_tokens and self.unit_size == 1 and not self._ranks_by_keys
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the lock, so that a cache can be copied with its counters."""
@@ -62,14 +68,15 @@ class LayerCounter:
         self._lock = threading.Lock()
 
     def reset(self) -> None:
-        """Forget everything counted."""
+        """Forget everything counted. What the device counts stays where it is: captured steps add to it."""
         self.sparse_steps = 0
         self.dense_steps_by_reason: dict[str, int] = {}
         self.prefill_tokens = 0
         self.tokens_held = 0
         self._tokens_read = 0
         self._keys_ranked = 0
-        self._tokens_read_on_device: Tensor | None = None
+        if self._tokens_read_on_device is not None:
+            self._tokens_read_on_device.zero_()
         self._updates = 0
         self.fetched.reset()
 
@@ -131,10 +138,16 @@ class LayerCounter:
             self._keys_ranked += keys_ranked
             if isinstance(tokens_read, int):
                 self._tokens_read += tokens_read
-            elif self._tokens_read_on_device is None:
-                self._tokens_read_on_device = tokens_read.long()
             else:
-                self._tokens_read_on_device = self._tokens_read_on_device + tokens_read
+                self.read_on(tokens_read.device).add_(tokens_read)
+
+    def read_on(self, device: torch.device) -> Tensor:
+        """What a device has counted, `[]` int64, to be added to there: captured steps do so each time [tokens]."""
+        counted = self._tokens_read_on_device
+        if counted is None or counted.device != device:
+            self._tokens_read += 0 if counted is None else int(counted)
+            self._tokens_read_on_device = counted = torch.zeros([], dtype=torch.int64, device=device)
+        return counted
 
     def to_dict(self) -> dict[str, Any]:
         """Everything counted, ready for JSON."""

@@ -279,11 +279,15 @@ class _CapturedStep:
         mask = None if step.new == 1 else torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
         given = {**self.inputs, cache_name: cache, "attention_mask": mask, "logits_to_keep": logits_to_keep}
         run = functools.partial(forward, **given, use_cache=True, return_dict=True)
+        told = [layer.counter.read_on(ids.device) for layer in layers if layer.counter.is_told_by_device]
+        before = [counted.clone() for counted in told]
         for layer in layers:
             layer.captured_lengths = self.lengths
         try:
             self.run, self.outputs = _capture(run, ids.device)
         finally:
+            for counted, number in zip(told, before, strict=True):
+                counted.copy_(number)  # what ran so that it could be captured is no step
             for layer in layers:
                 layer.captured_lengths = None
                 if step.new == 1:

@@ -288,6 +288,7 @@ class QuestLayer(StepReporter, StoredLayer):
         if self.reading is Reading.SPARSE:
             if self.rows is not None and not self.rows.drafts_since:
                 self._chose_at = 0
-            read = self.config.unit_budget * self.config.unit_size + self.tokens_since_choice
+            chosen = 0 if self.counter.is_told_by_device else self.config.unit_budget * self.config.unit_size
+            read = chosen + self.tokens_since_choice
             ranked = 0 if self.tokens_since_choice else self.keys_ranked
             self.counter.count_sparse(batch * read, batch * self.tokens_held, batch * ranked)

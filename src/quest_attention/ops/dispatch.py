@@ -23,8 +23,8 @@ from quest_attention.pages import PagedKV
 __all__ = ["ResolvedBackend", "Verbs", "resolve_backend"]
 
 _WHY_TRITON = (
-    "the Triton kernels, a decode step in one launch, over single tokens in six, or in more where it has a mask or "
-    "both its context and its budget are very large"
+    "the Triton kernels, a decode step in one launch, over single tokens in four or six, or in more where it has a "
+    "mask or both its context and its budget are very large"
 )
 """True of every problem: which of the two it is, only a problem says (`ops.triton.tuning.tune`)."""
 

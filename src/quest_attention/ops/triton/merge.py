@@ -9,7 +9,7 @@ import triton.language as tl
 
 from quest_attention.ops.triton.arithmetic import LOG2_E, round_to
 
-__all__ = ["LOWEST", "Partial", "merge_kernel", "merge_splits", "store_partial"]
+__all__ = ["LOWEST", "Partial", "merge_if_last", "merge_kernel", "merge_splits", "store_partial"]
 
 LOWEST = tl.constexpr(-1e30)
 """Stands for the largest logit where there was none: finite, so that no difference is NaN."""
@@ -93,6 +93,29 @@ def merge_splits(
     if lse_out is not None:
         lse_total = tl.where(total > 0, (largest + tl.log2(divisor)) / LOG2_E, float("-inf"))
         tl.store(lse_out + head, lse_total, mask=is_head)
+
+
+@triton.jit
+def merge_if_last(
+    space, sinks, output, h, row, split, splits, largest, total, gathered, SHAPE: tl.constexpr, BLOCK_S: tl.constexpr
+):  # fmt: skip
+    """Write what a split of a row found; whoever is last of the row merges them all, and resets its counter.
+
+    `sinks` are those of all heads, or None; rows of the output are side by side.
+    """
+    store_partial(space, row, split, splits, largest, total, gathered, SHAPE)
+    tl.debug_barrier()
+    arrived = tl.atomic_add(space.counters + row, 1, sem="acq_rel", scope="gpu")
+    if arrived == splits - 1:
+        row_sinks = sinks
+        if sinks is not None:
+            row_sinks = sinks + h * SHAPE.group
+        to = output + row.to(tl.int64) * SHAPE.group * SHAPE.value_dim
+        GROUP: tl.constexpr = SHAPE.group  # Triton 3.6 takes a range's limits only by such names
+        HEADS: tl.constexpr = SHAPE.merged
+        for head in tl.static_range(0, GROUP, HEADS):
+            merge_splits(space, row_sinks, to, SHAPE.value_dim, None, row, splits, head, SHAPE, BLOCK_S)
+        tl.store(space.counters + row, 0)
 
 
 @triton.jit(do_not_specialize=["splits"])

@@ -9,7 +9,7 @@ from quest_attention.ops.triton.arguments import length_of, load_query
 from quest_attention.ops.triton.attention import attend_slots
 from quest_attention.ops.triton.candidates import list_tokens, store_run, store_unused
 from quest_attention.ops.triton.launch import wait_for_launch
-from quest_attention.ops.triton.merge import merge_splits, store_partial
+from quest_attention.ops.triton.merge import merge_if_last
 from quest_attention.ops.triton.ranks import choice_of
 
 __all__ = ["attend_passing_kernel"]
@@ -86,16 +86,4 @@ def attend_passing_kernel(
     largest, weight, gathered = attend_slots(
         q, keys, values, h, places, None, start, stop, None, 0, scale, softcap, SHAPE, BLOCK_T, STAGES
     )
-    store_partial(space, row, part, parts, largest, weight, gathered, SHAPE)
-    tl.debug_barrier()
-    arrived = tl.atomic_add(space.counters + row, 1, sem="acq_rel", scope="gpu")
-    if arrived == parts - 1:
-        row_sinks = sinks
-        if sinks is not None:
-            row_sinks = sinks + h * SHAPE.group
-        to = output + row.to(tl.int64) * SHAPE.group * SHAPE.value_dim
-        GROUP: tl.constexpr = SHAPE.group  # Triton 3.6 takes a range's limits only by such names
-        HEADS: tl.constexpr = SHAPE.merged
-        for head in tl.static_range(0, GROUP, HEADS):
-            merge_splits(space, row_sinks, to, SHAPE.value_dim, None, row, parts, head, SHAPE, PARTS)
-        tl.store(space.counters + row, 0)
+    merge_if_last(space, sinks, output, h, row, part, parts, largest, weight, gathered, SHAPE, PARTS)

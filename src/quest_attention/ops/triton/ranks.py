@@ -53,12 +53,12 @@ def choice_of(end, num_sink_pages, num_recent_pages, PAGE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=[
-    "lengths", "num_kv_heads", "table_stride", "token_budget", "num_sink_pages", "num_recent_pages", "candidate_budget",
+    "lengths", "num_kv_heads", "table_stride", "token_budget", "num_sink_pages", "num_recent_pages", "wanted",
     "parts", "capacity", "most",
 ])  # fmt: skip
 def rank_kernel(
     query, key_scale, scale_head, metadata, page_table, table_stride, lengths, live, space, scale, softcap,
-    num_kv_heads, parts, capacity, token_budget, num_sink_pages, num_recent_pages, candidate_budget, most,
+    num_kv_heads, parts, capacity, token_budget, num_sink_pages, num_recent_pages, wanted, most,
     IS_SAMPLE: tl.constexpr, COUNTS: tl.constexpr, SHAPE: tl.constexpr, PACKING: tl.constexpr, PAGES: tl.constexpr,
     SAMPLED: tl.constexpr,
     FEWEST: tl.constexpr, NORMS: tl.constexpr, FOLLOWS: tl.constexpr,
@@ -104,7 +104,7 @@ def rank_kernel(
             last_page = tl.load(span + RECENT_START) // PAGE
             free = tl.load(span + FREE)
         low = _threshold(
-            space.sample + row * SAMPLED, row_live, drawn, rare, begin, first_page, last_page, free, candidate_budget,
+            space.sample + row * SAMPLED, row_live, drawn, rare, begin, first_page, last_page, free, wanted,
             PAGE, SAMPLED, FEWEST,
         )  # fmt: skip
     for start in range(part * share, last, PAGES):

@@ -1,4 +1,4 @@
-"""Kernel: rank all tokens of long sequences by the signs of their sketches, at the speed of memory.
+"""Kernel: find the tokens of long sequences that reach a rank by the signs of their sketches, at the speed of memory.
 
 A page's sketch is rows of one bit a channel. A tensor core multiplies such rows by rows of bits, and counts where both
 are set: with the bits of a query's channels as rows too, four for the signs of keys and eight for the means of pages, a
@@ -159,12 +159,12 @@ def _largest(weight):
 
 @gluon.jit(do_not_specialize=[
     "lengths", "num_kv_heads", "table_stride", "parts", "token_budget", "num_sink_pages", "num_recent_pages",
-    "candidate_budget", "capacity", "most",
+    "wanted", "capacity", "most",
 ])  # fmt: skip
 def scan_kernel(
     metadata, page_stride, head_stride, page_table, table_stride, lengths, live_words, live_spans, planes, factors,
     norms, sample, passing, passed, softcap, num_kv_heads, parts, capacity, token_budget, num_sink_pages,
-    num_recent_pages, candidate_budget, most,
+    num_recent_pages, wanted, most,
     IS_SAMPLE: gl.constexpr, COUNTS: gl.constexpr, GROUP: gl.constexpr, WORDS: gl.constexpr, SAMPLED: gl.constexpr,
     FEWEST: gl.constexpr, NORMS: gl.constexpr, WARPS: gl.constexpr, FOLLOWS: gl.constexpr,
 ):  # fmt: skip
@@ -283,7 +283,7 @@ def scan_kernel(
                 last_page = gl.load(span + RECENT_START) // PAGE
                 free = gl.load(span + FREE)
             least = threshold(
-                sample + row * SAMPLED, row_live, drawn, rare, begin, first_page, last_page, free, candidate_budget,
+                sample + row * SAMPLED, row_live, drawn, rare, begin, first_page, last_page, free, wanted,
                 FEWEST, SAMPLED, WARPS,
             )  # fmt: skip
             least -= gl.abs(least) * 0.0009765625 + 1e-6  # as far as its rounding to float16 goes

@@ -48,14 +48,13 @@ from quest_attention.ops.triton.candidates import choose_kernel, pick_kernel, we
 from quest_attention.ops.triton.fetch import place_units, pool_argument
 from quest_attention.ops.triton.launch import check_kernel_dtype, launch, starts_early, wait_for_launch
 from quest_attention.ops.triton.masks import LiveTokens, mark_live_tokens
-from quest_attention.ops.triton.merge import merge_splits, store_partial
+from quest_attention.ops.triton.merge import merge_if_last
 from quest_attention.ops.triton.passing import attend_passing_kernel
 from quest_attention.ops.triton.preparation import prepare_kernel
 from quest_attention.ops.triton.ranks import rank_kernel
 from quest_attention.ops.triton.scan import SCAN_WARPS, scan_kernel
 from quest_attention.ops.triton.sketch import packing_of
 from quest_attention.ops.triton.token_workspace import (
-    FEWEST_RANKS,
     SAMPLE_PARTS,
     SAMPLED_KEYS,
     Plan,
@@ -74,6 +73,8 @@ _ATTENDED = (2048, 8192)
 """Channels of keys to which a program attends at a time, of one query head and of several, which it multiplies with."""
 _ATTENDED_OF_MORE = (4096, 4096)
 """The same where it reads all that passes, which is more tokens."""
+_REGISTERS = 128
+"""Of a thread at most, so that four programs share a multiprocessor."""
 _STAGES = 3
 """Blocks of these in flight."""
 _FETCHED_TIMES = 2
@@ -157,7 +158,7 @@ def _attend_passing(step: Step, plan: Plan, workspace: TokenWorkspace) -> tuple[
         max(1, config.num_recent_pages), plan.splits, plan.rank_parts, plan.ranked_pages, plan.slots, plan.words,
         plan.most,
         SHAPE=shape, PARTS=max(2, triton.next_power_of_2(plan.splits)), COUNTED=triton.next_power_of_2(plan.rank_parts),
-        PICKED=plan.picked, num_warps=4, maxnreg=128,
+        PICKED=plan.picked, num_warps=4, maxnreg=_REGISTERS,
         **_attending(shape, group, _ATTENDED_OF_MORE), **starts_early(query),
     )  # fmt: skip
     return output, Selection(units, counts, 1)
@@ -192,14 +193,15 @@ def _rank(step: Step, plan: Plan, workspace: TokenWorkspace) -> LiveTokens | Non
         programs = plan.sample_parts if is_sample else plan.rank_parts
         choice = (softcap, heads, programs, plan.words, budget, sink_pages, recent_pages, plan.wanted, plan.most)
         options = {"IS_SAMPLE": is_sample, "COUNTS": not (is_sample or plan.ranks_by_keys), "SAMPLED": plan.sampled}
-        options |= {"FEWEST": FEWEST_RANKS, "NORMS": norms, **follows}
+        options |= {"FEWEST": plan.fewest, "NORMS": norms, **follows}
         if plan.scans:
             launch(
                 scan_kernel, (rows * programs,),
                 metadata.base, metadata.page, metadata.head, table, stride, lengths, live_words, live_spans,
                 workspace.bits, workspace.factors, workspace.norms, workspace.sample, workspace.passing,
                 workspace.passed, *choice,
-                GROUP=group, WORDS=kv.head_dim // 32, WARPS=SCAN_WARPS, num_warps=SCAN_WARPS, maxnreg=128, **options,
+                GROUP=group, WORDS=kv.head_dim // 32, WARPS=SCAN_WARPS, num_warps=SCAN_WARPS, maxnreg=_REGISTERS,
+                **options,
             )  # fmt: skip
         else:
             launch(
@@ -285,16 +287,7 @@ def _attend_kernel(
         q, keys, values, h, places, None, first, tl.minimum(first + share, count), None, 0, scale, softcap,
         SHAPE, BLOCK_T, STAGES,
     )  # fmt: skip
-    store_partial(space, row, split, splits, largest, weight, gathered, SHAPE)
-    tl.debug_barrier()
-    arrived = tl.atomic_add(space.counters + row, 1, sem="acq_rel", scope="gpu")
-    if arrived == splits - 1:
-        row_sinks = sinks
-        if sinks is not None:
-            row_sinks = sinks + h * SHAPE.group
-        to = output + row.to(tl.int64) * SHAPE.group * SHAPE.value_dim
-        GROUP: tl.constexpr = SHAPE.group  # Triton 3.6 takes a range's limits only by such names
-        HEADS: tl.constexpr = SHAPE.merged
-        for head in tl.static_range(0, GROUP, HEADS):
-            merge_splits(space, row_sinks, to, SHAPE.value_dim, None, row, splits, head, SHAPE, BLOCK_S)
-        tl.store(space.counters + row, 0)
+    merge_if_last(space, sinks, output, h, row, split, splits, largest, weight, gathered, SHAPE, BLOCK_S)
+
+
+# Longer than 250 lines: the launches of a step, in their order.

@@ -20,7 +20,6 @@ from quest_attention.ops.triton.tuning import filling_programs
 from quest_attention.pages import PagedKV
 
 __all__ = [
-    "FEWEST_RANKS",
     "SAMPLED_KEYS",
     "SAMPLE_PARTS",
     "Plan",
@@ -36,8 +35,10 @@ SAMPLE_PARTS = 4
 """Programs that estimate a log-sum-exp for a row, by a sample of its keys."""
 SAMPLED_KEYS = 128
 """Tokens by whose keys one of them does."""
-_SAMPLED_RANKS = (4096, 2048)
-"""Most ranks in which a row's threshold is looked for, where what passes is read, and where keys rank it."""
+_SAMPLED_RANKS = 2048
+"""Most ranks in which a row's threshold is looked for."""
+_SAMPLED_TO_READ = 4096
+"""The same where what passes is read, so that it is nearer to the budget."""
 _RANKED_PAGES = 16
 """Pages that a program of `rank_kernel` ranks at a time, for up to 16 heads."""
 _MOST_WORDS = 512
@@ -48,10 +49,14 @@ _LEAST_SHARE = 64
 """One in so many tokens may be a candidate at least: four times what passes where the fewest sampled ranks do."""
 _MOST_HELD = 32768
 """Candidates among which a program chooses: 32 a thread."""
-_MOST_PARTS = (32, 64)
-"""Programs at most that attend to what passes of a row, whose results one of them merges, and that pick from a row."""
-FEWEST_RANKS = 8
+_MOST_PICKING = 64
+"""Programs that pick from a row at most."""
+_MOST_ATTENDING = 32
+"""Programs at most that attend to what passes of a row, whose results one of them merges."""
+_FEWEST_RANKS = 8
 """Sampled ranks that pass the threshold at least: of fewer none says much about a row."""
+_FEWEST_TO_READ = 4
+"""The same where what passes is read: a sample may be half full, and more must not pass for that."""
 _LEAST_TIMES = 3
 """Times the budget that are to pass at least: a threshold from a sample lets through now more, now fewer."""
 _AIMED_AT = 0.8
@@ -123,11 +128,12 @@ class Plan(NamedTuple):
         ranks_by_keys: Whether the tokens that pass are candidates, ranked by their keys; else they are what is read.
         wanted: Tokens that are to pass.
         sampled: Ranks of a sample in which a threshold for that is looked for.
+        fewest: Of these that pass at least.
         ranked_pages: Pages that a program ranks at a time.
         sample_parts: Programs that rank the sample of a row.
         rank_parts: Programs that rank a row.
-        pick_parts: Programs that pick from a row, or attend to what passes.
-        picked: Words of those that one of them looks at at a time.
+        pick_parts: Programs that pick from a row.
+        picked: Words of those that one of them looks at at a time, or one that attends to what passes.
         held: Candidates among which is chosen at a time.
         splits: Programs that attend to a row.
         slots: Tokens of a selection at most.
@@ -141,6 +147,7 @@ class Plan(NamedTuple):
     ranks_by_keys: bool
     wanted: int
     sampled: int
+    fewest: int
     ranked_pages: int
     sample_parts: int
     rank_parts: int
@@ -177,26 +184,26 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
     most, words = kv.max_pages * kv.page_size, kv.max_pages * triton.cdiv(kv.page_size, 16)
     slots = min(most, config.token_budget)
     ranks_by_keys = config.candidate_factor > 0
-    sampled = _SAMPLED_RANKS[ranks_by_keys]
+    sampled, fewest = (_SAMPLED_RANKS, _FEWEST_RANKS) if ranks_by_keys else (_SAMPLED_TO_READ, _FEWEST_TO_READ)
     rank_parts = triton.cdiv(tiles, triton.cdiv(tiles, max(1, programs // rows)))  # no more than have work
     if ranks_by_keys:
         wanted = max(config.candidate_budget, _LEAST_TIMES * config.token_budget)
         listed = min(most, max(8 * config.candidate_budget, most // _LEAST_SHARE))
-        pick_parts = max(1, min(_MOST_PARTS[1], triton.cdiv(words, _LEAST_WORDS), triton.cdiv(2 * programs, rows)))
+        pick_parts = max(1, min(_MOST_PICKING, triton.cdiv(words, _LEAST_WORDS), triton.cdiv(2 * programs, rows)))
         splits = max(1, min(slots // _LEAST_TOKENS, max(_LEAST_SPLITS, triton.cdiv(programs // 2, rows))))
     else:
         forced = (config.num_sink_pages + max(1, config.num_recent_pages)) * kv.page_size
         wanted = int(_AIMED_AT * (config.token_budget - forced))
-        if wanted * sampled < FEWEST_RANKS * most:
+        if wanted * sampled < 2 * fewest * most:  # of a sample that is half full
             return None
-        listed, pick_parts = 0, triton.cdiv(rank_parts, triton.cdiv(rank_parts, _MOST_PARTS[0]))
-        splits = pick_parts
+        listed, pick_parts = 0, 0
+        splits = triton.cdiv(rank_parts, triton.cdiv(rank_parts, _MOST_ATTENDING))
     held = max(16, min(triton.next_power_of_2(2 * config.candidate_budget), triton.next_power_of_2(max(1, listed))))
     tiles_of_bits = 6 * triton.cdiv(group, 4) * max(1, kv.head_dim // 128)
     shapes = (
         (rows, tiles_of_bits * 32), (rows, 3 * _LEAST_HEADS), (rows, SAMPLE_PARTS, heads), (rows, sampled),
         (rows, words), (rows, rank_parts), (rows, listed), (rows, listed), (rows, listed), (rows, pick_parts),
-        (rows, slots), (rows, SAMPLE_PARTS * SAMPLED_KEYS), (rows, splits, group, kv.values.shape[-1]),
+        (rows, slots), (rows, SAMPLE_PARTS * SAMPLED_KEYS * ranks_by_keys), (rows, splits, group, kv.values.shape[-1]),
         (rows, splits, group), (rows,),
     )  # fmt: skip
     return Plan(
@@ -204,11 +211,12 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
         ranks_by_keys,
         wanted,
         sampled,
+        fewest,
         pages,
         max(1, min(tiles, triton.cdiv(sampled, pages * kv.page_size), programs // rows)),
         rank_parts,
         pick_parts,
-        max(16, min(_MOST_WORDS, triton.next_power_of_2(triton.cdiv(words, pick_parts)))),
+        max(16, min(_MOST_WORDS, triton.next_power_of_2(triton.cdiv(words, pick_parts or splits)))),
         held,
         splits,
         slots,
@@ -253,3 +261,6 @@ def make_token_workspace(
             for some, dtype in zip(shapes, _DTYPES, strict=True)
         )
     )
+
+
+# Longer than 250 lines: what a workspace and a plan have, name by name.
