@@ -105,8 +105,7 @@ def decode_tokens(step: Step) -> tuple[Tensor, Selection] | None:
         values_argument(kv), workspace, selected.counts, None if sinks is None else side_by_side(sinks), output,
         float(step.scale), None if step.softcap is None else float(step.softcap), heads, plan.splits, plan.slots,
         SHAPE=shape, BLOCK_S=max(2, triton.next_power_of_2(plan.splits)), num_warps=4,
-        **_attending(shape, group, _ATTENDED),
-        **starts_early(query),
+        **_attending(shape, group, _ATTENDED), **starts_early(query),
     )  # fmt: skip
     return output, selected
 
