@@ -100,7 +100,7 @@ def test_the_reason_holds_for_every_problem() -> None:
     """A step with a mask, or with large budgets over long contexts, takes several launches: nobody promises one."""
     assert resolve_backend("auto", "cuda").reason == (
         "chosen for device cuda: the Triton kernels, a decode step in one launch, over single "
-        "tokens in six, or in more where it has a mask or "
+        "tokens in four or six, or in more where it has a mask or "
         "both its context and its budget are very large"
     )
 
