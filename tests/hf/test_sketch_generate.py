@@ -188,6 +188,17 @@ def test_what_kernels_let_pass_is_counted_and_not_the_budget() -> None:
         assert quest.counters.tokens_read == 0
 
 
+def test_what_the_device_counts_is_reset_whatever_mode_it_was_counted_in() -> None:
+    model, config = make_llama(), sketch(SMALL, "token", candidate_factor=0)
+    with enable_quest(model, config) as quest:
+        for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+            with mode():
+                generate(model, prompt(batch=2, length=90), new=4)
+            assert quest.counters.layers[1].tokens_read == 3 * 2 * config.token_budget
+            quest.counters.reset()
+            assert quest.counters.tokens_read == 0
+
+
 def test_heads_that_no_sketch_fits_are_refused_before_anything_is_written() -> None:
     model = make_llama(dim=12)
     with pytest.raises(QuestValueError, match="head_dim: got 12, expected a multiple of 8"):

@@ -146,7 +146,8 @@ class LayerCounter:
         counted = self._tokens_read_on_device
         if counted is None or counted.device != device:
             self._tokens_read += 0 if counted is None else int(counted)
-            self._tokens_read_on_device = counted = torch.zeros([], dtype=torch.int64, device=device)
+            with torch.inference_mode(False):  # or nobody could add to it, or reset it, outside of that mode
+                self._tokens_read_on_device = counted = torch.zeros([], dtype=torch.int64, device=device)
         return counted
 
     def to_dict(self) -> dict[str, Any]:
