@@ -133,8 +133,9 @@ def rank_kernel(
             to = space.passing + row.to(tl.int64) * capacity + page[:, None] * WORDS + word[None, :]
             named = tl.sum(passes, 2)
             tl.store(to, named, mask=(nth < last)[:, None] & (word < WORDS)[None, :])
-            is_free = (page >= first_page) & (page < last_page)
-            number += tl.sum(tl.where(is_free[:, None], count_tokens(named), 0))
+            if COUNTS:
+                is_free = (page >= first_page) & (page < last_page)
+                number += tl.sum(tl.where(is_free[:, None], count_tokens(named), 0))
     if COUNTS:
         tl.store(space.passed + row * parts + part, number)
 

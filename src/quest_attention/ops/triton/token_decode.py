@@ -71,8 +71,8 @@ _HELD = 512
 """Candidates of a warp where is chosen among them."""
 _ATTENDED = (2048, 8192)
 """Channels of keys to which a program attends at a time, of one query head and of several, which it multiplies with."""
-_ATTENDED_OF_MORE = (4096, 4096)
-"""The same where it reads all that passes, which is more tokens."""
+_ATTENDED_OF_MORE = 4096
+"""The same of any number of heads where it reads all that passes, which is more tokens."""
 _REGISTERS = 128
 """Of a thread at most, so that four programs share a multiprocessor."""
 _STAGES = 3
@@ -105,7 +105,7 @@ def decode_tokens(step: Step) -> tuple[Tensor, Selection] | None:
         values_argument(kv), workspace, selected.counts, None if sinks is None else side_by_side(sinks), output,
         float(step.scale), None if step.softcap is None else float(step.softcap), heads, plan.splits, plan.slots,
         SHAPE=shape, BLOCK_S=max(2, triton.next_power_of_2(plan.splits)), num_warps=4,
-        **_attending(shape, group, _ATTENDED), **starts_early(query),
+        **_attending(shape, group, _ATTENDED[group > 1]), **starts_early(query),
     )  # fmt: skip
     return output, selected
 
@@ -130,10 +130,10 @@ def _plan(step: Step) -> tuple[Plan, TokenWorkspace] | None:
     return plan, workspace
 
 
-def _attending(shape: Shape, group: int, channels: tuple[int, int]) -> dict[str, int]:
+def _attending(shape: Shape, group: int, channels: int) -> dict[str, int]:
     """How a program goes through the tokens to which it attends."""
     width = max(shape.block_d, shape.block_dv)
-    return {"BLOCK_T": max(16, channels[group > 1] // width), "STAGES": 1 if group == 1 else _STAGES}
+    return {"BLOCK_T": max(16, channels // width), "STAGES": 1 if group == 1 else _STAGES}
 
 
 def _attend_passing(step: Step, plan: Plan, workspace: TokenWorkspace) -> tuple[Tensor, Selection]:
