@@ -2,6 +2,7 @@
 
     python benchmarks/serve_vllm.py --output benchmarks/results/serve_vllm.json
     python benchmarks/serve_vllm.py --bounds kv --sketch 512 --batches 1,4,16,most  # and single tokens by sketches
+    python benchmarks/serve_vllm.py --bounds kv --estimates 2048  # by estimates alone: without candidates
     python benchmarks/serve_vllm.py --bounds "" --sketch 512 --speculate 4 --accept 3 --drafts eagle,lossless
 
 An engine for each arm, in a process of its own. Its random weights are spread as those of a model are when training
@@ -52,7 +53,8 @@ STOCK = "stock"
 """The arm without Quest."""
 QUEST = "quest"
 SKETCH = "sketch"
-"""What the names of the arms with bounds and with sketches begin with."""
+ESTIMATES = "estimates"
+"""What the names of the arms with bounds, with sketches, and with their estimates alone begin with."""
 EAGLE = "eagle"
 LOSSLESS = "lossless"
 """How the names of arms go on that check an EAGLE head's drafts, and of those that draft with Quest."""
@@ -223,6 +225,7 @@ def check_arguments(
     sketch: str,
     budget: int,
     device: str,
+    estimates: str = "",
     speculate: int = 0,
     accept: float = 0,
     drafts: tuple[str, ...] = (),
@@ -239,8 +242,9 @@ def check_arguments(
         raise QuestValueError("device", device, " or ".join(DEVICES))
     numbers = integers("contexts", contexts)
     budgets = integers("sketch", sketch) if sketch else []
+    alone = integers("estimates", estimates) if estimates else []
     names, kinds = split_list(batches), split_list(bounds)
-    largest = max([budget] * bool(kinds) + budgets, default=budget)
+    largest = max([budget] * bool(kinds) + budgets + alone, default=budget)
     if min(numbers) <= largest:
         raise QuestValueError("contexts", min(numbers), f"more than the budget of {largest}: less is read whole")
     if not names:
@@ -248,11 +252,13 @@ def check_arguments(
     for name in names:
         if name != MOST:
             integers("batches", name)
-    if not kinds and not budgets:
-        raise QuestValueError("bounds", bounds, "'kv', 'fp8' or both, or budgets for --sketch")
+    if not kinds and not budgets and not alone:
+        raise QuestValueError("bounds", bounds, "'kv', 'fp8' or both, or budgets for --sketch or --estimates")
     check_drafts(speculate, accept, drafts, device)
     by_token = {"metadata": "sketch", "selection_unit": "token"}
     arms = [{"name": f"{SKETCH}-{tokens}", "budget": tokens, "quest": by_token} for tokens in budgets]
+    without = {**by_token, "candidate_factor": 0}
+    arms += [{"name": f"{ESTIMATES}-{tokens}", "budget": tokens, "quest": without} for tokens in alone]
     for kind in kinds:
         name = f"{QUEST}-{budget}" + ("" if kind == "kv" else f"-{kind}")
         arms.append({"name": name, "budget": budget, "quest": {"metadata": "bounds", "metadata_dtype": kind}})
@@ -338,6 +344,9 @@ def main(
     sketch: Annotated[
         str, typer.Option(help="Arms that read single tokens by sketches: their token budgets, comma-separated.")
     ] = "",
+    estimates: Annotated[
+        str, typer.Option(help="Arms that read them by estimates alone, without candidates: budgets, comma-separated.")
+    ] = "",
     quantization: Annotated[str | None, typer.Option(help="Of weights, as vLLM names it: fp8.")] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help="Of keys and values, as vLLM names it: fp8.")] = "auto",
     additional_config: Annotated[
@@ -366,7 +375,17 @@ def main(
 ) -> None:
     """Time vLLM with and without Quest."""
     lengths, sequences, arms = check_arguments(
-        contexts, batches, bounds, sketch, budget, device, speculate, accept, split_list(drafts), draft_dense_layers
+        contexts,
+        batches,
+        bounds,
+        sketch,
+        budget,
+        device,
+        estimates,
+        speculate,
+        accept,
+        split_list(drafts),
+        draft_dense_layers,
     )
     shared: dict[str, Any] = {
         "model": check_shape(model, SERVED_SHAPES),

@@ -25,7 +25,7 @@ def headings(arms: list[str]) -> list[str]:
     called = []
     for arm in arms:
         kind, budget, *more = arm.split("-")
-        kept = {"quest": "bounds", "sketch": "sketch"}[kind] + (" in 8 bits" if more == ["fp8"] else "")
+        kept = {"quest": "bounds", "sketch": "sketch", "estimates": "estimates alone"}[kind] + (" in 8 bits" if more == ["fp8"] else "")
         called.append(f"{kept}, {int(budget):,}" + (f", {more[1]} drafts" if more[:1] == ["lossless"] else ""))
     return called
 

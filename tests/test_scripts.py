@@ -112,7 +112,7 @@ def test_a_server_says_where_it_pays_as_was_measured() -> None:
 
 def test_a_table_of_vllm_has_columns_for_each_arm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    times = {"stock": 8.0, "quest-2048": 4.0, "quest-2048-fp8": 3.2, "sketch-512": 2.0}
+    times = {"stock": 8.0, "quest-2048": 4.0, "quest-2048-fp8": 3.2, "sketch-512": 2.0, "estimates-2048": 1.6}
     rows = [
         {"arm": arm, "context": 8192, "batch": 16, "ms_between_tokens": {"p50": time}, "ratio_to_stock": 8 / time,
          "tokens_per_second": 16_000 / time}
@@ -120,10 +120,10 @@ def test_a_table_of_vllm_has_columns_for_each_arm(monkeypatch: pytest.MonkeyPatc
     ]  # fmt: skip
     table = importlib.import_module("tables_vllm").latency_table(rows)
     head, _, line = table.splitlines()
-    arms = "bounds, 2,048 |  | bounds in 8 bits, 2,048 |  | sketch, 512 | "
+    arms = "bounds, 2,048 |  | bounds in 8 bits, 2,048 |  | sketch, 512 |  | estimates alone, 2,048 | "
     assert head == f"| context, sequences | stock | {arms} | tokens/s, stock | {arms} |"
-    rates = "2,000 | 4,000 | 2.00x | 5,000 | 2.50x | 8,000 | 4.00x"
-    assert line == f"| 8K x 16 | 8.00 | 4.00 | 2.00x | 3.20 | 2.50x | 2.00 | 4.00x | {rates} |"
+    rates = "2,000 | 4,000 | 2.00x | 5,000 | 2.50x | 8,000 | 4.00x | 10,000 | 5.00x"
+    assert line == f"| 8K x 16 | 8.00 | 4.00 | 2.00x | 3.20 | 2.50x | 2.00 | 4.00x | 1.60 | 5.00x | {rates} |"
 
 
 @pytest.fixture
