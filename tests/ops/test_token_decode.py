@@ -77,7 +77,7 @@ def test_what_passes_is_read_where_estimates_alone_choose(
 @pytest.mark.parametrize("length", [256 + 16, 256 + 31], ids=["full", "half full"])
 def test_about_four_fifths_of_the_budget_pass(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a sample of all pages, and of every second one."""
-    monkeypatch.setattr(token_workspace, "_SAMPLED_TO_READ", 256)
+    monkeypatch.setattr(token_workspace, "_SAMPLED_TO_READ", (256,))
     cache = make_cache([length] * 3, heads=8, dim=16, page_size=16, form=Sketch(16))
     update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens, backend="torch")
     config, query = config_of(48, candidate_factor=0, num_sink_pages=0), query_for(cache, 1)
@@ -102,19 +102,33 @@ def test_what_passes_and_has_no_room() -> None:
     assert done[1].units[0, 0].tolist() == [*range(16), *range(1500 - 80, 1500)]
 
 
-def test_who_ranks_by_estimates_alone_in_single_verbs() -> None:
-    """A budget so small that a sample says too little, a mask, and a choice for others: none is this kernel's."""
+def test_a_table_of_which_a_sample_says_too_little() -> None:
+    """A larger sample, and where that is too small as well single verbs, which read all of the budget."""
     cache = make_cache([1500], heads=1, dim=16, page_size=16, form=Sketch(16))
     update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens, backend="torch")
-    step = Step(
-        query=query_for(cache, 2), kv=cache.kv, seq_lens=cache.seq_lens, config=config_of(96, candidate_factor=0)
-    )
-    assert token_workspace.plan_of(cache.kv, 2, config_of(32, candidate_factor=0)) is None
-    assert token_decode.choose_tokens(step) is None
-    mask = torch.ones(1, 1500, dtype=torch.bool)
-    assert token_decode.decode_tokens(replace(step, token_mask=mask)) is None
-    found = quest_decode(step.query, cache.kv, cache.seq_lens, config_of(96, candidate_factor=0), token_mask=mask)
-    assert found.selected.counts.tolist() == [[96]]
+    sampled = []
+    for pages in (20_000, 40_000, 80_000):
+        table = cache.kv.page_table.new_zeros(1, pages)
+        plan = token_workspace.plan_of(replace(cache.kv, page_table=table), 2, config_of(1024, candidate_factor=0))
+        sampled.append(plan and plan.sampled)
+    assert sampled == [4096, 8192, None]
+    config = config_of(32, candidate_factor=0)
+    assert token_workspace.plan_of(cache.kv, 2, config) is None
+    found = quest_decode(query_for(cache, 2), cache.kv, cache.seq_lens, config)
+    assert found.selected.counts.tolist() == [[32]]
+
+
+@pytest.mark.parametrize("name", [None, "holes", "left padding", "few"])
+def test_who_attends_in_a_way_of_their_own_reads_the_same(name: str | None) -> None:
+    """What passes is then listed alone."""
+    mask = None if name is None else masks_of(430)[name]
+    cache = masked_cache([413, 60, 301], torch.ones(3, 430, dtype=torch.bool) if mask is None else mask)
+    config, query = config_of(96, candidate_factor=0), query_for(cache, 4)
+    step = Step(query=query, kv=cache.kv, seq_lens=cache.seq_lens, config=config, token_mask=mask)
+    done, listed = token_decode.decode_tokens(step), token_decode.choose_tokens(step)
+    assert done is not None and listed is not None
+    assert listed.units.tolist() == done[1].units.tolist()
+    assert listed.counts.tolist() == done[1].counts.tolist()
 
 
 def test_forced_pages_and_lists_longer_than_what_is_held_at_once() -> None:
@@ -208,12 +222,12 @@ def masks_of(width: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.every_value
-@pytest.mark.parametrize(("group", "sinks", "recent"), [(1, 0, 1), (4, 2, 2)])
+@pytest.mark.parametrize(("group", "sinks", "recent", "factor"), [(1, 0, 1, 4), (4, 2, 2, 4), (2, 1, 1, 0), (1, 0, 3, 0)])
 @pytest.mark.parametrize("name", masks_of(430))
-def test_masks(name: str, group: int, sinks: int, recent: int) -> None:
+def test_masks(name: str, group: int, sinks: int, recent: int, factor: int) -> None:
     """What a mask leaves out may be anything: it is NaN here, in one of its pages too, whose sketch then is."""
     cache = masked_cache([413, 60, 301], mask := masks_of(430)[name])
-    config = config_of(80, num_sink_pages=sinks, num_recent_pages=recent)
+    config = config_of(80, num_sink_pages=sinks, num_recent_pages=recent, candidate_factor=factor)
     shares = assert_chosen(cache, query_for(cache, group), config, token_mask=mask)
     assert min(shares, default=1) > 0.7
     lengths = [int(mask[b, :end].sum()) for b, end in enumerate(cache.lengths)]
@@ -244,7 +258,9 @@ def test_masks_of_other_pages_and_widths(page_size: int, width: int) -> None:
     mask = torch.rand(2, width, generator=torch.Generator().manual_seed(2)) < 0.8
     mask[0, :21] = False
     cache = masked_cache([600, 333], mask, page_size)
-    assert_chosen(cache, query_for(cache, 2), config_of(2 * page_size + 16, page_size), token_mask=mask)
+    for factor in (4, 0):
+        config = config_of(2 * page_size + 16, page_size, candidate_factor=factor)
+        assert_chosen(cache, query_for(cache, 2), config, token_mask=mask)
 
 
 def test_a_masked_step_with_a_softcap_and_sinks() -> None:

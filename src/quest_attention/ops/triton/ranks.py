@@ -135,6 +135,9 @@ def rank_kernel(
             tl.store(to, named, mask=(nth < last)[:, None] & (word < WORDS)[None, :])
             if COUNTS:
                 is_free = (page >= first_page) & (page < last_page)
+                if live is not None:
+                    at = row_live + page[:, None] * WORDS + word[None, :]
+                    named &= tl.load(at, mask=is_free[:, None] & (word < WORDS)[None, :], other=0)
                 number += tl.sum(tl.where(is_free[:, None], count_tokens(named), 0))
     if COUNTS:
         tl.store(space.passed + row * parts + part, number)

@@ -342,7 +342,10 @@ def scan_kernel(
                 if COUNTS:
                     ranked_page = begin + start + own
                     is_free = (ranked_page >= first_page) & (ranked_page < last_page) & (own < last - start)
-                    number += gl.where(is_free, _number_of(gl.max(found, 1)), 0)
+                    of_page = gl.max(found, 1)
+                    if live_spans is not None:
+                        of_page &= gl.load(row_live + ranked_page, mask=is_free, other=0)
+                    number += gl.where(is_free, _number_of(of_page), 0)
             page = _pages_at(base_of, physical_of(physical, like), page_stride)
             own_page = _pages_at(scales_of, physical, page_stride)
             one, two, mean, more_one, more_two, more_mean = _rows_at(page, head, WORDS)

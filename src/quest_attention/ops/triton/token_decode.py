@@ -24,6 +24,8 @@ which the hardware starts first.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -49,7 +51,7 @@ from quest_attention.ops.triton.fetch import place_units, pool_argument
 from quest_attention.ops.triton.launch import check_kernel_dtype, launch, starts_early, wait_for_launch
 from quest_attention.ops.triton.masks import LiveTokens, mark_live_tokens
 from quest_attention.ops.triton.merge import merge_if_last
-from quest_attention.ops.triton.passing import attend_passing_kernel
+from quest_attention.ops.triton.passing import attend_passing_kernel, list_passing_kernel
 from quest_attention.ops.triton.preparation import prepare_kernel
 from quest_attention.ops.triton.ranks import rank_kernel
 from quest_attention.ops.triton.scan import SCAN_WARPS, scan_kernel
@@ -87,15 +89,15 @@ def decode_tokens(step: Step) -> tuple[Tensor, Selection] | None:
     if planned is None:
         return None
     plan, workspace = planned
-    if not plan.ranks_by_keys:
-        return None if step.token_mask is not None or step.hot is not None else _attend_passing(step, plan, workspace)
+    if not plan.ranks_by_keys and step.hot is None:
+        return _attend_passing(step, plan, workspace)
     query, kv, sinks = step.query, step.kv, step.sinks
     batch, heads, width = kv.batch_size, kv.num_kv_heads, kv.values.shape[-1]
     group = query.shape[1] // heads
     selected = _choose(step, plan, workspace)
     shape = shape_of(kv.page_size, group, kv.head_dim, width, unit=1)
     if step.hot is not None:  # the same attention, with a page of the pool for each token
-        places = place_units(kv, step.hot, selected.units, step.seq_lens, is_again=True)
+        places = place_units(kv, step.hot, selected.units, step.seq_lens, is_again=plan.ranks_by_keys)
         kv, workspace, shape = step.hot.paged, workspace._replace(places=places), shape._replace(page_size=1)
     output = step.out
     if output is None:
@@ -113,7 +115,7 @@ def decode_tokens(step: Step) -> tuple[Tensor, Selection] | None:
 def choose_tokens(step: Step) -> Selection | None:
     """What `decode_tokens` attends to, for those who attend in a way of their own; None where that is None."""
     planned = _plan(step)
-    return None if planned is None or not planned[0].ranks_by_keys else _choose(step, *planned)
+    return None if planned is None else _choose(step, *planned)
 
 
 def _plan(step: Step) -> tuple[Plan, TokenWorkspace] | None:
@@ -137,30 +139,49 @@ def _attending(shape: Shape, group: int, channels: int) -> dict[str, int]:
 
 
 def _attend_passing(step: Step, plan: Plan, workspace: TokenWorkspace) -> tuple[Tensor, Selection]:
-    """The step where all that passes is read."""
-    query, kv, config, sinks = step.query, step.kv, step.config, step.sinks
+    """The step where all that passes is read, and attended to in the launch that lists it."""
+    query, kv, sinks = step.query, step.kv, step.sinks
     batch, heads, width = kv.batch_size, kv.num_kv_heads, kv.values.shape[-1]
     group = query.shape[1] // heads
-    units = torch.empty(batch, heads, plan.slots, dtype=torch.int32, device=query.device)
-    counts = torch.empty(batch, heads, dtype=torch.int32, device=query.device)
-    table = side_by_side(kv.page_table)
-    _rank(step, plan, workspace)
+    selected = _unused(step, plan)
+    live = _rank(step, plan, workspace)
     output = step.out
     if output is None:
         output = torch.empty(batch, query.shape[1], width, dtype=query.dtype, device=query.device)
     shape = shape_of(kv.page_size, group, kv.head_dim, width, unit=1)
     launch(
-        attend_passing_kernel, (batch * heads * plan.splits,), by_head(side_by_side(query)), keys_argument(kv),
-        values_argument(kv), table, table.stride(0), lengths_argument(step.seq_lens), workspace, units, counts,
+        attend_passing_kernel, (batch * heads * plan.splits,), *_passing(step, plan, workspace, live, selected),
+        by_head(side_by_side(query)), keys_argument(kv), values_argument(kv),
         None if sinks is None else side_by_side(sinks), output, float(step.scale),
-        None if step.softcap is None else float(step.softcap), heads, config.token_budget, config.num_sink_pages,
-        max(1, config.num_recent_pages), plan.splits, plan.rank_parts, plan.ranked_pages, plan.slots, plan.words,
-        plan.most,
-        SHAPE=shape, PARTS=max(2, triton.next_power_of_2(plan.splits)), COUNTED=triton.next_power_of_2(plan.rank_parts),
-        PICKED=plan.picked, num_warps=4, maxnreg=_REGISTERS,
-        **_attending(shape, group, _ATTENDED_OF_MORE), **starts_early(query),
+        None if step.softcap is None else float(step.softcap),
+        SHAPE=shape, PARTS=max(2, triton.next_power_of_2(plan.splits)), **_listing(plan), num_warps=4,
+        maxnreg=_REGISTERS, **_attending(shape, group, _ATTENDED_OF_MORE), **starts_early(query),
     )  # fmt: skip
-    return output, Selection(units, counts, 1)
+    return output, selected
+
+
+def _passing(
+    step: Step, plan: Plan, workspace: TokenWorkspace, live: LiveTokens | None, selected: Selection
+) -> tuple[Any, ...]:
+    """What a kernel is given that lists what passes."""
+    table, config = side_by_side(step.kv.page_table), step.config
+    return (
+        table, table.stride(0), lengths_argument(step.seq_lens), live, workspace, selected.units, selected.counts,
+        step.kv.num_kv_heads, config.token_budget, config.num_sink_pages, max(1, config.num_recent_pages), plan.splits,
+        plan.rank_parts, plan.ranked_pages, plan.slots, plan.words, plan.most,
+    )  # fmt: skip
+
+
+def _listing(plan: Plan) -> dict[str, int]:
+    """How a program lists what passes."""
+    return {"COUNTED": triton.next_power_of_2(plan.rank_parts), "PICKED": plan.picked}
+
+
+def _unused(step: Step, plan: Plan) -> Selection:
+    """Memory for what a step chooses."""
+    rows, device = (step.kv.batch_size, step.kv.num_kv_heads), step.query.device
+    units, counts = (torch.empty(*rows, *of, dtype=torch.int32, device=device) for of in ((plan.slots,), ()))
+    return Selection(units, counts, 1)
 
 
 def _rank(step: Step, plan: Plan, workspace: TokenWorkspace) -> LiveTokens | None:
@@ -212,13 +233,18 @@ def _rank(step: Step, plan: Plan, workspace: TokenWorkspace) -> LiveTokens | Non
 
 
 def _choose(step: Step, plan: Plan, workspace: TokenWorkspace) -> Selection:
-    """All launches but the last."""
+    """All launches but the one that attends."""
     query, kv, config = step.query, step.kv, step.config
-    batch, heads, device = kv.batch_size, kv.num_kv_heads, query.device
+    batch, heads = kv.batch_size, kv.num_kv_heads
     group, rows = query.shape[1] // heads, batch * heads
-    units = torch.empty(batch, heads, plan.slots, dtype=torch.int32, device=device)
-    counts = torch.empty(batch, heads, dtype=torch.int32, device=device)
+    selected = _unused(step, plan)
     live = _rank(step, plan, workspace)
+    if not plan.ranks_by_keys:
+        launch(
+            list_passing_kernel, (rows * plan.splits,), *_passing(step, plan, workspace, live, selected),
+            PAGE=kv.page_size, **_listing(plan), num_warps=4, **starts_early(query),
+        )  # fmt: skip
+        return selected
     by_heads, table = by_head(side_by_side(query)), side_by_side(kv.page_table)
     keys, lengths = keys_argument(kv), lengths_argument(step.seq_lens)
     stride, scale = table.stride(0), float(step.scale)
@@ -243,11 +269,11 @@ def _choose(step: Step, plan: Plan, workspace: TokenWorkspace) -> Selection:
             live, workspace, scale, softcap, heads, plan.pick_parts, plan.listed, plan.most, **weighing, **follows,
         )  # fmt: skip
     launch(
-        choose_kernel, (rows,), table, stride, lengths, live, workspace, units, counts, heads, budget, sink_pages,
-        recent_pages, plan.pick_parts, plan.slots, plan.listed, plan.most,
+        choose_kernel, (rows,), table, stride, lengths, live, workspace, selected.units, selected.counts, heads, budget,
+        sink_pages, recent_pages, plan.pick_parts, plan.slots, plan.listed, plan.most,
         PAGE=kv.page_size, PARTS=parts, HELD=plan.held, num_warps=min(32, max(4, plan.held // _HELD)), **follows,
     )  # fmt: skip
-    return Selection(units, counts, 1)
+    return selected
 
 
 def _norms(group: int) -> int:

@@ -37,8 +37,9 @@ SAMPLED_KEYS = 128
 """Tokens by whose keys one of them does."""
 _SAMPLED_RANKS = 2048
 """Most ranks in which a row's threshold is looked for."""
-_SAMPLED_TO_READ = 4096
-"""The same where what passes is read, so that it is nearer to the budget."""
+_SAMPLED_TO_READ = (4096, 8192)
+"""The same where what passes is read, so that it is nearer to the budget; and for tables of which that says too little.
+"""
 _RANKED_PAGES = 16
 """Pages that a program of `rank_kernel` ranks at a time, for up to 16 heads."""
 _MOST_WORDS = 512
@@ -77,7 +78,7 @@ class TokenWorkspace(NamedTuple):
         bits: Queries, `[R, tiles * 32]` int32; see `scan`.
         factors: `[R, 3 * 16]` float32; see `scan`.
         norms: Log-sum-exps of the parts of the sample in base 2, `[R, 4, H]` float32, H a power of two of the heads.
-        sample: Ranks of the tokens of some pages, `[R, 2048 or 4096]` float16.
+        sample: Ranks of the tokens of some pages, `[R, 2048, 4096 or 8192]` float16.
         passing: Which tokens pass, as words of 16 (`masks`): `[R, words]` int32.
         passed: How many pass that are not read anyway, as each program that ranked has counted, `[R, programs]` int32.
         candidates: Tokens that passed the threshold, `[R, C]` int32.
@@ -184,7 +185,7 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
     most, words = kv.max_pages * kv.page_size, kv.max_pages * triton.cdiv(kv.page_size, 16)
     slots = min(most, config.token_budget)
     ranks_by_keys = config.candidate_factor > 0
-    sampled, fewest = (_SAMPLED_RANKS, _FEWEST_RANKS) if ranks_by_keys else (_SAMPLED_TO_READ, _FEWEST_TO_READ)
+    sampled, fewest = (_SAMPLED_RANKS, _FEWEST_RANKS) if ranks_by_keys else (0, _FEWEST_TO_READ)
     rank_parts = triton.cdiv(tiles, triton.cdiv(tiles, max(1, programs // rows)))  # no more than have work
     if ranks_by_keys:
         wanted = max(config.candidate_budget, _LEAST_TIMES * config.token_budget)
@@ -194,7 +195,9 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
     else:
         forced = (config.num_sink_pages + max(1, config.num_recent_pages)) * kv.page_size
         wanted = int(_AIMED_AT * (config.token_budget - forced))
-        if wanted * sampled < 2 * fewest * most:  # of a sample that is half full
+        # Of a sample that is half full.
+        sampled = next((ranks for ranks in _SAMPLED_TO_READ if wanted * ranks >= 2 * fewest * most), 0)
+        if not sampled:
             return None
         listed, pick_parts = 0, 0
         splits = triton.cdiv(rank_parts, triton.cdiv(rank_parts, _MOST_ATTENDING))
@@ -203,7 +206,7 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
     shapes = (
         (rows, tiles_of_bits * 32), (rows, 3 * _LEAST_HEADS), (rows, SAMPLE_PARTS, heads), (rows, sampled),
         (rows, words), (rows, rank_parts), (rows, listed), (rows, listed), (rows, listed), (rows, pick_parts),
-        (rows, slots), (rows, SAMPLE_PARTS * SAMPLED_KEYS * ranks_by_keys), (rows, splits, group, kv.values.shape[-1]),
+        (rows, slots), (rows, SAMPLE_PARTS * SAMPLED_KEYS), (rows, splits, group, kv.values.shape[-1]),
         (rows, splits, group), (rows,),
     )  # fmt: skip
     return Plan(
