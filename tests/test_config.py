@@ -50,8 +50,12 @@ def test_what_metadata_wants_is_replaced_when_a_config_is_made(metadata: Metadat
         ({"metadata": "bounds"}, 2048, 0),
         ({"metadata": "bounds", "selection_unit": "token"}, 2048, 4),
         ({"metadata": "sketch"}, 2048, 4),
-        ({"metadata": "sketch", "selection_unit": "token"}, 512, 4),
+        ({"metadata": "sketch", "selection_unit": "token"}, 2048, 0),
+        ({"metadata": "sketch", "selection_unit": "token", "token_budget": 4096}, 4096, 0),
+        ({"metadata": "sketch", "selection_unit": "token", "token_budget": 2047}, 2047, 4),
+        ({"metadata": "sketch", "selection_unit": "token", "candidate_factor": 4}, 512, 4),
         ({"metadata": "sketch", "selection_unit": 4}, 512, 4),
+        ({"metadata": "sketch", "selection_unit": 4, "token_budget": 4096}, 4096, 4),
         ({"metadata": "sketch", "selection_unit": "token", "token_budget": 100}, 100, 21),
         ({"metadata": "sketch", "selection_unit": "token", "token_budget": 100, "candidate_factor": 3}, 100, 3),
     ],
@@ -59,7 +63,8 @@ def test_what_metadata_wants_is_replaced_when_a_config_is_made(metadata: Metadat
 def test_how_much_is_read_where_nobody_says(options: dict[str, Any], budget: int, factor: int) -> None:
     config = QuestConfig(**options)
     assert (config.token_budget, config.candidate_factor) == (budget, factor)
-    assert QuestConfig().resolved("cuda").token_budget == 512
+    default = QuestConfig().resolved("cuda")
+    assert (default.token_budget, default.candidate_factor) == (2048, 0)
     assert QuestConfig().resolved("cpu").token_budget == 2048
 
 

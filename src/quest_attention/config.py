@@ -74,21 +74,23 @@ class _Wants(NamedTuple):
         sink_pages: First pages that it wants read always.
         budget: Tokens that a step may read, where units are pages and where they are less [tokens].
         candidates: Tokens whose exact keys it wants to rank at least, however small the budget is [tokens].
+        alone: Tokens that a step may read from which on scores alone choose single ones, None for never [tokens].
     """
 
     scores_tokens: bool
     sink_pages: int
     budget: tuple[int, int] = (2048, 2048)
     candidates: int = 0
+    alone: int | None = None
 
 
 _WANTS: dict[Metadata, _Wants] = {
     "bounds": _Wants(scores_tokens=False, sink_pages=0),
     # They rank the page with the attention sink too low.
     "moments": _Wants(scores_tokens=False, sink_pages=1),
-    # Single tokens of a quarter of the budget lose less, and take as long. Among fewer candidates small budgets miss
-    # what they are for, and that many are ranked in the time of a launch.
-    "sketch": _Wants(scores_tokens=True, sink_pages=1, budget=(2048, 512), candidates=2048),
+    # By estimates alone 2,048 tokens lose no more than 512 whose keys were ranked, in less time; smaller budgets lose
+    # more. Among fewer candidates those miss what they are for, and that many are ranked in the time of a launch.
+    "sketch": _Wants(scores_tokens=True, sink_pages=1, budget=(2048, 512), candidates=2048, alone=2048),
 }
 _BUDGET = "token_budget"
 _LEFT_TO_METADATA = (
@@ -117,8 +119,9 @@ class QuestConfig:
 
     Args:
         token_budget: Most tokens one decode step may read per sequence and KV head, forced pages included [tokens].
-            A sequence of at most this many tokens is read whole. None is what the metadata wants, 512 for single tokens
-            and groups by sketch and else 2,048, and is replaced as for `num_sink_pages`.
+            A sequence of at most this many tokens is read whole. None is what the metadata wants, 512 for groups by
+            sketch, and for single ones whose candidates' keys rank them, and else 2,048, and is replaced as for
+            `num_sink_pages`.
         page_size: Tokens per page [tokens].
         num_dense_layers: Leading full-attention layers that always read the whole cache, counted by their rank among
             such layers: those with a window or a state are not counted [layers].
@@ -271,7 +274,8 @@ class QuestConfig:
         wants, metadata = _WANTS[self.metadata], self.metadata
         self._want("selection_unit", _WantedName("page"))
         is_part = self.unit_size < self.page_size
-        self._want(_BUDGET, _WantedInteger(wants.budget[is_part]))
+        least = wants.alone if self.selection_unit == "token" and not self.candidate_factor else None
+        self._want(_BUDGET, _WantedInteger(wants.budget[is_part] if least is None else least))
         ranks_tokens = wants.scores_tokens or is_part
         reductions = _OF_TOKENS if ranks_tokens else _OF_PAGES
         self._want("group_reduction", _WantedName(reductions[0]))
@@ -281,7 +285,8 @@ class QuestConfig:
             raise QuestValueError("group_reduction", reduction, f"{' or '.join(reductions)} for {what}")
 
         enough = max(_CANDIDATES, -(-wants.candidates // self.token_budget))
-        self._want("candidate_factor", _WantedInteger(enough if ranks_tokens else 0))
+        are_ranked = ranks_tokens and (least is None or self.token_budget < least)
+        self._want("candidate_factor", _WantedInteger(enough if are_ranked else 0))
         factor = self.candidate_factor
         if factor and not ranks_tokens:
             raise QuestValueError("candidate_factor", factor, f"0 for whole pages by {metadata}: they are ranked once")

@@ -188,6 +188,8 @@ def run_tokens(
     mask = torch.ones(1, 5000, dtype=torch.bool) if masked else None
     step = Step(query=query, kv=kv, seq_lens=lengths, config=config, sinks=sinks, softcap=softcap, token_mask=mask)
     assert token_decode.decode_tokens(step) is not None
+    if not ranks_by_keys:
+        assert token_decode.choose_tokens(step) is not None
 
 
 def run_hot_units(dtype: torch.dtype, group: int, dim: int, *, host: bool, is_quantised: bool = False) -> None:
@@ -242,6 +244,7 @@ def main() -> None:
     run_tokens(torch.float16, 1, 80, scans=False, host=False, is_quantised=True)
     run_tokens(torch.bfloat16, 64, 256, scans=False, host=False)
     run_tokens(torch.bfloat16, 4, 128, scans=True, host=False, ranks_by_keys=False)
+    run_tokens(torch.bfloat16, 8, 64, scans=True, host=False, ranks_by_keys=False, masked=True)
     run_tokens(torch.float16, 1, 80, scans=False, host=True, is_quantised=True, ranks_by_keys=False)
     run_tokens(torch.bfloat16, 2, 64, scans=False, host=True, softcap=50.0, masked=True)
     run_hot_units(torch.bfloat16, 4, 128, host=False)

@@ -18,11 +18,13 @@ from token_choice import assert_choice
 
 
 @interpreted
-@pytest.mark.parametrize("group", [2, 8])
-def test_kernels_that_choose_among_candidates_choose_for_all_tokens(group: int) -> None:
+@pytest.mark.parametrize(("group", "factor"), [(2, 4), (8, 4), (4, 0)])
+def test_kernels_that_choose_single_tokens_choose_for_all_query_tokens(group: int, factor: int) -> None:
     cache = make_cache([300, 70, 20], page_size=16, dim=64, form=Sketch(16))
     update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens, backend="reference")
-    config = QuestConfig(64, 16, metadata="sketch", selection_unit="token", backend=available("triton"))
+    config = QuestConfig(
+        64, 16, metadata="sketch", selection_unit="token", candidate_factor=factor, backend=available("triton")
+    )
     query, lens = queries(cache, 3, group), torch.tensor([3, 1, 2], dtype=torch.int32)
     workspace = make_workspace(cache.kv, 3 * query.shape[2], config)
     given = {"seq_lens": cache.seq_lens, "workspace": workspace}

@@ -418,6 +418,7 @@ def test_every_kernel_compiles_for_a_hopper_gpu() -> None:
         "_update_kernel",
         "attend_passing_kernel",
         "choose_kernel",
+        "list_passing_kernel",
         "copy_kernel",
         "merge_kernel",
         "pick_kernel",

@@ -43,7 +43,7 @@ TokenBudget = Annotated[
     typer.Option(
         "--token-budget",
         "-b",
-        help="Most tokens a step may read; by default 512 for tokens and runs of 4 by sketch, else 2,048.",
+        help="Most tokens a step may read; by default 2,048, or 512 by sketch where keys rank candidates.",
         show_default=False,
     ),
 ]

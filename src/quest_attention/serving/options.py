@@ -155,7 +155,7 @@ def advice_on_budget(config: QuestConfig, max_model_len: int) -> str | None:
             f"token_budget {config.token_budget} holds no more than the pages that are always read, "
             f"{config.num_forced_pages} of {config.page_size} tokens: nothing is chosen"
         )
-    by_tokens = config.scores_tokens and config.unit_size == 1
+    by_tokens = config.scores_tokens and config.unit_size == 1 and config.candidate_factor > 0
     most = _MOST_TIMES * (_WORTH_OF_TOKENS if by_tokens else 1)
     if config.token_budget * most >= max_model_len:
         return None

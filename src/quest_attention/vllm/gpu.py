@@ -112,8 +112,7 @@ class QuestGPUMetadataBuilder(QuestMetadataBuilder, FlashAttentionMetadataBuilde
         Rows that check fewer tokens than others may, which no graph holds, take their own.
         """
         tokens = 1 if step.tokens is None else step.tokens.most
-        has_launches = self.config.selection_unit == "token" and self.config.candidate_factor
-        if tokens > 1 and (tokens < self._query_tokens or not has_launches):
+        if tokens > 1 and (tokens < self._query_tokens or self.config.selection_unit != "token"):
             return None
         layer, opened = self._first_layer()
         kv, num_heads = opened.with_table(step.block_table), layer.impl.num_heads * tokens
@@ -163,8 +162,7 @@ def check_estimates(vllm_config: Any, query_tokens: int, config: QuestConfig, de
     rows, model = vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config
     heads, length = model.get_num_attention_heads(vllm_config.parallel_config), model.max_model_len
     group = heads // model.get_num_kv_heads(vllm_config.parallel_config)
-    has_launches = config.selection_unit == "token" and config.candidate_factor
-    if has_launches and group * query_tokens <= MOST_CHOOSING_HEADS:
+    if config.selection_unit == "token" and group * query_tokens <= MOST_CHOOSING_HEADS:
         return
     size = rows * query_tokens * heads * length * _ESTIMATE_BYTES
     takes = f"{rows} rows that check {query_tokens} tokens over {length} positions take {size / 1e9:.1f} GB by sketches"

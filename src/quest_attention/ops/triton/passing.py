@@ -116,14 +116,14 @@ def _list_part(
             stop = tl.minimum(start + each, end)
             store_run(table, units, places, start, start, stop - start, PAGE)
         else:
-            words = tl.cdiv(end, PAGE) * WORDS
-            each = tl.cdiv(words - begin * WORDS, parts)
-            first = tl.minimum(begin * WORDS + part * each, words)
+            every = tl.cdiv(end, PAGE) * WORDS
+            each = tl.cdiv(every - begin * WORDS, parts)
+            first = tl.minimum(begin * WORDS + part * each, every)
             start = 0
             for before in range(begin * WORDS, first, PICKED):
                 at = before + tl.arange(0, PICKED)
                 start += tl.sum(count_tokens(tl.load(lives + at, mask=at < first, other=0)))
-            last = tl.minimum(first + each, words)
+            last = tl.minimum(first + each, every)
             stop = _list_words(units, places, table, lives, None, first, last, start, 0, slots, PAGE, PICKED)
     else:
         words = space.passing + row.to(tl.int64) * capacity
@@ -145,7 +145,8 @@ def _list_part(
                 store_run(table, units, places, 0, 0, sinks, PAGE)
             else:
                 from_words, to_words = begin * WORDS, first_page * WORDS
-                _list_words(units, places, table, lives, None, from_words, to_words, 0, 0, slots, PAGE, PICKED)
+                none = tl.full([], 0, tl.int32)
+                _list_words(units, places, table, lives, None, from_words, to_words, none, 0, slots, PAGE, PICKED)
             start = 0
         if part == parts - 1:
             if live is None:
