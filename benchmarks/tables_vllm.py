@@ -10,6 +10,8 @@ from typing import Any
 from tables_gpu import Rows, as_markdown, load
 
 STOCK = "stock"
+CALLED = {"quest": "bounds", "sketch": "sketch", "estimates": "estimates alone"}
+"""What an arm keeps or goes by, by what its name begins with."""
 
 
 def case(row: dict[str, Any]) -> str:
@@ -25,7 +27,7 @@ def headings(arms: list[str]) -> list[str]:
     called = []
     for arm in arms:
         kind, budget, *more = arm.split("-")
-        kept = {"quest": "bounds", "sketch": "sketch", "estimates": "estimates alone"}[kind] + (" in 8 bits" if more == ["fp8"] else "")
+        kept = CALLED[kind] + (" in 8 bits" if more == ["fp8"] else "")
         called.append(f"{kept}, {int(budget):,}" + (f", {more[1]} drafts" if more[:1] == ["lossless"] else ""))
     return called
 

@@ -152,18 +152,25 @@ def mask_out(cache: Cache, mask: Tensor) -> None:
     (128, 4, torch.bfloat16, 16), (64, 1, torch.bfloat16, 16), (256, 8, torch.bfloat16, 16),
     (80, 4, torch.bfloat16, 16), (128, 4, torch.bfloat16, 32), (128, 12, torch.float16, 16),
 ])  # fmt: skip
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_masks(dim: int, group: int, dtype: torch.dtype, page_size: int, softcap: float | None) -> None:
+@pytest.mark.parametrize(("softcap", "factor"), [(None, 4), (2.0, 4), (None, 0)])
+def test_masks(dim: int, group: int, dtype: torch.dtype, page_size: int, softcap: float | None, factor: int) -> None:
     """Of less width than the cache has room for, and of more than the last row is long."""
     cache, mask = make_cache([9_001] * 5 + [7_654], 2, dim, dtype, page_size), masks(8_990)
     mask_out(cache, mask)
     query = torch.randn(6, 2 * group, dim, device="cuda").to(dtype)
     config = QuestConfig(
-        512, page_size, metadata="sketch", selection_unit="token", num_sink_pages=2, num_recent_pages=3
-    )
+        512, page_size, metadata="sketch", selection_unit="token", num_sink_pages=2, num_recent_pages=3,
+        candidate_factor=factor,
+    )  # fmt: skip
     shares = assert_chosen(cache, query, config, token_mask=mask, softcap=softcap)
     assert len(shares) == 2 * 5, "one sequence has fewer live tokens than the budget"
     assert min(shares) > 0.7
+    if not factor:
+        step = Step(query=query, kv=cache.kv, seq_lens=cache.seq_lens, config=config, token_mask=mask, softcap=softcap)
+        done, listed = token_decode.decode_tokens(step), token_decode.choose_tokens(step)
+        assert done is not None and listed is not None
+        assert torch.equal(done[1].units, listed.units), "whoever attends in a way of their own reads the same"
+        assert torch.equal(done[1].counts, listed.counts)
 
 
 def test_a_dead_key_that_is_not_finite_takes_the_sketch_of_its_page() -> None:
@@ -182,10 +189,11 @@ def test_a_dead_key_that_is_not_finite_takes_the_sketch_of_its_page() -> None:
         assert mask[b, done[1].units[b].long()].all()
 
 
-def test_a_mask_of_everything_is_none() -> None:
+@pytest.mark.parametrize("factor", [4, 0])
+def test_a_mask_of_everything_is_none(factor: int) -> None:
     cache = make_cache([20_000, 300], 2, 128, torch.bfloat16)
     query = torch.randn(2, 8, 128, device="cuda").to(torch.bfloat16)
-    config = QuestConfig(512, metadata="sketch", selection_unit="token")
+    config = QuestConfig(512, metadata="sketch", selection_unit="token", candidate_factor=factor)
     everything = torch.ones(2, 20_000, dtype=torch.bool, device="cuda")
     masked, plain = (
         token_decode.decode_tokens(
@@ -198,9 +206,10 @@ def test_a_mask_of_everything_is_none() -> None:
     assert torch.equal(masked[0], plain[0])
 
 
-def test_a_captured_step_follows_its_mask() -> None:
+@pytest.mark.parametrize("factor", [4, 0])
+def test_a_captured_step_follows_its_mask(factor: int) -> None:
     cache = make_cache([30_000, 29_999], 4, 128, torch.bfloat16)
-    config = QuestConfig(512, metadata="sketch", selection_unit="token")
+    config = QuestConfig(512, metadata="sketch", selection_unit="token", candidate_factor=factor)
     query = torch.randn(2, 16, 128, dtype=torch.bfloat16, device="cuda")
     mask = torch.ones(2, 30_000, dtype=torch.bool, device="cuda")
     workspace = make_workspace(cache.kv, 16, config)
@@ -228,7 +237,8 @@ def test_a_captured_step_follows_its_mask() -> None:
         for b in range(2):
             chosen = units[b][units[b] >= 0].long()
             assert mask[b, chosen].all()
-            assert len(chosen) == 4 * min(512, int(mask[b, : cache.lengths[b]].sum()))
+            most = min(512, int(mask[b, : cache.lengths[b]].sum()))
+            assert len(chosen) == 4 * most if factor else 4 * most / 2 < len(chosen) <= 4 * most
 
 
 def test_a_captured_step_follows_lengths_and_queries() -> None:

@@ -222,7 +222,9 @@ def masks_of(width: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.every_value
-@pytest.mark.parametrize(("group", "sinks", "recent", "factor"), [(1, 0, 1, 4), (4, 2, 2, 4), (2, 1, 1, 0), (1, 0, 3, 0)])
+@pytest.mark.parametrize(
+    ("group", "sinks", "recent", "factor"), [(1, 0, 1, 4), (4, 2, 2, 4), (2, 1, 1, 0), (1, 0, 3, 0)]
+)
 @pytest.mark.parametrize("name", masks_of(430))
 def test_masks(name: str, group: int, sinks: int, recent: int, factor: int) -> None:
     """What a mask leaves out may be anything: it is NaN here, in one of its pages too, whose sketch then is."""

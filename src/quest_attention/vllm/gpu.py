@@ -25,6 +25,7 @@ from quest_attention.errors import QuestValueError
 from quest_attention.forms import form_of
 from quest_attention.ops import Selection, Workspace, append_slots, make_workspace, quest_decode
 from quest_attention.ops.query_tokens import MOST_CHOOSING_HEADS
+from quest_attention.ops.triton.token_workspace import passing_sample
 from quest_attention.serving.options import KEY
 from quest_attention.vllm.builder import QuestMetadataBuilder
 from quest_attention.vllm.impl import OpenCache, QuestAttentionImpl, QuestBackend
@@ -162,7 +163,8 @@ def check_estimates(vllm_config: Any, query_tokens: int, config: QuestConfig, de
     rows, model = vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config
     heads, length = model.get_num_attention_heads(vllm_config.parallel_config), model.max_model_len
     group = heads // model.get_num_kv_heads(vllm_config.parallel_config)
-    if config.selection_unit == "token" and group * query_tokens <= MOST_CHOOSING_HEADS:
+    has_launches = config.selection_unit == "token" and (config.candidate_factor or passing_sample(config, length))
+    if has_launches and group * query_tokens <= MOST_CHOOSING_HEADS:
         return
     size = rows * query_tokens * heads * length * _ESTIMATE_BYTES
     takes = f"{rows} rows that check {query_tokens} tokens over {length} positions take {size / 1e9:.1f} GB by sketches"

@@ -1,4 +1,4 @@
-"""Kernels: list all tokens that pass the threshold, where estimates alone choose; and attend to them in the same launch.
+"""Kernels: list what passes the threshold where estimates alone choose, and attend to it in the same launch.
 
 Where who attends is somebody else, to a pool or with several query tokens, they are only listed.
 """
@@ -136,9 +136,7 @@ def _list_part(
         kept = sinks - over + tl.sum(tl.where(ranking < part * together, passed, 0))
         start = tl.maximum(kept, sinks)
         kept = list_tokens(units, places, physical, at, passing, kept, sinks, slots, PAGE)
-        kept = _list_words(
-            units, places, table, words, lives, first + PICKED, last, kept, sinks, slots, PAGE, PICKED
-        )
+        kept = _list_words(units, places, table, words, lives, first + PICKED, last, kept, sinks, slots, PAGE, PICKED)
         stop = tl.maximum(kept, start)
         if part == 0:
             if live is None:

@@ -206,6 +206,7 @@ def scan_kernel(
     whole = gl.where(end > token_budget, (end - 1) // PAGE, 0)  # pages to rank: the one being written is read anyway
     begin = 0
     span = live_spans
+    row_live = live_words
     if live_spans is not None:
         _wait_for_launch(FOLLOWS)
         span = live_spans + b * SPAN
@@ -271,7 +272,6 @@ def scan_kernel(
         first_page = 0
         last_page = 0
         if not IS_SAMPLE:
-            row_live = live_words
             if live_spans is None:
                 total = gl.cdiv(end, PAGE)
                 first_page = gl.minimum(num_sink_pages, total)

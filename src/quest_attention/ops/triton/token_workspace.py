@@ -26,6 +26,7 @@ __all__ = [
     "TokenWorkspace",
     "can_scan",
     "make_token_workspace",
+    "passing_sample",
     "plan_of",
 ]
 
@@ -193,10 +194,7 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
         pick_parts = max(1, min(_MOST_PICKING, triton.cdiv(words, _LEAST_WORDS), triton.cdiv(2 * programs, rows)))
         splits = max(1, min(slots // _LEAST_TOKENS, max(_LEAST_SPLITS, triton.cdiv(programs // 2, rows))))
     else:
-        forced = (config.num_sink_pages + max(1, config.num_recent_pages)) * kv.page_size
-        wanted = int(_AIMED_AT * (config.token_budget - forced))
-        # Of a sample that is half full.
-        sampled = next((ranks for ranks in _SAMPLED_TO_READ if wanted * ranks >= 2 * fewest * most), 0)
+        wanted, sampled = _wanted_to_pass(config), passing_sample(config, most)
         if not sampled:
             return None
         listed, pick_parts = 0, 0
@@ -228,6 +226,22 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
         most,
         shapes,
     )
+
+
+def passing_sample(config: QuestConfig, most: int) -> int:
+    """Ranks that say which tokens of a table pass where estimates alone choose; 0 where no sample says enough of it.
+
+    Args:
+        config: How the table is read.
+        most: Tokens that it has room for.
+    """
+    half = _wanted_to_pass(config) / 2  # as full as a sample may be
+    return next((ranks for ranks in _SAMPLED_TO_READ if half * ranks >= _FEWEST_TO_READ * most), 0)
+
+
+def _wanted_to_pass(config: QuestConfig) -> int:
+    """Tokens that are to pass beside forced ones where what passes is read."""
+    return int(_AIMED_AT * (config.token_budget - config.num_forced_pages * config.page_size))
 
 
 _DTYPES = (
