@@ -46,6 +46,10 @@ MOST_BYTES = 6 << 30
 """K and V of all layers together, beyond what a layer of the shortest rotation needs."""
 SKETCH_BUDGETS = (512, 2048)
 """Of sketches in every row [tokens]."""
+CANDIDATE_FACTOR = 4
+"""Times the budget that is ranked by keys, where no others are asked for,"""
+LEAST_CANDIDATES = 2048
+"""and how many those are at least [tokens]."""
 CHOICE_BUDGETS = (256, 512, 1024, 2048)
 """Of the row that is timed with every form [tokens]."""
 BREAK_EVEN_LENGTHS = (3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
@@ -134,9 +138,16 @@ def time_dense(shape: Shape, caches: list[PagedKV], queries: list[Tensor], repea
 
 
 def config_of(metadata: str, token_budget: int, **others: str | int) -> QuestConfig:
-    """A form with what it selects: sketches choose tokens, other forms pages. All else is what the form wants."""
-    unit = "token" if metadata == "sketch" else "page"
-    options = {"page_size": PAGE_SIZE, "metadata": metadata, "selection_unit": unit, **others}
+    """A form with what it selects: sketches choose tokens, whose keys rank candidates, other forms pages.
+
+    All else is what the form wants.
+    """
+    options: dict[str, str | int] = {"page_size": PAGE_SIZE, "metadata": metadata, "selection_unit": "page"}
+    if metadata == "sketch":
+        options |= {"selection_unit": "token", "candidate_factor": CANDIDATE_FACTOR}
+        if token_budget * CANDIDATE_FACTOR < LEAST_CANDIDATES:
+            del options["candidate_factor"]  # there are as many by default
+    options |= others
     return QuestConfig.from_dict({"token_budget": token_budget, **options})
 
 

@@ -118,7 +118,13 @@ _FIVE = choosing(BOUNDS, MOMENTS, SKETCH, ESTIMATES, EXACT_TOKENS)
 _SIX = choosing(BOUNDS, MOMENTS, SKETCH, SKETCH_4, ESTIMATES, EXACT_TOKENS)
 CHOICE_RUNS = (
     Run("choice_qwen_31k_needles", "qwen", 31 * 1024, (Ask(_NEEDLES, _FIVE, (1024,), 96),), workers=6),
-    Run("choice_qwen_31k_text", "qwen", 31 * 1024, (Ask(_TEXT, _FIVE, (512, 1024, 2048), 12),), workers=4),
+    Run(
+        "choice_qwen_31k_text",
+        "qwen",
+        31 * 1024,
+        (Ask(_TEXT, _FIVE, (512, 1024), 12), Ask(_TEXT, _FIVE.replace(SKETCH, SKETCH_4, 1), (2048,), 12)),
+        workers=4,
+    ),
     Run(
         "choice_qwen_8k_needles",
         "qwen",
@@ -131,6 +137,43 @@ CHOICE_RUNS = (
     Run("choice_bundled_4k_needles", None, 4 * 1024, (Ask(("niah_multikey_2",), _ALL, (128,), 40),)),
 )
 """Of docs/choosing.md. They fit side by side on an H100, the longest first."""
+_LARGE, _SMALL = (2048,), (512,)
+DEFAULT_RUNS = (
+    Run(
+        "default_qwen_31k_needles",
+        "qwen",
+        31 * 1024,
+        (Ask(_NEEDLES, choosing(SKETCH), _SMALL, 96), Ask(_NEEDLES, choosing(ESTIMATES, BOUNDS), _LARGE, 96)),
+        workers=6,
+    ),
+    Run(
+        "default_qwen_8k_needles",
+        "qwen",
+        8 * 1024,
+        (
+            Ask((*_NEEDLES, "niah_multikey_3"), choosing(ESTIMATES, BOUNDS), _LARGE, 96),
+            Ask((*_NEEDLES, "niah_multikey_3"), choosing(SKETCH, ESTIMATES), _SMALL, 96),
+        ),
+        workers=4,
+    ),
+    Run(
+        "default_gemma_31k_text",
+        "gemma",
+        31 * 1024,
+        (Ask(_TEXT, choosing(ESTIMATES, BOUNDS, MOMENTS), _LARGE, 12), Ask(_TEXT, choosing(SKETCH), _SMALL, 12)),
+        dense_layers=0,
+    ),
+    Run(
+        "default_bundled_4k_needles",
+        None,
+        4 * 1024,
+        (
+            Ask(("niah_multikey_2",), choosing(ESTIMATES, SKETCH), _SMALL, 40),
+            Ask(("niah_multikey_2",), choosing(ESTIMATES), (1024,), 40),
+        ),
+    ),
+)
+"""Of the same page: at the budgets that ways to choose have by default, and estimates alone at smaller ones."""
 
 
 def evaluate(run: Run, number: int, models: Path, books: Path, output: Path) -> None:
@@ -177,7 +220,7 @@ def main(
     at_once: Annotated[int, typer.Option(help="Runs side by side: five keep an H100 busy and fit.")] = 5,
 ) -> None:
     """Do all runs, some side by side."""
-    every = (*RUNS, *CHOICE_RUNS)
+    every = (*RUNS, *CHOICE_RUNS, *DEFAULT_RUNS)
     names = tuple(run.name for run in every) if not only else tuple(only.split(","))
     if unknown := set(names) - {run.name for run in every}:
         raise QuestValueError("only", ", ".join(sorted(unknown)), f"some of {', '.join(run.name for run in every)}")

@@ -256,7 +256,12 @@ def check_arguments(
         raise QuestValueError("bounds", bounds, "'kv', 'fp8' or both, or budgets for --sketch or --estimates")
     check_drafts(speculate, accept, drafts, device)
     by_token = {"metadata": "sketch", "selection_unit": "token"}
-    arms = [{"name": f"{SKETCH}-{tokens}", "budget": tokens, "quest": by_token} for tokens in budgets]
+    # From 2,048 tokens on there would be no candidates by default.
+    ranked = {**by_token, "candidate_factor": 4}
+    arms = [
+        {"name": f"{SKETCH}-{tokens}", "budget": tokens, "quest": ranked if tokens >= 2048 else by_token}
+        for tokens in budgets
+    ]
     without = {**by_token, "candidate_factor": 0}
     arms += [{"name": f"{ESTIMATES}-{tokens}", "budget": tokens, "quest": without} for tokens in alone]
     for kind in kinds:
@@ -441,7 +446,7 @@ def compare(found: dict[str, Any]) -> list[dict[str, Any]]:
             if "drafts" in row:
                 made["ratio_to_stock_with_drafts"] = times_faster(row, drafting)
             rows.append(made)
-    kinds = (STOCK, QUEST, SKETCH)
+    kinds = (STOCK, QUEST, SKETCH, ESTIMATES)
     return sorted(
         rows, key=lambda row: (row["context"], row["batch"], kinds.index(row["arm"].split("-")[0]), row["arm"])
     )

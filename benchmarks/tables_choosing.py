@@ -18,6 +18,7 @@ from eval_public import (
     BOUNDS,
     CHOICE_RUNS,
     CHOICES,
+    DEFAULT_RUNS,
     ESTIMATES,
     EXACT_PAGES,
     EXACT_TOKENS,
@@ -49,9 +50,9 @@ LABELS = {
     "full": "everything is read",
     BOUNDS: "bounds, pages: the paper's Quest",
     MOMENTS: "moments, pages",
-    SKETCH: "sketches, tokens",
-    SKETCH_4: "sketches, tokens, 4 times the budget as candidates",
-    ESTIMATES: "sketches, tokens, by estimates alone: about 4/5 of the budget",
+    SKETCH: "sketches, tokens, keys rank candidates",
+    SKETCH_4: "the same, 4 times the budget as candidates",
+    ESTIMATES: "sketches, tokens, by estimates alone (of the budget about 4/5)",
     EXACT_PAGES: "exact logits, pages (`oracle`)",
     EXACT_TOKENS: "exact weights, tokens (`token_oracle`)",
 }
@@ -65,6 +66,22 @@ KEPT_DIM, KEPT_PAGE, KEPT_BYTES = 128, 16, 2
 """Channels, tokens of a page and bytes of a number in the cache, for the table of what is kept."""
 
 
+DEFAULTS = (("full", None), (BOUNDS, 2048), (MOMENTS, 2048), (SKETCH, 512), (ESTIMATES, 2048))
+"""Ways to choose, with the budgets that they have by default."""
+DEFAULT_TEXTS = {
+    "Qwen 31K: perplexity [%]": "choice_qwen_31k_text",
+    "Gemma 31K: perplexity [%]": "default_gemma_31k_text",
+}
+DEFAULT_NEEDLES = {
+    "Qwen 31K: one needle of 30 [%]": ("default_qwen_31k_needles", "needle_of_30"),
+    "Qwen 8K: one needle of 30 [%]": ("default_qwen_8k_needles", "needle_of_30"),
+    "Qwen 8K: long hexadecimal values [%]": ("default_qwen_8k_needles", "niah_multikey_3"),
+}
+"""Columns of their table: runs, and of which task."""
+
+
+FEWEST_OF_4 = 512
+"""Budget from which on the default number of candidates is four times as many, up to that without any [tokens]."""
 FINELY = 2.0
 """Losses up to this have two decimals in the record of the experiments [%]."""
 
@@ -83,7 +100,8 @@ class Column(NamedTuple):
 
 def kept_runs() -> dict[str, Results]:
     """The runs whose answers are committed."""
-    return {run.name: read_results(RESULTS / run.name) for run in CHOICE_RUNS if (RESULTS / run.name).is_dir()}
+    every = (*CHOICE_RUNS, *DEFAULT_RUNS)
+    return {run.name: read_results(RESULTS / run.name) for run in every if (RESULTS / run.name).is_dir()}
 
 
 def columns(runs: dict[str, Results], cells_of: Callable[[Results], Sequence[Any]]) -> list[Column]:
@@ -98,12 +116,17 @@ def columns(runs: dict[str, Results], cells_of: Callable[[Results], Sequence[Any
                 continue
             task = getattr(cell, "task", "")
             place = (models.index(run.model), -run.length, task, cell.token_budget)
-            found.setdefault(place, {"full": full[task]})[cell.method] = cell
+            found.setdefault(place, {"full": full[task]})[way_of(cell)] = cell
     named = {
         f"{SHORT[models[model]]} {tokens(-length)}, {budget:,}{f': {TASKS[task]}' if task else ''}": cells
         for (model, length, task, budget), cells in sorted(found.items(), key=lambda item: item[0])
     }
     return [Column(name, cells) for name, cells in named.items()]
+
+
+def way_of(cell: Any) -> str:
+    """The way to choose of a cell: from `FEWEST_OF_4` tokens on four times the budget are the candidates by default."""
+    return SKETCH if cell.method == SKETCH_4 and cell.token_budget >= FEWEST_OF_4 else str(cell.method)
 
 
 def by_way(title: str, cases: list[Column], ways: Sequence[str], show: Callable[[Any], str]) -> str:
@@ -136,7 +159,7 @@ def kept_table() -> str:
     """What is kept of the keys of a page and KV head, and read of it to choose [bytes]."""
     vectors = 2 * KEPT_DIM * KEPT_BYTES
     sketch = SketchLayout.of(KEPT_PAGE, KEPT_DIM)
-    factor = QuestConfig(metadata="sketch", selection_unit="token").candidate_factor
+    factor = QuestConfig(512, metadata="sketch", selection_unit="token").candidate_factor
     rows = [
         ["bounds", "largest and smallest key of each channel", vectors, "a page"],
         ["moments", "mean and standard deviation of each channel", vectors, "a page"],
@@ -147,7 +170,7 @@ def kept_table() -> str:
     said = (
         f"One KV head of {KEPT_DIM} channels, pages of {KEPT_PAGE} tokens, and a cache in 16 bits, whose keys and "
         f"values take {vectors} bytes a token.\n"
-        "All of it is read to rank. With sketches the keys of the candidates are read too, "
+        "All of it is read to rank. Where keys rank candidates, those are read too, "
         f"{vectors // 2} bytes each:\n{factor} times as many as the budget has tokens."
     )
     return f"{as_markdown(head, shown)}\n\n{said}"
@@ -163,6 +186,35 @@ def needle_tables(runs: dict[str, Results]) -> dict[str, str]:
     """Facts found, where some were asked for."""
     cases = columns(runs, lambda found: found.accuracy)
     return {"needles": by_way("right answers [%]", cases, tuple(LABELS), right)} if cases else {}
+
+
+def default_table(runs: dict[str, Results]) -> dict[str, str]:
+    """What ways to choose lose and take at the budgets that they have by default."""
+    texts, needles = DEFAULT_TEXTS.items(), DEFAULT_NEEDLES.items()
+    record = sketch_run()
+    if record is None or not {*DEFAULT_TEXTS.values(), *(run for run, _ in DEFAULT_NEEDLES.values())} <= set(runs):
+        return {}
+    timed = load(record)
+    row = next(row for row in timed if "choices_us" in row)
+
+    def cell_of(cells: Sequence[Any], way: str, budget: int | None, task: str = "") -> Any:
+        """The cell of a way, None where it was not asked."""
+        found = (cell for cell in cells if (cell.method, cell.token_budget) == (way, budget))
+        return next((cell for cell in found if getattr(cell, "task", "") == task), None)
+
+    rows = []
+    for way, budget in DEFAULTS:
+        cells = [cell_of(runs[run].continuation, way, budget) for _, run in texts]
+        losses = ["" if cell is None else more(cell) for cell in cells]
+        cells = [cell_of(runs[run].accuracy, way, budget, task) for _, (run, task) in needles]
+        scores = ["" if cell is None else right(cell) for cell in cells]
+        if budget is None:
+            rows.append([LABELS[way], "", *("" for _ in losses), *scores])
+            continue
+        time = row["choices_us"][BY_BUDGET[way]][str(budget)]["p50"]
+        rows.append([f"{LABELS[way]}, {budget:,}", f"{time:.1f}", *losses, *scores])
+    head = ("way, tokens", "us of a step, 1 x 32/8 x 32K", *DEFAULT_TEXTS, *DEFAULT_NEEDLES)
+    return {"defaults": as_markdown(head, rows)}
 
 
 class Point(NamedTuple):
@@ -191,7 +243,7 @@ def points(runs: dict[str, Results]) -> dict[str, list[Point]]:
     found: dict[str, list[Point]] = {}
     rate = fastest_read(rows)
     for way in BY_BUDGET:
-        for cell in sorted((cell for cell in cells if cell.method == way), key=lambda cell: cell.token_budget):
+        for cell in sorted((cell for cell in cells if way_of(cell) == way), key=lambda cell: cell.token_budget):
             found.setdefault(way, []).append(Point(cell.token_budget, cell, time_of(row, rate, way, cell.token_budget)))
     return found
 
@@ -275,6 +327,7 @@ def tables() -> dict[str, str]:
     """All tables of the page by name, in order; those that can be made."""
     runs = kept_runs()
     made = {"kept": kept_table(), **picture(), **time_table(runs), **text_tables(runs), **needle_tables(runs)}
+    made |= default_table(runs)
     origins = {"origin": "\n\n".join(origin(results) for results in runs.values())} if runs else {}
     return {**made, **tried_tables(), **origins}
 

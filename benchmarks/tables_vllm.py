@@ -51,6 +51,29 @@ def latency_table(rows: Rows) -> str:
     return as_markdown(("context, sequences", "stock", *called, "tokens/s, stock", *called), cells)
 
 
+def bounds_table(rows: Rows) -> str:
+    """Milliseconds and tokens a second by bounds and by estimates alone, which run without stock beside them."""
+    of_case: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        of_case.setdefault(case(row), {})[row["arm"]] = row
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    base = arms[0]
+    cells = []
+    for name, found in of_case.items():
+        times = [f"{found[arm]['ms_between_tokens']['p50']:.2f}" for arm in arms]
+        ratios = [times_of(found[base]) / times_of(found[arm]) for arm in arms[1:]]
+        rates = [f"{found[arm]['tokens_per_second']:,.0f}" for arm in arms]
+        cells.append([name, *times, *(f"{ratio:.3f}x" for ratio in ratios), *rates])
+    called = headings(arms)
+    head = ("context, sequences", *called, *("to bounds" for _ in arms[1:]), *(f"tokens/s, {name}" for name in called))
+    return as_markdown(head, cells)
+
+
+def times_of(row: dict[str, Any]) -> float:
+    """Milliseconds between two tokens."""
+    return float(row["ms_between_tokens"]["p50"])
+
+
 def stock_table(rows: Rows) -> str:
     """Microseconds of stock attention by sequences, as vLLM calls it inside of graphs, and its rate of reading."""
     most = max(row["splits"] for row in rows)
@@ -65,7 +88,7 @@ def tables() -> list[str]:
     newest = ("_sketch", "_fp8_weights", "_fp8_kv", "_tp2", "_gpt_oss", "_qwen3_next", "_lossless")
     before = ("", "_fp8_bounds", "_cpu")
     main, *others = (latency_table(load(f"serve_vllm{name}.json")) for name in (*newest, *before))
-    return [main, stock_table(load("stock_gpu.json")), *others]
+    return [main, bounds_table(load("serve_vllm_estimates.json")), stock_table(load("stock_gpu.json")), *others]
 
 
 if __name__ == "__main__":

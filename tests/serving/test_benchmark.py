@@ -28,14 +28,16 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_all_arms_are_timed_and_what_does_not_fit_is_said(tmp_path: Path) -> None:
     output = tmp_path / "served.json"
-    done = run(*TINY, "--sketch", "64", "--batches", "1,1000000", "--repeats", "2", "--output", str(output))
+    arms = ("--sketch", "64", "--estimates", "96")
+    done = run(*TINY, *arms, "--batches", "1,1000000", "--repeats", "2", "--output", str(output))
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads(output.read_text(encoding="utf-8"))
-    assert [row["arm"] for row in record["rows"]] == ["stock", "quest-128", "sketch-64"]
-    for row, budget in zip(record["rows"][1:], (128, 64), strict=True):
+    assert [row["arm"] for row in record["rows"]] == ["stock", "quest-128", "sketch-64", "estimates-96"]
+    for row, budget in zip(record["rows"][1:], (128, 64, 96), strict=True):
         (counters,) = row["counters"]
         assert counters["sparse_rows"] == 2 * 7  # the first token comes with the prompt
         assert counters["tokens_read"] == budget * 2 * 7
+    assert record["settings"]["arms"]["estimates-96"]["candidate_factor"] == 0
     pools = [record["settings"]["engines"][arm]["pool_tokens"] for arm in ("sketch-64", "quest-128", "stock")]
     assert pools == sorted(pools)  # so that what the first holds fits the others
     for engine in record["settings"]["engines"].values():

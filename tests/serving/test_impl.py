@@ -206,6 +206,6 @@ def test_checks_by_sketches_that_a_gpu_has_no_memory_for_are_refused(monkeypatch
     check_estimates(server, 8, config, torch.device("cuda"))  # whose 64 heads choose without estimates in memory
     alone = QuestConfig(512, metadata="sketch", selection_unit="token", candidate_factor=0)
     check_estimates(server, 8, alone, torch.device("cuda"))
-    alone = replace(alone, token_budget=192)  # of so many positions too few for a sample to say which pass
+    alone = replace(alone, token_budget=128)  # of so many positions too few for a sample to say which pass
     with pytest.raises(QuestValueError, match=r"8 tokens over 131072 positions take 68.7 GB by sketches"):
         check_estimates(server, 8, alone, torch.device("cuda"))
