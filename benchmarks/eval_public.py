@@ -115,16 +115,11 @@ RUNS = (
 _TEXT, _NEEDLES = ("continuation",), ("needle_of_30",)
 _ALL = choosing(*CHOICES)
 _FIVE = choosing(BOUNDS, MOMENTS, SKETCH, ESTIMATES, EXACT_TOKENS)
+_FIVE_OF_4 = choosing(BOUNDS, MOMENTS, SKETCH_4, ESTIMATES, EXACT_TOKENS)
 _SIX = choosing(BOUNDS, MOMENTS, SKETCH, SKETCH_4, ESTIMATES, EXACT_TOKENS)
 CHOICE_RUNS = (
     Run("choice_qwen_31k_needles", "qwen", 31 * 1024, (Ask(_NEEDLES, _FIVE, (1024,), 96),), workers=6),
-    Run(
-        "choice_qwen_31k_text",
-        "qwen",
-        31 * 1024,
-        (Ask(_TEXT, _FIVE, (512, 1024), 12), Ask(_TEXT, _FIVE.replace(SKETCH, SKETCH_4, 1), (2048,), 12)),
-        workers=4,
-    ),
+    Run("choice_qwen_31k_text", "qwen", 31 * 1024, (Ask(_TEXT, _FIVE_OF_4, (512, 1024, 2048), 12),), workers=4),
     Run(
         "choice_qwen_8k_needles",
         "qwen",

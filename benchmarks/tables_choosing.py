@@ -199,7 +199,7 @@ def default_table(runs: dict[str, Results]) -> dict[str, str]:
 
     def cell_of(cells: Sequence[Any], way: str, budget: int | None, task: str = "") -> Any:
         """The cell of a way, None where it was not asked."""
-        found = (cell for cell in cells if (cell.method, cell.token_budget) == (way, budget))
+        found = (cell for cell in cells if cell.token_budget == budget and way_of(cell) == way)
         return next((cell for cell in found if getattr(cell, "task", "") == task), None)
 
     rows = []
@@ -215,6 +215,26 @@ def default_table(runs: dict[str, Results]) -> dict[str, str]:
         rows.append([f"{LABELS[way]}, {budget:,}", f"{time:.1f}", *losses, *scores])
     head = ("way, tokens", "us of a step, 1 x 32/8 x 32K", *DEFAULT_TEXTS, *DEFAULT_NEEDLES)
     return {"defaults": as_markdown(head, rows)}
+
+
+def bundled_table(runs: dict[str, Results]) -> dict[str, str]:
+    """Facts that the bundled model finds by candidates and by estimates alone, by budget."""
+    names = ("choice_bundled_4k_needles", "default_bundled_4k_needles")
+    if not set(names) <= set(runs):
+        return {}
+    cells = {
+        (cell.method, cell.token_budget): cell
+        for name in names
+        for cell in runs[name].accuracy
+        if cell.method in (SKETCH, ESTIMATES)
+    }
+    budgets = sorted({budget for _, budget in cells})
+    head = ("bundled model 4K, needles, right answers [%]", *(f"{budget:,}" for budget in budgets))
+    rows = [
+        [LABELS[way], *(right(cells[way, budget]) if (way, budget) in cells else "" for budget in budgets)]
+        for way in (SKETCH, ESTIMATES)
+    ]
+    return {"bundled": as_markdown(head, rows)}
 
 
 class Point(NamedTuple):
@@ -327,7 +347,7 @@ def tables() -> dict[str, str]:
     """All tables of the page by name, in order; those that can be made."""
     runs = kept_runs()
     made = {"kept": kept_table(), **picture(), **time_table(runs), **text_tables(runs), **needle_tables(runs)}
-    made |= default_table(runs)
+    made |= {**default_table(runs), **bundled_table(runs)}
     origins = {"origin": "\n\n".join(origin(results) for results in runs.values())} if runs else {}
     return {**made, **tried_tables(), **origins}
 

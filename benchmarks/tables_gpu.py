@@ -21,7 +21,8 @@ SKETCH_INTRO = """\
 **Sketches that choose single tokens**, beside bounds and dense attention in the same run, microseconds (median). Each
 form has its floor, the time that reading its bytes takes at the highest rate of a dense read of the run: of sketches
 those of all pages, the keys of the candidates, and the values of what is selected ([choosing.md](choosing.md)
-explains the form). The last columns are sketches whose estimates alone choose, with the budget of the row's bounds."""
+explains the form). In the columns of 512 and 2,048 the keys of candidates rank them. In the last ones estimates alone
+choose, with the budget of the row's bounds."""
 """Stands above the table of sketches, where there is one."""
 LAUNCHES_INTRO = """\
 **Launch by launch**, each alone, without its early start, microseconds (median). In a step the end of one overlaps the

@@ -414,7 +414,7 @@ def test_ways_to_choose_are_of_both_tables_and_of_the_picture(tmp_path: Path, mo
     found = choosing.points(runs)
     assert [[point.token_budget for point in some] for some in found.values()] == [[512, 1024, 2048]] * 5
     assert {point.time for point in found[ask.EXACT_TOKENS]} == {20.0}  # half of the bytes of 40 us
-    assert "| sketches, tokens | 10.0 | 10.0 | 10.0 |" in choosing.time_table(runs)["times"]
+    assert "| sketches, tokens, keys rank candidates | 10.0 | 10.0 | 10.0 |" in choosing.time_table(runs)["times"]
     text = choosing.text_tables(runs)["text"].splitlines()
     heads = " | ".join(f"Qwen 31K, {budget}" for budget in ("512", "1,024", "2,048"))
     assert text[0] == f"| perplexity above full attention's [%] | {heads} |"

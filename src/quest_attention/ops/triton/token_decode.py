@@ -9,7 +9,9 @@
 
 Where estimates alone choose (`candidate_factor=0`) one launch comes after `scan` in place of three:
 
-    passing     attend to all that reach the threshold; the last program of a row merges
+    passing     list all that reach the threshold, and attend to it; the last program of a row merges
+
+Beside a pool of hot tokens, and with several query tokens, it lists alone, and who attends comes after it.
 
 With a mask a seventh comes before these (`masks`): which tokens are live, and where the forced pages end.
 
