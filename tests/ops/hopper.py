@@ -1,6 +1,7 @@
 """Compile every kernel for a Hopper GPU, without one: the interpreter takes things that the compiler does not.
 
-    python tests/ops/hopper.py
+    python tests/ops/hopper.py few
+    python tests/ops/hopper.py all
 
 Run in a process of its own, since the interpreter and the compiler exclude each other. Prints a line for each kernel.
 """
@@ -217,8 +218,44 @@ def run_hot_units(dtype: torch.dtype, group: int, dim: int, *, host: bool, is_qu
         backend.sparse_decode_attention(near, Selection(units, units[:, :, 0], config.unit_size))
 
 
-def main() -> None:
-    """Compile what differs in kind: dtypes, heads, caches, forms of metadata, lengths on host and device, sections."""
+def compile_few() -> None:
+    """Every kernel, and of what differs in kind what differs most: see `compile_more`."""
+    run_all(torch.bfloat16, 1, narrow=False, host=False, pages=256, budget=512)
+    run_all(torch.bfloat16, 4, narrow=True, host=True, pages=9000, budget=512, is_quantised=True)
+    run_query_tokens(torch.bfloat16, 5, 4, 128)
+    run_sketches(torch.bfloat16, 4, 128)
+    run_tokens(torch.bfloat16, 4, 128, scans=True, host=False, softcap=50.0)
+    run_tokens(torch.bfloat16, 8, 64, scans=True, host=False, ranks_by_keys=False, masked=True)
+    run_tokens(torch.float16, 1, 80, scans=False, host=True, is_quantised=True, ranks_by_keys=False)
+    run_hot_units(torch.bfloat16, 4, 128, host=False)
+    query, key = (torch.empty(2, heads, 96, 64, dtype=torch.bfloat16) for heads in (4, 2))
+    received.received_attention(query, key, 0.1)
+
+
+def compile_more() -> None:
+    """What else differs: dtypes, heads, caches, forms of metadata, lengths on host and device, sections."""
+    run_all(torch.bfloat16, 4, narrow=True, host=True, pages=256, budget=512)
+    run_all(torch.float16, 1, narrow=True, host=True, pages=9000, budget=512)
+    run_all(torch.float32, 4, narrow=False, host=False, pages=9000, budget=512)
+    run_all(torch.bfloat16, 1, narrow=False, host=False, pages=256, budget=512, is_quantised=True, moments=True)
+    run_all(torch.bfloat16, 4, narrow=False, host=False, pages=256, budget=512, moments=True)
+    run_query_tokens(torch.bfloat16, 16, 8, 128, is_quantised=True)
+    run_query_tokens(torch.float16, 3, 1, 80, host=True)
+    run_sketches(torch.float16, 1, 80, is_quantised=True)
+    run_tokens(torch.bfloat16, 7, 64, scans=True, host=True)
+    run_tokens(torch.bfloat16, 8, 256, scans=True, host=False, masked=True)
+    run_tokens(torch.float16, 1, 80, scans=False, host=False, is_quantised=True)
+    run_tokens(torch.bfloat16, 64, 256, scans=False, host=False)
+    run_tokens(torch.bfloat16, 4, 128, scans=True, host=False, ranks_by_keys=False)
+    run_tokens(torch.bfloat16, 2, 64, scans=False, host=True, softcap=50.0, masked=True)
+    run_hot_units(torch.float16, 1, 80, host=True)
+    run_hot_units(torch.bfloat16, 4, 128, host=False, is_quantised=True)
+    query, key = (torch.empty(2, heads, 96, 256, dtype=torch.bfloat16) for heads in (4, 2))
+    received.received_attention(query, key, 0.1)
+
+
+def main(which: str) -> None:
+    """Compile `few` or `all`."""
     driver.set_active(NoGpu())
     # As vLLM sets one: whoever does has Triton write the constants of a kernel as JSON, which holds no function.
     triton.knobs.runtime.jit_post_compile_hook = lambda **_: None
@@ -226,36 +263,12 @@ def main() -> None:
         attention, counts, decode, fetch, masks, metadata, query_tokens, scores, choice, received, sketch, token_decode
     ):  # fmt: skip
         module.launch = compile_only  # type: ignore[attr-defined]
-    run_all(torch.bfloat16, 1, narrow=False, host=False, pages=256, budget=512)
-    run_all(torch.bfloat16, 4, narrow=True, host=True, pages=256, budget=512)
-    run_all(torch.float16, 1, narrow=True, host=True, pages=9000, budget=512)
-    run_all(torch.float32, 4, narrow=False, host=False, pages=9000, budget=512)
-    run_all(torch.bfloat16, 1, narrow=False, host=False, pages=256, budget=512, is_quantised=True, moments=True)
-    run_all(torch.bfloat16, 4, narrow=True, host=True, pages=9000, budget=512, is_quantised=True)
-    run_all(torch.bfloat16, 4, narrow=False, host=False, pages=256, budget=512, moments=True)
-    run_query_tokens(torch.bfloat16, 5, 4, 128)
-    run_query_tokens(torch.bfloat16, 16, 8, 128, is_quantised=True)
-    run_query_tokens(torch.float16, 3, 1, 80, host=True)
-    run_sketches(torch.bfloat16, 4, 128)
-    run_sketches(torch.float16, 1, 80, is_quantised=True)
-    run_tokens(torch.bfloat16, 7, 64, scans=True, host=True)
-    run_tokens(torch.bfloat16, 4, 128, scans=True, host=False, softcap=50.0)
-    run_tokens(torch.bfloat16, 8, 256, scans=True, host=False, masked=True)
-    run_tokens(torch.float16, 1, 80, scans=False, host=False, is_quantised=True)
-    run_tokens(torch.bfloat16, 64, 256, scans=False, host=False)
-    run_tokens(torch.bfloat16, 4, 128, scans=True, host=False, ranks_by_keys=False)
-    run_tokens(torch.bfloat16, 8, 64, scans=True, host=False, ranks_by_keys=False, masked=True)
-    run_tokens(torch.float16, 1, 80, scans=False, host=True, is_quantised=True, ranks_by_keys=False)
-    run_tokens(torch.bfloat16, 2, 64, scans=False, host=True, softcap=50.0, masked=True)
-    run_hot_units(torch.bfloat16, 4, 128, host=False)
-    run_hot_units(torch.float16, 1, 80, host=True)
-    run_hot_units(torch.bfloat16, 4, 128, host=False, is_quantised=True)
-    for dim in (64, 256):
-        query, key = (torch.empty(2, heads, 96, dim, dtype=torch.bfloat16) for heads in (4, 2))
-        received.received_attention(query, key, 0.1)
+    compile_few()
+    if which == "all":
+        compile_more()
 
 
 if __name__ == "__main__":
     if triton.knobs.runtime.interpret:
         sys.exit("unset TRITON_INTERPRET: the interpreter does not compile")
-    main()
+    main(sys.argv[1])

@@ -390,12 +390,17 @@ def test_metadata_in_pieces_equals_metadata_at_once() -> None:
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the assembler that Triton brings along is for x86-64")
 @pytest.mark.timeout(900)  # a few minutes, on a machine that is busy more than most tests may take
-def test_every_kernel_compiles_for_a_hopper_gpu() -> None:
+@pytest.mark.parametrize("which", ["few", pytest.param("all", marks=pytest.mark.thorough)])
+def test_every_kernel_compiles_for_a_hopper_gpu(which: str) -> None:
     """The interpreter takes what the compiler refuses: a variable that changes its type in a loop, for one."""
     script = Path(__file__).with_name("hopper.py")
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(script)], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-W", "error", str(script), which],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     compiled = {line.split()[0] for line in done.stdout.splitlines()}

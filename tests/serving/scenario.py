@@ -585,7 +585,7 @@ def sparse_verification(oracle: dict[str, Any] = ORACLE, **kept: Any) -> dict[st
     """Rows that check drafts choose: of different numbers of tokens, beside decode rows and prompts in chunks."""
     options = {"speculative_config": FROM_PROMPT, "max_num_batched_tokens": 192, **oracle}
     llm = make_llm({"token_budget": BUDGET, **VERIFY, **kept}, **options)
-    return checked(llm, [repetitive(3, 400) + prompts(1, 40), repetitive(2, 400)], tokens=24)
+    return checked(llm, [repetitive(3, 400) + prompts(1, 40), repetitive(2, 400)], tokens=16)
 
 
 def sparse_verification_of_sketches() -> dict[str, Any]:
@@ -600,7 +600,7 @@ def sparse_verification_in_the_adapter_of_a_gpu(**kept: Any) -> dict[str, Any]:
     plugin._BACKENDS["cpu"] = "gpu_on_cpu.SimulatedBackend"
     options = {"speculative_config": FROM_PROMPT, "max_num_batched_tokens": 192, "dtype": "bfloat16", "block_size": 16}
     llm = make_llm({"token_budget": BUDGET, **VERIFY, **kept}, **options, **SIMULATED_ORACLE)
-    found = checked(llm, [repetitive(3, 400) + prompts(1, 40)], tokens=24)
+    found = checked(llm, [repetitive(3, 400) + prompts(1, 40)], tokens=16)
     return {**found, "planned": llm.collective_rpc("plan_a_capture", args=(1 + FROM_PROMPT["num_speculative_tokens"],))}
 
 

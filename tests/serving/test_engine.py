@@ -207,7 +207,7 @@ SPARSE_VERIFICATION = (
     thorough("sparse_verification_in_the_adapter_of_a_gpu"),
     "sparse_verification_of_sketches_in_the_adapter_of_a_gpu",
     thorough("sparse_verification_in_8_bits"),
-    "sparse_verification_of_sketches_in_8_bits",
+    thorough("sparse_verification_of_sketches_in_8_bits"),
 )
 
 
