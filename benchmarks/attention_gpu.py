@@ -37,6 +37,7 @@ from quest_attention.bench.gpu import check_gpu
 from quest_attention.bench.record import write_record
 from quest_attention.bench.steps import check_kernels, launch_times, quest_steps
 from quest_attention.bench.timing import percentiles, time_graph
+from quest_attention.config import enough_candidates
 from quest_attention.forms import SketchLayout
 from quest_attention.pages import PagedKV
 
@@ -46,10 +47,6 @@ MOST_BYTES = 6 << 30
 """K and V of all layers together, beyond what a layer of the shortest rotation needs."""
 SKETCH_BUDGETS = (512, 2048)
 """Of sketches in every row [tokens]."""
-CANDIDATE_FACTOR = 4
-"""Times the budget that is ranked by keys, where no others are asked for,"""
-LEAST_CANDIDATES = 2048
-"""and how many those are at least [tokens]."""
 CHOICE_BUDGETS = (256, 512, 1024, 2048)
 """Of the row that is timed with every form [tokens]."""
 BREAK_EVEN_LENGTHS = (3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
@@ -144,9 +141,8 @@ def config_of(metadata: str, token_budget: int, **others: str | int) -> QuestCon
     """
     options: dict[str, str | int] = {"page_size": PAGE_SIZE, "metadata": metadata, "selection_unit": "page"}
     if metadata == "sketch":
-        options |= {"selection_unit": "token", "candidate_factor": CANDIDATE_FACTOR}
-        if token_budget * CANDIDATE_FACTOR < LEAST_CANDIDATES:
-            del options["candidate_factor"]  # there are as many by default
+        factor = enough_candidates(metadata, token_budget)
+        options |= {"selection_unit": "token", "candidate_factor": factor}
     options |= others
     return QuestConfig.from_dict({"token_budget": token_budget, **options})
 

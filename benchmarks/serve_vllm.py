@@ -2,7 +2,7 @@
 
     python benchmarks/serve_vllm.py --output benchmarks/results/serve_vllm.json
     python benchmarks/serve_vllm.py --bounds kv --sketch 512 --batches 1,4,16,most  # and single tokens by sketches
-    python benchmarks/serve_vllm.py --bounds kv --estimates 2048  # by estimates alone: without candidates
+    python benchmarks/serve_vllm.py --bounds kv --estimates 2048 --no-stock  # without candidates, and without stock
     python benchmarks/serve_vllm.py --bounds "" --sketch 512 --speculate 4 --accept 3 --drafts eagle,lossless
 
 An engine for each arm, in a process of its own. Its random weights are spread as those of a model are when training
@@ -42,6 +42,7 @@ from quest_attention.bench.shapes import SERVED_SHAPES, check_shape
 from quest_attention.bench.timing import percentiles
 from quest_attention.bench.weights import spread_weights
 from quest_attention.cli.app import integers, split_list
+from quest_attention.config import enough_candidates
 from quest_attention.errors import QuestValueError
 
 CONTEXTS = (8192, 32768, 131072)
@@ -226,6 +227,7 @@ def check_arguments(
     budget: int,
     device: str,
     estimates: str = "",
+    stock: bool = True,
     speculate: int = 0,
     accept: float = 0,
     drafts: tuple[str, ...] = (),
@@ -255,26 +257,34 @@ def check_arguments(
     if not kinds and not budgets and not alone:
         raise QuestValueError("bounds", bounds, "'kv', 'fp8' or both, or budgets for --sketch or --estimates")
     check_drafts(speculate, accept, drafts, device)
-    by_token = {"metadata": "sketch", "selection_unit": "token"}
-    # From 2,048 tokens on there would be no candidates by default.
-    ranked = {**by_token, "candidate_factor": 4}
-    arms = [
-        {"name": f"{SKETCH}-{tokens}", "budget": tokens, "quest": ranked if tokens >= 2048 else by_token}
-        for tokens in budgets
-    ]
-    without = {**by_token, "candidate_factor": 0}
-    arms += [{"name": f"{ESTIMATES}-{tokens}", "budget": tokens, "quest": without} for tokens in alone]
-    for kind in kinds:
-        name = f"{QUEST}-{budget}" + ("" if kind == "kv" else f"-{kind}")
-        arms.append({"name": name, "budget": budget, "quest": {"metadata": "bounds", "metadata_dtype": kind}})
-    for arm in arms:
-        QuestConfig.from_dict({"token_budget": arm["budget"], **arm["quest"]})
-    arms.append({"name": STOCK, "budget": 0, "quest": {}})
+    arms = arms_of_quest(kinds, budget, budgets, alone)
+    if stock:
+        arms.append({"name": STOCK, "budget": 0, "quest": {}})
     if speculate:
         arms = [other for arm in arms for other in with_drafts(arm, speculate, drafts, draft_dense_layers)]
         arms.sort(key=lambda arm: not arm["drafts"])  # what drafts leaves less of the cache
         arms.sort(key=lambda arm: arm["name"].split("-")[0] == STOCK)
     return numbers, names, [{"drafts": "", **arm} for arm in arms]
+
+
+def arms_of_quest(kinds: tuple[str, ...], budget: int, budgets: list[int], alone: list[int]) -> list[dict[str, Any]]:
+    """Arms by bounds of some dtypes, by sketches whose candidates' keys rank tokens, and by estimates alone.
+
+    Raises:
+        QuestValueError: A budget is too small for its form.
+    """
+    arms: list[dict[str, Any]] = []
+    for kind, some in ((SKETCH, budgets), (ESTIMATES, alone)):
+        for tokens in some:
+            factor = enough_candidates("sketch", tokens) if kind == SKETCH else 0
+            quest = {"metadata": "sketch", "selection_unit": "token", "candidate_factor": factor}
+            arms.append({"name": f"{kind}-{tokens}", "budget": tokens, "quest": quest})
+    for kind in kinds:
+        name = f"{QUEST}-{budget}" + ("" if kind == "kv" else f"-{kind}")
+        arms.append({"name": name, "budget": budget, "quest": {"metadata": "bounds", "metadata_dtype": kind}})
+    for arm in arms:
+        QuestConfig.from_dict({"token_budget": arm["budget"], **arm["quest"]})
+    return arms
 
 
 def check_drafts(speculate: int, accept: float, drafts: tuple[str, ...], device: str) -> None:
@@ -352,6 +362,7 @@ def main(
     estimates: Annotated[
         str, typer.Option(help="Arms that read them by estimates alone, without candidates: budgets, comma-separated.")
     ] = "",
+    stock: Annotated[bool, typer.Option(help="Run the arm without Quest too.")] = True,
     quantization: Annotated[str | None, typer.Option(help="Of weights, as vLLM names it: fp8.")] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help="Of keys and values, as vLLM names it: fp8.")] = "auto",
     additional_config: Annotated[
@@ -387,6 +398,7 @@ def main(
         budget,
         device,
         estimates,
+        stock,
         speculate,
         accept,
         split_list(drafts),
@@ -426,8 +438,9 @@ def main(
     table = Table("context", "batch", "arm", "ms between tokens", "tokens/s", "to stock")
     for row in compare(found):
         numbers = f"{row['ms_between_tokens']['p50']:.2f}", f"{row['tokens_per_second']:.0f}"
-        table.add_row(f"{row['context']}", f"{row['batch']}", row["arm"], *numbers, f"{row['ratio_to_stock']:.2f}x")
-    for one in found[STOCK]["left_out"]:
+        ratio = "" if row["ratio_to_stock"] is None else f"{row['ratio_to_stock']:.2f}x"
+        table.add_row(f"{row['context']}", f"{row['batch']}", row["arm"], *numbers, ratio)
+    for one in found[arms[-1]["name"]]["left_out"]:
         table.add_row(f"{one['context']}", f"{one['batch']}", "left out", f"the cache holds {one['most']}")
     Console(width=100).print(table)
 

@@ -32,7 +32,7 @@ from tables_accuracy import as_markdown, origin, tokens
 from tables_gpu import fastest_read, load, sketch_run
 from tables_gpu import origin as place
 
-from quest_attention.config import QuestConfig
+from quest_attention.config import QuestConfig, enough_candidates
 from quest_attention.eval.report import Results, read_results
 from quest_attention.forms import SketchLayout
 
@@ -80,8 +80,8 @@ DEFAULT_NEEDLES = {
 """Columns of their table: runs, and of which task."""
 
 
-FEWEST_OF_4 = 512
-"""Budget from which on the default number of candidates is four times as many, up to that without any [tokens]."""
+OF_4 = 4
+"""Times the budget that are candidates where a way says so."""
 FINELY = 2.0
 """Losses up to this have two decimals in the record of the experiments [%]."""
 
@@ -125,8 +125,9 @@ def columns(runs: dict[str, Results], cells_of: Callable[[Results], Sequence[Any
 
 
 def way_of(cell: Any) -> str:
-    """The way to choose of a cell: from `FEWEST_OF_4` tokens on four times the budget are the candidates by default."""
-    return SKETCH if cell.method == SKETCH_4 and cell.token_budget >= FEWEST_OF_4 else str(cell.method)
+    """The way to choose of a cell: what asks for four times the budget is no other where that is the default."""
+    is_default = cell.method == SKETCH_4 and enough_candidates("sketch", cell.token_budget) == OF_4
+    return SKETCH if is_default else str(cell.method)
 
 
 def by_way(title: str, cases: list[Column], ways: Sequence[str], show: Callable[[Any], str]) -> str:

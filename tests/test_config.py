@@ -54,6 +54,7 @@ def test_what_metadata_wants_is_replaced_when_a_config_is_made(metadata: Metadat
         ({"metadata": "sketch", "selection_unit": "token", "token_budget": 4096}, 4096, 0),
         ({"metadata": "sketch", "selection_unit": "token", "token_budget": 2047}, 2047, 4),
         ({"metadata": "sketch", "selection_unit": "token", "candidate_factor": 4}, 512, 4),
+        ({"metadata": "sketch", "selection_unit": "token", "group_reduction": "mass"}, 512, 4),
         ({"metadata": "sketch", "selection_unit": 4}, 512, 4),
         ({"metadata": "sketch", "selection_unit": 4, "token_budget": 4096}, 4096, 4),
         ({"metadata": "sketch", "selection_unit": "token", "token_budget": 100}, 100, 21),

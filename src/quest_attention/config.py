@@ -21,6 +21,7 @@ __all__ = [
     "check_coefficient",
     "check_integer",
     "check_unit_size",
+    "enough_candidates",
     "refuse_auto",
 ]
 
@@ -74,7 +75,8 @@ class _Wants(NamedTuple):
         sink_pages: First pages that it wants read always.
         budget: Tokens that a step may read, where units are pages and where they are less [tokens].
         candidates: Tokens whose exact keys it wants to rank at least, however small the budget is [tokens].
-        alone: Tokens that a step may read from which on scores alone choose single ones, None for never [tokens].
+        alone: The least budget with which scores alone choose single tokens; None where keys always rank them
+            [tokens].
     """
 
     scores_tokens: bool
@@ -150,9 +152,10 @@ class QuestConfig:
             budget. Sketch estimates the logit of every token, and its candidates are units; 0 ranks by the estimates
             alone, and on a GPU single tokens are then as many as a sample of estimates lets pass: about four fifths of
             the budget, never more than it. Bounds and moments score pages, and where less than a page is selected, as
-            many pages are the candidates. None is what the metadata wants: 4, by sketch as much as makes 2,048
-            candidates where the budget is less than 512, and 0, the only one allowed, for whole pages by bounds or
-            moments; it is replaced as for `num_sink_pages`.
+            many pages are the candidates. None is what the metadata wants: 0 for single tokens by sketch where the
+            budget is at least 2,048 and heads agree by max; else 4, by sketch as much as makes 2,048 candidates where
+            the budget is less than 512; and 0, the only one allowed, for whole pages by bounds or moments. It is
+            replaced as for `num_sink_pages`.
 
     Raises:
         QuestValueError: A value is out of range, or the budget cannot hold the pages that are always read.
@@ -274,7 +277,8 @@ class QuestConfig:
         wants, metadata = _WANTS[self.metadata], self.metadata
         self._want("selection_unit", _WantedName("page"))
         is_part = self.unit_size < self.page_size
-        least = wants.alone if self.selection_unit == "token" and not self.candidate_factor else None
+        may_choose_alone = self.selection_unit == "token" and self.group_reduction in (None, "max")
+        least = wants.alone if may_choose_alone and not self.candidate_factor else None
         self._want(_BUDGET, _WantedInteger(wants.budget[is_part] if least is None else least))
         ranks_tokens = wants.scores_tokens or is_part
         reductions = _OF_TOKENS if ranks_tokens else _OF_PAGES
@@ -284,9 +288,9 @@ class QuestConfig:
             what = metadata if wants.scores_tokens else f"{'tokens' if ranks_tokens else 'pages'} by {metadata}"
             raise QuestValueError("group_reduction", reduction, f"{' or '.join(reductions)} for {what}")
 
-        enough = max(_CANDIDATES, -(-wants.candidates // self.token_budget))
         are_ranked = ranks_tokens and (least is None or self.token_budget < least)
-        self._want("candidate_factor", _WantedInteger(enough if are_ranked else 0))
+        enough = enough_candidates(metadata, self.token_budget) if are_ranked else 0
+        self._want("candidate_factor", _WantedInteger(enough))
         factor = self.candidate_factor
         if factor and not ranks_tokens:
             raise QuestValueError("candidate_factor", factor, f"0 for whole pages by {metadata}: they are ranked once")
@@ -524,6 +528,15 @@ def as_given(value: _Option) -> _Option:
         if isinstance(value, mark):
             return cast("_Option", plain(value))
     return value
+
+
+def enough_candidates(metadata: Metadata, token_budget: int) -> int:
+    """Times a budget that is ranked by keys where keys rank tokens and nobody says how many.
+
+    >>> [enough_candidates("sketch", tokens) for tokens in (128, 512, 4096)]
+    [16, 4, 4]
+    """
+    return max(_CANDIDATES, -(-_WANTS[metadata].candidates // token_budget))
 
 
 def check_integer(name: str, value: object, minimum: int) -> None:

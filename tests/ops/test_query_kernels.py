@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -33,6 +35,24 @@ def test_kernels_that_choose_single_tokens_choose_for_all_query_tokens(group: in
     assert_choice(Step(query=tokens.folded(), kv=cache.kv, config=tokens.config(config), **given), selected)
     expected = causal(cache, query, lens.tolist(), as_lists(selected.units), 1)
     torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=2e-6)
+
+
+@interpreted
+@pytest.mark.parametrize("pages", [384, 500, 900, 2000])
+def test_a_workspace_fits_whatever_pages_query_tokens_force(pages: int) -> None:
+    """Whether a sample says enough of a table, and which, does not depend on how many tokens ask."""
+    cache = make_cache([300], page_size=16, dim=64, form=Sketch(16))
+    update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens, backend="reference")
+    table = torch.zeros(1, pages, dtype=torch.int32)
+    table[:, : cache.kv.max_pages] = cache.kv.page_table
+    kv = replace(cache.kv, page_table=table)
+    config = QuestConfig(
+        64, 16, metadata="sketch", selection_unit="token", candidate_factor=0, backend=available("triton")
+    )
+    query = queries(cache, 3, 2)
+    workspace = make_workspace(kv, 3 * query.shape[2], config)
+    step = quest_decode(query, kv, cache.seq_lens, config, workspace=workspace)
+    assert int(step.selected.counts.max()) <= 64
 
 
 @interpreted

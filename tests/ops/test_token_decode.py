@@ -102,16 +102,17 @@ def test_what_passes_and_has_no_room() -> None:
     assert done[1].units[0, 0].tolist() == [*range(16), *range(1500 - 80, 1500)]
 
 
-def test_a_table_of_which_a_sample_says_too_little() -> None:
+def test_a_table_of_which_a_sample_says_too_little(monkeypatch: pytest.MonkeyPatch) -> None:
     """A larger sample, and where that is too small as well single verbs, which read all of the budget."""
     cache = make_cache([1500], heads=1, dim=16, page_size=16, form=Sketch(16))
     update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens, backend="torch")
     sampled = []
-    for pages in (20_000, 40_000, 80_000):
+    for pages in (26_000, 52_000, 53_000):
         table = cache.kv.page_table.new_zeros(1, pages)
         plan = token_workspace.plan_of(replace(cache.kv, page_table=table), 2, config_of(1024, candidate_factor=0))
         sampled.append(plan and plan.sampled)
     assert sampled == [4096, 8192, None]
+    monkeypatch.setattr(token_workspace, "_SAMPLED_TO_READ", (16,))
     config = config_of(32, candidate_factor=0)
     assert token_workspace.plan_of(cache.kv, 2, config) is None
     found = quest_decode(query_for(cache, 2), cache.kv, cache.seq_lens, config)
@@ -265,6 +266,16 @@ def test_masks_of_other_pages_and_widths(page_size: int, width: int) -> None:
         assert_chosen(cache, query_for(cache, 2), config, token_mask=mask)
 
 
+@pytest.mark.parametrize("name", ["left padding", "holes", "padding on both sides"])
+def test_masked_lists_of_many_words(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One program lists what passes of a row, and does not look at all of its words at once."""
+    monkeypatch.setattr(token_workspace, "_MOST_WORDS", 16)
+    monkeypatch.setattr(token_workspace, "_MOST_ATTENDING", 1)
+    cache = masked_cache([413, 60, 430], mask := masks_of(430)[name])
+    shares = assert_chosen(cache, query_for(cache, 2), config_of(80, candidate_factor=0), token_mask=mask)
+    assert shares
+
+
 def test_a_masked_step_with_a_softcap_and_sinks() -> None:
     mask = torch.arange(700) >= torch.tensor([[135], [0]])
     cache = masked_cache([700, 433], mask, dtype=torch.bfloat16)
@@ -355,7 +366,7 @@ def test_a_softcap_hides_no_key_that_is_not_finite() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"group_reduction": "mass"}, {"candidate_factor": 0, "token_budget": 32}, {"selection_unit": 4}],
+    [{"group_reduction": "mass"}, {"selection_unit": 4}],
     ids=str,
 )
 def test_what_it_leaves_to_the_verbs(options: dict[str, Any]) -> None:

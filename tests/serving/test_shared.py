@@ -280,17 +280,25 @@ def test_budgets_that_a_request_may_not_ask_for(asked: Any, message: str) -> Non
         config_asked(48, options, 16, 48)
 
 
-def test_a_budget_that_a_request_asks_for_is_all_that_is_its_own() -> None:
+def test_a_small_budget_that_a_request_asks_for_is_as_a_servers() -> None:
     options = QuestOptions.from_mapping({"metadata": "sketch", "selection_unit": "token", "token_budget": 1024}, "cuda")
     assert config_asked("none", options, 16, 65536) is None
     own = config_asked(256, options, 16, 65536)
     expected = QuestOptions.from_mapping({**options.reading, "token_budget": 256}, "cuda").config(16)
-    assert own == expected and own.candidate_budget == 2048, "as a server with such a budget has it"
+    assert own == expected and own.candidate_budget == 2048
+
+
+@pytest.mark.parametrize(
+    "reading", [{}, {"token_budget": 1024}, {"token_budget": 4096}, {"candidate_factor": 0}], ids=str
+)
+def test_a_budget_that_a_request_asks_for_is_all_that_is_its_own(reading: dict[str, Any]) -> None:
+    options = QuestOptions.from_mapping({"metadata": "sketch", "selection_unit": "token", **reading}, "cuda")
     server = options.config(16)
-    for asked in range(32, 1025):
+    for asked in range(32, server.token_budget + 1):
         own = config_asked(asked, options, 16, 65536)
         assert own is not None and own.candidate_budget <= server.candidate_budget, "no more work than for the server's"
-        assert dataclasses.replace(own, token_budget=1024, candidate_factor=server.candidate_factor) == server
+        factor = server.candidate_factor
+        assert dataclasses.replace(own, token_budget=server.token_budget, candidate_factor=factor) == server
 
 
 def make_planner(

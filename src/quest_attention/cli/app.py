@@ -75,7 +75,8 @@ SelectionUnit = Annotated[
 CandidateFactor = Annotated[
     int | None,
     typer.Option(
-        help="Times the budget that is ranked once more, by keys; where tokens are ranked 4, or for 2,048 tokens.",
+        help="Times the budget that is ranked once more, by keys; 4 where tokens are ranked, or for 2,048 tokens; "
+        "0 for tokens by sketch from 2,048 on.",
         show_default=False,
     ),
 ]

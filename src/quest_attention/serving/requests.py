@@ -52,6 +52,7 @@ def config_asked(asked: Any, options: QuestOptions, page_size: int, max_length: 
         raise QuestValueError(ASKED, asked, f"{EVERYTHING!r} or {least_to_most}")
     config = options.config(page_size, token_budget=asked)
     if config.candidate_budget > server.candidate_budget:  # what a small budget wants, but no more work than others
-        factor = max(min(1, server.candidate_factor), server.candidate_budget // config.unit_budget)
+        least = 1 if server.candidate_factor else 0
+        factor = max(least, server.candidate_budget // config.unit_budget)
         config = options.config(page_size, token_budget=asked, candidate_factor=factor)
     return config

@@ -163,7 +163,8 @@ def check_estimates(vllm_config: Any, query_tokens: int, config: QuestConfig, de
     rows, model = vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config
     heads, length = model.get_num_attention_heads(vllm_config.parallel_config), model.max_model_len
     group = heads // model.get_num_kv_heads(vllm_config.parallel_config)
-    has_launches = config.selection_unit == "token" and (config.candidate_factor or passing_sample(config, length))
+    is_told = config.candidate_factor or passing_sample(config.token_budget, length)
+    has_launches = config.selection_unit == "token" and config.group_reduction == "max" and is_told
     if has_launches and group * query_tokens <= MOST_CHOOSING_HEADS:
         return
     size = rows * query_tokens * heads * length * _ESTIMATE_BYTES

@@ -1,4 +1,4 @@
-"""Kernels: one decode step of one layer over single tokens that sketches and their keys choose, in six launches.
+"""Kernels: one decode step of one layer over single tokens that sketches choose, in four launches or six.
 
     prepare     queries turned, and as bits; the log-sum-exp of each head from the keys of a sample of tokens
     sample      the ranks of some pages' tokens, by the signs of their sketches: `scan` where it fits, else `ranks`

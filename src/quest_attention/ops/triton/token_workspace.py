@@ -194,7 +194,8 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
         pick_parts = max(1, min(_MOST_PICKING, triton.cdiv(words, _LEAST_WORDS), triton.cdiv(2 * programs, rows)))
         splits = max(1, min(slots // _LEAST_TOKENS, max(_LEAST_SPLITS, triton.cdiv(programs // 2, rows))))
     else:
-        wanted, sampled = _wanted_to_pass(config), passing_sample(config, most)
+        wanted = max(1, int(_AIMED_AT * (config.token_budget - config.num_forced_pages * kv.page_size)))
+        sampled = passing_sample(config.token_budget, most)
         if not sampled:
             return None
         listed, pick_parts = 0, 0
@@ -228,20 +229,17 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
     )
 
 
-def passing_sample(config: QuestConfig, most: int) -> int:
+def passing_sample(token_budget: int, most: int) -> int:
     """Ranks that say which tokens of a table pass where estimates alone choose; 0 where no sample says enough of it.
 
+    Of forced pages it knows nothing, so that a workspace fits however many query tokens a step forces them for.
+
     Args:
-        config: How the table is read.
-        most: Tokens that it has room for.
+        token_budget: Tokens that may be read of a row.
+        most: Tokens that the table has room for.
     """
-    half = _wanted_to_pass(config) / 2  # as full as a sample may be
+    half = _AIMED_AT * token_budget / 2  # a sample may be half full
     return next((ranks for ranks in _SAMPLED_TO_READ if half * ranks >= _FEWEST_TO_READ * most), 0)
-
-
-def _wanted_to_pass(config: QuestConfig) -> int:
-    """Tokens that are to pass beside forced ones where what passes is read."""
-    return int(_AIMED_AT * (config.token_budget - config.num_forced_pages * config.page_size))
 
 
 _DTYPES = (
