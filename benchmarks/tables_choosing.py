@@ -314,7 +314,12 @@ def tried_tables() -> dict[str, str]:
         ]
         return as_markdown((record["settings"]["title"], "Qwen 31K, 1,024", "Gemma 31K, 256"), rows)
 
-    return {"tried": table("forms"), "tried-parts": table("parts"), "tried-sums": sums_table()}
+    return {
+        "tried": table("forms"),
+        "tried-parts": table("parts"),
+        "tried-sums": sums_table(),
+        "alone-sums": alone_sums_table(),
+    }
 
 
 def sums_table() -> str:
@@ -332,6 +337,23 @@ def sums_table() -> str:
             f"{row['candidates']}; {row['ranks']}" + (f" ({row['who']})" if row["who"] else ""),
             *("" if row[case] is None else f"{row[case]:+.1f}" for case in ("qwen_text", "gemma_text")),
             *("" if row[case] is None else f"{row[case]:.1f}" for case in ("qwen_needles", "bundled")),
+        ]
+        for row in record["rows"]
+    ]
+    return as_markdown(head, rows)
+
+
+def alone_sums_table() -> str:
+    """What estimates alone find by what is taken from each head's logits, in the experiments on that."""
+    record = json.loads((RESULTS.parent / "alone_sums.json").read_text(encoding="utf-8"))
+    budgets = (410, 819, 1640)
+    asked = (f"bundled 4K, {budget:,}: niah_multikey_2 [%]" for budget in budgets)
+    head = ("log-sum-exp of", *asked, "SmolLM2 4K, 410: perplexity [%]")
+    rows = [
+        [
+            row["sums"] + (f" ({row['who']})" if row["who"] else ""),
+            *("" if (found := row[f"bundled_{budget}"]) is None else f"{found:.1f}" for budget in budgets),
+            "" if row["smollm2_410"] is None else f"{row['smollm2_410']:+.1f}",
         ]
         for row in record["rows"]
     ]
