@@ -43,7 +43,11 @@ ESTIMATES = f"{SKETCH},candidate_factor=0"
 EXACT_PAGES = "oracle:metadata=bounds,selection_unit=page"
 EXACT_TOKENS = "token_oracle"
 CHOICES = (BOUNDS, MOMENTS, SKETCH, SKETCH_4, ESTIMATES, EXACT_PAGES, EXACT_TOKENS)
-"""Ways to choose what is read, named in full, so that they mean the same whatever the defaults become."""
+"""Ways to choose what is read, named in full, so that they mean the same whatever the defaults become.
+
+But for the third, whose candidates are as many as by default: it is asked for budgets below 2,048 alone, where there
+are some.
+"""
 
 
 @dataclass(frozen=True)

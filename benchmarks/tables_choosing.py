@@ -64,8 +64,6 @@ SHORT = {"qwen": "Qwen", "gemma": "Gemma", "smollm2": "SmolLM2", None: "bundled 
 """Of the models, in the order of columns."""
 KEPT_DIM, KEPT_PAGE, KEPT_BYTES = 128, 16, 2
 """Channels, tokens of a page and bytes of a number in the cache, for the table of what is kept."""
-
-
 DEFAULTS = (("full", None), (BOUNDS, 2048), (MOMENTS, 2048), (SKETCH, 512), (ESTIMATES, 2048))
 """Ways to choose, with the budgets that they have by default."""
 DEFAULT_TEXTS = {
@@ -78,8 +76,6 @@ DEFAULT_NEEDLES = {
     "Qwen 8K: long hexadecimal values [%]": ("default_qwen_8k_needles", "niah_multikey_3"),
 }
 """Columns of their table: runs, and of which task."""
-
-
 OF_4 = 4
 """Times the budget that are candidates where a way says so."""
 FINELY = 2.0

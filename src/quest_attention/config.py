@@ -531,7 +531,11 @@ def as_given(value: _Option) -> _Option:
 
 
 def enough_candidates(metadata: Metadata, token_budget: int) -> int:
-    """Times a budget that is ranked by keys where keys rank tokens and nobody says how many.
+    """Times a budget that is ranked by keys where keys rank tokens and nobody says how many: a `candidate_factor`.
+
+    Args:
+        metadata: Name of a form; "auto" is none.
+        token_budget: Most tokens that a step may read [tokens].
 
     >>> [enough_candidates("sketch", tokens) for tokens in (128, 512, 4096)]
     [16, 4, 4]

@@ -1,6 +1,6 @@
 """Kernels: list what passes the threshold where estimates alone choose, and attend to it in the same launch.
 
-Where who attends is somebody else, to a pool or with several query tokens, they are only listed.
+A pool of hot tokens and several query tokens have attention of their own: for them the tokens are listed alone.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ def _attend_passing(step: Step, plan: Plan, workspace: TokenWorkspace) -> tuple[
     query, kv, sinks = step.query, step.kv, step.sinks
     batch, heads, width = kv.batch_size, kv.num_kv_heads, kv.values.shape[-1]
     group = query.shape[1] // heads
-    selected = _unused(step, plan)
+    selected = _selection(step, plan)
     live = _rank(step, plan, workspace)
     output = step.out
     if output is None:
@@ -179,11 +179,12 @@ def _listing(plan: Plan) -> dict[str, int]:
     return {"COUNTED": triton.next_power_of_2(plan.rank_parts), "PICKED": plan.picked}
 
 
-def _unused(step: Step, plan: Plan) -> Selection:
+def _selection(step: Step, plan: Plan) -> Selection:
     """Memory for what a step chooses."""
-    rows, device = (step.kv.batch_size, step.kv.num_kv_heads), step.query.device
-    units, counts = (torch.empty(*rows, *of, dtype=torch.int32, device=device) for of in ((plan.slots,), ()))
-    return Selection(units, counts, 1)
+    units = torch.empty(
+        step.kv.batch_size, step.kv.num_kv_heads, plan.slots, dtype=torch.int32, device=step.query.device
+    )
+    return Selection(units, units.new_empty(units.shape[:2]), 1)
 
 
 def _rank(step: Step, plan: Plan, workspace: TokenWorkspace) -> LiveTokens | None:
@@ -239,7 +240,7 @@ def _choose(step: Step, plan: Plan, workspace: TokenWorkspace) -> Selection:
     query, kv, config = step.query, step.kv, step.config
     batch, heads = kv.batch_size, kv.num_kv_heads
     group, rows = query.shape[1] // heads, batch * heads
-    selected = _unused(step, plan)
+    selected = _selection(step, plan)
     live = _rank(step, plan, workspace)
     if not plan.ranks_by_keys:
         launch(

@@ -186,7 +186,10 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
     most, words = kv.max_pages * kv.page_size, kv.max_pages * triton.cdiv(kv.page_size, 16)
     slots = min(most, config.token_budget)
     ranks_by_keys = config.candidate_factor > 0
-    sampled, fewest = (_SAMPLED_RANKS, _FEWEST_RANKS) if ranks_by_keys else (0, _FEWEST_TO_READ)
+    fewest = _FEWEST_RANKS if ranks_by_keys else _FEWEST_TO_READ
+    sampled = _SAMPLED_RANKS if ranks_by_keys else passing_sample(config.token_budget, most)
+    if not sampled:
+        return None
     rank_parts = triton.cdiv(tiles, triton.cdiv(tiles, max(1, programs // rows)))  # no more than have work
     if ranks_by_keys:
         wanted = max(config.candidate_budget, _LEAST_TIMES * config.token_budget)
@@ -195,9 +198,6 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
         splits = max(1, min(slots // _LEAST_TOKENS, max(_LEAST_SPLITS, triton.cdiv(programs // 2, rows))))
     else:
         wanted = max(1, int(_AIMED_AT * (config.token_budget - config.num_forced_pages * kv.page_size)))
-        sampled = passing_sample(config.token_budget, most)
-        if not sampled:
-            return None
         listed, pick_parts = 0, 0
         splits = triton.cdiv(rank_parts, triton.cdiv(rank_parts, _MOST_ATTENDING))
     held = max(16, min(triton.next_power_of_2(2 * config.candidate_budget), triton.next_power_of_2(max(1, listed))))
