@@ -194,7 +194,10 @@ def assert_chosen(
 
 
 def _sum_of(logits: Tensor, live: Tensor, parts: int, page_size: int, sinks: Tensor | None) -> Tensor:
-    """The log-sum-exp `[G]` of a row's exact logits `[T, G]`, all in base 2, of the tokens that `preparation` draws."""
+    """The log-sum-exp `[G]` of a row's exact logits `[T, G]`, all in base 2, of the tokens that `preparation` draws.
+
+    Each of its parts has some of them, and leaves out the largest of each head.
+    """
     first, end = int(live[0]), int(live[-1]) + 1
     edge = min(page_size, token_workspace.SAMPLED_KEYS * parts // 4)
     drawn = token_workspace.SAMPLED_KEYS * parts - 2 * edge
@@ -204,8 +207,8 @@ def _sum_of(logits: Tensor, live: Tensor, parts: int, page_size: int, sinks: Ten
     rare = max(0, each.bit_length() - 5)
     each = -(-each >> rare << rare)
     position = (nth * each + ((nth * 40503 >> 6 & 1023) * (each - 15) >> 10)) // 16
-    position = position[position < between] + first + edge
     assert len(position.unique()) == len(position)
+    position = torch.where(position < between, position + first + edge, -1)
     edges = torch.cat([torch.arange(first, first + edge), torch.arange(end - edge, end)])
     worth = torch.full([len(edges) + len(position)], math.log2(each / 16), dtype=torch.float64, device=logits.device)
     worth[: len(edges)] = 0
@@ -213,9 +216,13 @@ def _sum_of(logits: Tensor, live: Tensor, parts: int, page_size: int, sinks: Ten
     is_live = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     is_live[live] = True
     is_drawn = (position >= first) & (position < end)
-    position, worth = position[is_drawn], worth[is_drawn]
-    is_known = is_live[position][:, None] & logits[position].isfinite()
+    position = position.clamp(min=0, max=len(logits) - 1)
+    is_known = (is_drawn & is_live[position])[:, None] & logits[position].isfinite()
     weights = (logits[position] + worth[:, None]).masked_fill(~is_known, -math.inf)
+    weights = weights.view(parts, token_workspace.SAMPLED_KEYS, -1)
+    for _ in range(token_workspace.DROPPED_KEYS):
+        weights = weights.masked_fill(weights == weights.amax(1, keepdim=True), -math.inf)
+    weights = weights.flatten(0, 1)
     if sinks is not None:
         weights = torch.cat([weights, sinks[None]])
     return torch.logsumexp(weights * math.log(2), 0) / math.log(2)

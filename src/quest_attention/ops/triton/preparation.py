@@ -1,4 +1,9 @@
-"""Kernel: what the other kernels of `token_decode` want of the queries: their bits, and a normaliser of each head."""
+"""Kernel: what the other kernels of `token_decode` want of the queries: their bits, and a normaliser of each head.
+
+A normaliser makes logits of several heads comparable. It is the log-sum-exp of a sample of a head's logits without the
+largest: those are what the head looks at, by which tokens of one that found something would rank below those of all
+others. docs/choosing.md has what each such sum loses.
+"""
 
 from __future__ import annotations
 
@@ -56,15 +61,16 @@ def _store_planes(column, code, inside, BYTES: tl.constexpr):
 def prepare_kernel(
     query, keys, pool, page_table, table_stride, lengths, live, sinks, space, scale, softcap, num_kv_heads,
     token_budget, most,
-    SHAPE: tl.constexpr, PACKING: tl.constexpr, SAMPLE: tl.constexpr, PARTS: tl.constexpr, HAS_BITS: tl.constexpr,
-    FOLLOWS: tl.constexpr,
+    SHAPE: tl.constexpr, PACKING: tl.constexpr, SAMPLE: tl.constexpr, DROPPED: tl.constexpr, PARTS: tl.constexpr,
+    HAS_BITS: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     """The log-sum-exp of a row's heads over a part of a sample of its tokens; and the bits of its queries.
 
     The sample is the first and the last tokens of the sequence, a page's worth each, and of those between about as many
     as there is room for, evenly apart but for a draw of each; these weigh as what they stand for. With a mask they lie
     between the first and the last live token, and dead ones among them weigh nothing. While a sequence grows by a few
-    per cent the draws stay where they are, so that a pool of hot tokens that was given the sample has it.
+    per cent the draws stay where they are, so that a pool of hot tokens that was given the sample has it. Of each part
+    the `DROPPED` tokens of a head's largest logits, and those of equal ones, are left out.
     """
     if live is None:
         let_next_start(FOLLOWS)
@@ -122,6 +128,8 @@ def prepare_kernel(
         logit += tl.where(at < 2 * EDGE, 0.0, tl.log2(each.to(tl.float32)) - 4.0)[None, :]
         is_known = is_live[None, :] & (tl.abs(logit) < float("inf"))
         logit = tl.where(is_known, logit, float("-inf"))
+        for _ in tl.static_range(DROPPED):
+            logit = tl.where(logit == tl.max(logit, 1)[:, None], float("-inf"), logit)
         largest = tl.maximum(tl.max(logit, 1), -1e30)
         total = tl.sum(tl.exp2(logit - largest[:, None]), 1)
         if sinks is not None:

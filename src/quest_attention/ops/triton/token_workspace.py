@@ -20,6 +20,7 @@ from quest_attention.ops.triton.tuning import filling_programs
 from quest_attention.pages import PagedKV
 
 __all__ = [
+    "DROPPED_KEYS",
     "SAMPLED_KEYS",
     "SAMPLE_PARTS",
     "Plan",
@@ -36,6 +37,8 @@ SAMPLE_PARTS = 4
 """Programs that estimate a log-sum-exp for a row, by a sample of its keys."""
 SAMPLED_KEYS = 128
 """Tokens by whose keys one of them does."""
+DROPPED_KEYS = 4
+"""Of these the ones with the largest logits of a head, which it leaves out."""
 _SAMPLED_RANKS = 2048
 """Most ranks in which a row's threshold is looked for."""
 _SAMPLED_TO_READ = (4096, 8192)
