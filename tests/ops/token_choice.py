@@ -113,7 +113,8 @@ def assert_choice(step: Step, selected: Selection) -> list[float]:
                 for one in (keys @ heads.T, estimates)
             )
             sinks = None if step.sinks is None else step.sinks.view(-1, group)[h].double() * math.log2(math.e)
-            norm, expected = norms[row, :group], _sum_of(logits, live, parts, kv.page_size, sinks)
+            dropped = 0 if config.candidate_factor else token_workspace.DROPPED_KEYS
+            norm, expected = norms[row, :group], _sum_of(logits, live, parts, kv.page_size, sinks, dropped)
             assert (norm - expected).abs().max() < _SUM, f"heads' sums {norm.tolist()}, not {expected.tolist()}"
             exact, rough = ((one - norm).amax(1) for one in (logits, estimates))
             passes = _passing(workspace.passing, row, kv.max_pages, kv.page_size)[:last]
@@ -193,10 +194,12 @@ def assert_chosen(
     return shares
 
 
-def _sum_of(logits: Tensor, live: Tensor, parts: int, page_size: int, sinks: Tensor | None) -> Tensor:
+def _sum_of(
+    logits: Tensor, live: Tensor, parts: int, page_size: int, sinks: Tensor | None, dropped: int
+) -> Tensor:  # fmt: skip
     """The log-sum-exp `[G]` of a row's exact logits `[T, G]`, all in base 2, of the tokens that `preparation` draws.
 
-    Each of its parts has some of them, and leaves out the largest of each head.
+    Each of its parts has some of them, and leaves out so many of the largest of each head.
     """
     first, end = int(live[0]), int(live[-1]) + 1
     edge = min(page_size, token_workspace.SAMPLED_KEYS * parts // 4)
@@ -220,7 +223,7 @@ def _sum_of(logits: Tensor, live: Tensor, parts: int, page_size: int, sinks: Ten
     is_known = (is_drawn & is_live[position])[:, None] & logits[position].isfinite()
     weights = (logits[position] + worth[:, None]).masked_fill(~is_known, -math.inf)
     weights = weights.view(parts, token_workspace.SAMPLED_KEYS, -1)
-    for _ in range(token_workspace.DROPPED_KEYS):
+    for _ in range(dropped):
         weights = weights.masked_fill(weights == weights.amax(1, keepdim=True), -math.inf)
     weights = weights.flatten(0, 1)
     if sinks is not None:

@@ -1,8 +1,8 @@
 """Kernel: what the other kernels of `token_decode` want of the queries: their bits, and a normaliser of each head.
 
-A normaliser makes logits of several heads comparable. It is the log-sum-exp of a sample of a head's logits without the
-largest: those are what the head looks at, by which tokens of one that found something would rank below those of all
-others. docs/choosing.md has what each such sum loses.
+A normaliser makes logits of several heads comparable. It is the log-sum-exp of a sample of a head's logits. Where
+estimates alone choose, it leaves out the largest: they are what the head looks at, and with them the estimates of a
+head that found something would rank below those of all others. docs/choosing.md has what each such sum loses.
 """
 
 from __future__ import annotations

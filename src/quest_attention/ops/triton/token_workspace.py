@@ -38,7 +38,7 @@ SAMPLE_PARTS = 4
 SAMPLED_KEYS = 128
 """Tokens by whose keys one of them does."""
 DROPPED_KEYS = 4
-"""Of these the ones with the largest logits of a head, which it leaves out."""
+"""Of these the ones with the largest logits of a head, which it leaves out where estimates alone choose."""
 _SAMPLED_RANKS = 2048
 """Most ranks in which a row's threshold is looked for."""
 _SAMPLED_TO_READ = (4096, 8192)
