@@ -315,6 +315,7 @@ def tried_tables() -> dict[str, str]:
         "tried-parts": table("parts"),
         "tried-sums": sums_table(),
         "alone-sums": alone_sums_table(),
+        "alone-served": alone_served_table(),
     }
 
 
@@ -352,6 +353,30 @@ def alone_sums_table() -> str:
             "" if row["smollm2_410"] is None else f"{row['smollm2_410']:+.1f}",
         ]
         for row in record["rows"]
+    ]
+    return as_markdown(head, rows)
+
+
+def alone_served_table() -> str:
+    """What kernels by estimates alone kept before each head's sum left out the largest logits, and since."""
+    record = json.loads((RESULTS.parent / "alone_sums.json").read_text(encoding="utf-8"))
+    head = (
+        "log-sum-exp of",
+        "bundled 4K, 128; 512; 1,024: niah_multikey_2 [%]",
+        "Qwen 31K, 512; 1,024; 2,048: perplexity [%]",
+        "Gemma 31K, 256; 1,024; 2,048: perplexity [%]",
+        "Qwen, 31K with 1,024; 2,048; 8K with 2,048: one needle of 30 [%]",
+        "Qwen 8K, 2,048: long hexadecimal values [%]",
+    )
+    rows = [
+        [
+            row["sums"],
+            "; ".join(f"{found:.1f}" for found in row["bundled"]),
+            *("; ".join(f"{loss:+.1f}" for loss in row[case]) for case in ("qwen_text", "gemma_text")),
+            "; ".join(f"{found:.1f}" for found in row["qwen_needles"]),
+            f"{row['qwen_values']:.1f}",
+        ]
+        for row in record["served"]
     ]
     return as_markdown(head, rows)
 

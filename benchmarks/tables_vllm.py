@@ -33,7 +33,10 @@ def headings(arms: list[str]) -> list[str]:
 
 
 def latency_table(rows: Rows) -> str:
-    """Milliseconds between two tokens of a sequence, and tokens a second of all, without and with Quest."""
+    """Milliseconds between two tokens of a sequence, and tokens a second of all, without and with Quest.
+
+    Where a case has no row of stock, there is nothing to compare with.
+    """
     arms = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm != STOCK]
     of_case: dict[str, dict[str, Any]] = {}
     for row in rows:
@@ -41,37 +44,15 @@ def latency_table(rows: Rows) -> str:
     called = [cell for name in headings(arms) for cell in (name, "")]
     cells = []
     for name, found in of_case.items():
-        base, quest = found[STOCK], [found[arm] for arm in arms]
-        times, rates = [f"{base['ms_between_tokens']['p50']:.2f}"], [f"{base['tokens_per_second']:,.0f}"]
-        for row in quest:
-            times += [f"{row['ms_between_tokens']['p50']:.2f}", f"{row['ratio_to_stock']:.2f}x"]
-            ratio = row["tokens_per_second"] / base["tokens_per_second"]
-            rates += [f"{row['tokens_per_second']:,.0f}", f"{ratio:.2f}x"]
+        base, times, rates = found.get(STOCK), [""], [""]
+        if base is not None:
+            times, rates = [f"{base['ms_between_tokens']['p50']:.2f}"], [f"{base['tokens_per_second']:,.0f}"]
+        for row in (found[arm] for arm in arms):
+            times += [f"{row['ms_between_tokens']['p50']:.2f}", "" if base is None else f"{row['ratio_to_stock']:.2f}x"]
+            ratio = "" if base is None else f"{row['tokens_per_second'] / base['tokens_per_second']:.2f}x"
+            rates += [f"{row['tokens_per_second']:,.0f}", ratio]
         cells.append([name, *times, *rates])
     return as_markdown(("context, sequences", "stock", *called, "tokens/s, stock", *called), cells)
-
-
-def bounds_table(rows: Rows) -> str:
-    """Milliseconds and tokens a second by bounds and by estimates alone, which run without stock beside them."""
-    of_case: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        of_case.setdefault(case(row), {})[row["arm"]] = row
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
-    base = arms[0]
-    cells = []
-    for name, found in of_case.items():
-        times = [f"{found[arm]['ms_between_tokens']['p50']:.2f}" for arm in arms]
-        ratios = [times_of(found[base]) / times_of(found[arm]) for arm in arms[1:]]
-        rates = [f"{found[arm]['tokens_per_second']:,.0f}" for arm in arms]
-        cells.append([name, *times, *(f"{ratio:.3f}x" for ratio in ratios), *rates])
-    called = headings(arms)
-    head = ("context, sequences", *called, *("to bounds" for _ in arms[1:]), *(f"tokens/s, {name}" for name in called))
-    return as_markdown(head, cells)
-
-
-def times_of(row: dict[str, Any]) -> float:
-    """Milliseconds between two tokens."""
-    return float(row["ms_between_tokens"]["p50"])
 
 
 def stock_table(rows: Rows) -> str:
@@ -85,10 +66,12 @@ def stock_table(rows: Rows) -> str:
 
 def tables() -> list[str]:
     """All tables of docs/vllm.md, in order."""
-    newest = ("_sketch", "_fp8_weights", "_fp8_kv", "_tp2", "_gpt_oss", "_qwen3_next", "_lossless")
+    newest = ("_fp8_weights", "_fp8_kv", "_tp2", "_gpt_oss", "_qwen3_next", "_lossless")
     before = ("", "_fp8_bounds", "_cpu")
-    main, *others = (latency_table(load(f"serve_vllm{name}.json")) for name in (*newest, *before))
-    return [main, bounds_table(load("serve_vllm_estimates.json")), stock_table(load("stock_gpu.json")), *others]
+    first, alone, *others = (
+        latency_table(load(f"serve_vllm{name}.json")) for name in ("_sketch", "_estimates", *newest, *before)
+    )
+    return [first, alone, stock_table(load("stock_gpu.json")), *others]
 
 
 if __name__ == "__main__":
