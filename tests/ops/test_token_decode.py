@@ -21,7 +21,7 @@ pytestmark = interpreted
 
 available("triton")
 from quest_attention.ops.triton import token_decode, token_workspace  # noqa: E402 - after what skips the file
-from token_choice import assert_chosen  # noqa: E402
+from token_choice import assert_choice, assert_chosen  # noqa: E402
 
 
 def config_of(budget: int = 64, page_size: int = 16, **options: Any) -> QuestConfig:
@@ -88,6 +88,54 @@ def test_about_four_fifths_of_the_budget_pass(length: int, monkeypatch: pytest.M
     room = 48 - (length - 1) % 16 - 1
     assert 0.75 < float(workspace.passed.sum(1).double().mean()) / (0.8 * (48 - 16)) < 1.15
     assert float((workspace.passed.sum(1) > room).double().mean()) < 0.3
+
+
+def with_keys(positions: list[int], key: Tensor) -> Cache:
+    """4,000 tokens of one KV head, some with a key of their own."""
+    cache = make_cache([4000], heads=1, dim=16, page_size=16, form=Sketch(16))
+    for token in positions:
+        cache.kv.keys[int(cache.kv.page_table[0, token // 16]), token % 16, 0] = key
+    update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens, backend="torch")
+    return cache
+
+
+@pytest.mark.parametrize("seed", [3, 4, 5])
+def test_what_a_head_finds_is_read_beside_what_others_look_at(seed: int) -> None:
+    """By a sum that has some of the needles at their exact weight, their estimates would rank too low."""
+    query = torch.randn(1, 2, 16, generator=torch.Generator().manual_seed(seed))
+    needles = list(range(1000, 1740, 37))
+    cache = with_keys(needles, 12 * query[0, 1] / query[0, 1].norm())
+    step = Step(query=query, kv=cache.kv, seq_lens=cache.seq_lens, config=config_of(256, candidate_factor=0))
+    done = token_decode.decode_tokens(step)
+    assert done is not None
+    assert set(needles) <= set(done[1].units[0, 0].tolist())
+
+
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, 0.5])], ids=["", "sinks"])
+def test_a_head_of_which_all_logits_are_equal_takes_no_more_than_others(sinks: Tensor | None) -> None:
+    query = torch.randn(1, 2, 16, generator=torch.Generator().manual_seed(3))
+    needles = [1003, 1807, 2511]
+    cache = with_keys(needles, 10 * query[0, 1] / query[0, 1].norm())
+    query[0, 0] = 0
+    config = config_of(256, candidate_factor=0)
+    workspace = token_workspace.make_token_workspace(cache.kv, 2, config)
+    step = Step(
+        query=query, kv=cache.kv, seq_lens=cache.seq_lens, config=config, sinks=sinks, workspace=workspace
+    )  # fmt: skip
+    done = token_decode.decode_tokens(step)
+    assert done is not None
+    assert_choice(step, done[1])
+    assert set(needles) <= set(done[1].units[0, 0].tolist())
+
+
+@pytest.mark.parametrize("sinks", [None, torch.linspace(-1, 6, 4)], ids=["", "sinks"])
+def test_a_sample_of_which_few_are_live(sinks: Tensor | None) -> None:
+    """Fewer of each part than are left out."""
+    mask = (torch.arange(4000) % 61 == 0)[None]
+    cache = make_cache([4000], heads=1, dim=16, page_size=16, form=Sketch(16))
+    update_page_metadata(cache.kv, cache.seq_lens, cache.seq_lens, backend="torch")
+    config = config_of(48, candidate_factor=0, num_sink_pages=1)
+    assert_chosen(cache, query_for(cache, 4), config, token_mask=mask, sinks=sinks)
 
 
 def test_what_passes_and_has_no_room() -> None:

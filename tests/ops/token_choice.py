@@ -113,7 +113,7 @@ def assert_choice(step: Step, selected: Selection) -> list[float]:
                 for one in (keys @ heads.T, estimates)
             )
             sinks = None if step.sinks is None else step.sinks.view(-1, group)[h].double() * math.log2(math.e)
-            dropped = 0 if config.candidate_factor else token_workspace.DROPPED_KEYS
+            dropped = 0 if config.candidate_factor or group == 1 else token_workspace.DROPPED_KEYS
             norm, expected = norms[row, :group], _sum_of(logits, live, parts, kv.page_size, sinks, dropped)
             assert (norm - expected).abs().max() < _SUM, f"heads' sums {norm.tolist()}, not {expected.tolist()}"
             exact, rough = ((one - norm).amax(1) for one in (logits, estimates))
@@ -224,7 +224,8 @@ def _sum_of(
     weights = (logits[position] + worth[:, None]).masked_fill(~is_known, -math.inf)
     weights = weights.view(parts, token_workspace.SAMPLED_KEYS, -1)
     for _ in range(dropped):
-        weights = weights.masked_fill(weights == weights.amax(1, keepdim=True), -math.inf)
+        rest = weights.masked_fill(weights == weights.amax(1, keepdim=True), -math.inf)
+        weights = torch.where(rest.amax(1, keepdim=True) > -math.inf, rest, weights)
     weights = weights.flatten(0, 1)
     if sinks is not None:
         weights = torch.cat([weights, sinks[None]])

@@ -2,7 +2,7 @@
 
 A normaliser makes logits of several heads comparable. It is the log-sum-exp of a sample of a head's logits. Where
 estimates alone choose, it leaves out the largest: they are what the head looks at, and with them the estimates of a
-head that found something would rank below those of all others. docs/choosing.md has what each such sum loses.
+head that found something may rank too low beside those of others. docs/choosing.md has what each such sum loses.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def prepare_kernel(
     as there is room for, evenly apart but for a draw of each; these weigh as what they stand for. With a mask they lie
     between the first and the last live token, and dead ones among them weigh nothing. While a sequence grows by a few
     per cent the draws stay where they are, so that a pool of hot tokens that was given the sample has it. Of each part
-    the `DROPPED` tokens of a head's largest logits, and those of equal ones, are left out.
+    the `DROPPED` tokens of a head's largest weighted logits, and those of equal ones, are left out, if others remain.
     """
     if live is None:
         let_next_start(FOLLOWS)
@@ -128,13 +128,19 @@ def prepare_kernel(
         logit += tl.where(at < 2 * EDGE, 0.0, tl.log2(each.to(tl.float32)) - 4.0)[None, :]
         is_known = is_live[None, :] & (tl.abs(logit) < float("inf"))
         logit = tl.where(is_known, logit, float("-inf"))
+        largest = tl.max(logit, 1)
         for _ in tl.static_range(DROPPED):
-            logit = tl.where(logit == tl.max(logit, 1)[:, None], float("-inf"), logit)
-        largest = tl.maximum(tl.max(logit, 1), -1e30)
-        total = tl.sum(tl.exp2(logit - largest[:, None]), 1)
+            rest = tl.where(logit == largest[:, None], float("-inf"), logit)
+            next_largest = tl.max(rest, 1)
+            is_left = next_largest > float("-inf")  # not where all logits are equal, or few
+            logit = tl.where(is_left[:, None], rest, logit)
+            largest = tl.where(is_left, next_largest, largest)
+        sink = tl.full([HEADS], float("-inf"), tl.float32)
         if sinks is not None:
             sink = tl.load(sinks + h * SHAPE.group + head, mask=head < SHAPE.group, other=0.0).to(tl.float32) * LOG2_E
-            total += tl.where(part == 0, tl.exp2(sink - largest), 0.0)
+            sink = tl.where(part == 0, sink, float("-inf"))
+        largest = tl.maximum(tl.maximum(largest, sink), -1e30)
+        total = tl.sum(tl.exp2(logit - largest[:, None]), 1) + tl.exp2(sink - largest)
         norm = tl.where(total > 0, largest + tl.log2(total), float("-inf"))
         tl.store(space.norms + (row * PARTS + part) * HEADS + head, norm)
 

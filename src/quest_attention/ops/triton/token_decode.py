@@ -208,7 +208,7 @@ def _rank(step: Step, plan: Plan, workspace: TokenWorkspace) -> LiveTokens | Non
         prepare_kernel, (rows * (norms + plan.scans),), by_heads, keys, pool_argument(step.hot), table, stride, lengths,
         live, sinks, workspace, scale, softcap, heads, budget, plan.most,
         SHAPE=shape, PACKING=packing, SAMPLE=SAMPLED_KEYS,
-        DROPPED=0 if plan.ranks_by_keys else DROPPED_KEYS, PARTS=norms, HAS_BITS=plan.scans, num_warps=4,
+        DROPPED=0 if plan.ranks_by_keys or group == 1 else DROPPED_KEYS, PARTS=norms, HAS_BITS=plan.scans, num_warps=4,
         **({"FOLLOWS": follows["FOLLOWS"]} if live is None else follows),
     )  # fmt: skip
     if step.hot is not None and _fetched(step, plan) + norms * SAMPLED_KEYS <= step.hot.slots:
