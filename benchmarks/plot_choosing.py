@@ -48,10 +48,11 @@ def draw(axes: Axes, found: dict[str, list[Point]], dense: float) -> None:
         axes.errorbar(
             times, losses, spans, color=colour, marker=marker, linestyle=line, markersize=5, elinewidth=0.8, label=label
         )
+        side = -1 if way == MOMENTS else 1  # its points lie close to those of bounds
         for point in some:
             axes.annotate(
-                f"{point.token_budget:,}", (point.time, point.cell.more), (4, 4), textcoords="offset points",
-                fontsize=6, color=colour,
+                f"{point.token_budget:,}", (point.time, point.cell.more), (4 * side, 4), textcoords="offset points",
+                fontsize=6, color=colour, horizontalalignment="right" if side < 0 else "left",
             )  # fmt: skip
     axes.axvline(dense, color="#9aa5b1", linewidth=1, label="everything is read (FlashInfer)")
     axes.axhline(0, color="#9aa5b1", linewidth=0.6)
@@ -62,7 +63,7 @@ def draw(axes: Axes, found: dict[str, list[Point]], dense: float) -> None:
     axes.set_xlim(left=0)
     axes.set_xlabel("microseconds of a step's attention, one layer")
     axes.set_ylabel("perplexity above full attention's [%]")
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
 
 
 def main(output: Annotated[Path, typer.Option(help="PNG file to write.")] = PICTURE) -> None:
@@ -78,7 +79,7 @@ def main(output: Annotated[Path, typer.Option(help="PNG file to write.")] = PICT
     run = sketch_run()
     assert run is not None, "there are points"
     row = next(row for row in load(run) if "choices_us" in row)
-    figure, axes = plt.subplots(figsize=(7.5, 4.6))
+    figure, axes = plt.subplots(figsize=(7.5, 5.2))
     draw(axes, found, dense_time(row))
     axes.set_title(
         "Loss: Qwen2.5-Coder-0.5B, 31K tokens. Time: 1 x 32/8 heads x 32K tokens, head_dim 128,\n"
