@@ -118,12 +118,14 @@ def test_a_table_of_vllm_has_columns_for_each_arm(monkeypatch: pytest.MonkeyPatc
          "tokens_per_second": 16_000 / time}
         for arm, time in times.items()
     ]  # fmt: skip
-    table = importlib.import_module("tables_vllm").latency_table(rows)
-    head, _, line = table.splitlines()
+    latency_table = importlib.import_module("tables_vllm").latency_table
+    head, _, line = latency_table(rows).splitlines()
     arms = "bounds, 2,048 |  | bounds in 8 bits, 2,048 |  | sketch, 512 |  | estimates alone, 2,048 | "
     assert head == f"| context, sequences | stock | {arms} | tokens/s, stock | {arms} |"
     rates = "2,000 | 4,000 | 2.00x | 5,000 | 2.50x | 8,000 | 4.00x | 10,000 | 5.00x"
     assert line == f"| 8K x 16 | 8.00 | 4.00 | 2.00x | 3.20 | 2.50x | 2.00 | 4.00x | 1.60 | 5.00x | {rates} |"
+    of_one = latency_table([{**rows[1], "ratio_to_stock": None}]).splitlines()[2]
+    assert of_one == "| 8K x 16 |  | 4.00 |  |  | 4,000 |  |", "a case without stock"
 
 
 @pytest.fixture
