@@ -78,6 +78,20 @@ DEFAULT_NEEDLES = {
 """Columns of their table: runs, and of which task."""
 OF_4 = 4
 """Times the budget that are candidates where a way says so."""
+HEAD_SUMS = {
+    "qwen_text": ("Qwen 31K, 512: perplexity [%]", "+.1f"),
+    "gemma_text": ("Gemma 31K, 256: perplexity [%]", "+.1f"),
+    "qwen_needles": ("Qwen 8K, 128: needles [%]", ".1f"),
+    "bundled": ("bundled 4K, 128: niah_multikey_2 [%]", ".1f"),
+}
+"""Columns of a table of experiments: heads, and formats of numbers."""
+ALONE_SUMS = {
+    "bundled_410": ("bundled 4K, 410: niah_multikey_2 [%]", ".1f"),
+    "bundled_819": ("bundled 4K, 819: niah_multikey_2 [%]", ".1f"),
+    "bundled_1640": ("bundled 4K, 1,640: niah_multikey_2 [%]", ".1f"),
+    "smollm2_410": ("SmolLM2 4K, 410: perplexity [%]", "+.1f"),
+}
+"""Likewise."""
 FINELY = 2.0
 """Losses up to this have two decimals in the record of the experiments [%]."""
 
@@ -313,72 +327,48 @@ def tried_tables() -> dict[str, str]:
     return {
         "tried": table("forms"),
         "tried-parts": table("parts"),
-        "tried-sums": sums_table(),
-        "alone-sums": alone_sums_table(),
-        "alone-served": alone_served_table(),
+        "tried-sums": experiments("head_sums.json", "log-sum-exp: candidates by, ranks by", HEAD_SUMS),
+        "alone-sums": experiments("alone_sums.json", "log-sum-exp of", ALONE_SUMS),
     }
 
 
-def sums_table() -> str:
-    """What was kept by what is taken from each head's logits, in the experiments on that."""
-    record = json.loads((RESULTS.parent / "head_sums.json").read_text(encoding="utf-8"))
-    head = (
-        "log-sum-exp: candidates by, ranks by",
-        "Qwen 31K, 512: perplexity [%]",
-        "Gemma 31K, 256: perplexity [%]",
-        "Qwen 8K, 128: needles [%]",
-        "bundled 4K, 128: niah_multikey_2 [%]",
-    )
-    rows = [
-        [
-            f"{row['candidates']}; {row['ranks']}" + (f" ({row['who']})" if row["who"] else ""),
-            *("" if row[case] is None else f"{row[case]:+.1f}" for case in ("qwen_text", "gemma_text")),
-            *("" if row[case] is None else f"{row[case]:.1f}" for case in ("qwen_needles", "bundled")),
-        ]
-        for row in record["rows"]
-    ]
-    return as_markdown(head, rows)
+def experiments(file: str, title: str, shown: dict[str, tuple[str, str]]) -> str:
+    """What was kept by what is taken from each head's logits, in experiments on that.
 
-
-def alone_sums_table() -> str:
-    """What estimates alone find by what is taken from each head's logits, in the experiments on that."""
-    record = json.loads((RESULTS.parent / "alone_sums.json").read_text(encoding="utf-8"))
-    budgets = (410, 819, 1640)
-    asked = (f"bundled 4K, {budget:,}: niah_multikey_2 [%]" for budget in budgets)
-    head = ("log-sum-exp of", *asked, "SmolLM2 4K, 410: perplexity [%]")
+    Args:
+        file: Their record.
+        title: Of the first column.
+        shown: Of each other column the key in a row of the record: its head, and the format of its numbers.
+    """
+    record = json.loads((RESULTS.parent / file).read_text(encoding="utf-8"))
     rows = [
         [
             row["sums"] + (f" ({row['who']})" if row["who"] else ""),
-            *("" if (found := row[f"bundled_{budget}"]) is None else f"{found:.1f}" for budget in budgets),
-            "" if row["smollm2_410"] is None else f"{row['smollm2_410']:+.1f}",
+            *("" if row[key] is None else f"{row[key]:{form}}" for key, (_, form) in shown.items()),
         ]
         for row in record["rows"]
     ]
-    return as_markdown(head, rows)
+    return as_markdown((title, *(head for head, _ in shown.values())), rows)
 
 
-def alone_served_table() -> str:
+def alone_served_table(runs: dict[str, Results]) -> dict[str, str]:
     """What kernels by estimates alone kept before each head's sum left out the largest logits, and since."""
     record = json.loads((RESULTS.parent / "alone_sums.json").read_text(encoding="utf-8"))
-    head = (
-        "log-sum-exp of",
-        "bundled 4K, 128; 512; 1,024: niah_multikey_2 [%]",
-        "Qwen 31K, 512; 1,024; 2,048: perplexity [%]",
-        "Gemma 31K, 256; 1,024; 2,048: perplexity [%]",
-        "Qwen, 31K with 1,024; 2,048; 8K with 2,048: one needle of 30 [%]",
-        "Qwen 8K, 2,048: long hexadecimal values [%]",
-    )
-    rows = [
-        [
-            row["sums"],
-            "; ".join(f"{found:.1f}" for found in row["bundled"]),
-            *("; ".join(f"{loss:+.1f}" for loss in row[case]) for case in ("qwen_text", "gemma_text")),
-            "; ".join(f"{found:.1f}" for found in row["qwen_needles"]),
-            f"{row['qwen_values']:.1f}",
-        ]
-        for row in record["served"]
-    ]
-    return as_markdown(head, rows)
+    if not {case["run"] for case in record["before"]} <= set(runs):
+        return {}
+    models = {run.name: run for run in (*CHOICE_RUNS, *DEFAULT_RUNS)}
+    rows = []
+    for case in record["before"]:
+        run, task, budget = models[case["run"]], case["task"], case["token_budget"]
+        some = runs[run.name].accuracy if task in TASKS else runs[run.name].continuation
+        cells = (cell for cell in some if cell.method == ESTIMATES and cell.token_budget == budget)
+        cell = next(cell for cell in cells if task == getattr(cell, "task", task))
+        name = f"{SHORT[run.model]} {tokens(run.length)}, {budget:,}: "
+        if task in TASKS:
+            rows.append([f"{name}{TASKS[task]}, right answers", f"{case['found']:.1f}", f"{cell.score:.1f}"])
+        else:
+            rows.append([f"{name}perplexity above full attention's", f"{case['found']:+.1f}", f"{cell.more:+.1f}"])
+    return {"alone-served": as_markdown(("estimates alone [%]", "before", "since"), rows)}
 
 
 def picture() -> dict[str, str]:
@@ -393,7 +383,7 @@ def tables() -> dict[str, str]:
     made = {"kept": kept_table(), **picture(), **time_table(runs), **text_tables(runs), **needle_tables(runs)}
     made |= {**default_table(runs), **bundled_table(runs)}
     origins = {"origin": "\n\n".join(origin(results) for results in runs.values())} if runs else {}
-    return {**made, **tried_tables(), **origins}
+    return {**made, **tried_tables(), **alone_served_table(runs), **origins}
 
 
 def main(

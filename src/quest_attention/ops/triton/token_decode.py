@@ -202,14 +202,14 @@ def _rank(step: Step, plan: Plan, workspace: TokenWorkspace) -> LiveTokens | Non
     packing = packing_of(kv.form, kv.page_size, kv.head_dim)
     budget, sink_pages, recent_pages = config.token_budget, config.num_sink_pages, max(1, config.num_recent_pages)
     follows, norms = starts_early(query), _norms(group)
+    dropped = 0 if plan.ranks_by_keys or group == 1 else DROPPED_KEYS  # a single head is compared with none
     live = mark_live_tokens(step, workspace.counters, FOLLOWS=follows["FOLLOWS"])
     live_words, live_spans = (None, None) if live is None else live
     launch(
         prepare_kernel, (rows * (norms + plan.scans),), by_heads, keys, pool_argument(step.hot), table, stride, lengths,
         live, sinks, workspace, scale, softcap, heads, budget, plan.most,
-        SHAPE=shape, PACKING=packing, SAMPLE=SAMPLED_KEYS,
-        DROPPED=0 if plan.ranks_by_keys or group == 1 else DROPPED_KEYS, PARTS=norms, HAS_BITS=plan.scans, num_warps=4,
-        **({"FOLLOWS": follows["FOLLOWS"]} if live is None else follows),
+        SHAPE=shape, PACKING=packing, SAMPLE=SAMPLED_KEYS, DROPPED=dropped, PARTS=norms,
+        HAS_BITS=plan.scans, num_warps=4, **({"FOLLOWS": follows["FOLLOWS"]} if live is None else follows),
     )  # fmt: skip
     if step.hot is not None and _fetched(step, plan) + norms * SAMPLED_KEYS <= step.hot.slots:
         sampled = _listed(workspace.sampled, batch, heads, norms * SAMPLED_KEYS)
