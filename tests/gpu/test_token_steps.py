@@ -15,6 +15,7 @@ from quest_attention.pages import PagedKV, num_pages
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 from quest_attention.ops.triton import token_decode, token_workspace
+from quest_attention.ops.triton.tuning import filling_programs
 from token_choice import assert_chosen
 
 pytestmark = pytest.mark.gpu
@@ -65,6 +66,18 @@ def test_what_passes_is_read_where_estimates_alone_choose(dim: int, group: int, 
     steps = quest_steps([query], [cache.kv], cache.seq_lens, smaller)
     names = [one.kernel for one in launch_times(steps, 3)]
     assert names[0] == "prepare_kernel" and names[-1] == "attend_passing_kernel" and len(names) == 4
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_many_rows_are_shared_by_more_programs_than_run_at_once(group: int) -> None:
+    """Of 200 rows five programs each, which read 400 tokens of each row's budget."""
+    cache = make_cache([4_000 + 17 * nth for nth in range(25)], 8, 128, torch.bfloat16)
+    query = torch.randn(25, 8 * group, 128, device="cuda").to(torch.bfloat16)
+    config = QuestConfig(2048, metadata="sketch", selection_unit="token", candidate_factor=0)
+    plan = token_workspace.plan_of(cache.kv, 8 * group, config)
+    assert plan is not None and plan.splits * 200 > filling_programs(cache.kv.keys.device)
+    shares = assert_chosen(cache, query, config)
+    assert len(shares) == 200 and min(shares) > 0.95
 
 
 @pytest.mark.parametrize(("dim", "group"), [(128, 1), (64, 1), (128, 4), (128, 8)])

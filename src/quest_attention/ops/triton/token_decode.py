@@ -67,6 +67,7 @@ from quest_attention.ops.triton.token_workspace import (
     make_token_workspace,
     plan_of,
 )
+from quest_attention.ops.triton.tuning import ATTEND_STAGES
 
 __all__ = ["choose_tokens", "decode_tokens"]
 
@@ -82,6 +83,8 @@ _REGISTERS = 128
 """Of a thread at most, so that four programs share a multiprocessor."""
 _STAGES = 3
 """Blocks of these in flight."""
+_MANY_TOKENS = 320
+"""From so many tokens of a program on, `ATTEND_STAGES` are faster: measured with 186 to 825."""
 _FETCHED_TIMES = 2
 """Times the candidates that are wanted, of which a pool gets as many at most: more are ranked where they are."""
 
@@ -110,7 +113,7 @@ def decode_tokens(step: Step) -> tuple[Tensor, Selection] | None:
         values_argument(kv), workspace, selected.counts, None if sinks is None else side_by_side(sinks), output,
         float(step.scale), None if step.softcap is None else float(step.softcap), heads, plan.splits, plan.slots,
         SHAPE=shape, BLOCK_S=max(2, triton.next_power_of_2(plan.splits)), num_warps=4,
-        **_attending(shape, group, _ATTENDED[group > 1]), **starts_early(query),
+        **_attending(shape, _ATTENDED[group > 1], plan), **starts_early(query),
     )  # fmt: skip
     return output, selected
 
@@ -135,10 +138,11 @@ def _plan(step: Step) -> tuple[Plan, TokenWorkspace] | None:
     return plan, workspace
 
 
-def _attending(shape: Shape, group: int, channels: int) -> dict[str, int]:
+def _attending(shape: Shape, channels: int, plan: Plan) -> dict[str, int]:
     """How a program goes through the tokens to which it attends."""
+    stages = ATTEND_STAGES if plan.slots // plan.splits >= _MANY_TOKENS else _STAGES
     width = max(shape.block_d, shape.block_dv)
-    return {"BLOCK_T": max(16, channels // width), "STAGES": 1 if group == 1 else _STAGES}
+    return {"BLOCK_T": max(16, channels // width), "STAGES": 1 if shape.group == 1 else stages}
 
 
 def _attend_passing(step: Step, plan: Plan, workspace: TokenWorkspace) -> tuple[Tensor, Selection]:
@@ -158,7 +162,7 @@ def _attend_passing(step: Step, plan: Plan, workspace: TokenWorkspace) -> tuple[
         None if sinks is None else side_by_side(sinks), output, float(step.scale),
         None if step.softcap is None else float(step.softcap),
         SHAPE=shape, PARTS=max(2, triton.next_power_of_2(plan.splits)), **_listing(plan), num_warps=4,
-        maxnreg=_REGISTERS, **_attending(shape, group, _ATTENDED_OF_MORE), **starts_early(query),
+        maxnreg=_REGISTERS, **_attending(shape, _ATTENDED_OF_MORE, plan), **starts_early(query),
     )  # fmt: skip
     return output, selected
 

@@ -16,7 +16,7 @@ from quest_attention.ops.query_tokens import MOST_CHOOSING_HEADS
 from quest_attention.ops.triton.candidates import MISSING
 from quest_attention.ops.triton.launch import compute_major, is_interpreted
 from quest_attention.ops.triton.scan import SCAN_PAGE_SIZE, SCANNED_PAGES
-from quest_attention.ops.triton.tuning import filling_programs
+from quest_attention.ops.triton.tuning import filling_programs, sharing_programs
 from quest_attention.pages import PagedKV
 
 __all__ = [
@@ -184,7 +184,7 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
         or kv.max_pages * kv.page_size >= MISSING.value
     ):
         return None
-    programs = filling_programs(kv.keys.device)
+    programs, sharing = filling_programs(kv.keys.device), sharing_programs(rows, kv.keys.device)
     scans, heads = can_scan(kv, group), max(_LEAST_HEADS, triton.next_power_of_2(group))
     ranked = _RANKED_PAGES * _LEAST_HEADS // heads  # as many estimates at a time, which are in registers
     pages = SCANNED_PAGES if scans else ranked
@@ -196,7 +196,7 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
     sampled = _SAMPLED_RANKS if ranks_by_keys else passing_sample(config.token_budget, most)
     if not sampled:
         return None
-    rank_parts = triton.cdiv(tiles, triton.cdiv(tiles, max(1, programs // rows)))  # no more than have work
+    rank_parts = triton.cdiv(tiles, triton.cdiv(tiles, sharing))  # no more than have work
     if ranks_by_keys:
         wanted = max(config.candidate_budget, _LEAST_TIMES * config.token_budget)
         listed = min(most, max(8 * config.candidate_budget, most // _LEAST_SHARE))
@@ -221,7 +221,7 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
         sampled,
         fewest,
         pages,
-        max(1, min(tiles, triton.cdiv(sampled, pages * kv.page_size), programs // rows)),
+        max(1, min(tiles, triton.cdiv(sampled, pages * kv.page_size), sharing)),
         rank_parts,
         pick_parts,
         max(16, min(_MOST_WORDS, triton.next_power_of_2(triton.cdiv(words, pick_parts or splits)))),
