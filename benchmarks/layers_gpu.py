@@ -3,11 +3,12 @@
     python benchmarks/layers_gpu.py --output benchmarks/results/layers_gpu.json
 
 Among matrix products the weights have passed through the caches since the launch before, and a launch shape that wins
-alone, launch after launch, may lose. A graph holds layers of
-a Llama, each with its own weights and cache: the four matrix products with the step in its place between them. "Among"
-is the time of such a graph without that of one of the products only, a layer, the two taking turns; "alone" is the step
-by itself, as in `attention_gpu.py`. The page tables have room for the longest context, as a server's have. The run
-fails when a step did not take the fused kernel or read another number of pages than the budget gives.
+alone, launch after launch, may lose. A graph holds layers of a Llama, each with its own weights and cache: the four
+matrix products with the step in its place between them. "Among" is the time of such a graph without that of one of the
+products only, a layer, the two taking turns; "alone" is the step by itself, as in `attention_gpu.py`. The page tables
+have room for the longest context, as a server's have. Bounds and estimates alone have the budget, sketches whose
+candidates are ranked by their keys a quarter of it. The run fails when a step ran other kernels than those that are
+made for it, or read another number of pages or tokens than its budget gives.
 """
 
 from __future__ import annotations
@@ -64,6 +65,17 @@ class Layers:
         return [lambda w=w, c=c: step(w, c) for w, c in zip(self.weights, calls, strict=True)]
 
 
+def arms_of(budget: int) -> dict[str, QuestConfig]:
+    """What is timed, by name."""
+    tokens: dict[str, Any] = {"metadata": "sketch", "selection_unit": "token"}
+    return {
+        "bounds": QuestConfig.paper(budget),
+        "fp8 bounds": QuestConfig.paper(budget, metadata_dtype="fp8"),
+        "sketch": QuestConfig(budget // 4, **tokens),
+        "estimates": QuestConfig(budget, candidate_factor=0, **tokens),
+    }
+
+
 def parse_cases(text: str) -> list[tuple[int, int]]:
     """Sequences and tokens of each, from "1x8192,4x8192".
 
@@ -82,7 +94,7 @@ def parse_cases(text: str) -> list[tuple[int, int]]:
 def main(
     model: Annotated[str, typer.Option(help="Shape.")] = "llama-3.1-8b",
     cases: Annotated[str, typer.Option(help="Sequences x tokens of each, comma-separated.")] = CASES,
-    budget: Annotated[int, typer.Option(help="Token budget.", min=1)] = 2048,
+    budget: Annotated[int, typer.Option(help="Token budget.", min=512)] = 2048,
     layers: Annotated[int, typer.Option(help="Layers in a graph.", min=2)] = 8,
     repeats: Annotated[int, typer.Option(help="Replays per timing.", min=1)] = 25,
     seed: Annotated[int, typer.Option(help="Seed of weights, caches and queries.")] = 0,
@@ -94,7 +106,7 @@ def main(
     torch.manual_seed(seed)
     weights = Layers(shape, layers)
     capacity = max(context for _, context in pairs)
-    table = Table("sequences x context", "bounds", "alone", "among products", title="us per layer and step (p50)")
+    table = Table("sequences x context", "arm", "alone", "among products", title="us per layer and step (p50)")
     rows: list[dict[str, Any]] = []
     for batch, context in pairs:
         caches, lengths = make_caches(
@@ -102,12 +114,10 @@ def main(
         )
         heads = (batch, weights.query_heads, weights.head_dim)
         queries = [torch.randn(heads, dtype=DTYPE, device="cuda") for _ in caches]
-        for bounds in ("kv", "fp8"):
-            config = QuestConfig.paper(budget, metadata_dtype=bounds)
-            if bounds == "fp8":
-                caches = [with_metadata(kv, lengths, config) for kv in caches]
-            calls = quest_steps(queries, caches, lengths, config)
-            check_kernels(calls[0])
+        for arm, config in arms_of(budget).items():
+            kept = [with_metadata(kv, lengths, config) for kv in caches]
+            calls = quest_steps(queries, kept, lengths, config)
+            check_kernels(calls[0], config)
             alone, products, both = time_graphs(
                 [calls, weights.steps(batch, None), weights.steps(batch, calls)], repeats
             )
@@ -118,10 +128,11 @@ def main(
                     [with_step - without for with_step, without in zip(both, products, strict=True)]
                 ),
             }
-            rows.append({"batch": batch, "context": context, "bounds": bounds, **times})
+            rows.append({"batch": batch, "context": context, "arm": arm, **times})
             alone_p50, among_p50 = (f"{times[name]['p50']:.1f}" for name in ("alone_us", "among_us"))
-            table.add_row(f"{batch} x {context // 1024}K", bounds, alone_p50, among_p50)
-        del caches, calls
+            table.add_row(f"{batch} x {context // 1024}K", arm, alone_p50, among_p50)
+            del kept, calls
+        del caches
         torch.cuda.empty_cache()
         if output is not None:
             settings = {"model": model, "token_budget": budget, "capacity": capacity, "layers": layers}

@@ -180,12 +180,13 @@ def break_even_table(rows: Rows) -> str:
 
 
 def layers_table(rows: Rows) -> str:
-    """The step alone and among matrix products, by bounds."""
+    """The step alone and among matrix products, by what chooses."""
     cells: dict[str, list[str]] = {}
     for row in rows:
         line = cells.setdefault(f"{row['batch']} x {row['context'] // 1024}K", [])
         line += [f"{row[name]['p50']:.1f}" for name in ("alone_us", "among_us")]
-    head = ("sequences x context", "alone", "among products", "fp8 bounds, alone", "among products")
+    arms = dict.fromkeys(row["arm"] for row in rows)
+    head = ("sequences x context", *(cell for arm in arms for cell in (arm, "among products")))
     return as_markdown(head, [[name, *line] for name, line in cells.items()])
 
 
