@@ -263,12 +263,10 @@ def against_flashinfer_table(attention: Rows, runs: dict[str, Rows]) -> str:
 
 
 def prefill_table(rows: Rows) -> str:
-    """Seconds of a prompt, without Quest, with bounds, and with sketches where they were timed."""
-    timed = [row for row in rows if row["arm"] == "prefill"]
-    has_sketch = all("sketch" in row["seconds"] for row in timed)
-    arms = {"quest": "with", **({"sketch": "with sketches"} if has_sketch else {})}
+    """Seconds of a prompt, without Quest, with bounds, and with sketches."""
+    arms = {"quest": "with bounds", "sketch": "with sketches"}
     cells = []
-    for row in timed:
+    for row in rows:
         seconds = row["seconds"]
         line = [f"{row['model']}, {row['context'] // 1024}K", f"{seconds['stock']:.3f}"]
         for arm in arms:
@@ -294,13 +292,12 @@ def tables() -> dict[str, str]:
             made["sketch"] += f"\n\n{ALONE_INTRO}\n\n{launches_table(rows, 'launch_times_alone_us', steps)}"
     return made | {
         "break-even": break_even_table(attention),
-        "layers": layers_table(load("layers_gpu.json")),
+        "layers": f"{layers_table(load('layers_gpu.json'))}\n\n{origin('layers_gpu.json')}.",
         "decode": decode_table(decode),
         "decode-compiled": decode_table(compiled),
         "flashinfer": against_flashinfer_table(attention, {"eager layers": decode, "compiled layers": compiled}),
         "lossless": f"{lossless_table(LOSSLESS)}\n\n{origin(LOSSLESS[0])}; of books {origin(LOSSLESS[1])}.",
-        "prefill": prefill_table(decode),
-        "prefill-again": f"{prefill_table(load('prefill_gpu.json'))}\n\n{origin('prefill_gpu.json')}.",
+        "prefill": f"{prefill_table(load('prefill_gpu.json'))}\n\n{origin('prefill_gpu.json')}.",
     }
 
 

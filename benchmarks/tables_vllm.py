@@ -68,10 +68,12 @@ def tables() -> list[str]:
     """All tables of docs/vllm.md, in order."""
     newest = ("_fp8_weights", "_fp8_kv", "_tp2", "_gpt_oss", "_qwen3_next", "_lossless")
     before = ("", "_fp8_bounds", "_cpu")
-    first, alone, *others = (
-        latency_table(load(f"serve_vllm{name}.json")) for name in ("_sketch", "_estimates", *newest, *before)
+    rows = load("serve_vllm_estimates.json")
+    first, by_keys = (
+        latency_table([row for row in rows if not row["arm"].startswith(other)]) for other in ("sketch", "estimates")
     )
-    return [first, alone, stock_table(load("stock_gpu.json")), *others]
+    others = (latency_table(load(f"serve_vllm{name}.json")) for name in (*newest, *before))
+    return [first, by_keys, stock_table(load("stock_gpu.json")), *others]
 
 
 if __name__ == "__main__":

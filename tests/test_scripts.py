@@ -95,15 +95,15 @@ def test_the_tables_of_the_page_on_vllm_are_those_of_the_results() -> None:
 def test_a_server_says_where_it_pays_as_was_measured() -> None:
     """The shortest context at which one sequence was 2 % faster, and at all longer ones, by device and form."""
     runs = (
-        ("serve_vllm", "quest-2048"), ("serve_vllm_sketch", "quest-2048"), ("serve_vllm_sketch", "sketch-512"),
-        ("serve_vllm_cpu", "quest-1024"),
+        ("serve_vllm", "quest-2048"), ("serve_vllm_estimates", "quest-2048"), ("serve_vllm_estimates", "sketch-512"),
+        ("serve_vllm_estimates", "estimates-2048"), ("serve_vllm_cpu", "quest-1024"),
     )  # fmt: skip
     found: dict[tuple[str, str], int] = {}
     for run, arm in runs:
         record = json.loads((ROOT / "benchmarks" / "results" / f"{run}.json").read_text(encoding="utf-8"))
         rows = [row for row in record["rows"] if row["arm"] == arm and row["batch"] == 1]
         device = "cpu" if record["settings"]["device"] == "cpu" else record["machine"]["gpu"][0].split(",")[0]
-        metadata = arm.split("-")[0].replace("quest", "bounds")
+        metadata = {"quest": "bounds"}.get(arm.split("-")[0], "sketch")
         gains = {row["context"]: row["ratio_to_stock"] >= 1.02 for row in rows}
         shortest = min(context for context in gains if all(gains[longer] for longer in gains if longer >= context))
         assert found.setdefault((device, metadata), shortest) == shortest
