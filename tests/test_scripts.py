@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from quest_attention import QuestConfig, QuestValueError
+from quest_attention import QuestConfig, QuestValueError, Selection
 from quest_attention.bench.caches import make_caches, with_metadata
 from quest_attention.bench.steps import quest_steps
 from quest_attention.cli.app import split_list
@@ -217,6 +217,27 @@ def test_hit_rates(tmp_path: Path) -> None:
     kept = torch.load(traces)
     assert {key.split(" layer ")[0] for key in kept} == {f"book 0 {arm}" for arm in arms}
     assert all(units.shape[0] == 8 and int(units.max()) < 608 for units in kept.values())
+
+
+def test_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the bundled model; and of a selection that lies evenly or in one part, of tokens and of pages."""
+    output = tmp_path / "spread.json"
+    arms = ("bounds@128", "sketch,selection_unit=token,candidate_factor=0@64")
+    few = ("--context", "600", "--steps", "2", "--parts", "4,8", "--kinds", "book")
+    run("benchmarks/spread.py", *few, "--arms", ",".join(arms), f"--output={output}")
+    rows = json.loads(output.read_text(encoding="utf-8"))["rows"]
+    assert [(row["arm"], row["parts"], row["n"]) for row in rows] == [
+        (arm, parts, 2 * 4 * 2) for arm in arms for parts in (4, 8)
+    ]
+    assert all(1 < row["fullest_to_mean"]["p50"] <= row["parts"] for row in rows)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    spread = importlib.import_module("spread")
+    with pytest.raises(QuestValueError, match="parts: got '1', expected numbers from 2 on"):
+        spread.main(parts="1")
+    fullest_to_mean = spread.fullest_to_mean
+    units = torch.tensor([[[0, 1, 2, 3, -1], [0, 8, 16, 24, -1]]], dtype=torch.int32)
+    assert fullest_to_mean(Selection(units, units[..., 0], 1), 32, 4) == [4, 1]
+    assert fullest_to_mean(Selection(units, units[..., 0], 16), 512, 4) == [4, 1]
 
 
 def test_offload_gpu(tmp_path: Path) -> None:
