@@ -1,4 +1,4 @@
-"""Print the tables of docs/gpu.md from the results of `attention_gpu.py`, `layers_gpu.py` and `decode_gpu.py`.
+"""Print the tables of docs/gpu.md from the results of `attention_gpu.py`, `layers_gpu.py` and others.
 
     python benchmarks/tables_gpu.py --fill
 
@@ -36,6 +36,7 @@ NUM_DENSE_LAYERS = 2
 """Of both arms in `decode_gpu.py`."""
 RESULTS = Path(__file__).parent / "results"
 LOSSLESS = ("lossless_gpu_c8.json", "lossless_gpu_c4.json")
+SPREAD = ("spread_qwen.json", "spread_smollm2.json")
 ATTENTION_RUNS = ("attention_gpu.json", "attention_sketch_gpu.json")
 Rows = list[dict[str, Any]]
 
@@ -169,6 +170,21 @@ def launches_table(rows: Rows, timed: str, steps: list[float]) -> str:
     return as_markdown(("B x HQ/HKV x context", *names, "together", "the step", "scan, of the read rate"), cells)
 
 
+def spread_table(names: tuple[str, ...]) -> str:
+    """The fullest of some parts of a sequence, in times of the mean of what is read of all, by what chooses."""
+    rows = [row for name in names for row in load(name)]
+    arms = {"bounds@2048": "bounds", "sketch,selection_unit=token,candidate_factor=0@2048": "estimates alone"}
+    cells: dict[str, list[str]] = {}
+    for row in rows:
+        line = cells.setdefault(f"{row['model']}, {row['text']}, {row['context']:,} tokens", [])
+        line.append(f"{row['fullest_to_mean']['p50']:.1f}")
+    parts = dict.fromkeys(row["parts"] for row in rows)
+    head = ("the fullest of", *(f"{number} parts, {called}" for called in arms.values() for number in parts))
+    if list(dict.fromkeys(row["arm"] for row in rows)) != list(arms):
+        raise RuntimeError(f"{names} have other arms than {', '.join(arms)}")
+    return as_markdown(head, [[name, *line] for name, line in cells.items()])
+
+
 def break_even_table(rows: Rows) -> str:
     """From which context a step is no slower than dense attention, by batch and heads."""
     cells = [
@@ -291,6 +307,7 @@ def tables() -> dict[str, str]:
             steps = [row["alone_us"]["p50"] for row in rows]
             made["sketch"] += f"\n\n{ALONE_INTRO}\n\n{launches_table(rows, 'launch_times_alone_us', steps)}"
     return made | {
+        "spread": spread_table(SPREAD),
         "break-even": break_even_table(attention),
         "layers": f"{layers_table(load('layers_gpu.json'))}\n\n{origin('layers_gpu.json')}.",
         "decode": decode_table(decode),
