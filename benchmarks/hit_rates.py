@@ -3,7 +3,7 @@
     python benchmarks/hit_rates.py --model qwen.gguf --books books --context 30000 --output hit_rates.json
 
 A text is read by dense attention up to a place, then goes on by its own tokens, one decode step with Quest each: texts
-that people wrote, or the model's own answer, as `acceptance.py` has them. What each step of a layer reads is fetched
+that people wrote, or the model's own answer (`texts.py`). What each step of a layer reads is fetched
 into pools of several sizes, by the verb that serves (`ops.fetch_units`), over a cache of one channel: what is there and
 what makes room for it does not depend on what the keys are. A hit is a unit that was there before the step wanted it.
 What is looked up are the units that are read; candidates that are not chosen are none of them.
@@ -26,9 +26,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
 import torch
 import typer
-from acceptance import KINDS, config_of, kinds_of, read_text
+from acceptance import config_of
 from rich.console import Console
 from rich.table import Table
+from texts import (
+    ALL_KINDS,
+    BooksOption,
+    DeviceOption,
+    DtypeOption,
+    KindsOption,
+    ModelOption,
+    NameOption,
+    going_on,
+    kinds_of,
+    read_text,
+    step_on,
+)
 from torch import Tensor
 
 from quest_attention import QuestConfig, Selection, enable_quest
@@ -37,7 +50,7 @@ from quest_attention.cli.app import integers, split_list
 from quest_attention.cli.loading import load_model
 from quest_attention.errors import QuestValueError
 from quest_attention.eval.context import copy_cache
-from quest_attention.hf import QuestCache, cache_argument
+from quest_attention.hf import QuestCache
 from quest_attention.hf.offload import Offload
 from quest_attention.ops import HotUnits, fetch_units
 from quest_attention.pages import PagedKV, num_pages
@@ -98,15 +111,11 @@ def trace(
     length = source.get_seq_length() + len(text) + 1
     heads = model.config.get_text_config(decoder=True).num_key_value_heads
     pools = Pools(sizes, config, heads, length, model.device, keeps=keeps)
-    with enable_quest(model, config, on_select=pools) as quest:
-        cache = quest.make_cache(length)
-        copy_cache(source, cache)
+    with going_on(model, source, len(text), config, pools) as cache:
         for step, token in enumerate(text):
             if step == warmup:
                 pools.start_counting()
-            model(torch.tensor([[token]], device=model.device), **cache_argument(cache), use_cache=True)
-        sparse = sum(layer.kind == "quest" for layer in quest.counters.layers)
-        assert quest.counters.sparse_steps == sparse * len(text), "every step is sparse"
+            step_on(model, cache, token)
     return pools
 
 
@@ -130,7 +139,7 @@ def serve(
         for step, token in enumerate(text):
             if step == warmup:
                 cache.counters.reset()
-            model(torch.tensor([[token]], device=model.device), **cache_argument(cache), use_cache=True)
+            step_on(model, cache, token)
     fetches = cache.counters.fetches
     assert fetches is not None and fetches.units_looked_up, "every step is sparse"
     return fetches.units_looked_up, fetches.units_fetched
@@ -174,23 +183,21 @@ def check_sizes(sizes: list[int], configs: list[QuestConfig]) -> None:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="A GGUF file, a folder or a name; the bundled model if left out.")] = "",
-    name: Annotated[str, typer.Option(help="What the record calls it; the model's own name if left out.")] = "",
-    books: Annotated[
-        Path | None, typer.Option(help="Folder with *.txt; the excerpt of the package if left out.")
-    ] = None,
+    model: ModelOption = "",
+    name: NameOption = "",
+    books: BooksOption = None,
     context: Annotated[int, typer.Option(help="Tokens read before the first step.", min=64)] = 7680,
     arms: Annotated[str, typer.Option(help="Metadata and budget, comma-separated.")] = (
         "bounds@2048,sketch,selection_unit=token@512"
     ),
     sizes: Annotated[str, typer.Option(help="Hot tokens of a KV head, comma-separated.")] = "2304,4096,8192,16384",
-    kinds: Annotated[str, typer.Option(help="Texts, comma-separated.")] = ",".join(KINDS),
+    kinds: KindsOption = ALL_KINDS,
     texts: Annotated[int, typer.Option(help="Texts of each kind.", min=1)] = 1,
     steps: Annotated[int, typer.Option(help="Decode steps of each text.", min=2)] = 256,
     warmup: Annotated[int, typer.Option(help="Steps that fill the pools and are not counted.", min=1)] = 32,
     dense_layers: Annotated[int, typer.Option(help="Leading layers that are read whole.", min=0)] = 2,
-    dtype: Annotated[str, typer.Option(help="Of the weights.")] = "auto",
-    device: Annotated[str, typer.Option(help="Where to run.")] = "auto",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
     seed: Annotated[int, typer.Option(help="Of the texts.")] = 0,
     served: Annotated[bool, typer.Option("--served", help="Count candidates too, as serving does.")] = False,
     traces: Annotated[Path | None, typer.Option(help="File of tensors to write: the units themselves.")] = None,

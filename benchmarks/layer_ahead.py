@@ -24,19 +24,30 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
 import torch
 import typer
-from acceptance import KINDS, config_of, kinds_of, read_text
+from acceptance import config_of
 from rich.console import Console
 from rich.table import Table
+from texts import (
+    ALL_KINDS,
+    BooksOption,
+    DeviceOption,
+    DtypeOption,
+    KindsOption,
+    ModelOption,
+    NameOption,
+    going_on,
+    kinds_of,
+    read_text,
+    step_on,
+)
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from quest_attention import QuestConfig, Selection, enable_quest
+from quest_attention import QuestConfig, Selection
 from quest_attention.bench.record import write_record
 from quest_attention.cli.app import split_list
 from quest_attention.cli.loading import load_model
 from quest_attention.errors import UnsupportedModelError
-from quest_attention.eval.context import copy_cache
-from quest_attention.hf import cache_argument
 
 WAYS = ("projected", "neighbour's")
 
@@ -124,17 +135,13 @@ def units_of(selection: Selection) -> list[set[int]]:
 
 def look_ahead(model: Any, source: Any, text: list[int], config: QuestConfig) -> Tensor:
     """What is found of the units that the steps of a text read: see `LayersAhead.found`."""
-    with enable_quest(model, config) as quest:
-        cache = quest.make_cache(source.get_seq_length() + len(text) + 1)
-        copy_cache(source, cache)
+    with going_on(model, source, len(text), config) as cache:
         ahead = LayersAhead(model, cache)
         try:
             for token in text:
-                model(torch.tensor([[token]], device=model.device), **cache_argument(cache), use_cache=True)
+                step_on(model, cache, token)
         finally:
             ahead.remove()
-        sparse = sum(layer.kind == "quest" for layer in quest.counters.layers)
-        assert quest.counters.sparse_steps == sparse * len(text), "every step is sparse"
     return ahead.found
 
 
@@ -154,20 +161,18 @@ def shares_of(found: Tensor) -> dict[str, Any]:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="A GGUF file, a folder or a name; the bundled model if left out.")] = "",
-    name: Annotated[str, typer.Option(help="What the record calls it; the model's own name if left out.")] = "",
-    books: Annotated[
-        Path | None, typer.Option(help="Folder with *.txt; the excerpt of the package if left out.")
-    ] = None,
+    model: ModelOption = "",
+    name: NameOption = "",
+    books: BooksOption = None,
     context: Annotated[int, typer.Option(help="Tokens read before the first step.", min=64)] = 7680,
     arms: Annotated[str, typer.Option(help="Metadata and budget, comma-separated.")] = (
         "bounds@2048,sketch,selection_unit=token@512"
     ),
-    kinds: Annotated[str, typer.Option(help="Texts, comma-separated.")] = ",".join(KINDS),
+    kinds: KindsOption = ALL_KINDS,
     steps: Annotated[int, typer.Option(help="Decode steps of each text.", min=2)] = 64,
     dense_layers: Annotated[int, typer.Option(help="Leading layers that are read whole.", min=0)] = 2,
-    dtype: Annotated[str, typer.Option(help="Of the weights.")] = "auto",
-    device: Annotated[str, typer.Option(help="Where to run.")] = "auto",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
     seed: Annotated[int, typer.Option(help="Of the texts.")] = 0,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:

@@ -120,6 +120,10 @@ def launch_times(steps: Sequence[Callable[[], object]], repeats: int = 10) -> li
 def check_kernels(step: Callable[[], object], config: QuestConfig) -> None:
     """A step that chooses whole pages or single tokens runs the kernels that are made for it, and nothing else.
 
+    Args:
+        step: A call of it.
+        config: What it reads.
+
     Raises:
         RuntimeError: A profile shows other kernels.
     """

@@ -51,7 +51,7 @@ _PROGRAMS_PER_MULTIPROCESSOR = 4
 _LEAST_TOKENS = 64
 """Fewest tokens worth a program."""
 _TURN = 1 / 16
-"""Of the work on a row, what a turn of programs takes beside it: measured with 48 to 784 rows of 8K to 128K tokens."""
+"""Of the work on a row, what a turn of programs takes beside it: fitted to times on an H200."""
 _MOST_TIMES = 5
 """Times as many programs as run at once among which is looked for those that take least."""
 
