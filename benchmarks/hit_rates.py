@@ -3,10 +3,10 @@
     python benchmarks/hit_rates.py --model qwen.gguf --books books --context 30000 --output hit_rates.json
 
 A text is read by dense attention up to a place, then goes on by its own tokens, one decode step with Quest each: texts
-that people wrote, or the model's own answer (`texts.py`). What each step of a layer reads is fetched
-into pools of several sizes, by the verb that serves (`ops.fetch_units`), over a cache of one channel: what is there and
-what makes room for it does not depend on what the keys are. A hit is a unit that was there before the step wanted it.
-What is looked up are the units that are read; candidates that are not chosen are none of them.
+that people wrote, or the model's own answer (`texts.py`). What each step of a layer reads is fetched into pools of
+several sizes, by the verb that serves (`ops.fetch_units`), over a cache of one channel: what is there and what makes
+room for it does not depend on what the keys are. A hit is a unit that was there before the step wanted it. What is
+looked up are the units that are read; candidates that are not chosen are none of them.
 
 With `--served` the same steps also run over a cache with `offload="host"` for each size, which looks up, and makes room
 for, the candidates too, as a step on a GPU does. Such rows have `"counted": "candidates"`. On a CPU the pool is memory
