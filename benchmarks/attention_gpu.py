@@ -2,17 +2,18 @@
 
     python benchmarks/attention_gpu.py --output benchmarks/results/attention_gpu.json
 
-All arms replay CUDA graphs over rotating layers, so that nothing is found in the cache of the GPU. FlashInfer's time
-is the better of its two forms (with and without tensor cores). Quest runs as it is served: with bounds in the dtype of
-the keys and in 8 bits, their verbs timed alone beside it, and with sketches, which choose single tokens, at several
+All arms replay CUDA graphs over rotating layers, so that nothing is found in the cache of the GPU. FlashInfer's time is
+the better of its two forms (with and without tensor cores). Quest runs as it is served: with bounds in the dtype of the
+keys and in 8 bits, their verbs timed alone beside it, and with sketches, which choose single tokens, at several
 budgets. One shape, the one of docs/choosing.md, is timed with bounds, moments and sketches at each of that page's
 budgets; `alone` are sketches whose estimates alone choose, with the budget of bounds, of which they read as much as
-`tokens_alone` says. `bytes_...` count what a step must read: of every page what ranks it, and keys and values of what
-is selected. `launches_sketch` are the kernels of a step, which run one after the other, and `launch_times_us` the
-launches in their order, each timed alone, without its early start. `break-even` is the shortest context at which Quest
-with bounds is no slower. `tables_gpu.py` makes the tables of docs/gpu.md from the file. The run fails when a step was
-not sparse: it must have run the kernels that are made for it and no other, and have read as many pages or tokens as
-the budget gives.
+`tokens_alone` says. `clustered_us` are bounds and estimates alone over keys of which the newest are looked at most, as
+in texts, and `newest_share` how much of what is read they are. `bytes_...` count what a step must read: of every page
+what ranks it, and keys and values of what is selected. `launches_sketch` are the kernels of a step, which run one after
+the other, and `launch_times_us` the launches in their order, each timed alone, without its early start. `break-even` is
+the shortest context at which Quest with bounds is no slower. `tables_gpu.py` makes the tables of docs/gpu.md from the
+file. The run fails when a step was not sparse: it must have run the kernels that are made for it and no other, and have
+read as many pages or tokens as the budget gives.
 
 FlashInfer is not a dependency: `pip install flashinfer-python==0.6.13`.
 """
@@ -32,7 +33,7 @@ from rich.table import Table
 from torch import Tensor
 
 from quest_attention import QuestConfig, score_pages, select_pages, sparse_decode_attention
-from quest_attention.bench.caches import make_caches, with_metadata
+from quest_attention.bench.caches import cluster_keys, make_caches, with_metadata
 from quest_attention.bench.gpu import check_gpu
 from quest_attention.bench.record import write_record
 from quest_attention.bench.steps import check_kernels, launch_times, quest_steps
@@ -195,6 +196,28 @@ def time_alone(
     return percentiles(time_graph(steps, repeats)), launches, read
 
 
+def time_clustered(
+    shape: Shape, caches: list[PagedKV], queries: list[Tensor], lengths: Tensor, repeats: int
+) -> tuple[dict[str, dict[str, float]], float]:
+    """Bounds and estimates alone over clustered keys [us], and the share of the newest among what the latter read.
+
+    Of the caches the keys change.
+    """
+    firsts = [cluster_keys(kv, query, shape.context) for kv, query in zip(caches, queries, strict=True)]
+    configs = {
+        "bounds": config_of("bounds", shape.token_budget),
+        "alone": config_of("sketch", shape.token_budget, candidate_factor=0),
+    }
+    times, newest = {}, 0.0
+    for name, config in configs.items():
+        kept = [with_metadata(kv, lengths, config) for kv in caches]
+        times[name] = time_quest(config, kept, queries, lengths, repeats)
+        if name == "alone":
+            selected = quest_steps(queries, kept, lengths, config)[0]().selected
+            newest = float((selected.units >= firsts[0]).sum() / selected.counts.sum())
+    return times, newest
+
+
 def time_choices(
     caches: list[PagedKV], queries: list[Tensor], lengths: Tensor, repeats: int
 ) -> dict[str, dict[str, dict[str, float]]]:
@@ -334,6 +357,8 @@ def main(
         if shape == CHOICE_SHAPE:
             row["choices_us"] = time_choices(caches, queries, lengths, repeats)
             row["bytes_exact"] = {str(budget): bytes_of_exact_choice(shape, budget) for budget in CHOICE_BUDGETS}
+        # Last, as the keys change.
+        row["clustered_us"], row["newest_share"] = time_clustered(shape, caches, queries, lengths, repeats)
         del caches, queries
         torch.cuda.empty_cache()
         is_first_of_its_kind = not any(row["shape"][:3] == list(shape[:3]) for row in rows)

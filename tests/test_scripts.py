@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from quest_attention import QuestConfig, QuestValueError, Selection
-from quest_attention.bench.caches import make_caches, with_metadata
+from quest_attention.bench.caches import cluster_keys, make_caches, with_metadata
 from quest_attention.bench.steps import quest_steps
 from quest_attention.cli.app import split_list
 from quest_attention.eval.excerpt import SOUTH
@@ -238,6 +238,21 @@ def test_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     units = torch.tensor([[[0, 1, 2, 3, -1], [0, 8, 16, 24, -1]]], dtype=torch.int32)
     assert fullest_to_mean(Selection(units, units[..., 0], 1), 32, 4) == [4, 1]
     assert fullest_to_mean(Selection(units, units[..., 0], 16), 512, 4) == [4, 1]
+
+
+def test_clustered_keys() -> None:
+    """Of random keys the newest get larger logits, and the others stay what they are."""
+    torch.manual_seed(0)
+    (kv,), _ = make_caches(1, 2, 4096, 2, dtype=torch.float32, device="cpu")
+    query = torch.randn(2, 8, 128)
+    table = kv.page_table.long()
+    before = kv.keys[table].flatten(1, 2)  # [B, T, HKV, D]
+    first = cluster_keys(kv, query, 4096)
+    assert first == 4096 - 256
+    after = kv.keys[table].flatten(1, 2)
+    assert torch.equal(after[:, :first], before[:, :first])
+    gained = torch.einsum("bhgd,bthd->bthg", query.view(2, 2, 4, 128), after - before)[:, first:] / 128**0.5
+    assert float(gained.mean()) == pytest.approx(0.7, abs=0.01)
 
 
 def test_offload_gpu(tmp_path: Path) -> None:

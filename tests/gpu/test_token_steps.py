@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from caches import Cache
-from quest_attention import QuestConfig, update_page_metadata
+from quest_attention import QuestConfig, quest_decode, update_page_metadata
 from quest_attention.bench.steps import launch_times, quest_steps
 from quest_attention.forms import Sketch
 from quest_attention.ops import Step, make_workspace
@@ -75,9 +75,30 @@ def test_many_rows_are_shared_by_more_programs_than_run_at_once(group: int) -> N
     query = torch.randn(25, 8 * group, 128, device="cuda").to(torch.bfloat16)
     config = QuestConfig(2048, metadata="sketch", selection_unit="token", candidate_factor=0)
     plan = token_workspace.plan_of(cache.kv, 8 * group, config)
-    assert plan is not None and plan.splits * 200 > filling_programs(cache.kv.keys.device)
+    assert plan is not None and plan.splits * 200 > filling_programs(cache.kv.keys.device) > plan.splits * 100
     shares = assert_chosen(cache, query, config)
     assert len(shares) == 200 and min(shares) > 0.95
+
+
+@pytest.mark.parametrize("factor", [0, 4])
+@pytest.mark.parametrize(("sequences", "has"), [(8, 6), (32, 25), (300, 3)])
+def test_what_pads_a_batch_changes_nothing(sequences: int, has: int, factor: int) -> None:
+    """As a server pads one to the size of a graph: with sequences of no tokens behind the others."""
+    lengths = [2_500 + 1_111 * nth % 4_000 for nth in range(has)]
+    cache = make_cache(lengths, 8, 128, torch.bfloat16)
+    query = torch.randn(sequences, 32, 128, device="cuda").to(torch.bfloat16)
+    config = QuestConfig(1024, metadata="sketch", selection_unit="token", candidate_factor=factor)
+    padding = (0, 0, 0, sequences - has)
+    table = torch.nn.functional.pad(cache.kv.page_table, padding)
+    padded = PagedKV(cache.kv.keys, cache.kv.values, cache.kv.metadata, table, form=cache.kv.form)
+    seq_lens = torch.nn.functional.pad(cache.seq_lens, padding[2:])
+    expected = quest_decode(query[:has], cache.kv, cache.seq_lens, config)
+    for _ in range(3):  # what one step leaves is there for the next
+        step = quest_decode(query, padded, seq_lens, config)
+        assert torch.equal(step.selected.units[:has], expected.selected.units)
+        assert torch.equal(step.selected.counts[:has], expected.selected.counts)
+        torch.testing.assert_close(step.output[:has], expected.output, rtol=2e-2, atol=2e-3)
+        assert not step.output[has:].any() and not step.selected.counts[has:].any()
 
 
 @pytest.mark.parametrize(("dim", "group"), [(128, 1), (64, 1), (128, 4), (128, 8)])

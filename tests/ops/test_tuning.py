@@ -18,7 +18,6 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def _forget_devices() -> None:
     tuning.filling_programs.cache_clear()
-    tuning.sharing_programs.cache_clear()
 
 
 def cache_of(batch: int, tokens: int, heads: int = 8) -> PagedKV:
@@ -79,25 +78,6 @@ def test_programs_follow_the_multiprocessors(monkeypatch: pytest.MonkeyPatch) ->
     wider = tuning.tune(kv, 32, config)
     assert (wide.splits, wider.splits) == (16, 33)
     assert wider._replace(splits=16) == wide
-
-
-SHARING = [
-    # rows, programs of each: as many as run at once, which are 528, where they fill the GPU, else more
-    (1, 528), (5, 105), (8, 66), (48, 11), (64, 8), (112, 4), (128, 4), (240, 2), (528, 1),
-    (192, 5), (200, 5), (320, 3), (784, 2), (2048, 1),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("rows", "programs"), SHARING)
-def test_a_row_is_shared_so_that_no_turn_of_programs_is_half_empty(rows: int, programs: int) -> None:
-    assert tuning.sharing_programs(rows, CPU) == programs
-
-
-def test_three_quarters_of_the_programs_that_run_at_once_have_a_row() -> None:
-    for rows in range(1, 2049):
-        together = rows * tuning.sharing_programs(rows, CPU)
-        turns = -(-together // 528)
-        assert together >= 0.75 * 528 * turns, (rows, together)
 
 
 def test_the_cards_that_were_measured_are_named() -> None:

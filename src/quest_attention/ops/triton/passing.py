@@ -15,53 +15,88 @@ from quest_attention.ops.triton.launch import wait_for_launch
 from quest_attention.ops.triton.masks import END, FIRST, FREE, LIVE, RECENT, RECENT_START, SINKS_END, SPAN, count_tokens
 from quest_attention.ops.triton.merge import merge_if_last
 from quest_attention.ops.triton.ranks import choice_of
+from quest_attention.ops.triton.sharing import live_sequences, sharing
 
 __all__ = ["attend_passing_kernel", "list_passing_kernel"]
 
 
 @triton.jit(do_not_specialize=[
-    "lengths", "num_kv_heads", "table_stride", "token_budget", "num_sink_pages", "num_recent_pages", "parts",
-    "counted", "tile", "slots", "capacity", "most",
+    "lengths", "num_kv_heads", "table_stride", "token_budget", "num_sink_pages", "num_recent_pages", "sequences",
+    "ranking", "tiles", "tile", "slots", "capacity", "most",
 ])  # fmt: skip
 def attend_passing_kernel(
     page_table, table_stride, lengths, live, space, units, counts, num_kv_heads, token_budget, num_sink_pages,
-    num_recent_pages, parts, counted, tile, slots, capacity, most, query, keys, values, sinks, output, scale, softcap,
-    SHAPE: tl.constexpr, PARTS: tl.constexpr, COUNTED: tl.constexpr, PICKED: tl.constexpr, BLOCK_T: tl.constexpr,
-    STAGES: tl.constexpr, FOLLOWS: tl.constexpr,
+    num_recent_pages, sequences, ranking, tiles, tile, slots, capacity, most, query, keys, values, sinks, output,
+    scale, softcap,
+    SHAPE: tl.constexpr, AT_ONCE: tl.constexpr, MOST_PARTS: tl.constexpr, PARTS: tl.constexpr, COUNTED: tl.constexpr,
+    PICKED: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     """Attention over a part of what is read of a row; whoever is last of it merges."""
-    row = tl.program_id(0) // parts
-    part = tl.program_id(0) % parts
-    h = (row % num_kv_heads).to(tl.int64)
-    q = load_query(query, (row // num_kv_heads).to(tl.int64), h, SHAPE)
-    start, stop = _list_part(
-        page_table, table_stride, lengths, live, space, units, counts, row, part, num_kv_heads, token_budget,
-        num_sink_pages, num_recent_pages, parts, counted, tile, slots, capacity, most,
-        SHAPE.page_size, COUNTED, PICKED, FOLLOWS,
-    )  # fmt: skip
-    places = space.places + row.to(tl.int64) * slots
-    tl.debug_barrier()  # the list is read by other threads than those that wrote it
-    largest, weight, gathered = attend_slots(
-        q, keys, values, h, places, None, start, stop, None, 0, scale, softcap, SHAPE, BLOCK_T, STAGES
-    )
-    merge_if_last(space, sinks, output, h, row, part, parts, largest, weight, gathered, SHAPE, PARTS)
+    live_rows = live_sequences(lengths, sequences) * num_kv_heads
+    counted = sharing(live_rows, ranking, tiles, AT_ONCE)
+    parts = sharing(live_rows, tl.num_programs(0), MOST_PARTS, AT_ONCE)
+    index = tl.program_id(0)
+    if live_rows + index < sequences * num_kv_heads:
+        _leave_empty(units, counts, live_rows + index, slots)
+        _store_zeros(output + (live_rows + index).to(tl.int64) * SHAPE.group * SHAPE.value_dim, SHAPE)
+    if index < live_rows * parts:
+        row = index // parts
+        part = index % parts
+        h = (row % num_kv_heads).to(tl.int64)
+        q = load_query(query, (row // num_kv_heads).to(tl.int64), h, SHAPE)
+        start, stop = _list_part(
+            page_table, table_stride, lengths, live, space, units, counts, row, part, num_kv_heads, token_budget,
+            num_sink_pages, num_recent_pages, parts, counted, tile, slots, capacity, most,
+            SHAPE.page_size, COUNTED, PICKED, FOLLOWS,
+        )  # fmt: skip
+        places = space.places + row.to(tl.int64) * slots
+        tl.debug_barrier()  # the list is read by other threads than those that wrote it
+        largest, weight, gathered = attend_slots(
+            q, keys, values, h, places, None, start, stop, None, 0, scale, softcap, SHAPE, BLOCK_T, STAGES
+        )
+        merge_if_last(space, sinks, output, h, row, part, parts, largest, weight, gathered, SHAPE, PARTS)
 
 
 @triton.jit(do_not_specialize=[
-    "lengths", "num_kv_heads", "table_stride", "token_budget", "num_sink_pages", "num_recent_pages", "parts",
-    "counted", "tile", "slots", "capacity", "most",
+    "lengths", "num_kv_heads", "table_stride", "token_budget", "num_sink_pages", "num_recent_pages", "sequences",
+    "ranking", "tiles", "tile", "slots", "capacity", "most",
 ])  # fmt: skip
 def list_passing_kernel(
     page_table, table_stride, lengths, live, space, units, counts, num_kv_heads, token_budget, num_sink_pages,
-    num_recent_pages, parts, counted, tile, slots, capacity, most,
-    PAGE: tl.constexpr, COUNTED: tl.constexpr, PICKED: tl.constexpr, FOLLOWS: tl.constexpr,
+    num_recent_pages, sequences, ranking, tiles, tile, slots, capacity, most,
+    AT_ONCE: tl.constexpr, MOST_PARTS: tl.constexpr, PAGE: tl.constexpr, COUNTED: tl.constexpr, PICKED: tl.constexpr,
+    FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     """What is read of a row, and where it lies."""
-    _list_part(
-        page_table, table_stride, lengths, live, space, units, counts, tl.program_id(0) // parts,
-        tl.program_id(0) % parts, num_kv_heads, token_budget, num_sink_pages, num_recent_pages, parts, counted, tile,
-        slots, capacity, most, PAGE, COUNTED, PICKED, FOLLOWS,
-    )  # fmt: skip
+    live_rows = live_sequences(lengths, sequences) * num_kv_heads
+    counted = sharing(live_rows, ranking, tiles, AT_ONCE)
+    parts = sharing(live_rows, tl.num_programs(0), MOST_PARTS, AT_ONCE)
+    index = tl.program_id(0)
+    if live_rows + index < sequences * num_kv_heads:
+        _leave_empty(units, counts, live_rows + index, slots)
+    if index < live_rows * parts:
+        _list_part(
+            page_table, table_stride, lengths, live, space, units, counts, index // parts, index % parts, num_kv_heads,
+            token_budget, num_sink_pages, num_recent_pages, parts, counted, tile, slots, capacity, most,
+            PAGE, COUNTED, PICKED, FOLLOWS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _leave_empty(units, counts, row, slots):
+    """Nothing is read of a row that pads a batch."""
+    store_unused(units + row.to(tl.int64) * slots, 0, slots)
+    tl.store(counts + row, 0)
+
+
+@triton.jit
+def _store_zeros(output, SHAPE: tl.constexpr):
+    """The output of the heads of a row of which nothing is read."""
+    head = tl.arange(0, SHAPE.block_g)
+    channel = tl.arange(0, SHAPE.block_dv)
+    inside = (head < SHAPE.group)[:, None] & (channel < SHAPE.value_dim)[None, :]
+    to = output + head[:, None] * SHAPE.value_dim + channel[None, :]
+    tl.store(to, 0.0, mask=inside)
 
 
 @triton.jit
@@ -70,11 +105,12 @@ def _list_part(
     num_sink_pages, num_recent_pages, parts, counted, tile, slots, capacity, most,
     PAGE: tl.constexpr, COUNTED: tl.constexpr, PICKED: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
-    """List a part of what is read of a row behind the parts before it; gives where the part begins and ends.
+    """List a part of what is read of a row, as many tokens in each; gives where in the list it begins and ends.
 
-    Each of the `counted` programs that ranked a row has said how many pass of its share, some times `tile` pages. A
-    part takes the shares of some of them. The first has the forced tokens at the beginning as well, the last those at
-    the end. Should more pass than there is room for, those farthest back are left out.
+    The list has the forced tokens at the beginning of the sequence, those that pass, and the forced ones at its end.
+    Each of the `counted` programs that ranked a row has said how many pass of its share, some times `tile` pages, or
+    none where a row is shorter than its table has room for; so a part knows among whose words it has to look. Should
+    more pass than there is room for, those farthest back are left out.
     """
     WORDS: tl.constexpr = (PAGE + 15) // 16
     b = (row // num_kv_heads).to(tl.int64)
@@ -85,12 +121,12 @@ def _list_part(
     first_page, last_page = choice_of(end, num_sink_pages, num_recent_pages, PAGE)
     begin = 0
     ranked = (end - 1) // PAGE
-    is_whole = end <= token_budget
+    tokens = end  # that may be read
     sinks = first_page * PAGE
     recent = end - last_page * PAGE
     lives = live
+    wait_for_launch(FOLLOWS)
     if live is not None:
-        wait_for_launch(FOLLOWS)
         lives = live.words + b * capacity
         span = live.spans + b * SPAN
         begin = tl.load(span + FIRST) // PAGE
@@ -99,64 +135,67 @@ def _list_part(
         first_page = tl.load(span + SINKS_END) // PAGE
         last_page = tl.load(span + RECENT_START) // PAGE
         recent = tl.load(span + RECENT)
-        sinks = tl.load(span + LIVE) - recent - tl.load(span + FREE)
-        is_whole = tl.load(span + LIVE) <= token_budget
-    share = tl.cdiv(tl.cdiv(ranked, counted), tile) * tile  # pages of one that ranked
-    together = tl.cdiv(counted, parts)
-    first = tl.maximum(begin + part * together * share, first_page) * WORDS
-    last = tl.minimum(begin + (part + 1) * together * share, last_page) * WORDS
-    at = first + tl.arange(0, PICKED)
-    physical = tl.load(table + at // WORDS, mask=at < last, other=0)
-    if live is None:
-        wait_for_launch(FOLLOWS)
-    if is_whole:
+        tokens = tl.load(span + LIVE)
+        sinks = tokens - recent - tl.load(span + FREE)
+    if tokens <= token_budget:
+        total = tokens
+        start, stop = _share_of(total, part, parts)
         if live is None:
-            each = tl.cdiv(tl.cdiv(end, parts), 16) * 16
-            start = tl.minimum(part * each, end)
-            stop = tl.minimum(start + each, end)
             store_run(table, units, places, start, start, stop - start, PAGE)
         else:
-            every = tl.cdiv(end, PAGE) * WORDS
-            each = tl.cdiv(every - begin * WORDS, parts)
-            first = tl.minimum(begin * WORDS + part * each, every)
-            start = 0
-            for before in range(begin * WORDS, first, PICKED):
-                at = before + tl.arange(0, PICKED)
-                start += tl.sum(count_tokens(tl.load(lives + at, mask=at < first, other=0)))
-            last = tl.minimum(first + each, every)
-            stop = _list_words(units, places, table, lives, None, first, last, start, 0, slots, PAGE, PICKED)
+            none, to_word = tl.full([], 0, tl.int32), tl.cdiv(end, PAGE) * WORDS
+            _list_words(units, places, table, lives, None, begin * WORDS, to_word, none, start, stop, PAGE, PICKED)
     else:
-        words = space.passing + row.to(tl.int64) * capacity
-        passing = tl.load(words + at, mask=at < last, other=0)
-        if live is not None:
-            passing &= tl.load(lives + at, mask=at < last, other=0)
-        ranking = tl.arange(0, COUNTED)
-        passed = tl.load(space.passed + row * counted + ranking, mask=ranking < counted, other=0)
-        over = tl.maximum(tl.sum(passed) - (token_budget - sinks - recent), 0)
-        kept = sinks - over + tl.sum(tl.where(ranking < part * together, passed, 0))
-        start = tl.maximum(kept, sinks)
-        kept = list_tokens(units, places, physical, at, passing, kept, sinks, slots, PAGE)
-        kept = _list_words(units, places, table, words, lives, first + PICKED, last, kept, sinks, slots, PAGE, PICKED)
-        stop = tl.maximum(kept, start)
-        if part == 0:
+        nth = tl.arange(0, COUNTED)
+        passed = tl.load(space.passed + row * counted + nth, mask=nth < counted, other=0)
+        through = tl.cumsum(passed)
+        number = tl.sum(passed)
+        over = tl.maximum(number - (token_budget - sinks - recent), 0)
+        behind = sinks + number - over  # where the forced tokens at the end are listed
+        total = behind + recent
+        start, stop = _share_of(total, part, parts)
+        from_nth, to_nth = tl.maximum(start, sinks) + over - sinks, tl.minimum(stop, behind) + over - sinks
+        if from_nth < to_nth:
+            share = tl.cdiv(tl.cdiv(ranked, counted), tile) * tile  # pages of one that ranked
+            nearer = (through <= from_nth) & (nth < counted)
+            first = tl.maximum(begin + tl.sum(nearer.to(tl.int32)) * share, first_page) * WORDS
+            reached = (through - passed < to_nth) & (nth < counted)
+            last = tl.minimum(begin + tl.sum(reached.to(tl.int32)) * share, last_page) * WORDS
+            kept = sinks - over + tl.sum(tl.where(nearer, passed, 0))
+            words = space.passing + row.to(tl.int64) * capacity
+            least, most_of_part = tl.maximum(start, sinks), tl.minimum(stop, behind)
+            _list_words(units, places, table, words, lives, first, last, kept, least, most_of_part, PAGE, PICKED)
+        if start < sinks:
             if live is None:
-                store_run(table, units, places, 0, 0, sinks, PAGE)
+                store_run(table, units, places, start, start, tl.minimum(stop, sinks) - start, PAGE)
             else:
-                from_words, to_words = begin * WORDS, first_page * WORDS
-                none = tl.full([], 0, tl.int32)
-                _list_words(units, places, table, lives, None, from_words, to_words, none, 0, slots, PAGE, PICKED)
-            start = 0
-        if part == parts - 1:
+                none, from_word, to_word = tl.full([], 0, tl.int32), begin * WORDS, first_page * WORDS
+                _list_words(
+                    units, places, table, lives, None, from_word, to_word, none, start, tl.minimum(stop, sinks), PAGE,
+                    PICKED,
+                )  # fmt: skip
+        if stop > behind:
+            from_slot = tl.maximum(start, behind)
             if live is None:
-                store_run(table, units, places, last_page * PAGE, stop, recent, PAGE)
+                token = last_page * PAGE + from_slot - behind
+                store_run(table, units, places, token, from_slot, stop - from_slot, PAGE)
             else:
-                from_words, to_words = last_page * WORDS, tl.cdiv(end, PAGE) * WORDS
-                _list_words(units, places, table, lives, None, from_words, to_words, stop, 0, slots, PAGE, PICKED)
-            stop += recent
+                from_word, to_word = last_page * WORDS, tl.cdiv(end, PAGE) * WORDS
+                _list_words(
+                    units, places, table, lives, None, from_word, to_word, behind, from_slot, stop, PAGE, PICKED
+                )  # fmt: skip
     if part == parts - 1:
-        store_unused(units, stop, slots)
-        tl.store(counts + row, stop)
+        store_unused(units, total, slots)
+        tl.store(counts + row, total)
     return start, stop
+
+
+@triton.jit
+def _share_of(total, part, parts):
+    """Where a part of a list begins and ends: as much of it as the others, in blocks of 16."""
+    each = tl.cdiv(tl.cdiv(total, parts), 16) * 16
+    start = tl.minimum(part * each, total)
+    return start, tl.minimum(start + each, total)
 
 
 @triton.jit
@@ -170,6 +209,8 @@ def _list_words(
         named = tl.load(words + at, mask=at < last, other=0)
         if lives is not None:
             named &= tl.load(lives + at, mask=at < last, other=0)
-        physical = tl.load(table + at // WORDS, mask=at < last, other=0)
-        kept = list_tokens(units, places, physical, at, named, kept, least, most, PAGE)
-    return kept
+        behind = kept + tl.sum(count_tokens(named))
+        if (behind > least) & (kept < most):
+            physical = tl.load(table + at // WORDS, mask=at < last, other=0)
+            list_tokens(units, places, physical, at, named, kept, least, most, PAGE)
+        kept = behind

@@ -24,6 +24,7 @@ from quest_attention.ops.triton.masks import (
     is_live_token,
 )
 from quest_attention.ops.triton.preparation import norms_of
+from quest_attention.ops.triton.sharing import live_sequences, sharing
 from quest_attention.ops.triton.sketch import estimates, turned_queries
 
 __all__ = ["choice_of", "rank_kernel"]
@@ -54,20 +55,22 @@ def choice_of(end, num_sink_pages, num_recent_pages, PAGE: tl.constexpr):
 
 @triton.jit(do_not_specialize=[
     "lengths", "num_kv_heads", "table_stride", "token_budget", "num_sink_pages", "num_recent_pages", "wanted",
-    "parts", "capacity", "most",
+    "sequences", "tiles", "capacity", "most",
 ])  # fmt: skip
 def rank_kernel(
     query, key_scale, scale_head, metadata, page_table, table_stride, lengths, live, space, scale, softcap,
-    num_kv_heads, parts, capacity, token_budget, num_sink_pages, num_recent_pages, wanted, most,
-    IS_SAMPLE: tl.constexpr, COUNTS: tl.constexpr, SHAPE: tl.constexpr, PACKING: tl.constexpr, PAGES: tl.constexpr,
-    SAMPLED: tl.constexpr,
-    FEWEST: tl.constexpr, NORMS: tl.constexpr, FOLLOWS: tl.constexpr,
+    num_kv_heads, sequences, tiles, capacity, token_budget, num_sink_pages, num_recent_pages, wanted, most,
+    AT_ONCE: tl.constexpr, IS_SAMPLE: tl.constexpr, COUNTS: tl.constexpr, SHAPE: tl.constexpr, PACKING: tl.constexpr,
+    PAGES: tl.constexpr, SAMPLED: tl.constexpr, FEWEST: tl.constexpr, NORMS: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     """What `scan` does, for any shape and in the interpreter, with queries that are not rounded.
 
     Pages count from the one of the first live token, and end before the one of the last, which is read anyway.
     """
-    row = tl.program_id(0) // parts
+    live_rows = live_sequences(lengths, sequences) * num_kv_heads
+    parts = sharing(live_rows, tl.num_programs(0), tiles, AT_ONCE)
+    is_needed = tl.program_id(0) < live_rows * parts
+    row = tl.minimum(tl.program_id(0) // parts, live_rows - 1)
     part = tl.program_id(0) % parts
     b = (row // num_kv_heads).to(tl.int64)
     h = (row % num_kv_heads).to(tl.int64)
@@ -93,20 +96,21 @@ def rank_kernel(
     token = tl.arange(0, BLOCK)
     ranked = drawn if IS_SAMPLE else whole
     share = tl.cdiv(tl.cdiv(ranked, parts), PAGES) * PAGES
-    last = tl.minimum((part + 1) * share, ranked)
+    last = tl.where(is_needed, tl.minimum((part + 1) * share, ranked), 0)
     low = 0.0
     number = 0
     first_page, last_page = choice_of(end, num_sink_pages, num_recent_pages, PAGE)
     if not IS_SAMPLE:
-        free = (last_page - first_page) * PAGE
-        if live is not None:
-            first_page = tl.load(span + SINKS_END) // PAGE
-            last_page = tl.load(span + RECENT_START) // PAGE
-            free = tl.load(span + FREE)
-        low = _threshold(
-            space.sample + row * SAMPLED, row_live, drawn, rare, begin, first_page, last_page, free, wanted,
-            PAGE, SAMPLED, FEWEST,
-        )  # fmt: skip
+        if is_needed:
+            free = (last_page - first_page) * PAGE
+            if live is not None:
+                first_page = tl.load(span + SINKS_END) // PAGE
+                last_page = tl.load(span + RECENT_START) // PAGE
+                free = tl.load(span + FREE)
+            low = _threshold(
+                space.sample + row * SAMPLED, row_live, drawn, rare, begin, first_page, last_page, free, wanted,
+                PAGE, SAMPLED, FEWEST,
+            )  # fmt: skip
     for start in range(part * share, last, PAGES):
         nth = start + tl.arange(0, PAGES)
         page = begin + (_drawn_page(nth, rare) if IS_SAMPLE else nth)
@@ -140,7 +144,7 @@ def rank_kernel(
                     named &= tl.load(at, mask=is_free[:, None] & (word < WORDS)[None, :], other=0)
                 number += tl.sum(tl.where(is_free[:, None], count_tokens(named), 0))
     if COUNTS:
-        tl.store(space.passed + row * parts + part, number)
+        tl.store(space.passed + row * parts + part, number, mask=is_needed)
 
 
 @triton.jit

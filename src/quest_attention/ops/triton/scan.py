@@ -24,6 +24,7 @@ from quest_attention.ops.triton.bit_products import (
     terms_of,
 )
 from quest_attention.ops.triton.masks import END, FIRST, FREE, LIVE, RECENT_START, SINKS_END, SPAN
+from quest_attention.ops.triton.sharing import sharing
 from quest_attention.ops.triton.threshold import drawn_page, threshold
 
 __all__ = ["SCANNED_PAGES", "SCAN_PAGE_SIZE", "SCAN_WARPS", "scan_kernel"]
@@ -34,6 +35,8 @@ SCANNED_PAGES = 8 * SCAN_WARPS
 """Pages a program ranks at a time: eight a warp."""
 SCAN_PAGE_SIZE = 16
 """Tokens of a page: the rows of a product."""
+_sharing = gluon.jit(sharing.fn)
+"""The same arithmetic of scalars, which is of no language's own."""
 
 
 @gluon.jit
@@ -157,16 +160,30 @@ def _largest(weight):
     return rank[:, :, :, None].to(gl.float16)
 
 
+@gluon.jit
+def _live_sequences(lengths, sequences, WARPS: gl.constexpr):
+    """See `sharing.live_sequences`."""
+    found = sequences
+    if lengths.dtype.is_ptr():
+        if sequences > 1:
+            found = 1
+            for start in range(0, sequences, 64 * WARPS):
+                nth = start + gl.arange(0, 64 * WARPS, layout=gl.BlockedLayout([2], [32], [WARPS], [0]))
+                length = gl.load(lengths + nth, mask=nth < sequences, other=0)
+                found = gl.maximum(found, gl.max(gl.where(length > 0, nth + 1, 1), 0))
+    return found
+
+
 @gluon.jit(do_not_specialize=[
-    "lengths", "num_kv_heads", "table_stride", "parts", "token_budget", "num_sink_pages", "num_recent_pages",
-    "wanted", "capacity", "most",
+    "lengths", "num_kv_heads", "table_stride", "sequences", "tiles", "token_budget", "num_sink_pages",
+    "num_recent_pages", "wanted", "capacity", "most",
 ])  # fmt: skip
 def scan_kernel(
     metadata, page_stride, head_stride, page_table, table_stride, lengths, live_words, live_spans, planes, factors,
-    norms, sample, passing, passed, softcap, num_kv_heads, parts, capacity, token_budget, num_sink_pages,
+    norms, sample, passing, passed, softcap, num_kv_heads, sequences, tiles, capacity, token_budget, num_sink_pages,
     num_recent_pages, wanted, most,
-    IS_SAMPLE: gl.constexpr, COUNTS: gl.constexpr, GROUP: gl.constexpr, WORDS: gl.constexpr, SAMPLED: gl.constexpr,
-    FEWEST: gl.constexpr, NORMS: gl.constexpr, WARPS: gl.constexpr, FOLLOWS: gl.constexpr,
+    AT_ONCE: gl.constexpr, IS_SAMPLE: gl.constexpr, COUNTS: gl.constexpr, GROUP: gl.constexpr, WORDS: gl.constexpr,
+    SAMPLED: gl.constexpr, FEWEST: gl.constexpr, NORMS: gl.constexpr, WARPS: gl.constexpr, FOLLOWS: gl.constexpr,
 ):  # fmt: skip
     """Ranks of the tokens of a sample of a row's pages; or which tokens of all pages pass the threshold it gives.
 
@@ -195,7 +212,10 @@ def scan_kernel(
     OWN_WARPS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(1, LAYOUT)))
     OWN_ROWS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(1, LAYOUT)))
     OWN_WORDS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(1, LAYOUT)))
-    row = gl.program_id(0) // parts
+    live_rows = _live_sequences(lengths, sequences, WARPS) * num_kv_heads
+    parts = _sharing(live_rows, gl.num_programs(0), tiles, AT_ONCE)
+    is_needed = gl.program_id(0) < live_rows * parts
+    row = gl.minimum(gl.program_id(0) // parts, live_rows - 1)
     part = gl.program_id(0) % parts
     b = row // num_kv_heads
     if lengths.dtype.is_ptr():
@@ -217,9 +237,9 @@ def scan_kernel(
         rare += gl.where((whole >> (rare + ((8 >> turn) - 1))) * PAGE > SAMPLED, 8 >> turn, 0)
     drawn = whole >> rare
     ranked = drawn if IS_SAMPLE else whole
-    tiles = gl.cdiv(gl.cdiv(ranked, parts), PAGES)
-    first = part * tiles * PAGES
-    last = gl.minimum(first + tiles * PAGES, ranked)
+    share = gl.cdiv(gl.cdiv(ranked, parts), PAGES) * PAGES
+    first = part * share
+    last = gl.where(is_needed, gl.minimum(first + share, ranked), 0)
     if first < last:
         table = page_table + b.to(gl.int64) * table_stride + begin
         base = (metadata + (row % num_kv_heads).to(gl.int64) * head_stride).to(gl.int64, bitcast=True)
@@ -358,7 +378,7 @@ def scan_kernel(
         if live_spans is None:
             _wait_for_launch(FOLLOWS)
         if COUNTS:
-            gl.store(passed + row * parts + part, 0)
+            gl.store(passed + row * parts + part, 0, mask=is_needed)
 
 
 # Longer than 250 lines: the layouts of one loop and its instructions, which only make sense together.

@@ -60,6 +60,7 @@ from quest_attention.ops.triton.scan import SCAN_WARPS, scan_kernel
 from quest_attention.ops.triton.sketch import packing_of
 from quest_attention.ops.triton.token_workspace import (
     DROPPED_KEYS,
+    MOST_ATTENDING,
     SAMPLE_PARTS,
     SAMPLED_KEYS,
     Plan,
@@ -157,11 +158,11 @@ def _attend_passing(step: Step, plan: Plan, workspace: TokenWorkspace) -> tuple[
         output = torch.empty(batch, query.shape[1], width, dtype=query.dtype, device=query.device)
     shape = shape_of(kv.page_size, group, kv.head_dim, width, unit=1)
     launch(
-        attend_passing_kernel, (batch * heads * plan.splits,), *_passing(step, plan, workspace, live, selected),
+        attend_passing_kernel, (plan.attend_programs,), *_passing(step, plan, workspace, live, selected),
         by_head(side_by_side(query)), keys_argument(kv), values_argument(kv),
         None if sinks is None else side_by_side(sinks), output, float(step.scale),
         None if step.softcap is None else float(step.softcap),
-        SHAPE=shape, PARTS=max(2, triton.next_power_of_2(plan.splits)), **_listing(plan), num_warps=4,
+        SHAPE=shape, PARTS=max(2, triton.next_power_of_2(plan.most_splits)), **_listing(plan), num_warps=4,
         maxnreg=_REGISTERS, **_attending(shape, _ATTENDED_OF_MORE, plan), **starts_early(query),
     )  # fmt: skip
     return output, selected
@@ -174,14 +175,17 @@ def _passing(
     table, config = side_by_side(step.kv.page_table), step.config
     return (
         table, table.stride(0), lengths_argument(step.seq_lens), live, workspace, selected.units, selected.counts,
-        step.kv.num_kv_heads, config.token_budget, config.num_sink_pages, max(1, config.num_recent_pages), plan.splits,
-        plan.rank_parts, plan.ranked_pages, plan.slots, plan.words, plan.most,
+        step.kv.num_kv_heads, config.token_budget, config.num_sink_pages, max(1, config.num_recent_pages),
+        step.kv.batch_size, plan.rank_programs, plan.rank_tiles, plan.ranked_pages, plan.slots, plan.words, plan.most,
     )  # fmt: skip
 
 
 def _listing(plan: Plan) -> dict[str, int]:
     """How a program lists what passes."""
-    return {"COUNTED": triton.next_power_of_2(plan.rank_parts), "PICKED": plan.picked}
+    return {
+        "AT_ONCE": plan.at_once, "MOST_PARTS": MOST_ATTENDING, "COUNTED": triton.next_power_of_2(plan.rank_parts),
+        "PICKED": plan.picked,
+    }  # fmt: skip
 
 
 def _selection(step: Step, plan: Plan) -> Selection:
@@ -219,13 +223,15 @@ def _rank(step: Step, plan: Plan, workspace: TokenWorkspace) -> LiveTokens | Non
         sampled = _listed(workspace.sampled, batch, heads, norms * SAMPLED_KEYS)
         place_units(kv, step.hot, sampled, step.seq_lens, keys_only=True, is_looked_up=False)
     for is_sample in (True, False):
-        programs = plan.sample_parts if is_sample else plan.rank_parts
-        choice = (softcap, heads, programs, plan.words, budget, sink_pages, recent_pages, plan.wanted, plan.most)
+        programs = plan.sample_programs if is_sample else plan.rank_programs
+        tiles = plan.sample_tiles if is_sample else plan.rank_tiles
+        choice = (softcap, heads, batch, tiles, plan.words, budget, sink_pages, recent_pages, plan.wanted, plan.most)
         options = {"IS_SAMPLE": is_sample, "COUNTS": not (is_sample or plan.ranks_by_keys), "SAMPLED": plan.sampled}
+        options |= {"AT_ONCE": plan.at_once}
         options |= {"FEWEST": plan.fewest, "NORMS": norms, **follows}
         if plan.scans:
             launch(
-                scan_kernel, (rows * programs,),
+                scan_kernel, (programs,),
                 metadata.base, metadata.page, metadata.head, table, stride, lengths, live_words, live_spans,
                 workspace.bits, workspace.factors, workspace.norms, workspace.sample, workspace.passing,
                 workspace.passed, *choice,
@@ -234,7 +240,7 @@ def _rank(step: Step, plan: Plan, workspace: TokenWorkspace) -> LiveTokens | Non
             )  # fmt: skip
         else:
             launch(
-                rank_kernel, (rows * programs,), by_heads, keys.scale, keys.scale_head, metadata, table, stride,
+                rank_kernel, (programs,), by_heads, keys.scale, keys.scale_head, metadata, table, stride,
                 lengths, live, workspace, scale, *choice,
                 SHAPE=shape, PACKING=packing, PAGES=plan.ranked_pages, num_warps=4, **options,
             )  # fmt: skip
@@ -250,7 +256,7 @@ def _choose(step: Step, plan: Plan, workspace: TokenWorkspace) -> Selection:
     live = _rank(step, plan, workspace)
     if not plan.ranks_by_keys:
         launch(
-            list_passing_kernel, (rows * plan.splits,), *_passing(step, plan, workspace, live, selected),
+            list_passing_kernel, (plan.attend_programs,), *_passing(step, plan, workspace, live, selected),
             PAGE=kv.page_size, **_listing(plan), num_warps=4, **starts_early(query),
         )  # fmt: skip
         return selected

@@ -16,11 +16,13 @@ from quest_attention.ops.query_tokens import MOST_CHOOSING_HEADS
 from quest_attention.ops.triton.candidates import MISSING
 from quest_attention.ops.triton.launch import compute_major, is_interpreted
 from quest_attention.ops.triton.scan import SCAN_PAGE_SIZE, SCANNED_PAGES
-from quest_attention.ops.triton.tuning import filling_programs, sharing_programs
+from quest_attention.ops.triton.sharing import most_programs, programs_for
+from quest_attention.ops.triton.tuning import filling_programs
 from quest_attention.pages import PagedKV
 
 __all__ = [
     "DROPPED_KEYS",
+    "MOST_ATTENDING",
     "SAMPLED_KEYS",
     "SAMPLE_PARTS",
     "Plan",
@@ -59,7 +61,7 @@ _MOST_HELD = 32768
 """Candidates among which a program chooses: 32 a thread."""
 _MOST_PICKING = 64
 """Programs that pick from a row at most."""
-_MOST_ATTENDING = 32
+MOST_ATTENDING = 32
 """Programs at most that attend to what passes of a row, whose results one of them merges."""
 _FEWEST_RANKS = 8
 """Sampled ranks that pass the threshold at least: of fewer none says much about a row."""
@@ -87,15 +89,15 @@ class TokenWorkspace(NamedTuple):
         norms: Log-sum-exps of the parts of the sample in base 2, `[R, 4, H]` float32, H a power of two of the heads.
         sample: Ranks of the tokens of some pages, `[R, 2048, 4096 or 8192]` float16.
         passing: Which tokens pass, as words of 16 (`masks`): `[R, words]` int32.
-        passed: How many pass that are not read anyway, as each program that ranked has counted, `[R, programs]` int32.
+        passed: How many pass that are not read anyway, as each program that ranked has counted, `[programs]` int32.
         candidates: Tokens that passed the threshold, `[R, C]` int32.
         located: Where they lie in the cache, `[R, C]` int32.
         exact: Their ranks by their keys, `[R, C]` float32.
         found: One more than each program of `pick` has found, `[R, parts]` int32, zero between steps.
         places: Chosen tokens in the cache, `[R, K]` int32.
         sampled: Tokens by whose keys log-sum-exps are estimated, -1 for none, `[R, 512]` int32; only beside a pool.
-        partial: `[R, splits, G, DV]` float32.
-        partial_lse: `[R, splits, G]` float32.
+        partial: `[programs that attend, G, DV]` float32, those of a row side by side.
+        partial_lse: `[programs that attend, G]` float32.
         counters: `[R]` int32, zero between launches.
     """
 
@@ -138,12 +140,18 @@ class Plan(NamedTuple):
         sampled: Ranks of a sample in which a threshold for that is looked for.
         fewest: Of these that pass at least.
         ranked_pages: Pages that a program ranks at a time.
-        sample_parts: Programs that rank the sample of a row.
-        rank_parts: Programs that rank a row.
+        at_once: Programs that run at once.
+        sample_tiles: Runs of so many pages in a row's sample at most.
+        sample_programs: Programs that rank samples; of how many a row has, see `sharing`.
+        rank_tiles: Runs of so many pages in a row at most.
+        rank_programs: Programs that rank.
+        rank_parts: Of these, those of a row at most.
         pick_parts: Programs that pick from a row.
         picked: Words of those that one of them looks at at a time, or one that attends to what passes.
         held: Candidates among which is chosen at a time.
-        splits: Programs that attend to a row.
+        splits: Programs that attend to a row, where all sequences have tokens.
+        attend_programs: Programs that attend to what passes.
+        most_splits: Of these, those of a row at most.
         slots: Tokens of a selection at most.
         listed: Candidates of a row that there is room for.
         words: Of a row, in which it is said which tokens pass.
@@ -157,12 +165,18 @@ class Plan(NamedTuple):
     sampled: int
     fewest: int
     ranked_pages: int
-    sample_parts: int
+    at_once: int
+    sample_tiles: int
+    sample_programs: int
+    rank_tiles: int
+    rank_programs: int
     rank_parts: int
     pick_parts: int
     picked: int
     held: int
     splits: int
+    attend_programs: int
+    most_splits: int
     slots: int
     listed: int
     words: int
@@ -184,7 +198,7 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
         or kv.max_pages * kv.page_size >= MISSING.value
     ):
         return None
-    programs, sharing = filling_programs(kv.keys.device), sharing_programs(rows, kv.keys.device)
+    programs = filling_programs(kv.keys.device)
     scans, heads = can_scan(kv, group), max(_LEAST_HEADS, triton.next_power_of_2(group))
     ranked = _RANKED_PAGES * _LEAST_HEADS // heads  # as many estimates at a time, which are in registers
     pages = SCANNED_PAGES if scans else ranked
@@ -196,23 +210,28 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
     sampled = _SAMPLED_RANKS if ranks_by_keys else passing_sample(config.token_budget, most)
     if not sampled:
         return None
-    rank_parts = triton.cdiv(tiles, triton.cdiv(tiles, sharing))  # no more than have work
+    sample_tiles = min(tiles, triton.cdiv(sampled, pages * kv.page_size))
+    sample_programs, _ = most_programs(kv.batch_size, kv.num_kv_heads, sample_tiles, programs)
+    rank_programs, rank_parts = most_programs(kv.batch_size, kv.num_kv_heads, tiles, programs)
     if ranks_by_keys:
         wanted = max(config.candidate_budget, _LEAST_TIMES * config.token_budget)
         listed = min(most, max(8 * config.candidate_budget, most // _LEAST_SHARE))
         pick_parts = max(1, min(_MOST_PICKING, triton.cdiv(words, _LEAST_WORDS), triton.cdiv(2 * programs, rows)))
         splits = max(1, min(slots // _LEAST_TOKENS, max(_LEAST_SPLITS, triton.cdiv(programs // 2, rows))))
+        attend_programs, most_splits, picked = rows * splits, splits, triton.cdiv(words, pick_parts)
     else:
         wanted = max(1, int(_AIMED_AT * (config.token_budget - config.num_forced_pages * kv.page_size)))
         listed, pick_parts = 0, 0
-        splits = triton.cdiv(rank_parts, triton.cdiv(rank_parts, _MOST_ATTENDING))
+        splits = programs_for(rows, MOST_ATTENDING, programs)
+        attend_programs, most_splits = most_programs(kv.batch_size, kv.num_kv_heads, MOST_ATTENDING, programs)
+        picked = triton.cdiv(2 * words, splits)  # parts of as many tokens begin and end among what one has ranked
     held = max(16, min(triton.next_power_of_2(2 * config.candidate_budget), triton.next_power_of_2(max(1, listed))))
     tiles_of_bits = 6 * triton.cdiv(group, 4) * max(1, kv.head_dim // 128)
     shapes = (
         (rows, tiles_of_bits * 32), (rows, 3 * _LEAST_HEADS), (rows, SAMPLE_PARTS, heads), (rows, sampled),
-        (rows, words), (rows, rank_parts), (rows, listed), (rows, listed), (rows, listed), (rows, pick_parts),
-        (rows, slots), (rows, SAMPLE_PARTS * SAMPLED_KEYS), (rows, splits, group, kv.values.shape[-1]),
-        (rows, splits, group), (rows,),
+        (rows, words), (rank_programs,), (rows, listed), (rows, listed), (rows, listed), (rows, pick_parts),
+        (rows, slots), (rows, SAMPLE_PARTS * SAMPLED_KEYS), (attend_programs, group, kv.values.shape[-1]),
+        (attend_programs, group), (rows,),
     )  # fmt: skip
     return Plan(
         scans,
@@ -221,12 +240,18 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
         sampled,
         fewest,
         pages,
-        max(1, min(tiles, triton.cdiv(sampled, pages * kv.page_size), sharing)),
+        programs,
+        sample_tiles,
+        sample_programs,
+        tiles,
+        rank_programs,
         rank_parts,
         pick_parts,
-        max(16, min(_MOST_WORDS, triton.next_power_of_2(triton.cdiv(words, pick_parts or splits)))),
+        max(16, min(_MOST_WORDS, triton.next_power_of_2(picked))),
         held,
         splits,
+        attend_programs,
+        most_splits,
         slots,
         listed,
         words,

@@ -25,7 +25,6 @@ __all__ = [
     "filling_programs",
     "scored_block",
     "scoring_programs",
-    "sharing_programs",
     "tune",
 ]
 
@@ -50,10 +49,6 @@ _PROGRAMS_PER_MULTIPROCESSOR = 4
 """Programs that fill one."""
 _LEAST_TOKENS = 64
 """Fewest tokens worth a program."""
-_TURN = 1 / 16
-"""Of the work on a row, what a turn of programs takes beside it: fitted to times on an H200."""
-_MOST_TIMES = 5
-"""Times as many programs as run at once among which is looked for those that take least."""
 
 
 class Tuning(NamedTuple):
@@ -114,21 +109,6 @@ def filling_programs(device: torch.device) -> int:
     if device.type == "cuda":
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     return _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
-
-
-@cache
-def sharing_programs(rows: int, device: torch.device) -> int:
-    """Programs that share the work on each of so many rows.
-
-    As many as run at once, or more where these are so few a row that much of the GPU would wait for the others: of 200
-    rows two each are 400 of 528, and five each nearly fill two turns.
-    """
-    at_once = filling_programs(device)
-    least = max(1, at_once // rows)
-    return min(
-        range(least, _MOST_TIMES * least + 1),
-        key=lambda programs: triton.cdiv(programs * rows, at_once) * (1 / programs + _TURN),
-    )
 
 
 def _block(most: int, item_bytes: int) -> int:
