@@ -7,13 +7,13 @@ the better of its two forms (with and without tensor cores). Quest runs as it is
 keys and in 8 bits, their verbs timed alone beside it, and with sketches, which choose single tokens, at several
 budgets. One shape, the one of docs/choosing.md, is timed with bounds, moments and sketches at each of that page's
 budgets; `alone` are sketches whose estimates alone choose, with the budget of bounds, of which they read as much as
-`tokens_alone` says. `clustered_us` are bounds and estimates alone over keys of which the newest are looked at most, as
-in texts, and `newest_share` how much of what is read they are. `bytes_...` count what a step must read: of every page
-what ranks it, and keys and values of what is selected. `launches_sketch` are the kernels of a step, which run one after
-the other, and `launch_times_us` the launches in their order, each timed alone, without its early start. `break-even` is
-the shortest context at which Quest with bounds is no slower. `tables_gpu.py` makes the tables of docs/gpu.md from the
-file. The run fails when a step was not sparse: it must have run the kernels that are made for it and no other, and have
-read as many pages or tokens as the budget gives.
+`tokens_alone` says, and with a half and a quarter of it (`alone_smaller_us`). `clustered_us` are bounds and estimates
+alone over keys of which the newest are looked at most, as in texts, and `newest_share` how much of what is read they
+are. `bytes_...` count what a step must read: of every page what ranks it, and keys and values of what is selected.
+`launches_sketch` are the kernels of a step, which run one after the other, and `launch_times_us` the launches in their
+order, each timed alone, without its early start. `break-even` is the shortest context at which Quest with bounds is no
+slower. `tables_gpu.py` makes the tables of docs/gpu.md from the file. The run fails when a step was not sparse: it must
+have run the kernels that are made for it and no other, and have read as many pages or tokens as the budget gives.
 
 FlashInfer is not a dependency: `pip install flashinfer-python==0.6.13`.
 """
@@ -48,6 +48,10 @@ MOST_BYTES = 6 << 30
 """K and V of all layers together, beyond what a layer of the shortest rotation needs."""
 SKETCH_BUDGETS = (512, 2048)
 """Of sketches in every row [tokens]."""
+SMALLER = (4, 2)
+"""By what the budget of bounds is divided, beside the whole, where estimates alone choose."""
+MOST_TO_ONE = 800
+"""Tokens of a context to one of the budget, up to which kernels by estimates alone hold it: docs/gpu.md."""
 CHOICE_BUDGETS = (256, 512, 1024, 2048)
 """Of the row that is timed with every form [tokens]."""
 BREAK_EVEN_LENGTHS = (3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
@@ -333,6 +337,12 @@ def main(
         verbs = time_verbs(shape, caches, queries, lengths, repeats)
         sketch, launches = time_sketch(caches, queries, lengths, repeats)
         alone, launches_alone, read = time_alone(shape.token_budget, caches, queries, lengths, repeats)
+        parts = [shape.token_budget // part for part in SMALLER]
+        smaller = {
+            str(part): time_alone(part, caches, queries, lengths, repeats)[0]
+            for part in parts
+            if shape.context <= MOST_TO_ONE * part
+        }
         row = {
             "shape": list(shape),
             "dense_us": dense,
@@ -342,6 +352,7 @@ def main(
             "launches_sketch": Counter(name for name, _ in launches),
             "launch_times_us": launches,
             "alone_us": alone,
+            "alone_smaller_us": smaller,
             "tokens_alone": read,
             "launch_times_alone_us": launches_alone,
             "verbs_us": verbs,

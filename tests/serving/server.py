@@ -105,6 +105,12 @@ class Server:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def helpers_path() -> str:
+    """PYTHONPATH with which a server's worker finds what tests have it call."""
+    helpers = (HERE, HERE.parent / "ops")  # an oracle of the one imports of the other
+    return os.pathsep.join([*map(str, helpers), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 @contextmanager
 def serving(
     quest: dict[str, Any] | None, *options: str, model: Path | None = None, **variables: str
@@ -130,7 +136,7 @@ def serving(
         **engine_environment(),
         "HF_HUB_OFFLINE": "1",
         "VLLM_SERVER_DEV_MODE": "1",  # for /collective_rpc, by which a test asks the worker
-        "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": helpers_path(),
         **variables,
     }
     server = Server(port)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import re
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,11 +20,19 @@ from openai import BadRequestError
 
 import scenario
 from engine import thorough
-from server import CLIENTS, NAME, serving
+from server import CLIENTS, NAME, helpers_path, serving
 
 MINUTES = 15
 _BUSY = ("vllm:num_requests_running", "vllm:num_requests_waiting{", "vllm:kv_cache_usage_perc")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60 * MINUTES)]
+
+
+@pytest.mark.parametrize("oracle", [scenario.ORACLE, scenario.SIMULATED_ORACLE, scenario.GPU_ORACLE])
+def test_a_server_finds_what_tests_have_its_worker_call(oracle: dict[str, str], tmp_path: Path) -> None:
+    """Those for a GPU too, whose tests run elsewhere."""
+    module, name = oracle["worker_extension_cls"].split(".")
+    command = [sys.executable, "-c", f"from {module} import {name}"]
+    subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": helpers_path()})
 
 
 @pytest.mark.parametrize(

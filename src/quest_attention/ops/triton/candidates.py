@@ -210,13 +210,19 @@ def list_tokens(to, places, physical, at, passing, kept, least, most, PAGE: tl.c
     each = count_tokens(passing)
     slot = kept + tl.cumsum(each) - each
     token = at // WORDS * PAGE + at % WORDS * 16
-    for offset in range(16):
-        passes = (passing >> (offset % 8 * 4 + offset // 8)) & 1
-        is_listed = (passes != 0) & (slot >= least) & (slot < most)
+    rest = passing
+    for _ in range(tl.max(each)):  # few pass: a turn for each is less than one for each of 16 places
+        first_half = rest & 0x11111111
+        some = tl.where(first_half != 0, first_half, rest)
+        bit = some & -some
+        number = (bit.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127  # of the bit, by its float's exponent
+        offset = number // 4 + number % 4 * 8
+        is_listed = (rest != 0) & (slot >= least) & (slot < most)
         tl.store(to + slot, token + offset, mask=is_listed)
         if places is not None:
             tl.store(places + slot, physical * PAGE + at % WORDS * 16 + offset, mask=is_listed)
-        slot += passes
+        slot += 1
+        rest ^= bit
     return kept + tl.sum(each)
 
 

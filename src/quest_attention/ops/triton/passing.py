@@ -204,13 +204,24 @@ def _list_words(
 ):  # fmt: skip
     """Write the tokens of words `first` to `last`, with `lives` those alone that are live; see `list_tokens`."""
     WORDS: tl.constexpr = (PAGE + 15) // 16
-    for start in range(first, last, PICKED):
-        at = start + tl.arange(0, PICKED)
-        named = tl.load(words + at, mask=at < last, other=0)
-        if lives is not None:
-            named &= tl.load(lives + at, mask=at < last, other=0)
+    at = first + tl.arange(0, PICKED)
+    named = _load_words(words, lives, at, last)
+    while (first < last) & (kept < most):
         behind = kept + tl.sum(count_tokens(named))
-        if (behind > least) & (kept < most):
+        following = _load_words(words, lives, at + PICKED, last)  # early: it is far away
+        if behind > least:
             physical = tl.load(table + at // WORDS, mask=at < last, other=0)
             list_tokens(units, places, physical, at, named, kept, least, most, PAGE)
         kept = behind
+        named = following
+        at += PICKED
+        first += PICKED
+
+
+@triton.jit
+def _load_words(words, lives, at, last):
+    """Words up to `last`, with `lives` those tokens of them alone that are live."""
+    named = tl.load(words + at, mask=at < last, other=0)
+    if lives is not None:
+        named &= tl.load(lives + at, mask=at < last, other=0)
+    return named
