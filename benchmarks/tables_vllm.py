@@ -33,26 +33,25 @@ def headings(arms: list[str]) -> list[str]:
 
 
 def latency_table(rows: Rows) -> str:
-    """Milliseconds between two tokens of a sequence, and tokens a second of all, without and with Quest.
+    """Milliseconds between two tokens of a sequence, and tokens a second of all, by arm.
 
-    Where a case has no row of stock, there is nothing to compare with.
+    The arms are compared with stock or, in a run without it, with the first of them.
     """
-    arms = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm != STOCK]
+    base, *arms = sorted(dict.fromkeys(row["arm"] for row in rows), key=lambda arm: arm != STOCK)
     of_case: dict[str, dict[str, Any]] = {}
     for row in rows:
         of_case.setdefault(case(row), {})[row["arm"]] = row
+    first = base if base == STOCK else headings([base, *arms])[0]
     called = [cell for name in headings(arms) for cell in (name, "")]
     cells = []
     for name, found in of_case.items():
-        base, times, rates = found.get(STOCK), [""], [""]
-        if base is not None:
-            times, rates = [f"{base['ms_between_tokens']['p50']:.2f}"], [f"{base['tokens_per_second']:,.0f}"]
+        least, rate = found[base]["ms_between_tokens"]["p50"], found[base]["tokens_per_second"]
+        times, rates = [f"{least:.2f}"], [f"{rate:,.0f}"]
         for row in (found[arm] for arm in arms):
-            times += [f"{row['ms_between_tokens']['p50']:.2f}", "" if base is None else f"{row['ratio_to_stock']:.2f}x"]
-            ratio = "" if base is None else f"{row['tokens_per_second'] / base['tokens_per_second']:.2f}x"
-            rates += [f"{row['tokens_per_second']:,.0f}", ratio]
+            times += [f"{row['ms_between_tokens']['p50']:.2f}", f"{least / row['ms_between_tokens']['p50']:.2f}x"]
+            rates += [f"{row['tokens_per_second']:,.0f}", f"{row['tokens_per_second'] / rate:.2f}x"]
         cells.append([name, *times, *rates])
-    return as_markdown(("context, sequences", "stock", *called, "tokens/s, stock", *called), cells)
+    return as_markdown(("context, sequences", first, *called, f"tokens/s, {first}", *called), cells)
 
 
 def stock_table(rows: Rows) -> str:
@@ -73,7 +72,8 @@ def tables() -> list[str]:
         latency_table([row for row in rows if not row["arm"].startswith(other)]) for other in ("sketch", "estimates")
     )
     others = (latency_table(load(f"serve_vllm{name}.json")) for name in (*newest, *before))
-    return [first, by_keys, stock_table(load("stock_gpu.json")), *others]
+    since = (latency_table(load(f"serve_vllm_estimates_{budget}.json")) for budget in (2048, 1024))
+    return [first, by_keys, *since, stock_table(load("stock_gpu.json")), *others]
 
 
 if __name__ == "__main__":

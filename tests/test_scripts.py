@@ -124,8 +124,10 @@ def test_a_table_of_vllm_has_columns_for_each_arm(monkeypatch: pytest.MonkeyPatc
     assert head == f"| context, sequences | stock | {arms} | tokens/s, stock | {arms} |"
     rates = "2,000 | 4,000 | 2.00x | 5,000 | 2.50x | 8,000 | 4.00x | 10,000 | 5.00x"
     assert line == f"| 8K x 16 | 8.00 | 4.00 | 2.00x | 3.20 | 2.50x | 2.00 | 4.00x | 1.60 | 5.00x | {rates} |"
-    of_one = latency_table([{**rows[1], "ratio_to_stock": None}]).splitlines()[2]
-    assert of_one == "| 8K x 16 |  | 4.00 |  |  | 4,000 |  |", "a case without stock"
+    head, _, line = latency_table(rows[1:4:2]).splitlines()
+    arms = "bounds, 2,048 | sketch, 512 | "
+    assert head == f"| context, sequences | {arms} | tokens/s, {arms} |", "a run without stock"
+    assert line == "| 8K x 16 | 4.00 | 2.00 | 2.00x | 4,000 | 8,000 | 2.00x |"
 
 
 @pytest.fixture
@@ -379,6 +381,11 @@ def test_sketches_beside_bounds_once_they_were_timed(tmp_path: Path, monkeypatch
     )
     alone = {**row, "alone_us": {"p50": 12.0}, "bytes_alone": 3_000_000, "tokens_alone": 1640.2}
     assert gpu.sketch_table([alone]).splitlines()[2] == f"{line} 12.0 | 3.33x | 2.00x | 1.5 | 1,640 |"
+    smaller = {**alone, "alone_smaller_us": {"1024": {"p50": 10.0}}, "newest_share": 0.313}
+    smaller["clustered_us"] = {"bounds": {"p50": 24.2}, "alone": {"p50": 13.0}}
+    assert gpu.smaller_table([smaller]).splitlines()[2] == (
+        "| 1 x 32/8 x 32K, 2,048 | 24.0 |  |  | 10.0 | 2.40x | 12.0 | 2.00x | 24.2 | 13.0 | 31 % |"
+    )
     timed = {**row, "launch_times_us": [["scan_kernel", 2.0], ["scan_kernel", 4.0], ["_attend_kernel", 12.5]]}
     timed["bytes_scan"] = 4_000_000
     table = gpu.launches_table([timed], "launch_times_us", [16.0]).splitlines()

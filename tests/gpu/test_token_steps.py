@@ -93,7 +93,7 @@ def test_what_pads_a_batch_changes_nothing(sequences: int, has: int, factor: int
     padded = PagedKV(cache.kv.keys, cache.kv.values, cache.kv.metadata, table, form=cache.kv.form)
     seq_lens = torch.nn.functional.pad(cache.seq_lens, padding[2:])
     expected = quest_decode(query[:has], cache.kv, cache.seq_lens, config)
-    for _ in range(3):  # what one step leaves is there for the next
+    for _ in range(30):  # so that what depends on which warp is first shows
         step = quest_decode(query, padded, seq_lens, config)
         assert torch.equal(step.selected.units[:has], expected.selected.units)
         assert torch.equal(step.selected.counts[:has], expected.selected.counts)

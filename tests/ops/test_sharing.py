@@ -47,18 +47,19 @@ def test_two_thirds_of_the_programs_that_run_at_once_have_a_row() -> None:
         assert together >= 2 / 3 * AT_ONCE * turns, (rows, together)
 
 
-@triton.jit(do_not_specialize=["lengths", "sequences", "heads", "programs", "tiles"])
-def _look(found, lengths, sequences, heads, programs, tiles, AT_ONCE: tl.constexpr):  # noqa: N803 - a constant
+@triton.jit(do_not_specialize=["lengths", "sequences", "heads", "together", "programs", "tiles"])
+def _look(found, lengths, sequences, heads, together, programs, tiles, AT_ONCE: tl.constexpr):  # noqa: N803
     live = live_sequences(lengths, sequences)
     tl.store(found, live)
-    tl.store(found + 1, sharing(live * heads, programs, tiles, AT_ONCE))
+    tl.store(found + 1, sharing(live, sequences, heads, together, programs, tiles, AT_ONCE))
 
 
 def look(lengths: Tensor | int, sequences: int, heads: int, tiles: int) -> list[int]:
     """How many sequences a kernel finds, and the programs of a row."""
     found = torch.zeros(2, dtype=torch.int32)
     programs, _ = most_programs(sequences, heads, tiles, AT_ONCE)
-    launch(_look, (1,), found, lengths, sequences, heads, programs, tiles, AT_ONCE=AT_ONCE)
+    together = programs_for(sequences * heads, tiles, AT_ONCE)
+    launch(_look, (1,), found, lengths, sequences, heads, together, programs, tiles, AT_ONCE=AT_ONCE)
     return found.tolist()
 
 

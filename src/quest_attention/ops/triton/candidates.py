@@ -277,8 +277,8 @@ def choose_kernel(
             tl.store(units + want + nth, token, mask=nth < recent)
             tl.store(places + want + nth, place, mask=nth < recent)
         store_unused(units, want + recent, slots)
-        tl.store(space.found + row * parts + each, 0, mask=each < parts)
         _choose(space, start, rank, units, places, total, want, HELD)
+        _put_back(space.found + row * parts, parts, PARTS)
     elif end <= token_budget:
         wait_for_launch(FOLLOWS)
         store_run(table, units, places, 0, 0, end, PAGE)
@@ -312,8 +312,16 @@ def choose_kernel(
         if recent > RUN:
             store_run(table, units, places, last_page * PAGE + RUN, sinks + want + RUN, recent - RUN, PAGE)
         store_unused(units, sinks + want + recent, slots)
-        tl.store(space.found + row * parts + each, 0, mask=each < parts)
         _choose(space, start, rank, units + sinks, places + sinks, total, want, HELD)
+        _put_back(space.found + row * parts, parts, PARTS)
+
+
+@triton.jit
+def _put_back(found, parts, PARTS: tl.constexpr):
+    """Zero what the parts of a row have found, for the next step."""
+    part = tl.arange(0, PARTS)
+    tl.debug_barrier()  # every thread has loaded it: with few parts all load the same, and one writes
+    tl.store(found + part, 0, mask=part < parts)
 
 
 @triton.jit

@@ -115,7 +115,6 @@ def place_kernel(
     end = length_of(lengths, b)
     wait_for_launch(FOLLOWS)
     now = tl.load(clock + row) + 1
-    tl.store(clock + row, now)
     row_table = table + row.to(tl.int64) * max_units
     row_owners = owners + row.to(tl.int64) * slots
     row_stamps = stamps + row.to(tl.int64) * slots
@@ -130,6 +129,7 @@ def place_kernel(
     is_looked_up = is_unit
     if IS_AGAIN:
         is_looked_up &= tl.load(row_stamps + (page - first), mask=is_hot, other=now) != now - 1
+        tl.debug_barrier()  # every thread has loaded what is written over: several load the same, and one writes
     tl.store(row_stamps + (page - first), now, mask=is_hot)
     wanted = tl.sum(is_missing.to(tl.int32))
     found = 0
@@ -148,6 +148,7 @@ def place_kernel(
         is_taken = is_free & (nth < wanted)
         # What lies behind the last one that is taken the hand has not come to.
         is_passed = is_here & (nth + (~is_free).to(tl.int32) < wanted)
+        tl.debug_barrier()  # as above
         tl.store(row_stamps + slot, 0, mask=is_passed & ~is_free & (stamp != now))
         tl.store(row_stamps + slot, now, mask=is_taken)
         gone = tl.load(row_owners + slot, mask=is_taken, other=-1)
@@ -155,8 +156,9 @@ def place_kernel(
         tl.store(victims + row_lists + nth, slot, mask=is_taken)
         passed += tl.sum(is_passed.to(tl.int32))
         found += tl.sum(is_taken.to(tl.int32))
-    tl.store(hands + row, (hand + passed) % slots)
     tl.debug_barrier()
+    tl.store(clock + row, now)
+    tl.store(hands + row, (hand + passed) % slots)
     nth = tl.cumsum(is_missing.to(tl.int32)) - 1
     slot = tl.load(victims + row_lists + nth, mask=is_missing, other=0)
     tl.store(row_table + unit, first + slot, mask=is_missing)
@@ -169,6 +171,7 @@ def place_kernel(
         tl.store(row_valued, 0, mask=is_new)
     else:
         lacks_values = is_new | (is_hot & (tl.load(row_valued, mask=is_hot, other=1) == 0))
+        tl.debug_barrier()
         tl.store(row_valued, 1, mask=lacks_values)
         tl.atomic_add(counts + 3, tl.sum(lacks_values.to(tl.int64)))
         parts += tl.where(lacks_values, VALUES, 0)

@@ -22,19 +22,20 @@ __all__ = ["attend_passing_kernel", "list_passing_kernel"]
 
 @triton.jit(do_not_specialize=[
     "lengths", "num_kv_heads", "table_stride", "token_budget", "num_sink_pages", "num_recent_pages", "sequences",
-    "ranking", "tiles", "tile", "slots", "capacity", "most",
+    "together", "rank_together", "ranking", "tiles", "tile", "slots", "capacity", "most",
 ])  # fmt: skip
 def attend_passing_kernel(
     page_table, table_stride, lengths, live, space, units, counts, num_kv_heads, token_budget, num_sink_pages,
-    num_recent_pages, sequences, ranking, tiles, tile, slots, capacity, most, query, keys, values, sinks, output,
-    scale, softcap,
+    num_recent_pages, sequences, together, rank_together, ranking, tiles, tile, slots, capacity, most, query, keys,
+    values, sinks, output, scale, softcap,
     SHAPE: tl.constexpr, AT_ONCE: tl.constexpr, MOST_PARTS: tl.constexpr, PARTS: tl.constexpr, COUNTED: tl.constexpr,
     PICKED: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     """Attention over a part of what is read of a row; whoever is last of it merges."""
-    live_rows = live_sequences(lengths, sequences) * num_kv_heads
-    counted = sharing(live_rows, ranking, tiles, AT_ONCE)
-    parts = sharing(live_rows, tl.num_programs(0), MOST_PARTS, AT_ONCE)
+    live_batch = live_sequences(lengths, sequences)
+    counted = sharing(live_batch, sequences, num_kv_heads, rank_together, ranking, tiles, AT_ONCE)
+    parts = sharing(live_batch, sequences, num_kv_heads, together, tl.num_programs(0), MOST_PARTS, AT_ONCE)
+    live_rows = live_batch * num_kv_heads
     index = tl.program_id(0)
     if live_rows + index < sequences * num_kv_heads:
         _leave_empty(units, counts, live_rows + index, slots)
@@ -59,18 +60,19 @@ def attend_passing_kernel(
 
 @triton.jit(do_not_specialize=[
     "lengths", "num_kv_heads", "table_stride", "token_budget", "num_sink_pages", "num_recent_pages", "sequences",
-    "ranking", "tiles", "tile", "slots", "capacity", "most",
+    "together", "rank_together", "ranking", "tiles", "tile", "slots", "capacity", "most",
 ])  # fmt: skip
 def list_passing_kernel(
     page_table, table_stride, lengths, live, space, units, counts, num_kv_heads, token_budget, num_sink_pages,
-    num_recent_pages, sequences, ranking, tiles, tile, slots, capacity, most,
+    num_recent_pages, sequences, together, rank_together, ranking, tiles, tile, slots, capacity, most,
     AT_ONCE: tl.constexpr, MOST_PARTS: tl.constexpr, PAGE: tl.constexpr, COUNTED: tl.constexpr, PICKED: tl.constexpr,
     FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     """What is read of a row, and where it lies."""
-    live_rows = live_sequences(lengths, sequences) * num_kv_heads
-    counted = sharing(live_rows, ranking, tiles, AT_ONCE)
-    parts = sharing(live_rows, tl.num_programs(0), MOST_PARTS, AT_ONCE)
+    live_batch = live_sequences(lengths, sequences)
+    counted = sharing(live_batch, sequences, num_kv_heads, rank_together, ranking, tiles, AT_ONCE)
+    parts = sharing(live_batch, sequences, num_kv_heads, together, tl.num_programs(0), MOST_PARTS, AT_ONCE)
+    live_rows = live_batch * num_kv_heads
     index = tl.program_id(0)
     if live_rows + index < sequences * num_kv_heads:
         _leave_empty(units, counts, live_rows + index, slots)

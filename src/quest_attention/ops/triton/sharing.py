@@ -78,14 +78,21 @@ def live_sequences(lengths, sequences):
 
 
 @triton.jit
-def sharing(rows, programs, most, AT_ONCE: tl.constexpr):
-    """`programs_for` so many rows, of a launch of so many programs."""
-    each = tl.maximum(AT_ONCE // rows, 1)
-    if each < _FULL_ENOUGH:
-        least = float("inf")
-        for turns in tl.static_range(1, _MOST_TURNS + 1):
-            some = tl.maximum(turns * AT_ONCE // rows, 1)
-            cost = tl.cdiv(some * rows, AT_ONCE).to(tl.float32) * (1.0 / some.to(tl.float32) + _TURN)
-            each = tl.where(cost < least, some, each)
-            least = tl.minimum(cost, least)
-    return tl.maximum(tl.minimum(tl.minimum(each, most), programs // rows), 1)
+def sharing(live, sequences, num_kv_heads, together, programs, most, AT_ONCE: tl.constexpr):
+    """`programs_for` the rows of so many `live` sequences, of a launch of so many programs.
+
+    Where nothing pads the batch they are `together`, as the host has found: divisions take a program a while.
+    """
+    each = together
+    if live < sequences:
+        rows = live * num_kv_heads
+        each = tl.maximum(AT_ONCE // rows, 1)
+        if each < _FULL_ENOUGH:
+            least = float("inf")
+            for turns in tl.static_range(1, _MOST_TURNS + 1):
+                some = tl.maximum(turns * AT_ONCE // rows, 1)
+                cost = tl.cdiv(some * rows, AT_ONCE).to(tl.float32) * (1.0 / some.to(tl.float32) + _TURN)
+                each = tl.where(cost < least, some, each)
+                least = tl.minimum(cost, least)
+        each = tl.maximum(tl.minimum(tl.minimum(each, most), programs // rows), 1)
+    return each

@@ -176,7 +176,8 @@ def _passing(
     return (
         table, table.stride(0), lengths_argument(step.seq_lens), live, workspace, selected.units, selected.counts,
         step.kv.num_kv_heads, config.token_budget, config.num_sink_pages, max(1, config.num_recent_pages),
-        step.kv.batch_size, plan.rank_programs, plan.rank_tiles, plan.ranked_pages, plan.slots, plan.words, plan.most,
+        step.kv.batch_size, plan.splits, plan.rank_together, plan.rank_programs, plan.rank_tiles, plan.ranked_pages,
+        plan.slots, plan.words, plan.most,
     )  # fmt: skip
 
 
@@ -225,10 +226,12 @@ def _rank(step: Step, plan: Plan, workspace: TokenWorkspace) -> LiveTokens | Non
     for is_sample in (True, False):
         programs = plan.sample_programs if is_sample else plan.rank_programs
         tiles = plan.sample_tiles if is_sample else plan.rank_tiles
-        choice = (softcap, heads, batch, tiles, plan.words, budget, sink_pages, recent_pages, plan.wanted, plan.most)
+        together = plan.sample_together if is_sample else plan.rank_together
+        choice = (
+            softcap, heads, batch, together, tiles, plan.words, budget, sink_pages, recent_pages, plan.wanted, plan.most
+        )  # fmt: skip
         options = {"IS_SAMPLE": is_sample, "COUNTS": not (is_sample or plan.ranks_by_keys), "SAMPLED": plan.sampled}
-        options |= {"AT_ONCE": plan.at_once}
-        options |= {"FEWEST": plan.fewest, "NORMS": norms, **follows}
+        options |= {"AT_ONCE": plan.at_once, "FEWEST": plan.fewest, "NORMS": norms, **follows}
         if plan.scans:
             launch(
                 scan_kernel, (programs,),

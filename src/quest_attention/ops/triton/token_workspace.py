@@ -143,8 +143,10 @@ class Plan(NamedTuple):
         at_once: Programs that run at once.
         sample_tiles: Runs of so many pages in a row's sample at most.
         sample_programs: Programs that rank samples; of how many a row has, see `sharing`.
+        sample_together: Of these, those of a row where all sequences have tokens.
         rank_tiles: Runs of so many pages in a row at most.
         rank_programs: Programs that rank.
+        rank_together: Of these, those of a row where all sequences have tokens.
         rank_parts: Of these, those of a row at most.
         pick_parts: Programs that pick from a row.
         picked: Words of those that one of them looks at at a time, or one that attends to what passes.
@@ -168,8 +170,10 @@ class Plan(NamedTuple):
     at_once: int
     sample_tiles: int
     sample_programs: int
+    sample_together: int
     rank_tiles: int
     rank_programs: int
+    rank_together: int
     rank_parts: int
     pick_parts: int
     picked: int
@@ -243,8 +247,10 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
         programs,
         sample_tiles,
         sample_programs,
+        programs_for(rows, sample_tiles, programs),
         tiles,
         rank_programs,
+        programs_for(rows, tiles, programs),
         rank_parts,
         pick_parts,
         max(16, min(_MOST_WORDS, triton.next_power_of_2(picked))),
