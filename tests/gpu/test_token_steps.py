@@ -75,7 +75,7 @@ def test_many_rows_are_shared_by_more_programs_than_run_at_once(group: int) -> N
     query = torch.randn(25, 8 * group, 128, device="cuda").to(torch.bfloat16)
     config = QuestConfig(2048, metadata="sketch", selection_unit="token", candidate_factor=0)
     plan = token_workspace.plan_of(cache.kv, 8 * group, config)
-    assert plan is not None and plan.splits * 200 > filling_programs(cache.kv.keys.device) > plan.splits * 100
+    assert plan is not None and plan.attend.each * 200 > filling_programs(cache.kv.keys.device) > plan.attend.each * 100
     shares = assert_chosen(cache, query, config)
     assert len(shares) == 200 and min(shares) > 0.95
 

@@ -1,5 +1,7 @@
 """Compile every kernel for a Hopper GPU, without one: the interpreter takes things that the compiler does not.
 
+What is compiled must fit a multiprocessor, and no warp may be late: see `late_warps`.
+
     python tests/ops/hopper.py few
     python tests/ops/hopper.py all
 
@@ -14,9 +16,11 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from late_warps import late_loads
 from quest_attention import QuestConfig
 from quest_attention.forms import FP8, Bounds, Moments, Sketch
 from quest_attention.ops import HotUnits, Selection, Step
@@ -60,7 +64,27 @@ def compile_only(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options:
     """Stands in for `launch`."""
     compiled = kernel.warmup(*arguments, grid=grid, **options, **FUSED_ARITHMETIC)
     assert compiled.metadata.shared <= SHARED_BYTES, f"{kernel.fn.__name__} wants {compiled.metadata.shared} bytes"
+    late = late_loads(compiled.asm["ptx"]) if compiled.metadata.num_warps > 1 else []
+    assert not late, f"{kernel.fn.__name__}: {late}"
     print(kernel.fn.__name__, len(compiled.asm["cubin"]), flush=True)
+
+
+@triton.jit
+def _take_turn(clock, seen, WAITS: tl.constexpr):  # noqa: N803 - a constant
+    """What a late warp breaks where nothing waits."""
+    now = tl.load(clock)
+    if WAITS:
+        tl.debug_barrier()
+    tl.store(clock, now + 1)
+    tl.store(seen + tl.arange(0, 512), now)
+
+
+def check_late_warps() -> None:
+    """That a late warp is found, and only there."""
+    clock = torch.zeros(1, dtype=torch.int32)
+    for waits in (False, True):
+        compiled = _take_turn.warmup(clock, clock, waits, grid=(1,), num_warps=4, **FUSED_ARITHMETIC)
+        assert bool(late_loads(compiled.asm["ptx"])) != waits
 
 
 def run_all(
@@ -169,6 +193,7 @@ def run_tokens(
     softcap: float | None = None,
     masked: bool = False,
     ranks_by_keys: bool = True,
+    sequences: int = 1,
 ) -> None:
     """The step over single tokens, which starts launches early and ranks by binary products where it can."""
     heads, page_size, pages = 2, 16, 9000
@@ -176,17 +201,18 @@ def run_tokens(
     scale = torch.ones(heads) if is_quantised else None
     form = Sketch(page_size)
     kept = torch.empty(1, heads, *form.shape(page_size, dim), dtype=torch.uint8).expand(pages, -1, -1, -1)
-    table = torch.zeros(1, pages, dtype=torch.int32)
+    table = torch.zeros(sequences, pages, dtype=torch.int32)
     kv = PagedKV(keys, keys, kept, table, form=form, key_scale=scale, value_scale=scale)
     factor = 4 if ranks_by_keys else 0
     config = QuestConfig(
         512 if ranks_by_keys else 2048, page_size, metadata="sketch", selection_unit="token", candidate_factor=factor
     )
-    lengths: Any = pages * page_size if host else torch.full((1,), pages * page_size, dtype=torch.int32)
-    query, sinks = torch.empty(1, heads * group, dim, dtype=dtype), torch.empty(heads * group) if host else None
+    lengths: Any = pages * page_size if host else torch.full((sequences,), pages * page_size, dtype=torch.int32)
+    query = torch.empty(sequences, heads * group, dim, dtype=dtype)
+    sinks = torch.empty(heads * group) if host else None
     token_workspace.can_scan = lambda *_: scans
     token_decode.starts_early = lambda _: {"FOLLOWS": True, "launch_pdl": True}
-    mask = torch.ones(1, 5000, dtype=torch.bool) if masked else None
+    mask = torch.ones(sequences, 5000, dtype=torch.bool) if masked else None
     step = Step(query=query, kv=kv, seq_lens=lengths, config=config, sinks=sinks, softcap=softcap, token_mask=mask)
     assert token_decode.decode_tokens(step) is not None
     if not ranks_by_keys:
@@ -225,6 +251,7 @@ def compile_few() -> None:
     run_query_tokens(torch.bfloat16, 5, 4, 128)
     run_sketches(torch.bfloat16, 4, 128)
     run_tokens(torch.bfloat16, 4, 128, scans=True, host=False, softcap=50.0)
+    run_tokens(torch.bfloat16, 4, 128, scans=True, host=False, sequences=600)  # one program picks from a row
     run_tokens(torch.bfloat16, 8, 64, scans=True, host=False, ranks_by_keys=False, masked=True)
     run_tokens(torch.float16, 1, 80, scans=False, host=True, is_quantised=True, ranks_by_keys=False)
     run_hot_units(torch.bfloat16, 4, 128, host=False)
@@ -263,6 +290,7 @@ def main(which: str) -> None:
         attention, counts, decode, fetch, masks, metadata, query_tokens, scores, choice, received, sketch, token_decode
     ):  # fmt: skip
         module.launch = compile_only  # type: ignore[attr-defined]
+    check_late_warps()
     compile_few()
     if which == "all":
         compile_more()

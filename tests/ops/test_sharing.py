@@ -23,7 +23,7 @@ import triton.language as tl  # noqa: E402
 
 from quest_attention.ops.triton import token_decode, token_workspace  # noqa: E402
 from quest_attention.ops.triton.launch import launch  # noqa: E402
-from quest_attention.ops.triton.sharing import live_sequences, most_programs, programs_for, sharing  # noqa: E402
+from quest_attention.ops.triton.sharing import live_sequences, programs_for, shares_of, sharing  # noqa: E402
 
 AT_ONCE = 528
 
@@ -47,19 +47,18 @@ def test_two_thirds_of_the_programs_that_run_at_once_have_a_row() -> None:
         assert together >= 2 / 3 * AT_ONCE * turns, (rows, together)
 
 
-@triton.jit(do_not_specialize=["lengths", "sequences", "heads", "together", "programs", "tiles"])
-def _look(found, lengths, sequences, heads, together, programs, tiles, AT_ONCE: tl.constexpr):  # noqa: N803
+@triton.jit(do_not_specialize=["lengths", "sequences", "heads", "each", "programs", "parts"])
+def _look(found, lengths, sequences, heads, each, programs, parts, AT_ONCE: tl.constexpr):  # noqa: N803 - a constant
     live = live_sequences(lengths, sequences)
     tl.store(found, live)
-    tl.store(found + 1, sharing(live, sequences, heads, together, programs, tiles, AT_ONCE))
+    tl.store(found + 1, sharing(live, sequences, heads, each, programs, parts, AT_ONCE))
 
 
 def look(lengths: Tensor | int, sequences: int, heads: int, tiles: int) -> list[int]:
     """How many sequences a kernel finds, and the programs of a row."""
     found = torch.zeros(2, dtype=torch.int32)
-    programs, _ = most_programs(sequences, heads, tiles, AT_ONCE)
-    together = programs_for(sequences * heads, tiles, AT_ONCE)
-    launch(_look, (1,), found, lengths, sequences, heads, together, programs, tiles, AT_ONCE=AT_ONCE)
+    shares = shares_of(sequences, heads, tiles, AT_ONCE)
+    launch(_look, (1,), found, lengths, sequences, heads, shares.each, shares.programs, tiles, AT_ONCE=AT_ONCE)
     return found.tolist()
 
 
@@ -81,10 +80,11 @@ def test_sequences_of_no_tokens_among_others() -> None:
 
 def test_a_launch_has_the_programs_of_any_number_of_sequences() -> None:
     for sequences in (1, 2, 8, 25, 98):
-        programs, most = most_programs(sequences, 8, 256, AT_ONCE)
+        shares = shares_of(sequences, 8, 256, AT_ONCE)
+        assert shares.each == programs_for(8 * sequences, 256, AT_ONCE) and shares.programs <= 3 * AT_ONCE
         for live in range(1, sequences + 1):
             each = programs_for(8 * live, 256, AT_ONCE)
-            assert 8 * live * each <= programs <= 3 * AT_ONCE and each <= most
+            assert 8 * live * each <= shares.programs and each <= shares.most
 
 
 @pytest.mark.parametrize("where", ["everywhere", "together"])

@@ -319,8 +319,7 @@ def test_masks_of_other_pages_and_widths(page_size: int, width: int) -> None:
 def test_masked_lists_of_many_words(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One program lists what passes of a row, and does not look at all of its words at once."""
     monkeypatch.setattr(token_workspace, "_MOST_WORDS", 16)
-    monkeypatch.setattr(token_workspace, "MOST_ATTENDING", 1)
-    monkeypatch.setattr(token_decode, "MOST_ATTENDING", 1)
+    monkeypatch.setattr(token_workspace, "_MOST_ATTENDING", 1)
     cache = masked_cache([413, 60, 430], mask := masks_of(430)[name])
     shares = assert_chosen(cache, query_for(cache, 2), config_of(80, candidate_factor=0), token_mask=mask)
     assert shares

@@ -17,7 +17,8 @@ _NEWEST = 1 / 16
 _NEARER = 0.7
 """By how much their logits are larger, in standard deviations of those of random keys.
 
-A third of what is chosen is then theirs, as of the fullest of 16 parts of a book: benchmarks/results/spread_qwen.json.
+With 8 KV heads a third of what is chosen of 32K tokens is then theirs, as of the fullest of 16 parts of a book:
+benchmarks/results/spread_qwen.json; of shorter contexts less, of longer ones more.
 """
 
 

@@ -112,8 +112,8 @@ def place_kernel(
     row = tl.program_id(0)
     b = (row // num_kv_heads).to(tl.int64)
     h = (row % num_kv_heads).to(tl.int64)
-    end = length_of(lengths, b)
     wait_for_launch(FOLLOWS)
+    end = length_of(lengths, b)
     now = tl.load(clock + row) + 1
     row_table = table + row.to(tl.int64) * max_units
     row_owners = owners + row.to(tl.int64) * slots

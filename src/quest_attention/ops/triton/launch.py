@@ -79,7 +79,8 @@ def starts_early(tensor: Tensor) -> dict[str, bool]:
     """Options of a launch that follows another of the same step, whose kernel calls `wait_for_launch`.
 
     A GPU since Hopper then starts it before the other is done. The first launch of a step has none of these options:
-    it waits for whatever was before.
+    it waits for whatever was before. `fetch_units` by itself has only launches with them, and loads nothing before it
+    waits.
     """
     early = not _in_turn and compute_major(tensor.device) >= _EARLY_LAUNCHES
     return {"FOLLOWS": early, **({"launch_pdl": True} if early else {})}

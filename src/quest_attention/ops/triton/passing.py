@@ -22,19 +22,23 @@ __all__ = ["attend_passing_kernel", "list_passing_kernel"]
 
 @triton.jit(do_not_specialize=[
     "lengths", "num_kv_heads", "table_stride", "token_budget", "num_sink_pages", "num_recent_pages", "sequences",
-    "together", "rank_together", "ranking", "tiles", "tile", "slots", "capacity", "most",
+    "each", "rank_each", "rank_programs", "rank_parts", "tile", "slots", "capacity", "most",
 ])  # fmt: skip
 def attend_passing_kernel(
     page_table, table_stride, lengths, live, space, units, counts, num_kv_heads, token_budget, num_sink_pages,
-    num_recent_pages, sequences, together, rank_together, ranking, tiles, tile, slots, capacity, most, query, keys,
+    num_recent_pages, sequences, each, rank_each, rank_programs, rank_parts, tile, slots, capacity, most, query, keys,
     values, sinks, output, scale, softcap,
     SHAPE: tl.constexpr, AT_ONCE: tl.constexpr, MOST_PARTS: tl.constexpr, PARTS: tl.constexpr, COUNTED: tl.constexpr,
     PICKED: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
-    """Attention over a part of what is read of a row; whoever is last of it merges."""
+    """Attention over a part of what is read of a row; whoever is last of it merges.
+
+    Rows are shared as `Shares` says: `each` and `MOST_PARTS` are this launch's, `rank_...` are those of the one that
+    ranked, each of whose programs has ranked some times `tile` pages.
+    """
     live_batch = live_sequences(lengths, sequences)
-    counted = sharing(live_batch, sequences, num_kv_heads, rank_together, ranking, tiles, AT_ONCE)
-    parts = sharing(live_batch, sequences, num_kv_heads, together, tl.num_programs(0), MOST_PARTS, AT_ONCE)
+    counted = sharing(live_batch, sequences, num_kv_heads, rank_each, rank_programs, rank_parts, AT_ONCE)
+    parts = sharing(live_batch, sequences, num_kv_heads, each, tl.num_programs(0), MOST_PARTS, AT_ONCE)
     live_rows = live_batch * num_kv_heads
     index = tl.program_id(0)
     if live_rows + index < sequences * num_kv_heads:
@@ -60,18 +64,18 @@ def attend_passing_kernel(
 
 @triton.jit(do_not_specialize=[
     "lengths", "num_kv_heads", "table_stride", "token_budget", "num_sink_pages", "num_recent_pages", "sequences",
-    "together", "rank_together", "ranking", "tiles", "tile", "slots", "capacity", "most",
+    "each", "rank_each", "rank_programs", "rank_parts", "tile", "slots", "capacity", "most",
 ])  # fmt: skip
 def list_passing_kernel(
     page_table, table_stride, lengths, live, space, units, counts, num_kv_heads, token_budget, num_sink_pages,
-    num_recent_pages, sequences, together, rank_together, ranking, tiles, tile, slots, capacity, most,
+    num_recent_pages, sequences, each, rank_each, rank_programs, rank_parts, tile, slots, capacity, most,
     AT_ONCE: tl.constexpr, MOST_PARTS: tl.constexpr, PAGE: tl.constexpr, COUNTED: tl.constexpr, PICKED: tl.constexpr,
     FOLLOWS: tl.constexpr,
 ):  # fmt: skip
-    """What is read of a row, and where it lies."""
+    """What is read of a row, and where it lies; arguments are those of `attend_passing_kernel`."""
     live_batch = live_sequences(lengths, sequences)
-    counted = sharing(live_batch, sequences, num_kv_heads, rank_together, ranking, tiles, AT_ONCE)
-    parts = sharing(live_batch, sequences, num_kv_heads, together, tl.num_programs(0), MOST_PARTS, AT_ONCE)
+    counted = sharing(live_batch, sequences, num_kv_heads, rank_each, rank_programs, rank_parts, AT_ONCE)
+    parts = sharing(live_batch, sequences, num_kv_heads, each, tl.num_programs(0), MOST_PARTS, AT_ONCE)
     live_rows = live_batch * num_kv_heads
     index = tl.program_id(0)
     if live_rows + index < sequences * num_kv_heads:

@@ -55,11 +55,11 @@ def choice_of(end, num_sink_pages, num_recent_pages, PAGE: tl.constexpr):
 
 @triton.jit(do_not_specialize=[
     "lengths", "num_kv_heads", "table_stride", "token_budget", "num_sink_pages", "num_recent_pages", "wanted",
-    "sequences", "together", "tiles", "capacity", "most",
+    "sequences", "each", "parts_of_row", "capacity", "most",
 ])  # fmt: skip
 def rank_kernel(
     query, key_scale, scale_head, metadata, page_table, table_stride, lengths, live, space, scale, softcap,
-    num_kv_heads, sequences, together, tiles, capacity, token_budget, num_sink_pages, num_recent_pages, wanted, most,
+    num_kv_heads, sequences, each, parts_of_row, capacity, token_budget, num_sink_pages, num_recent_pages, wanted, most,
     AT_ONCE: tl.constexpr, IS_SAMPLE: tl.constexpr, COUNTS: tl.constexpr, SHAPE: tl.constexpr, PACKING: tl.constexpr,
     PAGES: tl.constexpr, SAMPLED: tl.constexpr, FEWEST: tl.constexpr, NORMS: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
@@ -68,7 +68,7 @@ def rank_kernel(
     Pages count from the one of the first live token, and end before the one of the last, which is read anyway.
     """
     live_batch = live_sequences(lengths, sequences)
-    parts = sharing(live_batch, sequences, num_kv_heads, together, tl.num_programs(0), tiles, AT_ONCE)
+    parts = sharing(live_batch, sequences, num_kv_heads, each, tl.num_programs(0), parts_of_row, AT_ONCE)
     live_rows = live_batch * num_kv_heads
     is_needed = tl.program_id(0) < live_rows * parts
     row = tl.minimum(tl.program_id(0) // parts, live_rows - 1)

@@ -175,12 +175,12 @@ def _live_sequences(lengths, sequences, WARPS: gl.constexpr):
 
 
 @gluon.jit(do_not_specialize=[
-    "lengths", "num_kv_heads", "table_stride", "sequences", "together", "tiles", "token_budget", "num_sink_pages",
+    "lengths", "num_kv_heads", "table_stride", "sequences", "each", "parts_of_row", "token_budget", "num_sink_pages",
     "num_recent_pages", "wanted", "capacity", "most",
 ])  # fmt: skip
 def scan_kernel(
     metadata, page_stride, head_stride, page_table, table_stride, lengths, live_words, live_spans, planes, factors,
-    norms, sample, passing, passed, softcap, num_kv_heads, sequences, together, tiles, capacity, token_budget,
+    norms, sample, passing, passed, softcap, num_kv_heads, sequences, each, parts_of_row, capacity, token_budget,
     num_sink_pages, num_recent_pages, wanted, most,
     AT_ONCE: gl.constexpr, IS_SAMPLE: gl.constexpr, COUNTS: gl.constexpr, GROUP: gl.constexpr, WORDS: gl.constexpr,
     SAMPLED: gl.constexpr, FEWEST: gl.constexpr, NORMS: gl.constexpr, WARPS: gl.constexpr, FOLLOWS: gl.constexpr,
@@ -213,7 +213,7 @@ def scan_kernel(
     OWN_ROWS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(1, LAYOUT)))
     OWN_WORDS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(1, LAYOUT)))
     live_batch = _live_sequences(lengths, sequences, WARPS)
-    parts = _sharing(live_batch, sequences, num_kv_heads, together, gl.num_programs(0), tiles, AT_ONCE)
+    parts = _sharing(live_batch, sequences, num_kv_heads, each, gl.num_programs(0), parts_of_row, AT_ONCE)
     live_rows = live_batch * num_kv_heads
     is_needed = gl.program_id(0) < live_rows * parts
     row = gl.minimum(gl.program_id(0) // parts, live_rows - 1)

@@ -1,4 +1,4 @@
-"""Which programs of a launch share a row: as many for each row of the sequences with tokens, whatever pads a batch.
+"""Which programs of a launch share a row: as many for each row, with none for the sequences that pad a batch.
 
 A server pads a batch to the size of a CUDA graph, with sequences of no tokens behind the others. A launch has as many
 programs as the most that any number of sequences is shared among, and its programs look how many there are.
@@ -7,11 +7,12 @@ programs as the most that any number of sequences is shared among, and its progr
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-__all__ = ["live_sequences", "most_programs", "programs_for", "sharing"]
+__all__ = ["Shares", "live_sequences", "programs_for", "shares_of", "sharing"]
 
 _TURN = tl.constexpr(1 / 16)
 """Of the work on a row, what a turn of programs takes beside it: measured with 48 to 784 rows of 8K to 128K tokens."""
@@ -21,6 +22,22 @@ _FULL_ENOUGH = tl.constexpr(10)
 """Programs of a row from which on one turn leaves no more than one in so many places empty."""
 _LOOKED_AT = tl.constexpr(256)
 """Sequences looked at at a time."""
+
+
+class Shares(NamedTuple):
+    """How the programs of a launch share rows.
+
+    Attributes:
+        parts: Of a row at most, however few rows there are.
+        programs: Of the launch, which are enough whatever number of sequences has tokens.
+        each: Of these, those of a row where all sequences have tokens.
+        most: Those of a row at most: where fewer sequences have tokens, each has more.
+    """
+
+    parts: int
+    programs: int
+    each: int
+    most: int
 
 
 @cache
@@ -40,26 +57,26 @@ def programs_for(rows: int, most: int, at_once: int) -> int:
     return min(least, most)
 
 
-def most_programs(sequences: int, num_kv_heads: int, most: int, at_once: int) -> tuple[int, int]:
-    """Programs of a launch for up to so many sequences, and of these those of a row at most.
+def shares_of(sequences: int, num_kv_heads: int, parts: int, at_once: int) -> Shares:
+    """How a launch for a batch is shared.
 
     Args:
-        sequences: Of a batch: all of them have tokens, or the first ones.
+        sequences: Of the batch: all of them have tokens, or the first ones.
         num_kv_heads: Rows of each.
-        most: Programs of a row at most.
+        parts: Of a row at most.
         at_once: Programs that run at once.
     """
-    return _up_to(triton.next_power_of_2(sequences), num_kv_heads, most, at_once)[sequences - 1]
+    return _up_to(triton.next_power_of_2(sequences), num_kv_heads, parts, at_once)[sequences - 1]
 
 
 @cache  # a server asks for each size of a batch
-def _up_to(sequences: int, num_kv_heads: int, most: int, at_once: int) -> list[tuple[int, int]]:
-    """`most_programs` of each number of sequences up to one."""
-    found, programs, of_a_row = [], 0, 0
+def _up_to(sequences: int, num_kv_heads: int, parts: int, at_once: int) -> list[Shares]:
+    """`shares_of` batches of each number of sequences up to one."""
+    found, programs, most = [], 0, 0
     for rows in range(num_kv_heads, sequences * num_kv_heads + 1, num_kv_heads):
-        each = programs_for(rows, most, at_once)
-        programs, of_a_row = max(programs, rows * each), max(of_a_row, each)
-        found.append((programs, of_a_row))
+        each = programs_for(rows, parts, at_once)
+        programs, most = max(programs, rows * each), max(most, each)
+        found.append(Shares(parts, programs, each, most))
     return found
 
 
@@ -78,12 +95,11 @@ def live_sequences(lengths, sequences):
 
 
 @triton.jit
-def sharing(live, sequences, num_kv_heads, together, programs, most, AT_ONCE: tl.constexpr):
-    """`programs_for` the rows of so many `live` sequences, of a launch of so many programs.
+def sharing(live, sequences, num_kv_heads, each, programs, parts, AT_ONCE: tl.constexpr):
+    """`programs_for` the rows of so many `live` sequences; `each`, `programs` and `parts` are those of `Shares`.
 
-    Where nothing pads the batch they are `together`, as the host has found: divisions take a program a while.
+    Where nothing pads the batch it is `each`, which the host has found: divisions take a program a while.
     """
-    each = together
     if live < sequences:
         rows = live * num_kv_heads
         each = tl.maximum(AT_ONCE // rows, 1)
@@ -94,5 +110,5 @@ def sharing(live, sequences, num_kv_heads, together, programs, most, AT_ONCE: tl
                 cost = tl.cdiv(some * rows, AT_ONCE).to(tl.float32) * (1.0 / some.to(tl.float32) + _TURN)
                 each = tl.where(cost < least, some, each)
                 least = tl.minimum(cost, least)
-        each = tl.maximum(tl.minimum(tl.minimum(each, most), programs // rows), 1)
+        each = tl.maximum(tl.minimum(tl.minimum(each, parts), programs // rows), 1)
     return each

@@ -60,7 +60,6 @@ from quest_attention.ops.triton.scan import SCAN_WARPS, scan_kernel
 from quest_attention.ops.triton.sketch import packing_of
 from quest_attention.ops.triton.token_workspace import (
     DROPPED_KEYS,
-    MOST_ATTENDING,
     SAMPLE_PARTS,
     SAMPLED_KEYS,
     Plan,
@@ -110,10 +109,10 @@ def decode_tokens(step: Step) -> tuple[Tensor, Selection] | None:
     if output is None:
         output = torch.empty(batch, query.shape[1], width, dtype=query.dtype, device=query.device)
     launch(
-        _attend_kernel, (batch * heads * plan.splits,), by_head(side_by_side(query)), keys_argument(kv),
+        _attend_kernel, (batch * heads * plan.attend.each,), by_head(side_by_side(query)), keys_argument(kv),
         values_argument(kv), workspace, selected.counts, None if sinks is None else side_by_side(sinks), output,
-        float(step.scale), None if step.softcap is None else float(step.softcap), heads, plan.splits, plan.slots,
-        SHAPE=shape, BLOCK_S=max(2, triton.next_power_of_2(plan.splits)), num_warps=4,
+        float(step.scale), None if step.softcap is None else float(step.softcap), heads, plan.attend.each, plan.slots,
+        SHAPE=shape, BLOCK_S=max(2, triton.next_power_of_2(plan.attend.each)), num_warps=4,
         **_attending(shape, _ATTENDED[group > 1], plan), **starts_early(query),
     )  # fmt: skip
     return output, selected
@@ -141,7 +140,7 @@ def _plan(step: Step) -> tuple[Plan, TokenWorkspace] | None:
 
 def _attending(shape: Shape, channels: int, plan: Plan) -> dict[str, int]:
     """How a program goes through the tokens to which it attends."""
-    stages = ATTEND_STAGES if plan.slots // plan.splits >= _MANY_TOKENS else _STAGES
+    stages = ATTEND_STAGES if plan.slots // plan.attend.each >= _MANY_TOKENS else _STAGES
     width = max(shape.block_d, shape.block_dv)
     return {"BLOCK_T": max(16, channels // width), "STAGES": 1 if shape.group == 1 else stages}
 
@@ -158,11 +157,11 @@ def _attend_passing(step: Step, plan: Plan, workspace: TokenWorkspace) -> tuple[
         output = torch.empty(batch, query.shape[1], width, dtype=query.dtype, device=query.device)
     shape = shape_of(kv.page_size, group, kv.head_dim, width, unit=1)
     launch(
-        attend_passing_kernel, (plan.attend_programs,), *_passing(step, plan, workspace, live, selected),
+        attend_passing_kernel, (plan.attend.programs,), *_passing(step, plan, workspace, live, selected),
         by_head(side_by_side(query)), keys_argument(kv), values_argument(kv),
         None if sinks is None else side_by_side(sinks), output, float(step.scale),
         None if step.softcap is None else float(step.softcap),
-        SHAPE=shape, PARTS=max(2, triton.next_power_of_2(plan.most_splits)), **_listing(plan), num_warps=4,
+        SHAPE=shape, PARTS=max(2, triton.next_power_of_2(plan.attend.most)), **_listing(plan), num_warps=4,
         maxnreg=_REGISTERS, **_attending(shape, _ATTENDED_OF_MORE, plan), **starts_early(query),
     )  # fmt: skip
     return output, selected
@@ -176,7 +175,7 @@ def _passing(
     return (
         table, table.stride(0), lengths_argument(step.seq_lens), live, workspace, selected.units, selected.counts,
         step.kv.num_kv_heads, config.token_budget, config.num_sink_pages, max(1, config.num_recent_pages),
-        step.kv.batch_size, plan.splits, plan.rank_together, plan.rank_programs, plan.rank_tiles, plan.ranked_pages,
+        step.kv.batch_size, plan.attend.each, plan.rank.each, plan.rank.programs, plan.rank.parts, plan.ranked_pages,
         plan.slots, plan.words, plan.most,
     )  # fmt: skip
 
@@ -184,7 +183,7 @@ def _passing(
 def _listing(plan: Plan) -> dict[str, int]:
     """How a program lists what passes."""
     return {
-        "AT_ONCE": plan.at_once, "MOST_PARTS": MOST_ATTENDING, "COUNTED": triton.next_power_of_2(plan.rank_parts),
+        "AT_ONCE": plan.at_once, "MOST_PARTS": plan.attend.parts, "COUNTED": triton.next_power_of_2(plan.rank.most),
         "PICKED": plan.picked,
     }  # fmt: skip
 
@@ -224,17 +223,16 @@ def _rank(step: Step, plan: Plan, workspace: TokenWorkspace) -> LiveTokens | Non
         sampled = _listed(workspace.sampled, batch, heads, norms * SAMPLED_KEYS)
         place_units(kv, step.hot, sampled, step.seq_lens, keys_only=True, is_looked_up=False)
     for is_sample in (True, False):
-        programs = plan.sample_programs if is_sample else plan.rank_programs
-        tiles = plan.sample_tiles if is_sample else plan.rank_tiles
-        together = plan.sample_together if is_sample else plan.rank_together
+        shares = plan.sample if is_sample else plan.rank
         choice = (
-            softcap, heads, batch, together, tiles, plan.words, budget, sink_pages, recent_pages, plan.wanted, plan.most
+            softcap, heads, batch, shares.each, shares.parts, plan.words, budget, sink_pages, recent_pages,
+            plan.wanted, plan.most,
         )  # fmt: skip
         options = {"IS_SAMPLE": is_sample, "COUNTS": not (is_sample or plan.ranks_by_keys), "SAMPLED": plan.sampled}
         options |= {"AT_ONCE": plan.at_once, "FEWEST": plan.fewest, "NORMS": norms, **follows}
         if plan.scans:
             launch(
-                scan_kernel, (programs,),
+                scan_kernel, (shares.programs,),
                 metadata.base, metadata.page, metadata.head, table, stride, lengths, live_words, live_spans,
                 workspace.bits, workspace.factors, workspace.norms, workspace.sample, workspace.passing,
                 workspace.passed, *choice,
@@ -243,7 +241,7 @@ def _rank(step: Step, plan: Plan, workspace: TokenWorkspace) -> LiveTokens | Non
             )  # fmt: skip
         else:
             launch(
-                rank_kernel, (programs,), by_heads, keys.scale, keys.scale_head, metadata, table, stride,
+                rank_kernel, (shares.programs,), by_heads, keys.scale, keys.scale_head, metadata, table, stride,
                 lengths, live, workspace, scale, *choice,
                 SHAPE=shape, PACKING=packing, PAGES=plan.ranked_pages, num_warps=4, **options,
             )  # fmt: skip
@@ -259,7 +257,7 @@ def _choose(step: Step, plan: Plan, workspace: TokenWorkspace) -> Selection:
     live = _rank(step, plan, workspace)
     if not plan.ranks_by_keys:
         launch(
-            list_passing_kernel, (plan.attend_programs,), *_passing(step, plan, workspace, live, selected),
+            list_passing_kernel, (plan.attend.programs,), *_passing(step, plan, workspace, live, selected),
             PAGE=kv.page_size, **_listing(plan), num_warps=4, **starts_early(query),
         )  # fmt: skip
         return selected

@@ -16,13 +16,12 @@ from quest_attention.ops.query_tokens import MOST_CHOOSING_HEADS
 from quest_attention.ops.triton.candidates import MISSING
 from quest_attention.ops.triton.launch import compute_major, is_interpreted
 from quest_attention.ops.triton.scan import SCAN_PAGE_SIZE, SCANNED_PAGES
-from quest_attention.ops.triton.sharing import most_programs, programs_for
+from quest_attention.ops.triton.sharing import Shares, shares_of
 from quest_attention.ops.triton.tuning import filling_programs
 from quest_attention.pages import PagedKV
 
 __all__ = [
     "DROPPED_KEYS",
-    "MOST_ATTENDING",
     "SAMPLED_KEYS",
     "SAMPLE_PARTS",
     "Plan",
@@ -61,7 +60,7 @@ _MOST_HELD = 32768
 """Candidates among which a program chooses: 32 a thread."""
 _MOST_PICKING = 64
 """Programs that pick from a row at most."""
-MOST_ATTENDING = 32
+_MOST_ATTENDING = 32
 """Programs at most that attend to what passes of a row, whose results one of them merges."""
 _FEWEST_RANKS = 8
 """Sampled ranks that pass the threshold at least: of fewer none says much about a row."""
@@ -141,19 +140,13 @@ class Plan(NamedTuple):
         fewest: Of these that pass at least.
         ranked_pages: Pages that a program ranks at a time.
         at_once: Programs that run at once.
-        sample_tiles: Runs of so many pages in a row's sample at most.
-        sample_programs: Programs that rank samples; of how many a row has, see `sharing`.
-        sample_together: Of these, those of a row where all sequences have tokens.
-        rank_tiles: Runs of so many pages in a row at most.
-        rank_programs: Programs that rank.
-        rank_together: Of these, those of a row where all sequences have tokens.
-        rank_parts: Of these, those of a row at most.
+        sample: Programs that rank samples; parts are so many pages.
+        rank: Programs that rank everything; parts are so many pages.
         pick_parts: Programs that pick from a row.
         picked: Words of those that one of them looks at at a time, or one that attends to what passes.
         held: Candidates among which is chosen at a time.
-        splits: Programs that attend to a row, where all sequences have tokens.
-        attend_programs: Programs that attend to what passes.
-        most_splits: Of these, those of a row at most.
+        attend: Programs that attend, or list what passes for others; as many for each row where keys rank, with tokens
+            or without.
         slots: Tokens of a selection at most.
         listed: Candidates of a row that there is room for.
         words: Of a row, in which it is said which tokens pass.
@@ -168,19 +161,12 @@ class Plan(NamedTuple):
     fewest: int
     ranked_pages: int
     at_once: int
-    sample_tiles: int
-    sample_programs: int
-    sample_together: int
-    rank_tiles: int
-    rank_programs: int
-    rank_together: int
-    rank_parts: int
+    sample: Shares
+    rank: Shares
     pick_parts: int
     picked: int
     held: int
-    splits: int
-    attend_programs: int
-    most_splits: int
+    attend: Shares
     slots: int
     listed: int
     words: int
@@ -215,27 +201,26 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
     if not sampled:
         return None
     sample_tiles = min(tiles, triton.cdiv(sampled, pages * kv.page_size))
-    sample_programs, _ = most_programs(kv.batch_size, kv.num_kv_heads, sample_tiles, programs)
-    rank_programs, rank_parts = most_programs(kv.batch_size, kv.num_kv_heads, tiles, programs)
+    sample = shares_of(kv.batch_size, kv.num_kv_heads, sample_tiles, programs)
+    rank = shares_of(kv.batch_size, kv.num_kv_heads, tiles, programs)
     if ranks_by_keys:
         wanted = max(config.candidate_budget, _LEAST_TIMES * config.token_budget)
         listed = min(most, max(8 * config.candidate_budget, most // _LEAST_SHARE))
         pick_parts = max(1, min(_MOST_PICKING, triton.cdiv(words, _LEAST_WORDS), triton.cdiv(2 * programs, rows)))
         splits = max(1, min(slots // _LEAST_TOKENS, max(_LEAST_SPLITS, triton.cdiv(programs // 2, rows))))
-        attend_programs, most_splits, picked = rows * splits, splits, triton.cdiv(words, pick_parts)
+        attend, picked = Shares(splits, rows * splits, splits, splits), triton.cdiv(words, pick_parts)
     else:
         wanted = max(1, int(_AIMED_AT * (config.token_budget - config.num_forced_pages * kv.page_size)))
         listed, pick_parts = 0, 0
-        splits = programs_for(rows, MOST_ATTENDING, programs)
-        attend_programs, most_splits = most_programs(kv.batch_size, kv.num_kv_heads, MOST_ATTENDING, programs)
-        picked = triton.cdiv(2 * words, splits)  # parts of as many tokens begin and end among what one has ranked
+        attend = shares_of(kv.batch_size, kv.num_kv_heads, _MOST_ATTENDING, programs)
+        picked = triton.cdiv(2 * words, attend.each)  # parts of as many tokens begin and end among what one has ranked
     held = max(16, min(triton.next_power_of_2(2 * config.candidate_budget), triton.next_power_of_2(max(1, listed))))
     tiles_of_bits = 6 * triton.cdiv(group, 4) * max(1, kv.head_dim // 128)
     shapes = (
         (rows, tiles_of_bits * 32), (rows, 3 * _LEAST_HEADS), (rows, SAMPLE_PARTS, heads), (rows, sampled),
-        (rows, words), (rank_programs,), (rows, listed), (rows, listed), (rows, listed), (rows, pick_parts),
-        (rows, slots), (rows, SAMPLE_PARTS * SAMPLED_KEYS), (attend_programs, group, kv.values.shape[-1]),
-        (attend_programs, group), (rows,),
+        (rows, words), (rank.programs,), (rows, listed), (rows, listed), (rows, listed), (rows, pick_parts),
+        (rows, slots), (rows, SAMPLE_PARTS * SAMPLED_KEYS), (attend.programs, group, kv.values.shape[-1]),
+        (attend.programs, group), (rows,),
     )  # fmt: skip
     return Plan(
         scans,
@@ -245,19 +230,12 @@ def plan_of(kv: PagedKV, num_query_heads: int, config: QuestConfig) -> Plan | No
         fewest,
         pages,
         programs,
-        sample_tiles,
-        sample_programs,
-        programs_for(rows, sample_tiles, programs),
-        tiles,
-        rank_programs,
-        programs_for(rows, tiles, programs),
-        rank_parts,
+        sample,
+        rank,
         pick_parts,
         max(16, min(_MOST_WORDS, triton.next_power_of_2(picked))),
         held,
-        splits,
-        attend_programs,
-        most_splits,
+        attend,
         slots,
         listed,
         words,
