@@ -40,6 +40,7 @@ from quest_attention.bench.steps import check_kernels, launch_times, quest_steps
 from quest_attention.bench.timing import percentiles, time_graph
 from quest_attention.config import enough_candidates
 from quest_attention.forms import SketchLayout
+from quest_attention.ops.triton.token_workspace import passing_sample
 from quest_attention.pages import PagedKV
 
 HEAD_DIM, PAGE_SIZE, DTYPE = 128, 16, torch.bfloat16
@@ -50,8 +51,6 @@ SKETCH_BUDGETS = (512, 2048)
 """Of sketches in every row [tokens]."""
 SMALLER = (4, 2)
 """By what the budget of bounds is divided, beside the whole, where estimates alone choose."""
-MOST_TO_ONE = 800
-"""Tokens of a context to one of the budget, up to which kernels by estimates alone hold it: docs/gpu.md."""
 CHOICE_BUDGETS = (256, 512, 1024, 2048)
 """Of the row that is timed with every form [tokens]."""
 BREAK_EVEN_LENGTHS = (3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
@@ -341,7 +340,7 @@ def main(
         smaller = {
             str(part): time_alone(part, caches, queries, lengths, repeats)[0]
             for part in parts
-            if shape.context <= MOST_TO_ONE * part
+            if passing_sample(part, shape.context)  # else the single verbs would run
         }
         row = {
             "shape": list(shape),

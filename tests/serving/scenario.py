@@ -36,6 +36,8 @@ OWN_BUDGETS = (None, 2 * BLOCK, "none", 3 * BLOCK, 2 * BLOCK)
 ORACLE = {"worker_extension_cls": "vllm_oracle.OracleExtension"}
 SIMULATED_ORACLE = {"worker_extension_cls": "gpu_on_cpu.SimulatedOracle"}
 GPU_ORACLE = {"worker_extension_cls": "gpu_oracle.GPUOracleExtension"}
+HELPERS = Path(__file__).parent.parent / "ops"
+"""Where it finds `token_choice`."""
 OFFLOADING = {
     "kv_connector": "OffloadingConnector",
     "kv_role": "kv_both",
@@ -1324,7 +1326,7 @@ SCENARIOS = [
 ]
 
 if __name__ == "__main__":
-    sys.path.append(str(Path(__file__).parent.parent / "ops"))  # where `token_choice` is; workers take the path over
+    sys.path.append(str(HELPERS))  # workers take the path over
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     (run,) = [scenario for scenario in SCENARIOS if scenario.__name__ == sys.argv[1]]

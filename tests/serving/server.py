@@ -107,8 +107,7 @@ class Server:
 
 def helpers_path() -> str:
     """PYTHONPATH with which a server's worker finds what tests have it call."""
-    helpers = (HERE, HERE.parent / "ops")  # an oracle of the one imports of the other
-    return os.pathsep.join([*map(str, helpers), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.pathsep.join([str(HERE), str(scenario.HELPERS), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from quest_attention.ops.triton.launch import wait_for_launch
 from quest_attention.ops.triton.masks import END, FIRST, FREE, LIVE, RECENT, RECENT_START, SINKS_END, SPAN, count_tokens
 from quest_attention.ops.triton.merge import merge_if_last
 from quest_attention.ops.triton.ranks import choice_of
-from quest_attention.ops.triton.sharing import live_sequences, sharing
+from quest_attention.ops.triton.sharing import live_sequences, share_of_list, sharing
 
 __all__ = ["attend_passing_kernel", "list_passing_kernel"]
 
@@ -145,7 +145,7 @@ def _list_part(
         sinks = tokens - recent - tl.load(span + FREE)
     if tokens <= token_budget:
         total = tokens
-        start, stop = _share_of(total, part, parts)
+        start, stop = share_of_list(total, part, parts)
         if live is None:
             store_run(table, units, places, start, start, stop - start, PAGE)
         else:
@@ -159,7 +159,7 @@ def _list_part(
         over = tl.maximum(number - (token_budget - sinks - recent), 0)
         behind = sinks + number - over  # where the forced tokens at the end are listed
         total = behind + recent
-        start, stop = _share_of(total, part, parts)
+        start, stop = share_of_list(total, part, parts)
         from_nth, to_nth = tl.maximum(start, sinks) + over - sinks, tl.minimum(stop, behind) + over - sinks
         if from_nth < to_nth:
             share = tl.cdiv(tl.cdiv(ranked, counted), tile) * tile  # pages of one that ranked
@@ -194,14 +194,6 @@ def _list_part(
         store_unused(units, total, slots)
         tl.store(counts + row, total)
     return start, stop
-
-
-@triton.jit
-def _share_of(total, part, parts):
-    """Where a part of a list begins and ends: as much of it as the others, in blocks of 16."""
-    each = tl.cdiv(tl.cdiv(total, parts), 16) * 16
-    start = tl.minimum(part * each, total)
-    return start, tl.minimum(start + each, total)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-__all__ = ["Shares", "live_sequences", "programs_for", "shares_of", "sharing"]
+__all__ = ["Shares", "live_sequences", "programs_for", "share_of_list", "shares_of", "sharing"]
 
 _TURN = tl.constexpr(1 / 16)
 """Of the work on a row, what a turn of programs takes beside it: measured with 48 to 784 rows of 8K to 128K tokens."""
@@ -112,3 +112,11 @@ def sharing(live, sequences, num_kv_heads, each, programs, parts, AT_ONCE: tl.co
                 least = tl.minimum(cost, least)
         each = tl.maximum(tl.minimum(tl.minimum(each, parts), programs // rows), 1)
     return each
+
+
+@triton.jit
+def share_of_list(total, part, parts):
+    """Where a part of a list of so many tokens begins and ends: each has as many as the others, in blocks of 16."""
+    each = tl.cdiv(tl.cdiv(total, parts), 16) * 16
+    start = tl.minimum(part * each, total)
+    return start, tl.minimum(start + each, total)

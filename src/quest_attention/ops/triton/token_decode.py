@@ -57,6 +57,7 @@ from quest_attention.ops.triton.passing import attend_passing_kernel, list_passi
 from quest_attention.ops.triton.preparation import prepare_kernel
 from quest_attention.ops.triton.ranks import rank_kernel
 from quest_attention.ops.triton.scan import SCAN_WARPS, scan_kernel
+from quest_attention.ops.triton.sharing import share_of_list
 from quest_attention.ops.triton.sketch import packing_of
 from quest_attention.ops.triton.token_workspace import (
     DROPPED_KEYS,
@@ -321,12 +322,10 @@ def _attend_kernel(
     q = load_query(query, b, h, SHAPE)
     wait_for_launch(FOLLOWS)
     count = tl.load(counts + row)
-    share = tl.cdiv(tl.cdiv(count, splits), 16) * 16
-    first = tl.minimum(split * share, count)
+    first, last = share_of_list(count, split, splits)
     places = space.places + row.to(tl.int64) * slots
     largest, weight, gathered = attend_slots(
-        q, keys, values, h, places, None, first, tl.minimum(first + share, count), None, 0, scale, softcap,
-        SHAPE, BLOCK_T, STAGES,
+        q, keys, values, h, places, None, first, last, None, 0, scale, softcap, SHAPE, BLOCK_T, STAGES
     )  # fmt: skip
     merge_if_last(space, sinks, output, h, row, split, splits, largest, weight, gathered, SHAPE, BLOCK_S)
 
