@@ -6,14 +6,14 @@ All arms replay CUDA graphs over rotating layers, so that nothing is found in th
 the better of its two forms (with and without tensor cores). Quest runs as it is served: with bounds in the dtype of the
 keys and in 8 bits, their verbs timed alone beside it, and with sketches, which choose single tokens, at several
 budgets. One shape, the one of docs/choosing.md, is timed with bounds, moments and sketches at each of that page's
-budgets; `alone` are sketches whose estimates alone choose, with the budget of bounds, of which they read as much as
-`tokens_alone` says, and with a half and a quarter of it (`alone_smaller_us`). `clustered_us` are bounds and estimates
-alone over keys of which the newest are looked at most, as in texts, and `newest_share` how much of what is read they
-are. `bytes_...` count what a step must read: of every page what ranks it, and keys and values of what is selected.
-`launches_sketch` are the kernels of a step, which run one after the other, and `launch_times_us` the launches in their
-order, each timed alone, without its early start. `break-even` is the shortest context at which Quest with bounds is no
-slower. `tables_gpu.py` makes the tables of docs/gpu.md from the file. The run fails when a step was not sparse: it must
-have run the kernels that are made for it and no other, and have read as many pages or tokens as the budget gives.
+budgets; `alone` are sketches whose estimates alone choose, with a quarter, a half and all of the budget of bounds, of
+which the last reads as much as `tokens_alone` says. `clustered_us` are bounds and estimates alone over keys of which
+the newest are looked at most, as in texts, and `newest_share` how much of what is read they are. `bytes_...` count
+what a step must read: of every page what ranks it, and keys and values of what is selected. `launches_sketch` are the
+kernels of a step, which run one after the other, and `launch_times_us` the launches in their order, each timed alone,
+without its early start. `break-even` is the shortest context at which Quest with bounds is no slower. `tables_gpu.py`
+makes the tables of docs/gpu.md from the file. The run fails when a step was not sparse: it must have run the kernels
+that are made for it and no other, and have read as many pages or tokens as the budget gives.
 
 FlashInfer is not a dependency: `pip install flashinfer-python==0.6.13`.
 """
@@ -49,8 +49,8 @@ MOST_BYTES = 6 << 30
 """K and V of all layers together, beyond what a layer of the shortest rotation needs."""
 SKETCH_BUDGETS = (512, 2048)
 """Of sketches in every row [tokens]."""
-SMALLER = (4, 2)
-"""By what the budget of bounds is divided, beside the whole, where estimates alone choose."""
+PARTS = (4, 2, 1)
+"""By what the budget of bounds is divided where estimates alone choose."""
 CHOICE_BUDGETS = (256, 512, 1024, 2048)
 """Of the row that is timed with every form [tokens]."""
 BREAK_EVEN_LENGTHS = (3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
@@ -335,13 +335,12 @@ def main(
         del kept
         verbs = time_verbs(shape, caches, queries, lengths, repeats)
         sketch, launches = time_sketch(caches, queries, lengths, repeats)
-        alone, launches_alone, read = time_alone(shape.token_budget, caches, queries, lengths, repeats)
-        parts = [shape.token_budget // part for part in SMALLER]
-        smaller = {
-            str(part): time_alone(part, caches, queries, lengths, repeats)[0]
-            for part in parts
-            if passing_sample(part, shape.context)  # else the single verbs would run
+        alone = {
+            str(budget): time_alone(budget, caches, queries, lengths, repeats)
+            for budget in (shape.token_budget // part for part in PARTS)
+            if passing_sample(budget, shape.context)  # else the single verbs would run
         }
+        whole, launches_alone, read = alone[str(shape.token_budget)]
         row = {
             "shape": list(shape),
             "dense_us": dense,
@@ -350,8 +349,7 @@ def main(
             "sketch_us": sketch,
             "launches_sketch": Counter(name for name, _ in launches),
             "launch_times_us": launches,
-            "alone_us": alone,
-            "alone_smaller_us": smaller,
+            "alone_us": {budget: times for budget, (times, _, _) in alone.items()},
             "tokens_alone": read,
             "launch_times_alone_us": launches_alone,
             "verbs_us": verbs,
@@ -379,7 +377,7 @@ def main(
         least = sketch[str(SKETCH_BUDGETS[0])]["p50"]
         times = [f"{best:.1f}", f"{quest['p50']:.1f}", f"{row['ratio']:.1f}x"]
         times += [f"{narrow['p50']:.1f}", f"{row['ratio_fp8']:.1f}x", f"{least:.1f}", f"{best / least:.1f}x"]
-        times += [f"{alone['p50']:.1f}", f"{best / alone['p50']:.1f}x"]
+        times += [f"{whole['p50']:.1f}", f"{best / whole['p50']:.1f}x"]
         times += [f"{verbs[verb]:.1f}" for verb in ("score", "select", "attend")]
         times.append(str(row["break_even_context"] or ""))
         table.add_row(name, *times)

@@ -134,7 +134,7 @@ def sketch_table(rows: Rows) -> str:
             line += [f"{time:.1f}", f"{dense / time:.2f}x", f"{bounds / time:.2f}x"]
             line.append(f"{row['bytes_sketch'][budget] / rate:.1f}")
         if has_alone:
-            time = row["alone_us"]["p50"]
+            time = row["alone_us"][str(token_budget)]["p50"]
             line += [f"{time:.1f}", f"{dense / time:.2f}x", f"{bounds / time:.2f}x"]
             line += [f"{row['bytes_alone'] / rate:.1f}", f"{row['tokens_alone']:,.0f}"]
         cells.append(line)
@@ -148,10 +148,10 @@ def smaller_table(rows: Rows) -> str:
     cells = []
     for row in rows:
         batch, heads, kv_heads, context, budget = row["shape"]
-        bounds, times = row["quest_us"]["p50"], {**row["alone_smaller_us"], str(budget): row["alone_us"]}
+        bounds = row["quest_us"]["p50"]
         line = [f"{batch} x {heads}/{kv_heads} x {context // 1024}K, {budget:,}", f"{bounds:.1f}"]
         for part in (budget // 4, budget // 2, budget):
-            found = times.get(str(part))  # none of a budget that the kernels do not hold
+            found = row["alone_us"].get(str(part))  # none of a budget that the kernels do not hold
             line += ["", ""] if found is None else [f"{found['p50']:.1f}", f"{bounds / found['p50']:.2f}x"]
         clustered = row["clustered_us"]
         line += [f"{clustered[name]['p50']:.1f}" for name in ("bounds", "alone")]
@@ -327,9 +327,9 @@ def tables() -> dict[str, str]:
             steps = [next(iter(row["sketch_us"].values()))["p50"] for row in rows]
             made["sketch"] += f"\n\n{LAUNCHES_INTRO}\n\n{launches_table(rows, 'launch_times_us', steps)}"
         if all("launch_times_alone_us" in row for row in rows):
-            steps = [row["alone_us"]["p50"] for row in rows]
+            steps = [row["alone_us"][str(row["shape"][-1])]["p50"] for row in rows]
             made["sketch"] += f"\n\n{ALONE_INTRO}\n\n{launches_table(rows, 'launch_times_alone_us', steps)}"
-        if all("alone_smaller_us" in row for row in rows):
+        if all("clustered_us" in row for row in rows):
             made["sketch"] += f"\n\n{SMALLER_INTRO}\n\n{smaller_table(rows)}"
     return made | {
         "spread": spread_table(SPREAD),
