@@ -68,12 +68,12 @@ def tables() -> list[str]:
     newest = ("_fp8_weights", "_fp8_kv", "_tp2", "_gpt_oss", "_qwen3_next", "_lossless")
     before = ("", "_fp8_bounds", "_cpu")
     rows = load("serve_vllm_estimates.json")
-    first, by_keys = (
-        latency_table([row for row in rows if not row["arm"].startswith(other)]) for other in ("sketch", "estimates")
+    default, half = (
+        latency_table([row for row in rows if row["arm"] in arms])
+        for arms in ((STOCK, "quest-2048", "estimates-2048"), ("quest-2048", "estimates-1024"))
     )
-    others = (latency_table(load(f"serve_vllm{name}.json")) for name in (*newest, *before))
-    since = (latency_table(load(f"serve_vllm_estimates_{budget}.json")) for budget in (2048, 1024))
-    return [first, by_keys, *since, stock_table(load("stock_gpu.json")), *others]
+    quarter, *others = (latency_table(load(f"serve_vllm{name}.json")) for name in ("_512", *newest, *before))
+    return [default, half, quarter, stock_table(load("stock_gpu.json")), *others]
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def test_the_tables_of_the_page_on_vllm_are_those_of_the_results() -> None:
 def test_a_server_says_where_it_pays_as_was_measured() -> None:
     """The shortest context at which one sequence was 2 % faster, and at all longer ones, by device and form."""
     runs = (
-        ("serve_vllm", "quest-2048"), ("serve_vllm_estimates", "quest-2048"), ("serve_vllm_estimates", "sketch-512"),
+        ("serve_vllm", "quest-2048"), ("serve_vllm_estimates", "quest-2048"),
         ("serve_vllm_estimates", "estimates-2048"), ("serve_vllm_cpu", "quest-1024"),
     )  # fmt: skip
     found: dict[tuple[str, str], int] = {}
