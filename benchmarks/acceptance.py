@@ -17,7 +17,6 @@ have been drafted.
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -176,7 +175,7 @@ def main(
                     "temperature": 1.0,
                     "seed": seed,
                 }
-                write_record(output, f"python {' '.join(sys.argv)}", settings, rows)
+                write_record(output, settings, rows)
     Console(width=120).print(table)
 
 

@@ -20,7 +20,6 @@ FlashInfer is not a dependency: `pip install flashinfer-python==0.6.13`.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -390,7 +389,7 @@ def main(
                 "repeats": repeats,
                 "seed": seed,
             }
-            write_record(output, f"python {' '.join(sys.argv)}", settings, rows)
+            write_record(output, settings, rows)
     Console(width=170).print(table)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import os
 import random
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -179,7 +178,7 @@ def main(
             "repeats": repeats, "warmup": WARMUP, "seed": seed, "threads": torch.get_num_threads(),
             "load_average": [load, os.getloadavg()],
         }  # fmt: skip
-        write_record(output, f"python {' '.join(sys.argv)}", settings, rows)
+        write_record(output, settings, rows)
 
 
 if __name__ == "__main__":

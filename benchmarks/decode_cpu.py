@@ -26,7 +26,6 @@ Run it on a machine that does nothing else. The run fails if an arm did not take
 from __future__ import annotations
 
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -235,7 +234,7 @@ def main(
                 "draft_tokens": drafts,
                 "lossless_tokens": tokens,
             }
-        write_record(output, f"python {' '.join(sys.argv)}", settings, rows)
+        write_record(output, settings, rows)
 
 
 if __name__ == "__main__":

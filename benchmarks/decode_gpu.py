@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -316,7 +315,7 @@ def main(
                 "seed": seed,
             }
             settings |= imposed or {}
-            write_record(output, f"python {' '.join(sys.argv)}", settings, rows)
+            write_record(output, settings, rows)
 
     with torch.inference_mode():
         for name in names:

@@ -18,7 +18,6 @@ With `--traces` the units themselves are kept too, as tensors `[steps, HKV, K]` 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -250,7 +249,7 @@ def main(
                     "dtype": str(runner.dtype),
                     "seed": seed,
                 }
-                write_record(output, f"python {' '.join(sys.argv)}", settings, rows)
+                write_record(output, settings, rows)
     if traces is not None:
         torch.save(kept, traces)
     Console(width=120).print(table)

@@ -16,7 +16,6 @@ and the last ones, count too. Models of Llama's shape alone: their layers say ho
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -196,7 +195,7 @@ def main(
             del source
             if output is not None:
                 settings = {"steps": steps, "num_dense_layers": dense_layers, "dtype": str(runner.dtype), "seed": seed}
-                write_record(output, f"python {' '.join(sys.argv)}", settings, rows)
+                write_record(output, settings, rows)
     Console(width=120).print(table)
 
 

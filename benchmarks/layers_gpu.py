@@ -13,7 +13,6 @@ made for it, or read another number of pages or tokens than its budget gives.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +31,7 @@ from quest_attention.bench.shapes import SHAPES, check_shape
 from quest_attention.bench.steps import check_kernels, quest_steps
 from quest_attention.bench.timing import percentiles, time_graphs
 from quest_attention.cli.app import integers
+from quest_attention.config import enough_candidates
 from quest_attention.errors import QuestValueError
 
 DTYPE = torch.bfloat16
@@ -71,7 +71,7 @@ def arms_of(budget: int) -> dict[str, QuestConfig]:
     return {
         "bounds": QuestConfig.paper(budget),
         "fp8 bounds": QuestConfig.paper(budget, metadata_dtype="fp8"),
-        "sketch": QuestConfig(budget // 4, **tokens),
+        "sketch": QuestConfig(budget // 4, candidate_factor=enough_candidates("sketch", budget // 4), **tokens),
         "estimates": QuestConfig(budget, candidate_factor=0, **tokens),
     }
 
@@ -137,7 +137,7 @@ def main(
         if output is not None:
             settings = {"model": model, "token_budget": budget, "capacity": capacity, "layers": layers}
             settings |= {"dtype": str(DTYPE), "repeats": repeats, "seed": seed}
-            write_record(output, f"python {' '.join(sys.argv)}", settings, rows)
+            write_record(output, settings, rows)
     Console(width=100).print(table)
 
 

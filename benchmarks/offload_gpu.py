@@ -21,7 +21,6 @@ did not take the path it is named for. Host memory must hold the cache: 128 GiB 
 from __future__ import annotations
 
 import gc
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -255,7 +254,7 @@ def main(
                         table.add_row(str(context), reads_what, arm, f"{middle:.2f}", ratio, moved, hits)
                         print(f"  {arm}: {middle:.2f} ms {ratio} {hits}", flush=True)
                         if output is not None:
-                            write_record(output, f"python {' '.join(sys.argv)}", settings, rows)
+                            write_record(output, settings, rows)
                     del cache  # before the next one needs the room
                     gc.collect()
                     if where.type == "cuda":

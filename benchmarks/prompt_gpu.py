@@ -16,7 +16,6 @@ would have masks.
 from __future__ import annotations
 
 import gc
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -129,7 +128,7 @@ def main(
                     table.add_row(str(context), str(chunk), arm, f"{row['seconds']['p50']:.2f}", peak)
                     print(f"{context} by {chunk}, {arm}: {row['seconds']['p50']:.2f} s, {peak} GiB", flush=True)
                     if output is not None:
-                        write_record(output, f"python {' '.join(sys.argv)}", settings, rows)
+                        write_record(output, settings, rows)
     Console(width=120).print(table)
 
 

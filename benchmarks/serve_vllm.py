@@ -9,10 +9,11 @@ An engine for each arm, in a process of its own. Its random weights are spread a
 begins: with vLLM's own, which are all nearly zero, every token weighs the same, and no choice among them is one. Each
 case is a number of sequences with contexts of their own, which a first pass puts into the prefix cache; in the timed
 ones, several a case, the engine waits until it has all of them, so that they begin and decode together. Latency is the
-time between two tokens of a sequence, throughput that of all. The run fails where Quest did not read pages, where its
-decode steps were not replayed from graphs, or where sequences were preempted. "most" is as many sequences as the cache
-of Quest, which is the smaller one, holds of a context and ROOM tokens each; with sketches, which take more of it than
-bounds, the cache of theirs. A case of more than that is left out, which the table and the record say.
+time between two tokens of a sequence, throughput that of all. The run fails where Quest did not read what the budget
+says (arms without drafts), where its decode steps were not replayed from graphs, or where sequences were preempted.
+"most" is as many sequences as the cache of Quest, which is the smaller one, holds of a context and ROOM tokens each;
+with sketches, which take more of it than bounds, the cache of theirs. A case of more than that is left out, which the
+table and the record say.
 
 With `--speculate` arms are run once more with so many drafts a step: with `--drafts eagle` every arm, by an EAGLE head
 of one layer and random weights, whose drafts Quest checks sparse; with `lossless` each arm of Quest, as the model's own
@@ -157,7 +158,7 @@ def measure_arm(options: dict[str, Any]) -> dict[str, Any]:
                 if options["drafts"]:
                     row["drafts"] = {name: number - before[name] for name, number in counted(llm).items()}
                 if options["budget"]:
-                    row["counters"] = check_counters(llm, batch, options, is_gpu=is_gpu)
+                    row["counters"] = check_counters(llm, batch, options, cache.block_size, is_gpu=is_gpu)
                 print(json.dumps(row), file=sys.stderr, flush=True)
                 rows.append(row)
         preempted = metric(llm, "num_preemptions")
@@ -199,11 +200,13 @@ def times_of(passes: list[list[Any]]) -> dict[str, Any]:
     return {"ms_between_tokens": percentiles(latencies), "tokens_per_second": round(tokens / seconds, 2)}
 
 
-def check_counters(llm: Any, batch: int, options: dict[str, Any], *, is_gpu: bool) -> list[dict[str, int]]:
+def check_counters(
+    llm: Any, batch: int, options: dict[str, Any], page_size: int, *, is_gpu: bool
+) -> list[dict[str, int]]:
     """What each worker read.
 
     Raises:
-        RuntimeError: Quest did not run, or ran outside of graphs.
+        RuntimeError: Quest did not run, read more or less than it should, or ran outside of graphs.
     """
     counters: list[dict[str, int]] = llm.collective_rpc("quest_counters")
     repeats, rows = options["repeats"], options["tokens"]
@@ -214,9 +217,20 @@ def check_counters(llm: Any, batch: int, options: dict[str, Any], *, is_gpu: boo
         # The last drafts of an answer may be more than it has tokens left.
         if ran < batch * repeats * (rows - MOST_EAGER) or not ran:
             raise RuntimeError(f"Quest ran for {ran} rows of {repeats} x {batch} x {rows}")
+        fewest, budget = fewest_read(options, page_size), options["budget"]
+        if not options["drafts"] and not fewest <= worker["tokens_read"] / ran <= budget:
+            raise RuntimeError(f"a row read {worker['tokens_read'] / ran} tokens, expected {fewest} to {budget}")
         if is_gpu and worker["eager_steps"] > repeats * MOST_EAGER:
             raise RuntimeError(f"{worker['eager_steps']} decode steps were not replayed from a graph")
     return counters
+
+
+def fewest_read(options: dict[str, Any], page_size: int) -> int:
+    """Tokens that a row past the budget reads at least: the budget, but for what estimates alone may leave of it."""
+    budget: int = options["budget"]
+    if options["quest"].get("candidate_factor") == 0:
+        return budget // 2  # about four fifths are read, by a threshold that a sample gives
+    return budget if options["quest"]["metadata"] == "sketch" else budget // page_size * page_size
 
 
 def check_arguments(
@@ -434,7 +448,7 @@ def main(
             output.write_text(json.dumps({"settings": settings, "arms so far": found}, indent=1) + "\n")
     if output is not None:
         engines = {name: {key: one[key] for key in one if key != "rows"} for name, one in found.items()}
-        write_record(output, f"python {' '.join(sys.argv)}", {**settings, "engines": engines}, compare(found))
+        write_record(output, {**settings, "engines": engines}, compare(found))
     table = Table("context", "batch", "arm", "ms between tokens", "tokens/s", "to stock")
     for row in compare(found):
         numbers = f"{row['ms_between_tokens']['p50']:.2f}", f"{row['tokens_per_second']:.0f}"

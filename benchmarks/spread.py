@@ -10,7 +10,6 @@ part of which most is read is compared with the mean: 1 is even, and with random
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -119,7 +118,7 @@ def main(
             del source
             if output is not None:
                 settings = {"steps": steps, "num_dense_layers": dense_layers, "dtype": str(runner.dtype), "seed": seed}
-                write_record(output, f"python {' '.join(sys.argv)}", settings, rows)
+                write_record(output, settings, rows)
     Console(width=120).print(table)
 
 

@@ -87,9 +87,7 @@ def main(
             "vllm": vllm.__version__, "context": context, "heads": HEADS, "kv_heads": KV_HEADS, "head_dim": DIM,
             "block": BLOCK, "repeats": repeats, "seed": 0,
         }  # fmt: skip
-        write_record(
-            output, "python benchmarks/stock_gpu.py --output benchmarks/results/stock_gpu.json", settings, rows_of
-        )
+        write_record(output, settings, rows_of)
     Console(width=100).print(shown)
 
 

@@ -171,6 +171,7 @@ def kept_table() -> str:
     vectors = 2 * KEPT_DIM * KEPT_BYTES
     sketch = SketchLayout.of(KEPT_PAGE, KEPT_DIM)
     factor = QuestConfig(512, metadata="sketch", selection_unit="token").candidate_factor
+    enough = enough_candidates("sketch", 1)  # of one token
     rows = [
         ["bounds", "largest and smallest key of each channel", vectors, "a page"],
         ["moments", "mean and standard deviation of each channel", vectors, "a page"],
@@ -182,7 +183,7 @@ def kept_table() -> str:
         f"One KV head of {KEPT_DIM} channels, pages of {KEPT_PAGE} tokens, and a cache in 16 bits, whose keys and "
         f"values take {vectors} bytes a token.\n"
         "All of it is read to rank. Where keys rank candidates, those are read too, "
-        f"{vectors // 2} bytes each:\n{factor} times as many as the budget has tokens."
+        f"{vectors // 2} bytes each:\n{factor} times as many as the budget has tokens, and {enough:,} at least."
     )
     return f"{as_markdown(head, shown)}\n\n{said}"
 

@@ -6,10 +6,13 @@ import functools
 import importlib
 import json
 import re
+import shlex
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ import torch
 
 from quest_attention import QuestConfig, QuestValueError, Selection
 from quest_attention.bench.caches import cluster_keys, make_caches, with_metadata
+from quest_attention.bench.record import write_record
 from quest_attention.bench.steps import quest_steps
 from quest_attention.cli.app import split_list
 from quest_attention.eval.excerpt import SOUTH
@@ -105,9 +109,46 @@ def test_a_server_says_where_it_pays_as_was_measured() -> None:
         device = "cpu" if record["settings"]["device"] == "cpu" else record["machine"]["gpu"][0].split(",")[0]
         metadata = {"quest": "bounds"}.get(arm.split("-")[0], "sketch")
         gains = {row["context"]: row["ratio_to_stock"] >= 1.02 for row in rows}
+        if arm == "quest-2048" and run == "serve_vllm_estimates":
+            ratios = {row["context"]: row["ratio_to_stock"] for row in rows}
         shortest = min(context for context in gains if all(gains[longer] for longer in gains if longer >= context))
         assert found.setdefault((device, metadata), shortest) == shortest
+    # Where keys rank candidates sketches were timed beside bounds, not beside stock.
+    record = json.loads((ROOT / "benchmarks" / "results" / "serve_vllm_512.json").read_text(encoding="utf-8"))
+    ms = {(row["arm"], row["context"]): row["ms_between_tokens"]["p50"] for row in record["rows"] if row["batch"] == 1}
+    for context, ratio in ratios.items():
+        assert ratio * ms["quest-2048", context] / ms["sketch-512", context] >= 1.02
     assert found == MEASURED
+
+
+@pytest.mark.parametrize(("quest", "tokens_read", "wrong"), [
+    ({"metadata": "bounds"}, 2000, None),  # 125 whole pages
+    ({"metadata": "bounds"}, 1984, "1984.0 tokens, expected 2000 to 2010"),
+    ({"metadata": "sketch", "candidate_factor": 4}, 2010, None),
+    ({"metadata": "sketch", "candidate_factor": 4}, 2009, "2009.0 tokens, expected 2010 to 2010"),
+    ({"metadata": "sketch", "candidate_factor": 0}, 1600, None),
+    ({"metadata": "sketch", "candidate_factor": 0}, 1000, "1000.0 tokens, expected 1005 to 2010"),
+    ({"metadata": "sketch", "candidate_factor": 0}, 2011, "2011.0 tokens, expected 1005 to 2010"),
+])  # fmt: skip
+def test_an_arm_of_vllm_that_reads_too_little_or_too_much_fails(
+    monkeypatch: pytest.MonkeyPatch, quest: dict[str, Any], tokens_read: int, wrong: str | None
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    check_counters = importlib.import_module("serve_vllm").check_counters
+    rows = 4 * 2 * 128
+    worker = {"sparse_rows": rows, "verified_sparse_rows": 0, "tokens_read": rows * tokens_read, "eager_steps": 2}
+    llm = SimpleNamespace(collective_rpc=lambda _: [worker])
+    options = {"repeats": 2, "tokens": 128, "drafts": "", "budget": 2010, "quest": quest}
+    with nullcontext() if wrong is None else pytest.raises(RuntimeError, match=wrong):
+        assert check_counters(llm, 4, options, 16, is_gpu=True) == [worker]
+
+
+def test_a_record_has_a_command_that_a_shell_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["serve.py", "--bounds", "", "--options", '{"a": "b c"}', "--output", str(tmp_path / "run.json")]
+    monkeypatch.setattr("sys.argv", words)
+    write_record(tmp_path / "run.json", {}, [])
+    command = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["command"]
+    assert shlex.split(command) == ["python", *words[:-1], "benchmarks/results/run.json"]
 
 
 def test_a_table_of_vllm_has_columns_for_each_arm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,6 @@ import json
 import math
 import platform
 import random
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
@@ -26,6 +25,7 @@ import transformers
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from quest_attention.bench.record import command_line
 from quest_attention.eval.tasks import TASKS, Sample, is_correct, make_sample
 from quest_attention.eval.wilson import wilson_interval
 
@@ -151,7 +151,7 @@ def main(
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-    record = {"command": f"python {' '.join(sys.argv)}", "machine": machine, "seed": seed, "n": n, "rows": rows}
+    record = {"command": command_line(), "machine": machine, "seed": seed, "n": n, "rows": rows}
     output.mkdir(parents=True, exist_ok=True)
     for future in waiting:
         row = future.result()

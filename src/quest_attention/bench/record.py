@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 from quest_attention.environment import collect_environment
 
-__all__ = ["describe_machine", "write_record"]
+__all__ = ["command_line", "describe_machine", "write_record"]
 
 
 def describe_machine() -> dict[str, Any]:
@@ -48,16 +50,21 @@ def _commit() -> str | None:
         return None
 
 
-def write_record(path: Path, command: str, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Write a run as JSON.
+def command_line() -> str:
+    """The command of this run, as a shell takes it."""
+    return shlex.join(["python", *sys.argv])
+
+
+def write_record(path: Path, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write a run as JSON, with the command that makes it again.
 
     Args:
-        path: File to write; its folder is made.
-        command: The command that was run. Of an absolute path to write to, which says something of one machine alone,
-            the record keeps the file's name, as if it stood among the results.
+        path: File to write; its folder is made. Where it is absolute, which says something of one machine alone, the
+            command names the file as if it stood among the results.
         settings: Shapes, seed and whatever else the rows share.
         rows: The measurements, units in the names of their fields.
     """
+    command = command_line()
     if path.is_absolute():
         command = command.replace(str(path), f"benchmarks/results/{path.name}")
     record = {"command": command, "machine": describe_machine(), "settings": settings, "rows": rows}

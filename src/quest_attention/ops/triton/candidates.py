@@ -393,4 +393,4 @@ def _choose(space, row_start, rank, units, places, total, want, HELD: tl.constex
     tl.store(places + slot, place, mask=chosen)
 
 
-# Longer than 250 lines: a program of the one kernel waits for others, whose counts the other kernel puts back.
+# Longer than 250 lines: programs of the first kernel wait for one another's counts, which the last one puts back.

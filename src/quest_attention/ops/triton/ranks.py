@@ -27,7 +27,7 @@ from quest_attention.ops.triton.preparation import norms_of
 from quest_attention.ops.triton.sharing import live_sequences, sharing
 from quest_attention.ops.triton.sketch import estimates, turned_queries
 
-__all__ = ["choice_of", "rank_kernel"]
+__all__ = ["choice_of", "drawn_page", "rank_kernel"]
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def _drawn_of(whole, PAGE: tl.constexpr, SAMPLED: tl.constexpr):
 
 
 @triton.jit
-def _drawn_page(nth, rare):
+def drawn_page(nth, rare):
     """Of every `1 << rare` pages that follow one another, the one that is drawn."""
     return (nth << rare) + ((nth * 40503 >> 4) & ((1 << rare) - 1))
 
@@ -114,7 +114,7 @@ def rank_kernel(
             )  # fmt: skip
     for start in range(part * share, last, PAGES):
         nth = start + tl.arange(0, PAGES)
-        page = begin + (_drawn_page(nth, rare) if IS_SAMPLE else nth)
+        page = begin + (drawn_page(nth, rare) if IS_SAMPLE else nth)
         physical = tl.load(page_table + b * table_stride + page, mask=nth < last, other=0).to(tl.int64)
         sketch = metadata.base + h * metadata.head + physical * metadata.page
         logit = estimates(sketch, q_top, q_rest, SHAPE, PACKING) * factor
@@ -158,7 +158,7 @@ def _threshold(
     `live` are the words of the row, None without a mask.
     """
     at = tl.arange(0, SAMPLED)
-    page = begin + _drawn_page(at // PAGE, rare)
+    page = begin + drawn_page(at // PAGE, rare)
     inside = (at // PAGE < drawn) & (page >= first_page) & (page < last_page)
     if live is not None:
         inside &= is_live_token(live, page * PAGE + at % PAGE, inside, PAGE)

@@ -24,6 +24,7 @@ from quest_attention.ops.triton.bit_products import (
     terms_of,
 )
 from quest_attention.ops.triton.masks import END, FIRST, FREE, LIVE, RECENT_START, SINKS_END, SPAN
+from quest_attention.ops.triton.ranks import choice_of
 from quest_attention.ops.triton.sharing import sharing
 from quest_attention.ops.triton.threshold import drawn_page, threshold
 
@@ -35,7 +36,7 @@ SCANNED_PAGES = 8 * SCAN_WARPS
 """Pages a program ranks at a time: eight a warp."""
 SCAN_PAGE_SIZE = 16
 """Tokens of a page: the rows of a product."""
-_sharing = gluon.jit(sharing.fn)
+_choice_of, _sharing = gluon.jit(choice_of.fn), gluon.jit(sharing.fn)
 """The same arithmetic of scalars, which is of no language's own."""
 
 
@@ -294,9 +295,7 @@ def scan_kernel(
         last_page = 0
         if not IS_SAMPLE:
             if live_spans is None:
-                total = gl.cdiv(end, PAGE)
-                first_page = gl.minimum(num_sink_pages, total)
-                last_page = gl.maximum(total - num_recent_pages, first_page)
+                first_page, last_page = _choice_of(end, num_sink_pages, num_recent_pages, PAGE)
                 free = (last_page - first_page) * PAGE
             else:
                 row_live = live_words + b.to(gl.int64) * capacity

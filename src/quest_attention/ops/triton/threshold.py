@@ -8,7 +8,12 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from quest_attention.ops.triton import ranks
+
 __all__ = ["drawn_page", "threshold"]
+
+drawn_page = gluon.jit(ranks.drawn_page.fn)
+"""The same arithmetic, which is of no language's own."""
 
 
 def _reached(limits: int, name: str) -> str:
@@ -91,9 +96,3 @@ def _reaching(ranks, lower, upper):
         is_pure=True,
         pack=16,
     )
-
-
-@gluon.jit
-def drawn_page(nth, rare):
-    """Of every `1 << rare` pages that follow one another, the one that is drawn."""
-    return (nth << rare) + ((nth * 40503 >> 4) & ((1 << rare) - 1))

@@ -86,7 +86,7 @@ class TokenWorkspace(NamedTuple):
         bits: Queries, `[R, tiles * 32]` int32; see `scan`.
         factors: `[R, 3 * 16]` float32; see `scan`.
         norms: Log-sum-exps of the parts of the sample in base 2, `[R, 4, H]` float32, H a power of two of the heads.
-        sample: Ranks of the tokens of some pages, `[R, 2048, 4096 or 8192]` float16.
+        sample: Ranks of the tokens of some pages, `[R, S]` float16, S 2,048, 4,096 or 8,192.
         passing: Which tokens pass, as words of 16 (`masks`): `[R, words]` int32.
         passed: How many pass that are not read anyway, as each program that ranked has counted, `[programs]` int32.
         candidates: Tokens that passed the threshold, `[R, C]` int32.
