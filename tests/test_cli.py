@@ -209,6 +209,10 @@ def test_sketches_are_asked_for_by_name(quest: Cli, model_folder: str) -> None:
     assert counters["share_read"] == counters["tokens_read"] / counters["tokens_held"] < 1
     runs = json.loads(quest(*given, *options[:2], "--selection-unit", "4", "--json", stdin=text).out)
     assert runs["quest"]["selection_unit"] == 4 and runs["quest"]["candidate_factor"] == 32
+    ranked = "single tokens by the keys of up to 128 candidates, which each step reads too"
+    assert f"chosen   by sketch, {ranked}\n" in quest(*given, *options, stdin=text).err
+    alone = quest(*given, *options[:2], "--selection-unit", "4", "--candidate-factor", "0", stdin=text).err
+    assert "chosen   by sketch, runs of 4 tokens by estimates alone\n" in alone
 
 
 def test_a_demonstration_by_tokens(quest: Cli, model_folder: str) -> None:
@@ -527,7 +531,15 @@ def test_wrong_options(quest: Cli, model_folder: str, arguments: list[str], line
         ),
         (
             ["--method", "quest:metadata=auto,quest:metadata=moments", "--device", "cpu"],
-            "--method: got 'quest:metadata=moments', expected methods that differ: it is quest:metadata=moments,sel",
+            "--method: got 'quest:metadata=moments', expected methods that differ: it is quest:metadata=auto, which is",
+        ),
+        (
+            ["--method", "quest:metadata=moments,quest:metadata=auto", "--device", "cpu"],
+            "--method: got 'quest:metadata=auto', expected methods that differ: it is quest:metadata=moments",
+        ),
+        (
+            ["--method", "quest:metadata=sketch,candidate_factor=-1"],
+            "--method: got 'quest:metadata=sketch,candidate_factor=-1', expected another candidate_factor: a non-",
         ),
         (["--method", "quest:"], "--method: got 'quest:', expected option=value behind the colon"),
         (["--method", ""], "--method: got 'nothing', expected at least one"),

@@ -9,6 +9,7 @@ import pickle
 from typing import Any
 
 import pytest
+import torch
 
 from quest_attention import QuestConfig, QuestError, QuestValueError
 from quest_attention.config import Metadata, SelectionUnit
@@ -112,6 +113,31 @@ def test_auto_is_a_form_once_the_device_is_known() -> None:
     for unknown in (lambda: auto.unit_size, lambda: auto.num_forced_pages, lambda: form_of(auto)):
         with pytest.raises(QuestValueError, match="metadata: got 'auto', expected a form by name"):
             unknown()
+
+
+def test_a_device_may_be_given_as_pytorch_has_it() -> None:
+    auto = QuestConfig(256, metadata="auto")
+    for device in ("cuda:1", torch.device("cuda"), torch.device("cuda", 3)):
+        assert auto.resolved(device) == QuestConfig.from_dict({"token_budget": 256}, device) == auto.resolved("cuda")
+        assert auto.resolved(device).auto_device == "cuda"
+    for wrong in ("CUDA", "gpu", "tpu", "cuda:x", 3):
+        for call in (auto.resolved, lambda device: QuestConfig.from_dict({}, device)):
+            with pytest.raises(QuestValueError, match=f"^device: got {wrong!r}, expected a torch"):
+                call(wrong)
+
+
+@pytest.mark.parametrize(
+    ("given", "tokens"),
+    [
+        ({"metadata": "sketch", "selection_unit": "token"}, 2048),
+        ({"metadata": "sketch", "selection_unit": 4, "candidate_factor": 2}, 1024),
+        ({"metadata": "sketch", "selection_unit": "token", "candidate_factor": 0}, 0),
+        ({"metadata": "moments", "selection_unit": "token", "candidate_factor": 2}, 1024 + 16),
+        ({"metadata": "bounds"}, 0),
+    ],
+)
+def test_tokens_whose_keys_rank_them(given: dict[str, Any], tokens: int) -> None:
+    assert QuestConfig(512, **given).candidate_tokens == tokens
 
 
 FP8, MEAN, MASS = {"metadata_dtype": "fp8"}, {"group_reduction": "mean"}, {"group_reduction": "mass"}
@@ -265,7 +291,10 @@ def test_errors_can_be_pickled() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["page_budget", "page_slots", "unit_budget", "candidate_budget", "num_forced_pages"])
+@pytest.mark.parametrize(
+    "name",
+    [name for name, member in vars(QuestConfig).items() if isinstance(member, property) and name != "auto_device"],
+)
 def test_what_depends_on_a_form_that_nobody_knows(name: str) -> None:
     with pytest.raises(QuestValueError, match="metadata: got 'auto', expected a form by name"):
         getattr(QuestConfig(), name)

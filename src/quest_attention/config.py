@@ -6,9 +6,12 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeAlias, TypeVar, cast, get_args
 
 from quest_attention.errors import QuestValueError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "Backend",
@@ -21,6 +24,7 @@ __all__ = [
     "check_coefficient",
     "check_integer",
     "check_unit_size",
+    "device_type",
     "enough_candidates",
     "refuse_auto",
 ]
@@ -298,7 +302,7 @@ class QuestConfig:
             expected = f"at least 1 for {metadata}, which scores pages: some are to be chosen, whose keys rank tokens"
             raise QuestValueError("candidate_factor", factor, expected)
 
-    def resolved(self, device: str, form: str | None = None) -> QuestConfig:
+    def resolved(self, device: str | torch.device, form: str | None = None) -> QuestConfig:
         """The config with a form where `metadata` is `"auto"`, else itself: what loses least at equal milliseconds.
 
         Auto takes the first form of its device's list that takes what else was given: on an NVIDIA GPU sketches of
@@ -310,11 +314,12 @@ class QuestConfig:
         `dataclasses.replace` then gives beside the metadata has auto choose anew, for the same device.
 
         Args:
-            device: Type of the device that keys are on, such as `"cpu"`.
+            device: The device that keys are on, or its type: `"cpu"`, `"cuda:1"`, `model.device`.
             form: Name of the form that a cache has already, where there is a cache: auto is then that one.
 
         Raises:
-            QuestValueError: No form takes all that was given, or the budget is too small for the one that does.
+            QuestValueError: There is no such device, no form takes all that was given, or the budget is too small for
+                the one that does.
 
         >>> config = QuestConfig(metadata="auto").resolved("cpu")
         >>> config.metadata, config.selection_unit, config.candidate_factor
@@ -322,7 +327,7 @@ class QuestConfig:
         >>> QuestConfig(metadata="auto", metadata_dtype="fp8").resolved("cuda").metadata
         'bounds'
         """
-        return self if self.metadata != "auto" else _resolve_once(self, device, form)
+        return self if self.metadata != "auto" else _resolve_once(self, device_type(device), form)
 
     @property
     def auto_device(self) -> str | None:
@@ -364,7 +369,8 @@ class QuestConfig:
     @property
     def unit_slots(self) -> int:
         """Slots per row of a selection [units]: room for every unit of a sequence that just fits the budget."""
-        return -(-self.token_budget // self.unit_size)
+        size = self.unit_size
+        return -(-self.token_budget // size)
 
     @property
     def candidate_budget(self) -> int:
@@ -387,6 +393,16 @@ class QuestConfig:
         if self.scores_tokens or not self.candidate_factor:
             return 0
         return -(-self.candidate_budget * self.unit_size // self.page_size) + 1
+
+    @property
+    def candidate_tokens(self) -> int:
+        """Tokens whose keys are read to rank them, at most; 0 where scores of the metadata alone choose [tokens].
+
+        >>> alone = QuestConfig(2048, metadata="sketch", selection_unit="token")
+        >>> QuestConfig(512, metadata="sketch", selection_unit="token").candidate_tokens, alone.candidate_tokens
+        (2048, 0)
+        """
+        return self.candidate_pages * self.page_size or self.candidate_budget * self.unit_size
 
     @property
     def page_budget(self) -> int:
@@ -434,16 +450,18 @@ class QuestConfig:
         return cls.from_dict({"token_budget": token_budget, **paper, **others})
 
     @classmethod
-    def from_dict(cls, options: Mapping[str, Any], device: str | None = None) -> QuestConfig:
+    def from_dict(cls, options: Mapping[str, Any], device: str | torch.device | None = None) -> QuestConfig:
         """Make a config from a mapping, as read from JSON.
+
+        What is in the mapping counts as given. So a config that was saved whole, with `dataclasses.asdict`, does not
+        adapt when its budget is edited: save what you chose alone, and the rest follows.
 
         Args:
             options: Values by the names of arguments.
-            device: Type of the device for which metadata `"auto"` is resolved at once, where it is known: see
-                `resolved`.
+            device: The device for which metadata `"auto"` is resolved at once, where it is known: see `resolved`.
 
         Raises:
-            QuestValueError: It is no mapping, an option is unknown or its value is wrong.
+            QuestValueError: It is no mapping, an option is unknown, or its value or the device is wrong.
 
         >>> QuestConfig.from_dict({"page_sise": 16})
         Traceback (most recent call last):
@@ -457,9 +475,30 @@ class QuestConfig:
                 close = difflib.get_close_matches(str(name), known, n=1)
                 hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(known)}"
                 raise QuestValueError(str(name), value, f"a known option: {hint}")
-        if device is not None and options.get("metadata", cls.metadata) == "auto":
-            return cls(**{**options, "metadata": cast("Metadata", _ChosenName.on(device, "auto"))})
+        if device is not None:
+            kind = device_type(device)
+            if options.get("metadata", cls.metadata) == "auto":
+                return cls(**{**options, "metadata": cast("Metadata", _ChosenName.on(kind, "auto"))})
         return cls(**options)
+
+
+def device_type(device: object) -> str:
+    """The type of a device of PyTorch, or of the name of one.
+
+    Raises:
+        QuestValueError: It is neither.
+
+    >>> device_type("cuda:1")
+    'cuda'
+    """
+    import torch  # noqa: PLC0415 (a config alone does without, and begins faster)
+
+    if isinstance(device, str | torch.device):
+        try:
+            return torch.device(device).type
+        except RuntimeError:  # PyTorch knows no such kind
+            pass
+    raise QuestValueError("device", device, "a torch.device, or the name of one, as cpu or cuda:0")
 
 
 class _Refusal(NamedTuple):

@@ -263,7 +263,7 @@ def _check_dims(name: str, tensor: Tensor, layout: str) -> None:
 
 def check_metadata(metadata: Tensor, keys: Tensor, pages: tuple[int, ...], form: MetadataForm, page_size: int) -> None:
     """What a form keeps of `pages` pages of keys `[..., D]`."""
-    if isinstance(form, str | type):
+    if isinstance(form, type) or not callable(getattr(form, "shape", None)):
         raise QuestValueError("form", form, "a form, such as Moments(1.0) or what form_of gives for a config")
     _check_tensor("metadata", metadata, f"{list(pages)} and what the form keeps of a page")
     check_like("metadata", metadata, (*pages, *form.shape(page_size, keys.shape[-1])), keys, "keys", check_dtype=False)

@@ -99,4 +99,5 @@ def test_a_cache_of_ones_own_with_auto_has_a_form_once_there_are_tokens() -> Non
         assert cache.counters.metadata == "moments" and cache.counters.pages_read is None
         assert torch.equal(generate(model, prompt()), made)
         assert cache.counters.to_dict() == quest.counters.to_dict()
-    assert "sparse steps chose by moments" in quest.counters.summary()
+    keys = quest.counters.keys_read
+    assert f"sparse steps chose by moments and the keys of {keys} tokens" in quest.counters.summary()

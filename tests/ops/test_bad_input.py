@@ -26,6 +26,7 @@ from quest_attention import (
 from quest_attention.forms import Bounds, MetadataForm, Sketch
 from quest_attention.ops import (
     DecodeWorkspace,
+    HotUnits,
     append_slots,
     append_token,
     count_reads,
@@ -129,6 +130,7 @@ def test_other_verbs(cache: Cache) -> None:
 def test_what_is_of_another_kind_is_named(cache: Cache) -> None:
     kv, chosen, slots = cache.kv, decode(cache).selected, torch.tensor([1, 2])
     new, query, sizes = torch.randn(2, 2, 16), torch.randn(2, 4, 16), {"page_size": 8}
+    whole, scores = torch.zeros(1, 2, 40, 16), torch.zeros(2, 2, 8)
     anything: list[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = [
         ("kv", update_page_metadata, (None, 3, 1), {}),
         ("kv", append_token, (None, new, new, 3), {}),
@@ -146,6 +148,19 @@ def test_what_is_of_another_kind_is_named(cache: Cache) -> None:
         ("selected", count_reads, (None, 3, torch.zeros(4).long()), {"token_budget": 24}),
         ("counters", count_reads, (chosen, 3, None), {"token_budget": 24}),
         ("kv", make_workspace, (None, 4, CONFIG), {}),
+        ("kv", HotUnits.allocate, (None, 1, 64), {}),
+        ("form", PagedKV.from_contiguous, (whole, whole, torch.zeros(1, 2, 5, 2, 16)), {"form": None}),
+        ("selected.counts", sparse_decode_attention, (query, kv, 3, chosen._replace(counts=chosen.counts.float())), {}),
+        *(("batch_sizes", make_workspace, (kv, 4, CONFIG, sizes), {}) for sizes in ("x", [1.5], [2, 0])),
+        *(("token_budget", select_pages, (scores, 3), {**sizes, "token_budget": none}) for none in (None, 0)),
+        *(
+            (name, select_pages, (scores, 3), {"token_budget": 24, **sizes, name: None})
+            for name in ("num_sink_pages", "selection_unit")
+        ),
+        *(
+            (name, score_pages, (query, kv, 3), {name: ["max"]})
+            for name in ("backend", "group_reduction", "selection_unit")
+        ),
         ("config", make_workspace, (kv, 4, {}), {}),
         *(("num_query_heads", make_workspace, (kv, heads, CONFIG), {}) for heads in (0, 5, -2, "4", True)),
         ("num_new_tokens", update_page_metadata, (kv, 3, True), {}),

@@ -360,7 +360,7 @@ def test_a_worker_says_by_what_it_chooses(caplog: pytest.LogCaptureFixture) -> N
     ("device", "options", "chosen"),
     [
         ("cpu", {}, 'of 16 tokens in 2 of 4 layers, chosen by Moments(coefficient=1.0), which metadata "auto" is on'),
-        ("cuda", {}, 'tokens in 2 of 4 layers, chosen by Sketch(page_size=16), which metadata "auto" is on cuda; '),
+        ("cuda", {}, "tokens in 2 of 4 layers, chosen by Sketch(page_size=16) and the keys of 1024 candidates, which"),
         ("cuda", {"metadata_dtype": "fp8"}, 'layers, chosen by Bounds(), which metadata "auto" is on cuda; '),
     ],
 )  # fmt: skip
@@ -375,10 +375,11 @@ def test_a_worker_says_what_auto_became(
 def test_a_worker_that_reads_tokens_says_how_many(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     make_planner(35, metadata="sketch", selection_unit=4)
-    expected = (
-        "decode rows past 35 tokens read 32 of up to 1024 tokens in 2 of 4 layers, chosen by Sketch(page_size=16)"
-    )
-    assert expected in caplog.messages[0]
+    read = "decode rows past 35 tokens read 32 of up to 1024 tokens in 2 of 4 layers, chosen by Sketch(page_size=16)"
+    assert f"{read} and the keys of 1024 candidates; " in caplog.messages[0]
+    caplog.clear()
+    make_planner(40, metadata="sketch", selection_unit="token", candidate_factor=0)
+    assert "chosen by Sketch(page_size=16), estimates alone; " in caplog.messages[0]
 
 
 def test_a_group_of_dense_layers_leaves_it_to_others_to_say_what_is_read(caplog: pytest.LogCaptureFixture) -> None:

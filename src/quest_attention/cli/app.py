@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, cast
 
 import typer
@@ -126,6 +127,19 @@ def integers(option: str, text: str) -> list[int]:
 def unit_of(text: str | None) -> str | int | None:
     """A selection unit as a config takes it: a number of tokens is a number."""
     return int(text) if text is not None and text.isdecimal() else text
+
+
+@contextlib.contextmanager
+def _methods_as_given(given: Mapping[str, str]) -> Iterator[None]:
+    """Word a mistake with methods as they were given, where their metadata "auto" was spelled out."""
+    try:
+        yield
+    except QuestValueError as error:
+        expected = error.expected
+        for spelled, own in given.items():
+            if own != spelled:
+                expected = expected.replace(spelled, f"{own}, which is {spelled} here")
+        raise QuestValueError(error.argument, given.get(str(error.got), error.got), expected) from None
 
 
 def _show_version(wanted: bool) -> None:
@@ -338,22 +352,25 @@ def evaluate(
     from quest_attention.eval.plan import Plan, Question
 
     kind = resolve_device(device).type
-    plan = Plan(
-        tasks=tuple(dict.fromkeys(tasks)),
-        methods=tuple(spell_out(method, kind, page_size) for method in split_list(methods)),
-        token_budgets=split_list(token_budgets),
-        lengths=tuple(integers("length", lengths)),
-        num_samples=num_samples,
-        num_dense_layers=num_dense_layers,
-        page_size=page_size,
-        question=cast("Question", question),  # the plan checks it
-        chat=cast("Chat", chat),  # likewise
-        least_full=least_full,
-        seed=seed,
-        backend=backend,
-        books=None if books is None else path_of("books", books),
-        longbench=None if longbench is None else path_of("longbench", longbench),
-    )
+    given = split_list(methods)
+    spelled = tuple(spell_out(method, kind, page_size) for method in given)
+    with _methods_as_given(dict(zip(spelled, given, strict=True))):
+        plan = Plan(
+            tasks=tuple(dict.fromkeys(tasks)),
+            methods=spelled,
+            token_budgets=split_list(token_budgets),
+            lengths=tuple(integers("length", lengths)),
+            num_samples=num_samples,
+            num_dense_layers=num_dense_layers,
+            page_size=page_size,
+            question=cast("Question", question),  # the plan checks it
+            chat=cast("Chat", chat),  # likewise
+            least_full=least_full,
+            seed=seed,
+            backend=backend,
+            books=None if books is None else path_of("books", books),
+            longbench=None if longbench is None else path_of("longbench", longbench),
+        )
     run_evaluation(
         plan, folder, model_name=model, device=device, dtype=dtype, threads=threads, workers=workers, is_quiet=is_quiet
     )

@@ -167,10 +167,8 @@ def _lossless(demo: Demo) -> str:
 
 def _choosing(config: QuestConfig, pages: int) -> str:
     """What is read beside keys and values to choose among them."""
+    all_pages, candidates = counted(pages, "page"), min(pages * config.page_size, config.candidate_tokens)
+    scores = f"the {config.metadata} of all {all_pages}: as many bytes as {counted(pages, 'token')}"
     if config.metadata == "sketch":
-        sketches = (
-            f"the sketches of all {counted(pages, 'page')}: a bit of each channel of each key and the pages' means"
-        )
-        candidates = min(pages * config.page_size, config.candidate_budget * config.unit_size)
-        return f"{sketches}; and the keys of {counted(candidates, 'token')}" if candidates else sketches
-    return f"the {config.metadata} of all {counted(pages, 'page')}: as many bytes as {counted(pages, 'token')}"
+        scores = f"the sketches of all {all_pages}: a bit of each channel of each key and the pages' means"
+    return f"{scores}; and the keys of {counted(candidates, 'token')}" if candidates else scores

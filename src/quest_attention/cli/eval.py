@@ -43,6 +43,10 @@ _AT_MOST = "; fewer where full attention cannot do a task"
 """Behind how many answers are to make, with `--least-full`."""
 _OWN_DTYPE = "auto"
 """Of `--dtype`: what the model and the device call for."""
+_SHARE_READ = (
+    "share read is of the tokens attended to; what is read to choose them is not in it: metadata of every page and, "
+    "where keys rank candidates, the keys of those (docs/evaluation.md)."
+)
 
 
 def evaluate(
@@ -217,7 +221,10 @@ def _show(folder: Path) -> None:
     console = stdout_console()
     if not console.is_terminal:
         console.width = ANY_WIDTH  # a file or a pipe has none of its own
-    for rows in (accuracy_rows(results), perplexity_rows(results), continuation_rows(results), recall_rows(results)):
+    tables = (accuracy_rows(results), perplexity_rows(results), continuation_rows(results), recall_rows(results))
+    for rows in tables:
         if rows:
             print_table(console, rows[0], rows[1:])
             console.print()
+    if any("share read" in rows[0] for rows in tables if rows):
+        console.print(_SHARE_READ, style="dim", highlight=False)

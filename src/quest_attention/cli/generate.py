@@ -283,8 +283,18 @@ def _summary(written: Written, config: QuestConfig | None, counters: QuestCounte
     if written.memory is not None:
         lines.append(f"memory   of the cache: {written.memory.summary()}")
     if config is not None and counters is not None and counters.sparse_steps:
-        lines.append(f"chosen   by {chosen_by(config)}")
+        lines.append(f"chosen   by {chosen_by(config)}{_ranking(config)}")
     return "\n".join(lines)
+
+
+def _ranking(config: QuestConfig) -> str:
+    """What ranks what is less than a page."""
+    if config.units_per_page == 1:
+        return ""
+    unit = "single tokens" if config.unit_size == 1 else f"runs of {config.unit_size} tokens"
+    if not config.candidate_tokens:
+        return f", {unit} by estimates alone"
+    return f", {unit} by the keys of up to {config.candidate_tokens:,} candidates, which each step reads too"
 
 
 def _reads(config: QuestConfig | None, counters: QuestCounters | None) -> str:

@@ -266,7 +266,8 @@ class QuestCounters:
             rows.append((*name, *steps, *shown, f"{read / held:.1%}" if held else "-"))
         lines = ["{:>5}  {:<12} {:>8} {:>8} {:>12} {:>12} {:>7}".format(*row) for row in rows]
         if self.sparse_steps:
-            lines.append(f"sparse steps chose by {self.metadata}")
+            ranked = "" if self.keys_read == self.tokens_read else f" and the keys of {self.keys_read} tokens"
+            lines.append(f"sparse steps chose by {self.metadata}{ranked}")
         if self.fetches is not None:
             lines.append(self.fetches.summary())
         if self.drafts is not None:

@@ -38,7 +38,15 @@ from typing import Any, NamedTuple, cast, get_args
 import torch
 from torch import Tensor
 
-from quest_attention.config import Backend, GroupReduction, Metadata, QuestConfig, SelectionUnit, as_given
+from quest_attention.config import (
+    Backend,
+    GroupReduction,
+    Metadata,
+    QuestConfig,
+    SelectionUnit,
+    as_given,
+    check_integer,
+)
 from quest_attention.errors import QuestValueError
 from quest_attention.forms import Bounds, MetadataForm, Scored, form_of
 from quest_attention.ops.checks import (
@@ -358,6 +366,11 @@ def select_pages(
     [[[1, 3, 4]]]
     """
     check_scores(scores)
+    # Of a config None is what its metadata wants, and here there is none.
+    check_integer("token_budget", token_budget, minimum=1)
+    check_integer("num_sink_pages", num_sink_pages, minimum=0)
+    if cast("object", selection_unit) is None:
+        raise QuestValueError("selection_unit", None, f"one of {', '.join(map(str, get_args(SelectionUnit)))}")
     # The config knows what a budget must hold; whose the scores are nobody asks, so that any unit may be selected.
     # What comes from another config is given here, whether it was given there or not.
     config = QuestConfig(
@@ -677,12 +690,16 @@ def make_workspace(
         none for this shape.
 
     Raises:
-        QuestValueError: `num_query_heads` is no multiple of the cache's KV heads.
+        QuestValueError: `num_query_heads` is no multiple of the cache's KV heads, or a batch size no positive integer.
         BackendError: The backend cannot run here, or not with these units or this metadata.
     """
     check_cache(kv)
     check_kinds(kv, kv.keys, config)
     check_query_heads(num_query_heads, kv)
+    if batch_sizes is not None:
+        batch_sizes = tuple(batch_sizes)
+        for size in batch_sizes:
+            check_integer("batch_sizes", size, minimum=1)
     config = config.resolved(kv.keys.device.type, kv.form.name)
     backend = resolve_backend(config.backend, kv.keys.device, kv.keys.dtype)
     check_backend(backend, config)
@@ -709,12 +726,22 @@ def _kind(form: MetadataForm) -> Metadata:
     return cast("Metadata", form.name) if form.name in get_args(Metadata) else _LIKE[form.scores]
 
 
-@lru_cache(maxsize=None, typed=True)  # 4.0 is no 4, and is to be refused as such
 def _config(
     page_size: int, backend: Backend, metadata: Metadata = "bounds", group_reduction: GroupReduction | None = None,
     unit: SelectionUnit = "page",
 ) -> QuestConfig:  # fmt: skip
     """The config of a step that chooses nothing: of a budget it has a page, since it must have one."""
+    options = page_size, backend, metadata, group_reduction, unit
+    try:
+        return _config_once(*options)
+    except TypeError:  # a list, say, is not to be looked up, and is refused by its name
+        return _config_once.__wrapped__(*options)
+
+
+@lru_cache(maxsize=None, typed=True)  # 4.0 is no 4, and is to be refused as such
+def _config_once(
+    page_size: int, backend: Backend, metadata: Metadata, group_reduction: GroupReduction | None, unit: SelectionUnit
+) -> QuestConfig:
     return QuestConfig(
         page_size, page_size, num_sink_pages=0, group_reduction=cast("GroupReduction", group_reduction),
         backend=backend, metadata=metadata, selection_unit=unit, candidate_factor=0,

@@ -207,6 +207,7 @@ def check_selected(selected: Selection, kv: PagedKV) -> None:
     if units.device != kv.keys.device:
         raise QuestValueError("selected.units.device", str(units.device), f"{kv.keys.device}, as keys")
     check_unit_size("selected.unit_size", size, page_size)
+    _check_counts(selected)
 
 
 def _check_selection(selected: object) -> None:
@@ -217,16 +218,22 @@ def _check_selection(selected: object) -> None:
     check_tensor("selected.counts", selected.counts, "[B, HKV] int32")
 
 
+def _check_counts(selected: Selection) -> None:
+    """A count for each list of a `Selection`."""
+    counts = selected.counts
+    if counts.shape != selected.units.shape[:2] or counts.dtype not in (torch.int32, torch.int64):
+        expected = f"{list(selected.units.shape[:2])} torch.int32: one for each list of units"
+        raise QuestValueError("selected.counts", f"{list(counts.shape)} {counts.dtype}", expected)
+
+
 def check_counters(counters: Tensor, selected: Selection, seq_lens: Tensor | int, token_budget: int) -> None:
     """`[4]` int64, a count for each list of the selection, and a length for each sequence."""
     check_tensor("counters", counters, "[4] int64")
     _check_selection(selected)
     if tuple(counters.shape) != (4,) or counters.dtype != torch.int64:
         raise QuestValueError("counters", f"{list(counters.shape)} {counters.dtype}", "[4] torch.int64")
+    _check_counts(selected)
     counts = selected.counts
-    if counts.shape != selected.units.shape[:2] or counts.dtype not in (torch.int32, torch.int64):
-        expected = f"{list(selected.units.shape[:2])} torch.int32: one for each list of units"
-        raise QuestValueError("selected.counts", f"{list(counts.shape)} {counts.dtype}", expected)
     if counts.device != counters.device:
         raise QuestValueError("selected.counts.device", str(counts.device), f"{counters.device}, as counters")
     check_lengths("seq_lens", seq_lens, counts.shape[0], torch.iinfo(torch.int32).max, counters.device)

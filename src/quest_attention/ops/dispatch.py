@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol, get_args
 import torch
 from torch import Tensor
 
-from quest_attention.config import Backend, QuestConfig
+from quest_attention.config import Backend, QuestConfig, device_type
 from quest_attention.errors import BackendError, QuestValueError
 from quest_attention.forms import MetadataForm
 from quest_attention.ops import candidates, reference_backend, torch_backend
@@ -104,7 +104,7 @@ def resolve_backend(name: Backend, device: torch.device | str, dtype: torch.dtyp
     >>> resolve_backend("auto", "cpu").name
     'torch'
     """
-    kind = device.type if isinstance(device, torch.device) else _device_named(device).type
+    kind = device_type(device)
     if name == "torch":
         return _torch("asked for by name")
     if name == "reference":
@@ -124,16 +124,6 @@ def resolve_backend(name: Backend, device: torch.device | str, dtype: torch.dtyp
             return _torch(f"chosen for device {kind}: {missing}")
         return _triton(f"chosen for device {kind}: {_WHY_TRITON}")
     raise QuestValueError("backend", name, f"one of {', '.join(get_args(Backend))}")
-
-
-def _device_named(name: object) -> torch.device:
-    """The device of a name, where anything may have been given."""
-    if isinstance(name, str):
-        try:
-            return torch.device(name)
-        except RuntimeError:  # PyTorch knows no such kind
-            pass
-    raise QuestValueError("device", name, "a torch.device, or the name of one, as cpu or cuda:0")
 
 
 @cache

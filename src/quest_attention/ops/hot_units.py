@@ -18,6 +18,7 @@ from torch import Tensor
 
 from quest_attention.config import QuestConfig, check_integer, check_unit_size
 from quest_attention.errors import QuestValueError
+from quest_attention.ops.checks import check_cache
 from quest_attention.pages import PagedKV
 
 __all__ = ["ABSENT", "HotUnits", "check_pool", "least_slots"]
@@ -93,6 +94,7 @@ class HotUnits:
         Raises:
             QuestValueError: Units do not divide a page, or there are no slots.
         """
+        check_cache(kv)
         check_unit_size("unit_size", unit_size, kv.page_size)
         check_integer("slots", slots, minimum=1)
         batch, heads, device = kv.batch_size, kv.num_kv_heads, kv.page_table.device

@@ -147,8 +147,7 @@ def _parse(spec: str, given: str) -> dict[str, Any]:
 
 def _value(text: str) -> int | float | str:
     """A number where it is one."""
-    if text.isdecimal():
-        return int(text)
-    with contextlib.suppress(ValueError):
-        return float(text)
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
     return text
