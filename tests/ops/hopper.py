@@ -155,7 +155,8 @@ def run_query_tokens(
     asked = backend.TritonQueryTokens(query, lens, kv, length)
     config = QuestConfig(512, page_size, metadata="bounds")
     step = Step(query=asked.folded(), kv=kv, seq_lens=length, config=config, softcap=20.0 if host else None)
-    every = Selection(torch.zeros(batch, heads, pages, dtype=torch.int32), torch.ones(batch, heads), page_size)
+    pages_of = torch.zeros(batch, heads, pages, dtype=torch.int32)
+    every = Selection(pages_of, pages_of[:, :, 0], page_size)
     asked.attend_folded(step, replace(step, seq_lens=length - tokens), every, backend)
 
 

@@ -625,7 +625,8 @@ def fetch_units(
     >>> keys = torch.arange(4.0).view(1, 1, 4, 1)
     >>> kv = PagedKV.from_contiguous(keys, keys, torch.zeros(1, 1, 2, 2, 1))
     >>> hot = HotUnits.allocate(kv, unit_size=2, slots=1)
-    >>> fetch_units(kv, hot, Selection(torch.tensor([[[1]]], dtype=torch.int32), torch.ones(1, 1), 2), 4)
+    >>> one = torch.ones(1, 1, 1, dtype=torch.int32)
+    >>> fetch_units(kv, hot, Selection(units=one, counts=one[0], unit_size=2), 4)
     >>> hot.table.tolist(), hot.keys.flatten().tolist(), hot.counts.tolist()
     ([[[-1, 0]]], [2.0, 3.0], [1, 1, 1, 1, 0])
     """
