@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -149,6 +150,20 @@ def test_a_record_has_a_command_that_a_shell_takes(tmp_path: Path, monkeypatch: 
     write_record(tmp_path / "run.json", {}, [])
     command = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["command"]
     assert shlex.split(command) == ["python", *words[:-1], "benchmarks/results/run.json"]
+
+
+def test_the_commands_of_records_kept_their_quotes() -> None:
+    """No option has two values: one with a space in it, or none, would be read as others."""
+    looked_at = 0
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        command = record["command"]
+        if command is None:  # put together by hand, as the record says
+            continue
+        are_values = [not word.startswith("--") for word in shlex.split(command)[2:]]
+        assert not any(map(all, itertools.pairwise(are_values))), f"{path.name}: {command}"
+        looked_at += 1
+    assert looked_at > 40
 
 
 def test_a_table_of_vllm_has_columns_for_each_arm(monkeypatch: pytest.MonkeyPatch) -> None:

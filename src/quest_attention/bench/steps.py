@@ -87,7 +87,8 @@ class LaunchTime(NamedTuple):
 def launch_times(steps: Sequence[Callable[[], object]], repeats: int = 10) -> list[LaunchTime]:
     """The launches of a step in their order, each with the time that it takes alone: the median of all steps.
 
-    In a step they overlap on GPUs that start launches early, and there are gaps on others: a step takes another time.
+    In a step launches overlap where a GPU starts them early, and wait for one another: it takes another time than they
+    do together.
 
     Args:
         steps: Alike, over different data, more in all than the cache of the GPU holds.

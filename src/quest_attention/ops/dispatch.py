@@ -104,7 +104,7 @@ def resolve_backend(name: Backend, device: torch.device | str, dtype: torch.dtyp
     >>> resolve_backend("auto", "cpu").name
     'torch'
     """
-    kind = device_type(device)
+    kind = device.type if isinstance(device, torch.device) else device_type(device)
     if name == "torch":
         return _torch("asked for by name")
     if name == "reference":
