@@ -183,7 +183,8 @@ def kept_table() -> str:
         f"One KV head of {KEPT_DIM} channels, pages of {KEPT_PAGE} tokens, and a cache in 16 bits, whose keys and "
         f"values take {vectors} bytes a token.\n"
         "All of it is read to rank. Where keys rank candidates, those are read too, "
-        f"{vectors // 2} bytes each:\n{factor} times as many as the budget has tokens, and {enough:,} at least."
+        f"{vectors // 2} bytes each:\n{factor} times as many as the budget has tokens, and of sketches "
+        f"{enough:,} at least."
     )
     return f"{as_markdown(head, shown)}\n\n{said}"
 

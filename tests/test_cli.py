@@ -35,6 +35,8 @@ from quest_attention.models import bundled_model_path
 from quest_attention.ops import dispatch
 
 POSITIONS = 2048
+TWICE = "quest:metadata=moments,selection_unit=page,num_recent_pages=2,quest:metadata=moments,num_recent_pages=2"
+"""The first begins with what auto is on a CPU, spelled out."""
 COMMAND = [sys.executable, "-m", "quest_attention.cli"]
 
 
@@ -209,8 +211,10 @@ def test_sketches_are_asked_for_by_name(quest: Cli, model_folder: str) -> None:
     assert counters["share_read"] == counters["tokens_read"] / counters["tokens_held"] < 1
     runs = json.loads(quest(*given, *options[:2], "--selection-unit", "4", "--json", stdin=text).out)
     assert runs["quest"]["selection_unit"] == 4 and runs["quest"]["candidate_factor"] == 32
-    ranked = "single tokens by the keys of up to 128 candidates, which each step reads too"
+    ranked = "single tokens by the keys of about 128 candidates, which each step reads too"
     assert f"chosen   by sketch, {ranked}\n" in quest(*given, *options, stdin=text).err
+    pages = quest(*given, *options[:2], stdin=text).err
+    assert "chosen   by sketch, pages by the keys of about 2,048 candidates, which each step reads too\n" in pages
     alone = quest(*given, *options[:2], "--selection-unit", "4", "--candidate-factor", "0", stdin=text).err
     assert "chosen   by sketch, runs of 4 tokens by estimates alone\n" in alone
 
@@ -536,6 +540,10 @@ def test_wrong_options(quest: Cli, model_folder: str, arguments: list[str], line
         (
             ["--method", "quest:metadata=moments,quest:metadata=auto", "--device", "cpu"],
             "--method: got 'quest:metadata=auto', expected methods that differ: it is quest:metadata=moments",
+        ),
+        (
+            ["--method", f"quest:metadata=auto,{TWICE}", "--device", "cpu"],
+            "--method: got 'quest:metadata=moments,num_recent_pages=2', expected methods that differ: it is quest:meta",
         ),
         (
             ["--method", "quest:metadata=sketch,candidate_factor=-1"],

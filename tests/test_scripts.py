@@ -153,13 +153,14 @@ def test_a_record_has_a_command_that_a_shell_takes(tmp_path: Path, monkeypatch: 
 
 
 def test_the_commands_of_records_kept_their_quotes() -> None:
-    """No option has two values: one with a space in it, or none, would be read as others."""
+    """An option without a value keeps its quotes too, and none has two: one with a space in it would be read as two."""
     looked_at = 0
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         command = record["command"]
         if command is None:  # put together by hand, as the record says
             continue
+        assert "  " not in command, path.name
         are_values = [not word.startswith("--") for word in shlex.split(command)[2:]]
         assert not any(map(all, itertools.pairwise(are_values))), f"{path.name}: {command}"
         looked_at += 1

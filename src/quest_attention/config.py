@@ -318,8 +318,8 @@ class QuestConfig:
             form: Name of the form that a cache has already, where there is a cache: auto is then that one.
 
         Raises:
-            QuestValueError: There is no such device, no form takes all that was given, or the budget is too small for
-                the one that does.
+            QuestValueError: Metadata is auto, and there is no such device, no form takes all that was given, or the
+                budget is too small for the one that does.
 
         >>> config = QuestConfig(metadata="auto").resolved("cpu")
         >>> config.metadata, config.selection_unit, config.candidate_factor
@@ -369,7 +369,7 @@ class QuestConfig:
     @property
     def unit_slots(self) -> int:
         """Slots per row of a selection [units]: room for every unit of a sequence that just fits the budget."""
-        size = self.unit_size
+        size = self.unit_size  # refuses auto, of which the budget may not be known
         return -(-self.token_budget // size)
 
     @property
@@ -396,7 +396,9 @@ class QuestConfig:
 
     @property
     def candidate_tokens(self) -> int:
-        """Tokens whose keys are read to rank them, at most; 0 where scores of the metadata alone choose [tokens].
+        """Tokens whose keys are to rank them, 0 where scores of the metadata alone choose [tokens].
+
+        Of a longer sequence: on a GPU a sample sets the threshold, so that some more or fewer are read.
 
         >>> alone = QuestConfig(2048, metadata="sketch", selection_unit="token")
         >>> QuestConfig(512, metadata="sketch", selection_unit="token").candidate_tokens, alone.candidate_tokens

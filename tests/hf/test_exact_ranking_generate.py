@@ -99,5 +99,7 @@ def test_a_cache_of_ones_own_with_auto_has_a_form_once_there_are_tokens() -> Non
         assert cache.counters.metadata == "moments" and cache.counters.pages_read is None
         assert torch.equal(generate(model, prompt()), made)
         assert cache.counters.to_dict() == quest.counters.to_dict()
-    keys = quest.counters.keys_read
-    assert f"sparse steps chose by moments and the keys of {keys} tokens" in quest.counters.summary()
+    read = quest.counters.tokens_read, sum(layer.keys_read for layer in quest.counters.layers)
+    assert read[0] < read[1]
+    said = "values of {} tokens were read, and keys of {}, to rank them".format(*read)
+    assert f"sparse steps chose by moments\n{said}" in quest.counters.summary()

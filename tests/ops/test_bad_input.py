@@ -151,7 +151,7 @@ def test_what_is_of_another_kind_is_named(cache: Cache) -> None:
         ("kv", HotUnits.allocate, (None, 1, 64), {}),
         ("form", PagedKV.from_contiguous, (whole, whole, torch.zeros(1, 2, 5, 2, 16)), {"form": None}),
         ("selected.counts", sparse_decode_attention, (query, kv, 3, chosen._replace(counts=chosen.counts.float())), {}),
-        *(("batch_sizes", make_workspace, (kv, 4, CONFIG, sizes), {}) for sizes in ("x", [1.5], [2, 0])),
+        *(("batch_sizes", make_workspace, (kv, 4, CONFIG, sizes), {}) for sizes in ("x", [1.5], [2, 0], 3)),
         *(("token_budget", select_pages, (scores, 3), {**sizes, "token_budget": none}) for none in (None, 0)),
         *(
             (name, select_pages, (scores, 3), {"token_budget": 24, **sizes, name: None})

@@ -137,7 +137,7 @@ def _methods_as_given(given: Mapping[str, str]) -> Iterator[None]:
     except QuestValueError as error:
         expected = error.expected
         for spelled, own in given.items():
-            if own != spelled:
+            if own != spelled and expected.endswith(f" {spelled}"):
                 expected = expected.replace(spelled, f"{own}, which is {spelled} here")
         raise QuestValueError(error.argument, given.get(str(error.got), error.got), expected) from None
 

@@ -44,8 +44,8 @@ _AT_MOST = "; fewer where full attention cannot do a task"
 _OWN_DTYPE = "auto"
 """Of `--dtype`: what the model and the device call for."""
 _SHARE_READ = (
-    "share read is of the tokens attended to; what is read to choose them is not in it: metadata of every page and, "
-    "where keys rank candidates, the keys of those (docs/evaluation.md)."
+    "share read is the tokens attended to, of those held. What Quest reads to choose them is not in it: metadata of "
+    "every page and, where keys rank candidates, the keys of those (docs/evaluation.md)."
 )
 
 
@@ -226,5 +226,6 @@ def _show(folder: Path) -> None:
         if rows:
             print_table(console, rows[0], rows[1:])
             console.print()
-    if any("share read" in rows[0] for rows in tables if rows):
+    methods = [cell.method for cells in (results.accuracy, results.perplexity, results.continuation) for cell in cells]
+    if any(method.startswith(Quest.name) for method in methods):
         console.print(_SHARE_READ, style="dim", highlight=False)

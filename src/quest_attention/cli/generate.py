@@ -288,13 +288,12 @@ def _summary(written: Written, config: QuestConfig | None, counters: QuestCounte
 
 
 def _ranking(config: QuestConfig) -> str:
-    """What ranks what is less than a page."""
-    if config.units_per_page == 1:
-        return ""
-    unit = "single tokens" if config.unit_size == 1 else f"runs of {config.unit_size} tokens"
-    if not config.candidate_tokens:
-        return f", {unit} by estimates alone"
-    return f", {unit} by the keys of up to {config.candidate_tokens:,} candidates, which each step reads too"
+    """What ranks what is chosen, where it is less than a page or keys do."""
+    is_page = config.units_per_page == 1
+    unit = "pages" if is_page else "single tokens" if config.unit_size == 1 else f"runs of {config.unit_size} tokens"
+    if config.candidate_tokens:
+        return f", {unit} by the keys of about {config.candidate_tokens:,} candidates, which each step reads too"
+    return "" if is_page else f", {unit} by estimates alone"
 
 
 def _reads(config: QuestConfig | None, counters: QuestCounters | None) -> str:

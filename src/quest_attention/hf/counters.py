@@ -266,8 +266,9 @@ class QuestCounters:
             rows.append((*name, *steps, *shown, f"{read / held:.1%}" if held else "-"))
         lines = ["{:>5}  {:<12} {:>8} {:>8} {:>12} {:>12} {:>7}".format(*row) for row in rows]
         if self.sparse_steps:
-            ranked = "" if self.keys_read == self.tokens_read else f" and the keys of {self.keys_read} tokens"
-            lines.append(f"sparse steps chose by {self.metadata}{ranked}")
+            lines.append(f"sparse steps chose by {self.metadata}")
+        if self.keys_read != self.tokens_read:
+            lines.append(f"values of {self.tokens_read} tokens were read, and keys of {self.keys_read}, to rank them")
         if self.fetches is not None:
             lines.append(self.fetches.summary())
         if self.drafts is not None:

@@ -698,6 +698,8 @@ def make_workspace(
     check_kinds(kv, kv.keys, config)
     check_query_heads(num_query_heads, kv)
     if batch_sizes is not None:
+        if not isinstance(batch_sizes, Iterable):
+            raise QuestValueError("batch_sizes", batch_sizes, "positive integers, or None")
         batch_sizes = tuple(batch_sizes)
         for size in batch_sizes:
             check_integer("batch_sizes", size, minimum=1)

@@ -72,9 +72,10 @@ class RowPlanner:
             read = f"{config.page_budget} of up to {most} pages of {config.page_size} tokens"
         read += f" in {len(sparse_layers)} of {num_layers} layers"
         read += f", chosen by {form_of(config)}"
-        if config.selection_unit != "page":
-            tokens = min(config.candidate_tokens, max_length)
-            read += f" and the keys of {tokens} candidates" if tokens else ", estimates alone"
+        if tokens := min(config.candidate_tokens, max_length):
+            read += f" and the keys of {tokens} candidates"
+        elif config.units_per_page > 1:
+            read += ", estimates alone"
         read += "" if config.auto_device is None else f', which metadata "auto" is on {config.auto_device}'
         chosen = resolve_backend(config.backend, device)
         backend = f"backend {chosen.name}, {chosen.reason}"
