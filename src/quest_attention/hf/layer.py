@@ -98,9 +98,8 @@ class QuestLayer(StepReporter, StoredLayer):
     def keys_ranked(self) -> int:
         """Keys of a sequence that a sparse step ranks tokens by, those of whole candidates [tokens]."""
         config = self.config
-        if config.candidate_pages:
-            return min(self.num_pages, config.candidate_pages) * config.page_size
-        return min(self.tokens_held, config.candidate_budget * config.unit_size)
+        held = self.num_pages * config.page_size if config.candidate_pages else self.tokens_held
+        return min(held, config.candidate_tokens)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the first tokens `[B, HKV, T, D]`."""
